@@ -1,0 +1,35 @@
+# make demo   install, distil the embedded Fashion-MNIST, show the table and the report's path
+# make test   install, lint, types, all tests that need no GPU
+# make clean  forget the demo's results (keeps .venv)
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test lint unit clean
+
+demo: $(INSTALLED)
+	$(BIN)/python jobs/distill.py
+
+test: lint
+	$(BIN)/python -m pytest tests/unit
+	@if [ -d tests/ray ]; then $(BIN)/python -m pytest tests/ray; fi
+	@if [ -d tests/e2e ]; then $(BIN)/python -m pytest tests/e2e; fi
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+unit: $(INSTALLED)
+	$(BIN)/python -m pytest tests/unit
+
+# torch goes first: with it in place, whichever build it is, no requirement below fetches another.
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep -o 'torch==[0-9.]*' pyproject.toml | head -n 1)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf runs

@@ -1,0 +1,36 @@
+"""Dataset distillation with IMS3 (inversion matching, selective subgroup sampling) on Ray.
+
+from ims3_ray import RunConfig, distill
+result = distill(RunConfig())
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ims3_ray import compat
+
+if TYPE_CHECKING:
+    from ims3_ray.config import RunConfig as RunConfig
+    from ims3_ray.errors import UserError as UserError
+    from ims3_ray.pipeline import DistillResult as DistillResult
+    from ims3_ray.pipeline import distill as distill
+
+compat.install()
+
+_WHERE = {
+    "RunConfig": "ims3_ray.config",
+    "UserError": "ims3_ray.errors",
+    "DistillResult": "ims3_ray.pipeline",
+    "distill": "ims3_ray.pipeline",
+}
+__all__ = ["DistillResult", "RunConfig", "UserError", "distill"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the ground floor must load without Ray."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'ims3_ray' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_WHERE[name]), name)

@@ -1,0 +1,142 @@
+"""Content-addressed stage outputs on one storage URI.
+
+{uri}/artifacts/{stage}/{key}/manifest.json     written last; its presence is the commit
+{uri}/artifacts/{stage}/{key}/shards/…          a shard appears under its name only when whole
+{uri}/{run name}/                               what a run leaves: report, results, distilled data set
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from ims3_ray.errors import UserError
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Files below one URI: a local path, ``s3://…`` or ``gs://…``. Travels between processes as its URI."""
+
+    uri: str
+
+    @classmethod
+    def at(cls, location: str) -> Storage:
+        """``location`` with a local path made absolute; :class:`UserError` for a URI that cannot be used."""
+        storage = cls(location if "://" in location else str(Path(location).expanduser().resolve()))
+        try:
+            storage._filesystem.get_file_info(storage._path(""))
+        except (OSError, ValueError) as error:
+            raise UserError(f"storage '{location}' cannot be reached: {str(error).splitlines()[0]}") from error
+        return storage
+
+    @cached_property
+    def _filesystem(self) -> fs.FileSystem:
+        return fs.FileSystem.from_uri(self.uri)[0] if "://" in self.uri else fs.LocalFileSystem()
+
+    @cached_property
+    def _root(self) -> str:
+        return str(fs.FileSystem.from_uri(self.uri)[1]) if "://" in self.uri else self.uri
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"uri": self.uri}
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self._filesystem, fs.LocalFileSystem)
+
+    def _path(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root
+
+    def local_path(self, path: str) -> Path | None:
+        """Where ``path`` lies on this machine, or None on remote storage."""
+        return Path(self._path(path)) if self.is_local else None
+
+    def address(self, path: str) -> str:
+        """``path`` as a full path or URI."""
+        return f"{self.uri.rstrip('/')}/{path}"
+
+    def exists(self, path: str) -> bool:
+        return self._filesystem.get_file_info(self._path(path)).type == fs.FileType.File
+
+    def read(self, path: str) -> bytes:
+        with self._filesystem.open_input_stream(self._path(path)) as stream:
+            return bytes(stream.read())
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a whole file or nothing: a reader never sees a part of it."""
+        target = self._path(path)
+        if not self.is_local:  # object stores show an object when its upload is complete
+            with self._filesystem.open_output_stream(target) as stream:
+                stream.write(data)
+            return
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            Path(temporary).write_bytes(data)
+            os.replace(temporary, target)
+        except OSError as error:
+            Path(temporary).unlink(missing_ok=True)
+            raise UserError(f"cannot write {target}: {error.strerror}; free space or change storage") from error
+
+    def names(self, folder: str) -> set[str]:
+        """Names of the files directly in ``folder``; empty if there is none."""
+        selector = fs.FileSelector(self._path(folder), allow_not_found=True)
+        found = self._filesystem.get_file_info(selector)
+        return {f.base_name for f in found if f.type == fs.FileType.File and not f.base_name.endswith(".tmp")}
+
+    def delete(self, folder: str) -> None:
+        if self._filesystem.get_file_info(self._path(folder)).type == fs.FileType.Directory:
+            self._filesystem.delete_dir(self._path(folder))
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The output of one stage: shards, then a manifest."""
+
+    storage: Storage
+    stage: str
+    key: str
+
+    @property
+    def folder(self) -> str:
+        return f"artifacts/{self.stage}/{self.key}"
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest, or None while the artifact is not committed."""
+        path = f"{self.folder}/manifest.json"
+        return json.loads(self.storage.read(path)) if self.storage.exists(path) else None
+
+    def commit(self, manifest: Mapping[str, Any]) -> None:
+        self.storage.write(f"{self.folder}/manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
+
+    def shards(self) -> set[str]:
+        return self.storage.names(f"{self.folder}/shards")
+
+    def read(self, shard: str) -> bytes:
+        return self.storage.read(f"{self.folder}/shards/{shard}")
+
+    def write(self, shard: str, data: bytes) -> str:
+        """Store a shard; returns its SHA-256."""
+        self.storage.write(f"{self.folder}/shards/{shard}", data)
+        return hashlib.sha256(data).hexdigest()
+
+
+def key_of(stage: str, version: int, params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """16 hex digits that change with the stage's version, what it depends on in the config, or its inputs."""
+    described = json.dumps([stage, version, params, dict(sorted(inputs.items()))], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """16 hex digits of a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

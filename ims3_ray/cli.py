@@ -1,0 +1,43 @@
+"""What all jobs share: arguments, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from ims3_ray.config import Tree, load_config
+from ims3_ray.errors import UserError
+
+
+def main(
+    doc: str,
+    tree: type[Tree],
+    run: Callable[[Tree], None],
+    plan: Callable[[Tree], str] | None = None,
+    arguments: list[str] | None = None,
+) -> int:
+    """Parse, load the config, call ``run`` (or print ``plan`` for ``--dry-run``).
+
+    Exit codes: 0 done, 2 the user can put something right (one line on stderr), 130 interrupted; anything else that
+    goes wrong is a traceback and 1.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, e.g. selection.alpha=0.4")
+    parser.add_argument("--config", metavar="FILE", help="YAML config (may name others under 'extends')")
+    if plan is not None:
+        parser.add_argument("--dry-run", action="store_true", help="print the plan and stop: nothing is computed or written")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        config = load_config(tree, args.config, args.overrides)
+        if plan is not None and args.dry_run:
+            print(plan(config))
+        else:
+            run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,66 @@
+"""Joining or starting Ray, and the check that the cluster can hold the plan."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from ims3_ray.config import ClusterConfig
+from ims3_ray.errors import UserError
+
+LOCAL_CPUS = 4  # logical: the controllers and actors that wait beside the two that work
+WORKER_ENV = {"TOKENIZERS_PARALLELISM": "false", "DS_BUILD_OPS": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+
+
+@contextmanager
+def connected(config: ClusterConfig, needed: dict[str, float]) -> Iterator[None]:
+    """Ray, joined or started, with at least the ``needed`` resources; what was started is stopped at the end.
+
+    Raises :class:`UserError` at once (or after ``config.wait_s``) if the cluster is too small.
+    """
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    started = not ray.is_initialized()
+    if started:
+        address = config.address or os.environ.get("RAY_ADDRESS")
+        local = {} if address else {"num_cpus": max(LOCAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
+        try:
+            ray.init(
+                address=address,
+                logging_level=logging.WARNING,
+                log_to_driver=os.environ.get("IMS3_WORKER_LOGS") == "1",
+                runtime_env={"env_vars": WORKER_ENV},
+                **local,
+            )
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster answers at '{address}' ({error}); check cluster.address") from error
+    try:
+        check_resources(needed, config.wait_s)
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def check_resources(needed: dict[str, float], wait_s: float = 0) -> None:
+    """Compare the plan's largest stage with the cluster; on an autoscaling one ask for nodes and wait ``wait_s``."""
+    deadline = time.monotonic() + wait_s
+    asked = False
+    while short := {k: v for k, v in needed.items() if v > ray.cluster_resources().get(k, 0)}:
+        if time.monotonic() >= deadline:
+            have = ray.cluster_resources()
+            missing = ", ".join(f"{v:g} {k} (has {have.get(k, 0):g})" for k, v in short.items())
+            raise UserError(
+                f"the cluster is too small for the plan: it needs {missing}; lower finetune.trainer.num_workers, "
+                "sampling.actors or the CPUs and GPUs of each, or set cluster.wait_s for a cluster that grows"
+            )
+        if not asked:
+            from ray.autoscaler.sdk import request_resources
+
+            request_resources(bundles=[{k: 1} for k, v in needed.items() for _ in range(int(-(-v // 1)))])
+            asked = True
+        time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))

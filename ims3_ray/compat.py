@@ -1,0 +1,65 @@
+"""What has to be put right before third-party packages work on a machine without CUDA.
+
+PyPI's torchvision is built against CUDA. Beside a CPU build of PyTorch its operator library does not load, and
+``import torchvision`` (hence timm) stops at the missing operator ``torchvision::nms``. Declaring the schemas of the two
+operators that torchvision touches while it is imported is enough: nothing in this project calls them. The hook runs
+in every process that imports ``ims3_ray`` (Ray workers included), costs nothing until torchvision is imported, and does
+nothing where torchvision's own library loads.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+from typing import Any
+
+_keep_alive: list[Any] = []  # a torch.library.Library takes its operators with it when it is collected
+
+
+class _BeforeTorchvision(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname == "torchvision":
+            sys.meta_path.remove(self)
+            declare_torchvision_operators()
+        return None
+
+
+def install() -> None:
+    """Arrange for :func:`declare_torchvision_operators` to run just before torchvision is first imported."""
+    if "torchvision" not in sys.modules and not any(isinstance(f, _BeforeTorchvision) for f in sys.meta_path):
+        sys.meta_path.insert(0, _BeforeTorchvision())
+
+
+def declare_torchvision_operators() -> None:
+    """Declare torchvision's import-time operators if (and only if) its compiled library cannot be loaded."""
+    import torch
+
+    spec = importlib.machinery.PathFinder.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations:
+        return
+    library = importlib.machinery.PathFinder.find_spec("_C", list(spec.submodule_search_locations))
+    try:
+        if library is not None and library.origin:
+            torch.ops.load_library(library.origin)
+            return
+    except OSError:
+        pass  # a CUDA build beside a CPU PyTorch: declare the schemas instead
+    operators = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _keep_alive.append(operators)
+
+
+def prepare_deepspeed() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collective on CPUs (80 s, needs ninja and a C++ compiler).
+
+    gloo serves instead. Call before ``deepspeed.initialize``; on GPUs the op does not exist and nothing changes.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

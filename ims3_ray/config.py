@@ -1,0 +1,400 @@
+"""The whole run as one typed tree: YAML with ``extends``, dotted overrides, one-line errors that name the fix."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ims3_ray.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every part of the tree: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class DataConfig(Section):
+    path: str = "embedded:fashion-mnist"
+    """`embedded:NAME`, a folder (IDX files, Parquet, or one folder per class) or a Parquet file."""
+    train_split: str = "train"
+    test_path: str | None = None
+    """Where the test split lies if not under `path`."""
+    test_split: str = "test"
+    size: int = Field(default=28, gt=0)
+    """Height and width to which images are scaled and cropped."""
+    channels: Literal[1, 3] = 1
+    classes: tuple[str, ...] | None = Field(default=None, min_length=2)
+    """Names of the classes to distil; all of them when unset."""
+    unit_size: int = Field(default=500, ge=1)
+    """Images per shard of the encoded data set."""
+
+
+class TrainerConfig(Section):
+    """Ray Train: how many workers, with what."""
+
+    num_workers: int = Field(default=2, ge=1)
+    cpus_per_worker: float = Field(default=1, gt=0)
+    gpus_per_worker: float = Field(default=0, ge=0)
+    threads_per_worker: int = Field(default=1, ge=1)
+    max_failures: int = Field(default=3, ge=0)
+    """Times that Ray Train restarts the workers from the last checkpoint."""
+
+
+class InversionConfig(Section):
+    n_steps: int = Field(default=2, ge=1)
+    """Inversion steps from z_0 to each sample's own t (N of Eq. 3)."""
+    grad_steps: int = Field(default=1, ge=1)
+    """The last so many steps carry the gradient; without any, L_IM has none."""
+
+    @model_validator(mode="after")
+    def _grad_steps_within(self) -> InversionConfig:
+        if self.grad_steps > self.n_steps:
+            raise ValueError(f"grad_steps={self.grad_steps} exceeds n_steps={self.n_steps}; lower it")
+        return self
+
+
+class FinetuneConfig(Section):
+    """Inversion-matching fine-tuning (section 4.1, Algorithm 1) of the DiffFit parameters."""
+
+    steps: int = Field(default=120, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    """Global batch: all workers together."""
+    lr: float = Field(default=1e-3, gt=0)
+    lambda_im: float = Field(default=0.002, ge=0)
+    inversion: InversionConfig = InversionConfig()
+    scaled_blocks: int = Field(default=14, ge=0)
+    """DiffFit puts scale vectors γ into the first so many blocks."""
+    label_dropout: Fraction = 0.1
+    ema_decay: Fraction = 0.99
+    zero_stage: Literal[0, 1, 2] = 1
+    checkpoint_every: int = Field(default=50, ge=1)
+    trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> FinetuneConfig:
+        if self.batch_size % self.trainer.num_workers:
+            raise ValueError(
+                f"batch_size={self.batch_size} does not divide among trainer.num_workers={self.trainer.num_workers}; "
+                "change one of them"
+            )
+        return self
+
+
+class SamplingConfig(Section):
+    """Guided sampling of the candidate pool by a Ray Data actor pool."""
+
+    steps: int = Field(default=25, ge=1)
+    cfg_scale: float = Field(default=2.0, ge=1)
+    cfg_channels: int | None = Field(default=None, ge=1)
+    """Guidance acts on the first so many channels (DiT uses 3 of 4); all of them when unset."""
+    clip: bool = True
+    """Clamp each predicted clean image to [-1, 1]; right for pixels, wrong for latents."""
+    eta: Fraction = 0.0
+    """0 is DDIM (Eq. 1), 1 is ancestral sampling."""
+    unit_size: int = Field(default=25, ge=1)
+    """Images per unit of work. The batch shape is fixed, so a unit done again gives the same bytes."""
+
+
+class ActorsConfig(Section):
+    """The Ray Data actor pool that decodes, generates and embeds images."""
+
+    count: int = Field(default=2, ge=1)
+    cpus: float = Field(default=1, gt=0)
+    """CPUs reserved for each actor."""
+    gpus: float = Field(default=0, ge=0)
+    threads: int = Field(default=1, ge=1)
+    """PyTorch threads of each actor."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Passes over units of work that failed before the stage gives up."""
+
+
+class SelectionConfig(Section):
+    """Selective Subgroup Sampling (section 4.2, Eq. 8-11)."""
+
+    images_per_class: int = Field(default=10, ge=1)
+    """K, images per class of the distilled set and per candidate subgroup."""
+    groups: int = Field(default=5, ge=1)
+    """G, candidate subgroups per class."""
+    alpha: float = Field(default=0.4, ge=0)
+    beta: float = Field(default=0.9, ge=0)
+    coupling: Literal["pool", "selected"] = "pool"
+    """`pool` is Eq. 10 as printed; `selected` repels from the selected groups only."""
+    references_per_class: int | None = Field(default=None, ge=1)
+    """K_i of Eq. 8; all real images when unset."""
+    pool_per_class: int | None = Field(default=None, ge=1)
+    """Candidates drawn per class; G·K when unset."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> SelectionConfig:
+        if self.alpha == 0 and self.beta == 0:
+            raise ValueError("alpha and beta are both 0, so every subgroup scores the same; raise one of them")
+        needed = self.groups * self.images_per_class
+        if self.pool_per_class is not None and self.pool_per_class < needed:
+            raise ValueError(
+                f"pool_per_class={self.pool_per_class} holds fewer than groups·images_per_class = "
+                f"{self.groups}·{self.images_per_class} = {needed} images; raise it or lower the others"
+            )
+        return self
+
+    @property
+    def pool_size(self) -> int:
+        return self.pool_per_class or self.groups * self.images_per_class
+
+
+class EvaluationConfig(Section):
+    """Training of a student from scratch on a distilled set, tested on the real test split."""
+
+    width: int = Field(default=64, ge=1)
+    depth: int = Field(default=3, ge=1)
+    epochs: int = Field(default=200, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    lr: float = Field(default=0.01, gt=0)
+    momentum: Fraction = 0.9
+    weight_decay: float = Field(default=5e-4, ge=0)
+    max_shift: int = Field(default=2, ge=0)
+    """Augmentation: random shift by up to so many pixels."""
+    flip: bool = False
+    """Augmentation: random horizontal mirroring."""
+    validations: int = Field(default=5, ge=1)
+    """Evenly spaced tests during training; `best` is the best of them, `last` the final one."""
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    cpus_per_task: float = Field(default=1, gt=0)
+    gpus_per_task: float = Field(default=0, ge=0)
+    threads_per_task: int = Field(default=1, ge=1)
+
+
+class ArmConfig(Section):
+    """One way to come to K images per class; all arms share the stages they have in common."""
+
+    title: str
+    images: Literal["real", "generated"]
+    finetune: bool = False
+    select: Literal["random", "first", "s3"] = "first"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ArmConfig:
+        if self.images == "real" and (self.finetune or self.select == "s3"):
+            raise ValueError("images: real goes with select: random or first and without finetune")
+        return self
+
+
+DEFAULT_ARMS: dict[str, dict[str, Any]] = {
+    "random_real": {"title": "Random real", "images": "real", "select": "random"},
+    "dit": {"title": "DiT", "images": "generated"},
+    "dit_s3": {"title": "DiT + S3", "images": "generated", "select": "s3"},
+    "ims3": {"title": "IMS3", "images": "generated", "finetune": True, "select": "s3"},
+}
+
+
+class TrackingConfig(Section):
+    uri: str | None = None
+    """MLflow tracking URI; a sqlite file in the run folder when unset."""
+    experiment: str = "ims3-ray"
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """Ray address; unset joins the cluster of `RAY_ADDRESS` or of the job, or starts Ray on this machine."""
+    wait_s: float = Field(default=0, ge=0)
+    """How long to wait for an autoscaling cluster to grow to what the plan needs."""
+
+
+class RunConfig(Section):
+    """One distillation run. The defaults are the embedded demonstration."""
+
+    name: str = Field(default="demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Results go to `{storage}/{name}`."""
+    storage: str = "runs"
+    """Folder or URI (`s3://…`, `gs://…`) that holds results and the artifacts shared by all runs."""
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig = DataConfig()
+    generator: str = "embedded:fashion-mnist-dit"
+    """Weights of the class-conditional DiT."""
+    encoder: str = "embedded:fashion-mnist-phi"
+    """Weights of φ, the frozen feature encoder."""
+    finetune: FinetuneConfig = FinetuneConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    actors: ActorsConfig = ActorsConfig()
+    selection: SelectionConfig = SelectionConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    arms: dict[str, ArmConfig] = Field(
+        default_factory=lambda: {name: ArmConfig(**arm) for name, arm in DEFAULT_ARMS.items()}, min_length=1
+    )
+    export: str = "ims3"
+    """The arm that is exported as the distilled data set."""
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _arms_exist(self) -> RunConfig:
+        if self.name == "artifacts":
+            raise ValueError("name 'artifacts' is taken by the shared artifacts; choose another")
+        if self.export not in self.arms:
+            raise ValueError(f"export='{self.export}' is no arm; there is: {', '.join(self.arms)}")
+        return self
+
+
+class GeneratorTraining(Section):
+    """Pretraining of a class-conditional DiT in pixel space."""
+
+    patch_size: int = Field(default=4, gt=0)
+    hidden_size: int = Field(default=224, gt=0)
+    depth: int = Field(default=4, gt=0)
+    num_heads: int = Field(default=4, gt=0)
+    steps: int = Field(default=6000, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    lr: float = Field(default=6e-4, gt=0)
+    warmup_steps: int = Field(default=300, ge=0)
+    cooldown_steps: int = Field(default=1500, ge=0)
+    """The learning rate falls linearly to zero over the last so many steps."""
+    label_dropout: Fraction = 0.1
+    ema_decay: Fraction = 0.999
+    flip: bool = False
+    checkpoint_every: int = Field(default=250, ge=1)
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+
+class EncoderTraining(Section):
+    """Training of φ: a small timm network as a classifier of the training split."""
+
+    model: str = "resnet18"
+    model_args: dict[str, Any] = {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]}
+    epochs: int = Field(default=6, ge=1)
+    batch_size: int = Field(default=256, ge=1)
+    lr: float = Field(default=2e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    max_shift: int = Field(default=2, ge=0)
+
+
+class PretrainConfig(Section):
+    """Training of the weights that a distillation starts from (`jobs/pretrain.py`)."""
+
+    name: str = Field(default="fashion-mnist-dit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    storage: str = "runs/pretrain"
+    seed: int = Field(default=0, ge=0)
+    target: Literal["generator", "encoder"] = "generator"
+    data: DataConfig = DataConfig()
+    generator: GeneratorTraining = GeneratorTraining()
+    encoder: EncoderTraining = EncoderTraining()
+    trainer: TrainerConfig = TrainerConfig(num_workers=1, threads_per_worker=2)
+    cluster: ClusterConfig = ClusterConfig()
+
+
+Tree = TypeVar("Tree", bound=Section)
+
+
+def load_config(tree: type[Tree], file: str | Path | None = None, overrides: Iterable[str] = ()) -> Tree:
+    """Build ``tree`` from a YAML file (or the defaults) and ``dotted.key=value`` overrides.
+
+    Raises :class:`UserError` with one line for an unreadable file, an unknown key or an impossible value.
+    """
+    values = _read_yaml(Path(file), ()) if file is not None else {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override '{override}' is not of the form key=value, as in selection.alpha=0.4")
+        _set(values, key.split("."), _parse(override, text))
+    return build(tree, values)
+
+
+def build(tree: type[Tree], values: Mapping[str, Any]) -> Tree:
+    """``tree`` from nested mappings, merged over the defaults; errors as in :func:`load_config`."""
+    merged = _merge(_defaults(tree), values)
+    if isinstance(arms := merged.get("arms"), dict):
+        merged["arms"] = {name: arm for name, arm in arms.items() if arm is not None}  # `dit: null` removes an arm
+    try:
+        return tree.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_one_line(tree, error)) from error
+
+
+def canonical(section: BaseModel) -> dict[str, Any]:
+    """Plain JSON values of a section, the form that is hashed and stored."""
+    plain: dict[str, Any] = json.loads(section.model_dump_json())
+    return plain
+
+
+def _defaults(tree: type[Section]) -> dict[str, Any]:
+    return canonical(tree())
+
+
+def _read_yaml(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if file.resolve() in seen:
+        raise UserError(f"config '{file}' extends itself; remove the circle")
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"config '{file}' cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config '{file}' is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config '{file}' must be a mapping of keys to values")
+    parents = values.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        merged = _merge(merged, _read_yaml(file.parent / parent, (*seen, file.resolve())))
+    return _merge(merged, values)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``: mappings merge key by key, all else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
+    return merged
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        inner = values.get(part)
+        values[part] = inner = dict(inner) if isinstance(inner, dict) else {}
+        values = inner
+    values[path[-1]] = value
+
+
+def _parse(override: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override '{override}' has a value that is not YAML; quote it") from error
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _one_line(tree: type[Section], error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = list(_keys(_defaults(tree)))
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        parent = key.rpartition(".")[0]
+        siblings = [k for k in known if k.rpartition(".")[0] == parent]
+        near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6) or near
+        return f"unknown config key '{key}'; did you mean '{near[0]}'?"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    value = first.get("input")
+    shown = "" if isinstance(value, dict | BaseModel) else f"={value!r}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"config {key}{shown}: {message}{more}" if key else f"config: {message}{more}"
+
+
+def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in values.items():
+        yield prefix + key
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{key}.")

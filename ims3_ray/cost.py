@@ -1,0 +1,41 @@
+"""What a run costs before it is run: floating-point operations (2 per multiply-add) of each stage."""
+
+from __future__ import annotations
+
+import torch
+
+from ims3_ray.config import DataConfig, EvaluationConfig, FinetuneConfig, SamplingConfig
+from ims3_ray.models.dit import DiTConfig
+from ims3_ray.models.encoder import Encoder, EncoderConfig
+
+
+def sampling_flops(shape: DiTConfig, sampling: SamplingConfig) -> float:
+    """One image: one forward per step, two with guidance."""
+    return sampling.steps * (1 if sampling.cfg_scale == 1 else 2) * shape.forward_flops()
+
+
+def finetune_flops(shape: DiTConfig, config: FinetuneConfig) -> float:
+    """All steps. With a frozen backbone a backward pass costs one forward (input gradients only)."""
+    passes = 2
+    if config.lambda_im > 0:
+        passes += config.inversion.n_steps + config.inversion.grad_steps
+    return float(config.steps * config.batch_size * passes * shape.forward_flops())
+
+
+def evaluation_flops(config: EvaluationConfig, data: DataConfig, classes: int, train_images: int, test_images: int) -> float:
+    """One student: three forwards per training image and epoch, one per test image and validation."""
+    forward, channels, size = 0.0, int(data.channels), data.size
+    for _ in range(config.depth):
+        forward += 2 * size**2 * 9 * channels * config.width
+        channels, size = config.width, size // 2
+    forward += 2 * config.width * size**2 * classes
+    return forward * (3 * config.epochs * train_images + config.validations * test_images)
+
+
+def embedding_flops(shape: EncoderConfig, size: int) -> float:
+    """φ of one image, counted on a model without weights."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        Encoder(shape).eval()(torch.zeros(1, shape.channels, size, size))
+    return float(counter.get_total_flops())

@@ -1,0 +1,1 @@
+"""Image sources, class tables, transforms."""

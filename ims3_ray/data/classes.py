@@ -1,0 +1,52 @@
+"""The class table: one place where names, the data's labels and the generator's labels meet."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ims3_ray.errors import UserError
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """The C classes being distilled, in the order of their position in the distilled set."""
+
+    names: tuple[str, ...]
+    source_labels: tuple[int, ...]
+    """Label of each class in the data source."""
+    generator_labels: tuple[int, ...]
+    """Label of each class in the generator: looked up by name, never by rank of a folder."""
+    counts: tuple[int, ...]
+    """Training images of each class."""
+
+
+def chosen_labels(class_names: Sequence[str], chosen: Sequence[str] | None) -> list[int]:
+    """Source labels of the ``chosen`` classes (all when None); unknown names are errors that name the nearest."""
+    for name in chosen or ():
+        if name not in class_names:
+            near = difflib.get_close_matches(name, class_names, n=1, cutoff=0.0)
+            raise UserError(f"data.classes names '{name}', which the source does not have; did you mean '{near[0]}'?")
+    return [class_names.index(name) for name in chosen] if chosen else list(range(len(class_names)))
+
+
+def count_images(labels: NDArray[np.int64], class_names: Sequence[str], chosen: Sequence[int], needed: int) -> list[int]:
+    """Images per chosen class; :class:`UserError` for one with fewer than ``needed``."""
+    counts = np.bincount(labels, minlength=len(class_names))
+    for label in chosen:
+        if counts[label] < needed:
+            raise UserError(
+                f"class '{class_names[label]}' has {counts[label]} images, fewer than selection.images_per_class={needed}; "
+                "lower it, or leave the class out with data.classes"
+            )
+    return [int(counts[label]) for label in chosen]
+
+
+def folder_name(class_name: str) -> str:
+    """A class name as a folder name on every file system."""
+    return re.sub(r"[^\w.-]+", "_", class_name).strip("_") or "class"

@@ -1,0 +1,237 @@
+"""Labelled image sets, wherever they lie: embedded, IDX files, Parquet in the Hub's layout, folders of images.
+
+Every source answers the same few questions: how many images, of which classes, and the encoded or raw image at
+an index. Opening one reads names and labels only.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import struct
+import zlib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+from ims3_ray.errors import UserError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+EMBEDDED_PREFIX = "embedded:"
+SPLIT_NAMES = {"train", "test", "val", "valid", "validation"}
+HASH_WHOLE_BELOW = 256 * 2**20  # files larger than this in sum are fingerprinted by name and size
+
+
+class ImageSource(Protocol):
+    """A labelled image set. ``labels`` [N] index ``class_names``; indices run over the whole set."""
+
+    location: str
+    class_names: tuple[str, ...]
+    labels: NDArray[np.int64]
+    files: list[Path]
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded image; raises ``OSError`` for one that cannot be decoded."""
+
+    def identify(self, index: int) -> str:
+        """A name by which a person finds the image again."""
+
+
+def open_source(path: str, split: str) -> ImageSource:
+    """The image set at ``path`` (``embedded:NAME``, a folder or a Parquet file), restricted to ``split``.
+
+    Raises :class:`UserError` if nothing readable lies there or it holds no image.
+    """
+    source = _find(path, split)
+    if len(source.labels) == 0:
+        raise UserError(f"data source '{path}' (split '{split}') holds no image; check the path and data.*_split")
+    return source
+
+
+def fingerprint(source: ImageSource) -> str:
+    """Hash that changes when classes, labels or files do: of the files' bytes, or of names and sizes for large sets."""
+    digest = hashlib.sha256(json.dumps(source.class_names).encode() + source.labels.tobytes())
+    whole = sum(f.stat().st_size for f in source.files) < HASH_WHOLE_BELOW
+    for file in source.files:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        if whole:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _find(path: str, split: str) -> ImageSource:
+    if path.startswith(EMBEDDED_PREFIX):
+        return _open_embedded(path, split)
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise UserError(f"data source '{path}' does not exist; set data.path to a folder, a Parquet file or embedded:NAME")
+    if root.is_file():
+        return ParquetSource(path, [root])
+    if idx := IdxSource.files_of(root, split):
+        return IdxSource(path, *idx)
+    parquet = sorted([*root.glob(f"{split}*.parquet"), *root.glob(f"data/{split}*.parquet")])
+    if parquet:
+        return ParquetSource(path, parquet)
+    children = {child.name for child in root.iterdir() if child.is_dir()}
+    if split in children:
+        return FolderSource(path, root / split)
+    if children and not children & SPLIT_NAMES:  # without folders per split the whole folder is one
+        return FolderSource(path, root)
+    raise UserError(
+        f"data source '{path}' holds neither IDX files, nor {split}*.parquet, nor one folder per class for split '{split}'"
+    )
+
+
+def embedded_names() -> list[str]:
+    """Names that may follow ``embedded:``."""
+    folder = resources.files("ims3_ray.data") / "embedded"
+    return sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("_"))
+
+
+def _open_embedded(path: str, split: str) -> ImageSource:
+    name = path.removeprefix(EMBEDDED_PREFIX)
+    file = Path(str(resources.files("ims3_ray.data") / "embedded" / name / f"{split}.parquet"))
+    if not file.is_file():
+        raise UserError(f"no embedded data set '{name}' with split '{split}'; there is: {', '.join(embedded_names())}")
+    return ParquetSource(path, [file])
+
+
+class IdxSource:
+    """The IDX files of MNIST and its kin (`train-images-idx3-ubyte[.gz]` and so on)."""
+
+    def __init__(self, location: str, images: Path, labels: Path) -> None:
+        self.location, self.files = location, [images, labels]
+        try:
+            self._pixels, self.labels = _read_idx(images), _read_idx(labels).astype(np.int64)
+        except (OSError, struct.error, ValueError, EOFError, zlib.error) as error:
+            raise UserError(f"IDX file in '{location}' cannot be read ({error}); fetch it again") from error
+        if len(self._pixels) != len(self.labels):
+            raise UserError(f"IDX files in '{location}' hold {len(self._pixels)} images but {len(self.labels)} labels")
+        names_file = images.parent / "classes.txt"
+        if names_file.is_file():
+            self.class_names = tuple(name.strip() for name in names_file.read_text().splitlines() if name.strip())
+        elif "fashion" in str(images.parent.resolve()).lower():
+            self.class_names = FASHION_MNIST_CLASSES
+        else:
+            self.class_names = _numbered(self.labels)
+        _check_labels(location, self.labels, self.class_names)
+
+    @staticmethod
+    def files_of(root: Path, split: str) -> tuple[Path, Path] | None:
+        prefix = {"test": "t10k"}.get(split, split)
+        found = [sorted(root.glob(f"{prefix}-{kind}*ubyte*")) for kind in ("images", "labels")]
+        return (found[0][0], found[1][0]) if all(found) else None
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self._pixels[index])
+
+    def identify(self, index: int) -> str:
+        return f"{self.files[0].name}[{index}]"
+
+
+class ParquetSource:
+    """Parquet files in the Hub's image layout: ``image: {bytes, path}`` and an integer ``label`` with ClassLabel names."""
+
+    def __init__(self, location: str, files: Sequence[Path]) -> None:
+        self.location, self.files = location, list(files)
+        try:
+            tables = [pq.read_table(f, columns=["image", "label"], memory_map=True) for f in self.files]
+        except Exception as error:  # pyarrow raises many kinds; each means the same to the user
+            raise UserError(f"Parquet data source '{location}' cannot be read: {str(error).splitlines()[0]}") from error
+        for file, table in zip(self.files, tables, strict=True):
+            image, label = (table.schema.field(name).type for name in ("image", "label"))
+            if not (pa.types.is_struct(image) and image.get_field_index("bytes") >= 0 and pa.types.is_integer(label)):
+                raise UserError(
+                    f"Parquet file '{file}' holds image: {image}, label: {label}; what is read is the Hub's image layout, "
+                    "image: struct<bytes, path> and label: an integer"
+                )
+            if table["label"].null_count:
+                raise UserError(f"Parquet file '{file}' has {table['label'].null_count} rows without a label; remove them")
+        self.labels = np.concatenate([t["label"].to_numpy().astype(np.int64) for t in tables])
+        self._bytes = [t["image"].combine_chunks().field("bytes") for t in tables]
+        self._starts = np.cumsum([0, *(t.num_rows for t in tables)])
+        self.class_names = class_names_of(tables[0].schema.metadata) or _numbered(self.labels)
+        _check_labels(location, self.labels, self.class_names)
+
+    def image(self, index: int) -> Image.Image:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return decode(self._bytes[part][index - int(self._starts[part])].as_py())
+
+    def identify(self, index: int) -> str:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return f"{self.files[part].name} row {index - int(self._starts[part])}"
+
+
+class FolderSource:
+    """One folder per class, named by the class; images anywhere below it."""
+
+    def __init__(self, location: str, folder: Path) -> None:
+        self.location, self._folder = location, folder
+        self.class_names = tuple(sorted(child.name for child in folder.iterdir() if child.is_dir()))
+        self.files, labels = [], []
+        for label, name in enumerate(self.class_names):
+            found = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+            self.files += found
+            labels += [label] * len(found)
+        self.labels = np.array(labels, dtype=np.int64)
+
+    def image(self, index: int) -> Image.Image:
+        return decode(self.files[index].read_bytes())
+
+    def identify(self, index: int) -> str:
+        return str(self.files[index].relative_to(self._folder))
+
+
+def decode(encoded: bytes) -> Image.Image:
+    """The image in ``encoded``, fully decoded; ``OSError`` if it is truncated or no image."""
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        image.load()
+    except (SyntaxError, ValueError) as error:  # what Pillow raises for some broken files
+        raise OSError(str(error)) from error
+    return image
+
+
+def class_names_of(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
+    """ClassLabel names in the ``huggingface`` schema metadata of a Parquet file, if it has them."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(features["label"]["names"])
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:
+    return tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
+
+
+def _check_labels(location: str, labels: NDArray[np.int64], class_names: tuple[str, ...]) -> None:
+    outside = np.unique(labels[(labels < 0) | (labels >= len(class_names))])
+    if len(outside):
+        raise UserError(
+            f"data source '{location}' names {len(class_names)} classes but has images labelled {int(outside[0])}; "
+            "labels count from 0, so name every class or correct the labels"
+        )
+
+
+def _read_idx(file: Path) -> NDArray[np.uint8]:
+    raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    _, kind, dims = struct.unpack(">HBB", raw[:4])
+    if kind != 8:
+        raise ValueError(f"{file.name} holds values of kind {kind:#x}, only unsigned bytes are read")
+    shape = struct.unpack(f">{dims}I", raw[4 : 4 + 4 * dims])
+    return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * dims).reshape(shape)
+
+
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip

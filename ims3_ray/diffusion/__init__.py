@@ -1,0 +1,1 @@
+"""Noise schedule, guided sampling, inversion. Tensors in, tensors out."""

@@ -1,0 +1,37 @@
+"""The variance-preserving noise schedule of DDPM and the views of it that the paper uses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class NoiseSchedule:
+    """ᾱ_t of the linear β schedule (1e-4 → 0.02 over 1000 steps) that DiT was trained with.
+
+    All tables are float64 ``[num_steps]``; ``alpha_bar[t]`` is the signal power after ``t + 1`` noising steps, the
+    convention of diffusers' and DiT's integer timestep ``t``.
+    """
+
+    def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
+        betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
+        self.num_steps = num_steps
+        self.alpha_bar = torch.cumprod(1 - betas, dim=0)
+        self.sigma = ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
+        """σ_t = √((1−ᾱ_t)/ᾱ_t), the noise level of the rescaled latent x̄ = z/√ᾱ in which Eq. 3 is an Euler step."""
+
+    def add_noise(self, z0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
+        """Eq. 4: ``z_t = √ᾱ_t · z_0 + √(1−ᾱ_t) · ε`` for one timestep ``t_B[b]`` per sample; shapes of ``z0``."""
+        alpha_bar = per_sample(self.alpha_bar.to(z0.device)[t_B], z0)
+        return alpha_bar.sqrt() * z0 + (1 - alpha_bar).sqrt() * noise
+
+    def respaced(self, num_steps: int) -> Tensor:
+        """``num_steps`` timesteps ``0 = t_0 < … < t_N-1``, evenly spaced and counted from zero ("leading", as DDIM)."""
+        if not 1 <= num_steps <= self.num_steps:
+            raise ValueError(f"number of sampling steps must lie in 1 … {self.num_steps}, not {num_steps}")
+        return torch.arange(num_steps) * (self.num_steps // num_steps)
+
+
+def per_sample(value_B: Tensor, like: Tensor) -> Tensor:
+    """``value_B`` cast to the dtype of ``like`` and shaped ``[B, 1, …, 1]`` to broadcast over it."""
+    return value_B.to(like).reshape(-1, *([1] * (like.dim() - 1)))

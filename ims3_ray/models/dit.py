@@ -1,0 +1,209 @@
+"""Diffusion transformer (DiT, Peebles & Xie 2023, arXiv 2212.09748) with adaLN-Zero conditioning.
+
+Written here rather than taken from diffusers because fine-tuning needs one label-drop decision per sample
+(diffusers' module draws one per block) and one shared time/label embedding. Weights in diffusers' layout are
+read by :mod:`ims3_ray.models.checkpoints`.
+
+Shape letters: B batch, C channels, H height, W width, T tokens, D width of the model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DiTConfig(BaseModel):
+    """Shape of a DiT. Stored in the metadata of its weights file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    input_size: int = Field(gt=0, description="height and width of the input (latent or image)")
+    in_channels: int = Field(gt=0)
+    patch_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_classes: int = Field(gt=0, description="the null label of classifier-free guidance is this number")
+    learn_sigma: bool = Field(default=False, description="predict a variance beside the noise (as DiT-XL/2 does)")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> DiTConfig:
+        if self.input_size % self.patch_size:
+            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads and of 4")
+        return self
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def null_label(self) -> int:
+        return self.num_classes
+
+    def forward_flops(self) -> int:
+        """Floating-point operations (2 per multiply-add) of one forward pass of one sample."""
+        width, tokens = self.hidden_size, self.num_tokens
+        patch_values = self.patch_size**2
+        per_token = self.depth * (12 * width**2 + 2 * tokens * width)
+        per_token += patch_values * (self.in_channels + self.out_channels) * width
+        per_sample = self.depth * 6 * width**2 + 2 * width**2 + (256 + width) * width
+        return 2 * (tokens * per_token + per_sample)
+
+
+def sincos_position_embedding(grid_size: int, dim: int) -> Tensor:
+    """Fixed 2-D sine-cosine embedding ``[grid_size**2, dim]``: first half from columns, second from rows (DiT)."""
+
+    def one_axis(position: Tensor) -> Tensor:
+        omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+        angle = position.reshape(-1, 1) * omega
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    axis = torch.arange(grid_size, dtype=torch.float64)
+    rows, columns = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.cat([one_axis(columns), one_axis(rows)], dim=1).float()
+
+
+def timestep_features(t_B: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal features ``[B, dim]`` (cosines first) of integer or fractional timesteps ``[B]``."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t_B.device) / half)
+    angle = t_B.float()[:, None] * freqs
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    return torch.addcmul(shift_BD[:, None], x_BTD, 1 + scale_BD[:, None])
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        B, T, D = x_BTD.shape
+        q, k, v = self.qkv(x_BTD).reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, T, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_BTD), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """Transformer block whose normalisations are shifted, scaled and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
+        x_BTD = x_BTD + gate1[:, None] * self.attn(modulate(self.norm1(x_BTD), shift1, scale1))
+        return x_BTD + gate2[:, None] * self.mlp(modulate(self.norm2(x_BTD), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, dim: int, out_values: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, out_values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition_BD).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x_BTD), shift, scale))
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(timestep_features(t_B).to(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, y_B: Tensor) -> Tensor:
+        return self.embedding_table(y_B)
+
+
+class DiT(nn.Module):
+    """Class-conditional noise predictor ε_θ(z_t, t, y).
+
+    Parameter names are those of the DiT release, so its checkpoints load as they are. ``model(z, t, y)`` takes
+    ``z`` [B, C, H, W], ``t`` [B] (0 … 999) and ``y`` [B] (``config.null_label`` for "no class") and returns the
+    predicted noise [B, C, H, W], or [B, 2C, H, W] with ``learn_sigma``. Label dropping is the caller's, not the
+    module's: see :func:`ims3_ray.objectives.diffusion.drop_labels`.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(c.in_channels, c.hidden_size, c.patch_size, c.patch_size)})
+        self.t_embedder = TimestepEmbedder(c.hidden_size)
+        self.y_embedder = LabelEmbedder(c.num_classes, c.hidden_size)
+        position = sincos_position_embedding(c.input_size // c.patch_size, c.hidden_size)
+        self.register_buffer("pos_embed", position[None], persistent=False)
+        self.blocks = nn.ModuleList([DiTBlock(c.hidden_size, c.num_heads) for _ in range(c.depth)])
+        self.final_layer = FinalLayer(c.hidden_size, c.patch_size**2 * c.out_channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """DiT's initialisation: every block starts as the identity, the output starts at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        projection = self.x_embedder["proj"]
+        for name, parameter in projection.named_parameters():
+            nn.init.zeros_(parameter) if name == "bias" else nn.init.xavier_uniform_(parameter.flatten(1))
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.startswith("t_embedder") and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, z_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+        tokens = self.x_embedder["proj"](z_BCHW).flatten(2).transpose(1, 2) + self.pos_embed
+        condition_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
+        for block in self.blocks:
+            tokens = block(tokens, condition_BD)
+        return self._unpatchify(self.final_layer(tokens, condition_BD))
+
+    def _unpatchify(self, tokens_BTD: Tensor) -> Tensor:
+        p, grid = self.config.patch_size, self.config.input_size // self.config.patch_size
+        x = tokens_BTD.reshape(-1, grid, grid, p, p, self.config.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.out_channels, grid * p, grid * p)

@@ -1,0 +1,1 @@
+"""Training objectives. Tensors in, tensors out."""

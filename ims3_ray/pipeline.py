@@ -1,0 +1,180 @@
+"""Runs a plan: skips what is committed, runs the rest, gathers results, writes report and tracking."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+
+from ims3_ray.artifacts import Storage
+from ims3_ray.cluster import connected
+from ims3_ray.config import RunConfig, canonical
+from ims3_ray.errors import UserError
+from ims3_ray.plan import Plan, make_plan
+from ims3_ray.stages.base import Context, Stage
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What a finished run leaves. ``results`` is the content of ``results.json``."""
+
+    folder: str
+    """Folder or URI of the run: ``report.html``, ``results.json``, ``distilled/``."""
+    results: dict[str, Any]
+
+    @property
+    def report(self) -> str:
+        return f"{self.folder}/report.html"
+
+
+def distill(config: RunConfig | None = None) -> DistillResult:
+    """Run a distillation to its end, or continue one that was interrupted.
+
+    Raises :class:`UserError` for bad input before anything is written, and for a cluster too small for the plan.
+    """
+    config = config or RunConfig()
+    plan = make_plan(config)
+    storage = Storage.at(config.storage)
+    folder = storage.address(config.name)
+    claim(config, storage)
+    context = Context(config, storage, plan.classes)
+    if pending(plan, storage):
+        _warn_if_lost_with_job(config)
+        with connected(config.cluster, plan.needed()):
+            run_stages(context, plan)
+    if not storage.exists(f"{config.name}/results.json") or not storage.exists(f"{config.name}/report.html"):
+        from ims3_ray.report.publish import publish
+
+        publish(context, plan, gather(plan, storage))
+    return DistillResult(folder, json.loads(storage.read(f"{config.name}/results.json")))
+
+
+def pending(plan: Plan, storage: Storage) -> list[Stage]:
+    """Stages with units that are not committed."""
+    return [stage for stage in plan.stages if stage.missing(storage)]
+
+
+def claim(config: RunConfig, storage: Storage) -> None:
+    """Take the run folder for ``config``; :class:`UserError` if it holds a run with another one."""
+    path = f"{config.name}/config.yaml"
+    mine = {key: value for key, value in canonical(config).items() if key not in ("storage", "cluster", "actors")}
+    if storage.exists(path):
+        theirs = yaml.safe_load(storage.read(path))
+        theirs = {key: theirs.get(key) for key in mine}
+        if theirs != mine:
+            key, old, new = first_difference(theirs, mine)
+            raise UserError(
+                f"run folder '{storage.address(config.name)}' holds another config ({key}: {old!r} there, {new!r} here); "
+                f"choose another name (name={config.name}-2) or delete the folder"
+            )
+        return
+    storage.write(path, yaml.safe_dump(canonical(config), sort_keys=False).encode())
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any]:
+    """(dotted key, old value, new value) of the first place where two trees differ."""
+    for key in [*new, *(k for k in old if k not in new)]:
+        a, b = old.get(key), new.get(key)
+        if a != b:
+            if isinstance(a, Mapping) and isinstance(b, Mapping):
+                return first_difference(a, b, f"{prefix}{key}.")
+            return prefix + key, a, b
+    raise ValueError("the trees do not differ")
+
+
+def run_stages(context: Context, plan: Plan) -> None:
+    """Run every stage that is not complete, in order."""
+    from ims3_ray.stages import evaluate, export, finetune, pool, select
+
+    storage = context.storage
+    embeds = {id(stage.inputs["images"]): stage for stage in plan.stages if stage.kind == "embed"}
+    for stage in plan.stages:
+        if stage.kind in ("encode", "generate"):
+            embed = embeds.get(id(stage))
+            if stage.missing(storage) or (embed is not None and embed.missing(storage)):
+                pool.produce(context, stage, embed)
+        elif stage.kind == "finetune" and stage.missing(storage):
+            finetune.run(context, stage)
+        elif stage.kind == "select" and stage.missing(storage):
+            select.run(context, stage)
+        elif stage.kind == "export" and stage.missing(storage):
+            export.run(context, stage)
+    waiting = [stage for stage in plan.evaluations.values() if stage.missing(storage)]
+    if waiting:
+        evaluate.run_all(context, waiting)
+
+
+def gather(plan: Plan, storage: Storage) -> dict[str, Any]:
+    """The content of ``results.json``: accuracies of each arm, seconds of each stage, what was left out."""
+    arms = {}
+    for name, stage in plan.evaluations.items():
+        units = (stage.manifest(storage) or {})["units"]
+        students = [units[unit] for unit in stage.units]
+        last, best = [s["last"] for s in students], [s["best"] for s in students]
+        arms[name] = {
+            "title": plan.config.arms[name].title,
+            "seeds": last, **_spread(last), "best": {"seeds": best, **_spread(best)},
+            "student_seeds": list(plan.config.evaluation.seeds),
+            "content": stage.inputs["select"].identity(storage),
+        }  # fmt: skip
+    stages, skipped = [], []
+    for stage in plan.stages:
+        manifest = stage.manifest(storage) or {}
+        entries = manifest.get("units", {})
+        images = sum(entry.get("images", 0) for entry in entries.values())
+        stages.append(
+            {
+                "stage": stage.kind,
+                "title": stage.title,
+                "key": stage.key(storage),
+                "seconds": manifest["seconds"],
+                "images": images,
+            }
+        )
+        skipped += [broken for entry in entries.values() for broken in entry.get("broken", [])]
+    return {
+        "name": plan.config.name,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "metric": f"top-1 test accuracy in %, last epoch, ConvNet-{plan.config.evaluation.depth}",
+        "arms": arms,
+        "stages": stages,
+        "skipped_images": skipped,
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    """Mean and sample standard deviation (0 for one value)."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def describe(config: RunConfig) -> str:
+    """The plan as text, for ``--dry-run``."""
+    plan, storage = make_plan(config), Storage.at(config.storage)
+    lines = [f"{'stage':34}{'there':>12}{'images':>10}{'GFLOP':>12}"]
+    for stage in plan.stages:
+        missing = len(stage.missing(storage))
+        have = len(stage.units) - missing
+        there = "done" if not missing else f"{have}/{len(stage.units)} units"
+        lines.append(f"{stage.title:34}{there:>12}{stage.images:>10}{stage.flops / 1e9:>12,.0f}")
+    left = sum(stage.flops * len(stage.missing(storage)) / len(stage.units) for stage in plan.stages)
+    needed = ", ".join(f"{v:g} {k}" for k, v in plan.needed().items())
+    lines += [
+        f"left to compute: {left / 1e9:,.0f} GFLOP; needs at a time: {needed}",
+        f"results: {storage.address(config.name)}",
+    ]
+    return "\n".join(lines)
+
+
+def _warn_if_lost_with_job(config: RunConfig) -> None:
+    if "://" not in config.storage and not os.path.isabs(config.storage) and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        print(
+            f"warning: storage '{config.storage}' is relative, so results stay in the job's temporary folder on the head node; "
+            "give storage=/absolute/path or s3://…",
+            flush=True,
+        )

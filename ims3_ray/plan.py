@@ -1,0 +1,226 @@
+"""From a config to the stages it needs. Everything that can be wrong with the input is found here, before Ray starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ims3_ray.artifacts import file_hash
+from ims3_ray.config import ArmConfig, RunConfig, canonical
+from ims3_ray.cost import embedding_flops, evaluation_flops, finetune_flops, sampling_flops
+from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
+from ims3_ray.data.sources import ImageSource, fingerprint, open_source
+from ims3_ray.errors import UserError
+from ims3_ray.models.checkpoints import check_fit, weights_path
+from ims3_ray.models.dit import DiT
+from ims3_ray.models.encoder import Encoder, encoder_config
+from ims3_ray.models.generator import class_indices, generator_config
+from ims3_ray.stages.base import Stage, units_of
+
+
+@dataclass
+class Plan:
+    """The stages in the order in which they run; stages that arms share appear once."""
+
+    config: RunConfig
+    classes: ClassTable
+    stages: list[Stage]
+    evaluations: dict[str, Stage]
+    """Arm → its evaluation."""
+    export: Stage
+
+    def needed(self) -> dict[str, float]:
+        """The largest share of the cluster that a stage takes at a time."""
+        t, a, e = self.config.finetune.trainer, self.config.actors, self.config.evaluation
+        kinds = {stage.kind for stage in self.stages}
+        cpus, gpus = [a.count * a.cpus, e.cpus_per_task], [a.count * a.gpus, e.gpus_per_task]
+        if "finetune" in kinds:
+            cpus.append(t.num_workers * t.cpus_per_worker)
+            gpus.append(t.num_workers * t.gpus_per_worker)
+        return {k: v for k, v in {"CPU": max(cpus), "GPU": max(gpus)}.items() if v}
+
+
+class _Builder:
+    """Builds stages so that equal ones are one."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.train = open_source(config.data.path, config.data.train_split)
+        test_path = config.data.test_path or config.data.path
+        self.test = open_source(test_path, config.data.test_split)
+        if missing := set(self.train.class_names) ^ set(self.test.class_names):
+            raise UserError(f"train and test split do not hold the same classes: '{min(missing)}' is in one only")
+        self.weights, self.phi = weights_path(config.generator), weights_path(config.encoder)
+        self.shape, self.phi_shape = generator_config(self.weights), encoder_config(self.phi)
+        check_fit(DiT, self.shape, self.weights)
+        check_fit(Encoder, self.phi_shape, self.phi)
+        self._check_pixels()
+        labels = chosen_labels(self.train.class_names, config.data.classes)
+        counts = count_images(self.train.labels, self.train.class_names, labels, config.selection.images_per_class)
+        names = tuple(self.train.class_names[label] for label in labels)
+        self.classes = ClassTable(names, tuple(labels), tuple(class_indices(self.weights, names)), tuple(counts))
+        self.stages: dict[str, Stage] = {}
+
+    def _check_pixels(self) -> None:
+        data, shape = self.config.data, self.shape
+        if (data.size, data.channels) != (shape.input_size, shape.in_channels):
+            raise UserError(
+                f"generator '{self.weights.name}' makes {shape.in_channels}×{shape.input_size}×{shape.input_size} images; "
+                f"set data.channels={shape.in_channels} and data.size={shape.input_size}, or choose another generator"
+            )
+        if self.phi_shape.channels != data.channels:
+            raise UserError(
+                f"encoder '{self.phi.name}' takes {self.phi_shape.channels} channels but data.channels={data.channels}; "
+                "choose an encoder trained on such images"
+            )
+
+    def _once(self, name: str, stage: Stage) -> Stage:
+        return self.stages.setdefault(name, stage)
+
+    def encode(self, split: str) -> Stage:
+        source, data = (self.train, self.config.data) if split == "train" else (self.test, self.config.data)
+        path = data.path if split == "train" else data.test_path or data.path
+        named = data.train_split if split == "train" else data.test_split
+        units, images = self._real_units(source)
+        params = {"source": fingerprint(source), "split": named, "size": data.size, "channels": data.channels}
+        return self._once(
+            f"encode-{split}",
+            Stage(
+                "encode", f"encode {split} images", {**params, "unit_size": data.unit_size}, units=units, images=images,
+                places={"path": path, "split": named}, label=split,
+            ),
+        )  # fmt: skip
+
+    def _real_units(self, source: ImageSource) -> tuple[tuple[str, ...], int]:
+        units: list[str] = []
+        images = 0
+        for name in self.classes.names:
+            label = source.class_names.index(name)
+            count = int((source.labels == label).sum())
+            images += count
+            units += units_of(label, count, self.config.data.unit_size)
+        return tuple(units), images
+
+    def embed(self, images: Stage, name: str, title: str) -> Stage:
+        params = {"phi": file_hash(self.phi)}
+        flops = images.images * embedding_flops(self.phi_shape, self.config.data.size)
+        return self._once(
+            f"embed-{name}",
+            Stage(
+                "embed", title, params, {"images": images}, {"weights": str(self.phi)}, images.units, images.images, flops,
+                label=name,
+            ),
+        )  # fmt: skip
+
+    def finetune(self) -> Stage:
+        config = self.config.finetune
+        params: dict[str, Any] = canonical(config)
+        for detail in ("trainer", "checkpoint_every"):  # where and how safely it runs does not change what it computes
+            params.pop(detail)
+        params |= {"generator": file_hash(self.weights), "seed": self.config.seed, "classes": self._labels()}
+        images = config.steps * config.batch_size
+        return self._once(
+            "finetune",
+            Stage(
+                "finetune", "fine-tune", params, {"encode": self.encode("train")}, {"weights": str(self.weights)},
+                images=images, flops=finetune_flops(self.shape, config),
+            ),
+        )  # fmt: skip
+
+    def _labels(self) -> list[int]:
+        return list(self.classes.generator_labels)
+
+    def generate(self, finetuned: bool, per_class: int) -> Stage:
+        s = self.config.sampling
+        units = tuple(unit for label in self._labels() for unit in units_of(label, per_class, s.unit_size))
+        images = len(units) * s.unit_size
+        params = {**canonical(s), "generator": file_hash(self.weights), "seed": self.config.seed}
+        name = "fine-tuned" if finetuned else "pretrained"
+        inputs = {"finetune": self.finetune()} if finetuned else {}
+        flops = images * sampling_flops(self.shape, s)
+        return self._once(
+            f"generate-{name}",
+            Stage(
+                "generate", f"generate ({name})", params, inputs, {"weights": str(self.weights)}, units, images, flops,
+                label=name,
+            ),
+        )  # fmt: skip
+
+    def select(self, name: str, arm: ArmConfig) -> Stage:
+        s = self.config.selection
+        params: dict[str, Any] = {"select": arm.select, "k": s.images_per_class, "classes": list(self.classes.names)}
+        if arm.images == "real":
+            images = self.encode("train")
+            params["seed"] = self.config.seed
+            inputs = {"images": images}
+        else:
+            pool = s.pool_size if self._pool_is_scored(arm.finetune) else s.images_per_class
+            images = self.generate(arm.finetune, pool)
+            inputs = {"images": images}
+        if arm.select == "s3":
+            real = self.encode("train")
+            inputs["references"] = self.embed(real, "train", "embed train images")
+            inputs["embed"] = self.embed(images, images.label, f"embed ({images.label})")
+            params |= {
+                "alpha_beta": [s.alpha, s.beta], "groups": s.groups, "coupling": s.coupling,
+                "references_per_class": s.references_per_class,
+            }  # fmt: skip
+        return self._once(
+            f"select-{name}", Stage("select", f"select ({arm.title})", params, inputs, images=self._set_size(), label=name)
+        )
+
+    def _pool_is_scored(self, finetuned: bool) -> bool:
+        return any(arm.select == "s3" and arm.finetune == finetuned for arm in self.config.arms.values())
+
+    def _set_size(self) -> int:
+        return self.config.selection.images_per_class * len(self.classes.names)
+
+    def evaluate(self, name: str, arm: ArmConfig) -> Stage:
+        config = self.config.evaluation
+        params: dict[str, Any] = canonical(config)
+        for detail in ("seeds", "cpus_per_task", "gpus_per_task", "threads_per_task"):
+            params.pop(detail)
+        inputs = {"select": self.select(name, arm), "test": self.encode("test")}
+        flops = evaluation_flops(config, self.config.data, len(self.classes.names), self._set_size(), len(self.test.labels))
+        return self._once(
+            f"evaluate-{name}",
+            Stage(
+                "evaluate", f"evaluate ({arm.title})", params, inputs, units=tuple(f"seed-{seed}" for seed in config.seeds),
+                images=self._set_size(), flops=flops * len(config.seeds), label=name,
+            ),
+        )  # fmt: skip
+
+
+ORDER = ("encode", "embed", "finetune", "generate", "select", "export", "evaluate")
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Open the sources, check the weights, lay out the stages. Raises :class:`UserError` for bad input."""
+    builder = _Builder(config)
+    evaluations = {name: builder.evaluate(name, arm) for name, arm in config.arms.items()}
+    chosen = builder.select(config.export, config.arms[config.export])
+    export = Stage(
+        "export", "export", {"classes": list(builder.classes.names)}, {"select": chosen}, images=chosen.images,
+        label=config.export,
+    )  # fmt: skip
+    builder.stages["export"] = export
+    return Plan(config, builder.classes, _ordered(list(builder.stages.values())), evaluations, export)
+
+
+def _ordered(stages: list[Stage]) -> list[Stage]:
+    """Every stage after its inputs; an embedding right after the pool it embeds, since the two run together."""
+    done: list[Stage] = []
+
+    def visit(stage: Stage) -> None:
+        if stage in done:
+            return
+        for earlier in stage.inputs.values():
+            visit(earlier)
+        done.append(stage)
+        for embed in stages:
+            if embed.kind == "embed" and embed.inputs["images"] is stage:
+                visit(embed)
+
+    for stage in sorted(stages, key=lambda s: ORDER.index(s.kind)):
+        visit(stage)
+    return done

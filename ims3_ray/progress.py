@@ -1,0 +1,70 @@
+"""One line of progress with rate and time left: rewritten on a terminal, printed now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+LOG_EVERY_S = 15.0
+TERMINAL_EVERY_S = 0.2
+
+
+class Progress:
+    """Counts ``total`` things of a stage. Use as a context manager; ``advance`` as they are done."""
+
+    def __init__(self, title: str, total: float, unit: str, stream: TextIO | None = None) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0.0
+        self._stream = stream or sys.stdout
+        self._terminal = self._stream.isatty()
+        self._began = self._shown = time.monotonic()
+        self._first: tuple[float, float] | None = None
+
+    def __enter__(self) -> Progress:
+        self._show(f"{self.title} …") if self._terminal else self._line(f"{self.title}: {self.total:g} {self.unit}")
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        seconds = self.seconds
+        rate = f", {self.done / seconds:.1f} {self.unit}/s" if self.done and seconds else ""
+        verb = "done" if kind is None else "stopped"
+        self._line(f"{self.title}: {verb} in {seconds:.1f} s{rate}")
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def advance(self, amount: float) -> None:
+        self.at(self.done + amount)
+
+    def at(self, done: float, note: str = "") -> None:
+        """``done`` of ``total`` are finished; the rate is measured from the first report on, so start-up does not count."""
+        now = time.monotonic()
+        self.done = done
+        if self._first is None:
+            self._first = (now, done)
+        if now - self._shown < (TERMINAL_EVERY_S if self._terminal else LOG_EVERY_S) or done >= self.total:
+            return
+        self._shown = now
+        began, base = self._first if done > self._first[1] else (self._began, 0.0)
+        rate = (done - base) / max(now - began, 1e-9)
+        left = (self.total - done) / rate if rate else float("inf")
+        text = f"{self.title}: {done:g}/{self.total:g} {self.unit}, {rate:.1f}/s, {_clock(left)} left{note and ', ' + note}"
+        self._show(text) if self._terminal else self._line(text)
+
+    def _show(self, text: str) -> None:
+        self._stream.write(f"\r\x1b[2K{text}")
+        self._stream.flush()
+
+    def _line(self, text: str) -> None:
+        self._stream.write(f"\r\x1b[2K{text}\n" if self._terminal else f"{text}\n")
+        self._stream.flush()
+
+
+def _clock(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "unknown time"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,41 @@
+"""The report: one HTML file with everything inside, figures included."""
+
+from __future__ import annotations
+
+import base64
+from importlib import resources
+from typing import Any
+
+import jinja2
+import yaml
+
+from ims3_ray.config import RunConfig, canonical
+from ims3_ray.data.classes import ClassTable
+from ims3_ray.report.figures import line_chart
+
+
+def render_report(
+    config: RunConfig,
+    classes: ClassTable,
+    results: dict[str, Any],
+    sheets: dict[str, bytes],
+    losses: list[list[float]],
+    tables: dict[str, dict[str, Any]],
+) -> str:
+    """HTML of ``report.html``: ``sheets`` are PNGs by arm, ``losses`` rows [step, L, L_Diff, L_IM], ``tables`` S3 terms."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    template = environment.from_string((resources.files("ims3_ray.report") / "report.html").read_text())
+    charts = {}
+    if losses:
+        charts = {
+            "L_Diff": line_chart([(row[0], row[2]) for row in losses]),
+            "L_IM": line_chart([(row[0], row[3]) for row in losses]),
+        }
+    longest = max(stage["seconds"] for stage in results["stages"]) or 1
+    return template.render(
+        config=config, classes=classes, results=results, sheets=sheets, charts=charts, tables=tables, longest=longest,
+        total=sum(stage["seconds"] for stage in results["stages"]),
+        yaml=yaml.safe_dump(canonical(config), sort_keys=False),
+        scores=max((arm["mean"] + arm["std"] for arm in results["arms"].values()), default=1) or 1,
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""What a finished run leaves in its folder, and in MLflow."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from safetensors.torch import load
+
+from ims3_ray.config import canonical
+from ims3_ray.plan import Plan
+from ims3_ray.report.card import dataset_card
+from ims3_ray.report.html import render_report
+from ims3_ray.stages.base import Context, Stage
+from ims3_ray.stages.export import contact_sheet, unpack
+from ims3_ray.tracking import Tracker
+
+
+def publish(context: Context, plan: Plan, results: dict[str, Any]) -> None:
+    """Write ``distilled/``, ``contact_sheet.png``, ``report.html``, the MLflow run, and last ``results.json``."""
+    config, storage, name = context.config, context.storage, context.config.name
+    k = config.selection.images_per_class
+    sheets = {arm: contact_sheet(_images(context, stage), k) for arm, stage in plan.evaluations.items()}
+    unpack(context, plan.export.artifact(storage), f"{name}/distilled")
+    card = dataset_card(config, plan.classes, results).encode()
+    storage.write(f"{name}/distilled/README.md", card)
+    storage.write(f"{name}/contact_sheet.png", sheets[config.export])
+    losses = _losses(context, plan)
+    report = render_report(config, plan.classes, results, sheets, losses, s3_tables(context, plan)).encode()
+    storage.write(f"{name}/report.html", report)
+    results["mlflow_run"] = _track(context, plan, results, losses, {"report.html": report, "README.md": card}, sheets)
+    storage.write(f"{name}/results.json", json.dumps(results, indent=1).encode())
+
+
+def _images(context: Context, evaluation: Stage) -> Any:
+    return load(evaluation.inputs["select"].artifact(context.storage).read("images.safetensors"))["pixels"]
+
+
+def _losses(context: Context, plan: Plan) -> list[list[float]]:
+    """Rows [step, L, L_Diff, L_IM] of the fine-tuning, none without one."""
+    for stage in plan.stages:
+        if stage.kind == "finetune":
+            rows: list[list[float]] = json.loads(stage.artifact(context.storage).read("losses.json"))
+            return rows
+    return []
+
+
+def s3_tables(context: Context, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Arm → the terms of Eq. 10 of every candidate subgroup, for arms that selected by S3."""
+    tables = {}
+    for name, stage in plan.evaluations.items():
+        manifest = stage.inputs["select"].manifest(context.storage) or {}
+        if manifest.get("s3"):
+            tables[name] = manifest["s3"]
+    return tables
+
+
+def _track(
+    context: Context, plan: Plan, results: dict[str, Any], losses: list[list[float]], files: dict[str, bytes],
+    sheets: dict[str, bytes],
+) -> str:  # fmt: skip
+    config = context.config
+    tracker = Tracker(config, context.storage, None)
+    tracker.history(
+        [{"loss": row[1], "loss_diffusion": row[2], "loss_inversion_matching": row[3]} for row in losses],
+        [int(row[0]) for row in losses],
+    )
+    for stage in results["stages"]:
+        label = stage["title"].replace("(", "").replace(")", "").replace("+", "and").replace(" ", "_")
+        rate = {f"images_per_s/{label}": stage["images"] / stage["seconds"]} if stage["seconds"] and stage["images"] else {}
+        tracker.metrics({f"seconds/{label}": stage["seconds"], **rate})
+    for name, table in s3_tables(context, plan).items():
+        tracker.metrics({f"s3/{name}/objective": table["objective"], f"s3/{name}/lower_bound": table["lower_bound"]})
+        for position, group in enumerate(table["groups"]):
+            terms = {term: table[term][position][group] for term in ("proximity", "repulsion", "score")}
+            tracker.metrics({f"s3/{name}/{term}": value for term, value in terms.items()}, step=position)
+    for name, arm in results["arms"].items():
+        stage = plan.evaluations[name]
+        students = (stage.manifest(context.storage) or {})["units"]
+        tracker.child(
+            arm["title"].replace("+", "and"),
+            {"arm": name, "content": arm["content"], **canonical(config.arms[name])},
+            {"accuracy_last_mean": arm["mean"], "accuracy_last_std": arm["std"],
+             "accuracy_best_mean": arm["best"]["mean"], "accuracy_best_std": arm["best"]["std"]},
+            {f"accuracy/{unit}": students[unit]["curve"] for unit in stage.units},
+        )  # fmt: skip
+    for file, data in files.items():
+        tracker.file(file, data)
+    for name, sheet in sheets.items():
+        tracker.file(f"contact_sheet_{name}.png", sheet)
+    tracker.finish()
+    return tracker.run_id

@@ -1,0 +1,1 @@
+"""The Ray layer: schedules, stores and retries; holds no formula."""

@@ -1,0 +1,104 @@
+"""What a stage is, and what it is given to run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ims3_ray.artifacts import Artifact, Storage, key_of
+from ims3_ray.config import RunConfig
+from ims3_ray.data.classes import ClassTable
+
+VERSION = {"encode": 1, "embed": 1, "finetune": 1, "generate": 1, "select": 1, "export": 1, "evaluate": 1}
+"""Raised when a stage's output changes for the same input: old artifacts are then no longer taken for new ones."""
+
+
+@dataclass(eq=False)
+class Stage:
+    """A node of the plan. ``units`` are the pieces its manifest must list for it to be done."""
+
+    kind: str
+    title: str
+    params: Mapping[str, Any]
+    """What of the config it depends on; part of the key."""
+    inputs: Mapping[str, Stage] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Where its weights or images lie on this machine; their hashes, not their paths, are in ``params``."""
+    units: tuple[str, ...] = ("result",)
+    images: int = 0
+    flops: float = 0.0
+    label: str = ""
+    """The arm or split it belongs to, where a kind occurs more than once."""
+
+    def key(self, storage: Storage) -> str | None:
+        """Hash of params and inputs; None while an input that is known by its content is not there yet."""
+        inputs = {name: stage.identity(storage) for name, stage in self.inputs.items()}
+        known = {name: key for name, key in inputs.items() if key is not None}
+        return key_of(self.kind, VERSION[self.kind], self.params, known) if len(known) == len(inputs) else None
+
+    def identity(self, storage: Storage) -> str | None:
+        """How a later stage's key names this one: a selection by the images it chose, all else by key."""
+        key = self.key(storage)
+        if self.kind != "select" or key is None:
+            return key
+        manifest = Artifact(storage, self.kind, key).manifest()
+        return manifest["content"] if manifest else None
+
+    def artifact(self, storage: Storage) -> Artifact:
+        key = self.key(storage)
+        assert key is not None, f"{self.title} was asked for before its inputs were made"
+        return Artifact(storage, self.kind, key)
+
+    def manifest(self, storage: Storage) -> dict[str, Any] | None:
+        return self.artifact(storage).manifest() if self.key(storage) else None
+
+    def missing(self, storage: Storage) -> list[str]:
+        """Units not committed yet."""
+        have = (self.manifest(storage) or {}).get("units", {})
+        return [unit for unit in self.units if unit not in have]
+
+
+@dataclass
+class Context:
+    """What every stage is given."""
+
+    config: RunConfig
+    storage: Storage
+    classes: ClassTable
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def commit_units(artifact: Artifact, units: Mapping[str, Any], seconds: float, **extra: Any) -> None:
+    """Add ``units`` to the artifact's manifest (it may be extended later) with the seconds they took."""
+    before = artifact.manifest() or {"units": {}, "seconds": 0.0}
+    total = float(before["seconds"]) + seconds
+    artifact.commit({**before, **extra, "units": {**before["units"], **units}, "seconds": total, "stage": artifact.stage})
+
+
+def unit_name(label: int, number: int) -> str:
+    """Unit ``number`` of the class with that label (of the generator for candidates, of the source for real images)."""
+    return f"c{label:04d}-u{number:05d}"
+
+
+def parse_unit(unit: str) -> tuple[int, int]:
+    label, number = unit.split("-")
+    return int(label[1:]), int(number[1:])
+
+
+def units_of(label: int, count: int, unit_size: int) -> list[str]:
+    """Names of the units that hold images 0 … count−1 of a class."""
+    return [unit_name(label, number) for number in range(-(-count // unit_size))]
+
+
+def pack_tensors(**tensors: Tensor) -> bytes:
+    return save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+
+
+def read_class(artifact: Artifact, units: list[str], name: str) -> Tensor:
+    """Tensor ``name`` of a class's units, joined in order of their numbers."""
+    return torch.cat([load(artifact.read(f"{unit}.safetensors"))[name] for unit in units])

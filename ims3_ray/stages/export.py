@@ -1,0 +1,50 @@
+"""Export: the chosen images as Parquet in the Hub's layout."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load
+
+from ims3_ray.artifacts import Artifact
+from ims3_ray.data.classes import folder_name
+from ims3_ray.data.hub import encode_png, image_table, parquet_bytes
+from ims3_ray.data.transforms import to_pil
+from ims3_ray.stages.base import Context, Stage, commit_units
+
+PARQUET = "train-00000-of-00001.parquet"
+
+
+def run(context: Context, stage: Stage) -> None:
+    """Commit the distilled set as one Parquet shard."""
+    began = time.monotonic()
+    chosen = load(stage.inputs["select"].artifact(context.storage).read("images.safetensors"))
+    names, k = context.classes.names, context.config.selection.images_per_class
+    rows = []
+    for position, (pixels, label) in enumerate(zip(chosen["pixels"], chosen["labels"].tolist(), strict=True)):
+        rows.append((encode_png(to_pil(pixels)), f"{folder_name(names[label])}/{position % k:05d}.png", label))
+    artifact = stage.artifact(context.storage)
+    digest = artifact.write(PARQUET, parquet_bytes(image_table(rows, names)))
+    commit_units(artifact, {"result": {"sha256": digest, "images": len(rows)}}, time.monotonic() - began)
+
+
+def unpack(context: Context, artifact: Artifact, folder: str) -> None:
+    """Lay the exported set out in ``folder`` of the storage: ``data/*.parquet`` and one image folder per class."""
+    parquet = artifact.read(PARQUET)
+    for row in pq.read_table(io.BytesIO(parquet)).column("image").to_pylist():
+        context.storage.write(f"{folder}/images/{row['path']}", row["bytes"])
+    context.storage.write(f"{folder}/data/{PARQUET}", parquet)
+
+
+def contact_sheet(pixels_NCHW: torch.Tensor, columns: int, gap: int = 1) -> bytes:
+    """uint8 images in rows of ``columns``, as one PNG on white."""
+    n, c, h, w = pixels_NCHW.shape
+    rows = -(-n // columns)
+    sheet = torch.full((c, rows * (h + gap) - gap, columns * (w + gap) - gap), 255, dtype=torch.uint8)
+    for i, image in enumerate(pixels_NCHW):
+        y, x = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        sheet[:, y : y + h, x : x + w] = image
+    return encode_png(to_pil(sheet))

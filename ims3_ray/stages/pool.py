@@ -1,0 +1,247 @@
+"""Units of work on a Ray Data actor pool: real images decoded, candidates generated, both embedded by φ.
+
+One actor does all that a unit needs (generate → shard → φ → shard), so pixels never cross Ray's object store and no
+two pools compete for the same devices. Rows of a few hundred bytes come back.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load
+from torch import Tensor
+
+from ims3_ray.artifacts import Artifact
+from ims3_ray.config import ActorsConfig, DataConfig, SamplingConfig
+from ims3_ray.data.sources import open_source
+from ims3_ray.data.transforms import to_pixels, to_signed, to_uint8
+from ims3_ray.diffusion.sampling import guided, sample
+from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.models.difffit import merge_adapter
+from ims3_ray.models.encoder import load_encoder
+from ims3_ray.models.generator import load_generator
+from ims3_ray.progress import Progress
+from ims3_ray.seeds import generator_for
+from ims3_ray.stages.base import Context, Stage, commit_units, pack_tensors, parse_unit
+
+Produced = tuple[Tensor, list[str]]
+"""uint8 pixels [n, C, H, W] and the names of images that could not be decoded."""
+
+Producer = Callable[[str], Produced]
+
+
+def actor_device() -> str:
+    return "cuda" if ray.get_gpu_ids() else "cpu"
+
+
+class RealImages:
+    """Decodes a data source. Unit u of a class is its images u·unit_size … in the source's order."""
+
+    def __init__(self, data: DataConfig, path: str, split: str) -> None:
+        self.data, self.source = data, open_source(path, split)
+
+    def __call__(self, unit: str) -> Produced:
+        label, number = parse_unit(unit)
+        size = self.data.unit_size
+        indices = np.flatnonzero(self.source.labels == label)[number * size : (number + 1) * size]
+        pixels, broken = [], []
+        for index in indices.tolist():
+            try:
+                pixels.append(to_pixels(self.source.image(index), self.data.size, self.data.channels))
+            except OSError as error:
+                broken.append(f"{self.source.identify(index)}: {str(error).splitlines()[0]}")
+        empty = np.zeros((0, self.data.channels, self.data.size, self.data.size), np.uint8)
+        return torch.from_numpy(np.stack(pixels) if pixels else empty), broken
+
+
+class Candidates:
+    """Samples the generator. Image ``index`` of a class starts from noise seeded by (run seed, class, index) alone."""
+
+    def __init__(self, sampling: SamplingConfig, weights: Path, adapter: Artifact | None, seed: int) -> None:
+        self.sampling, self.seed, self.device = sampling, seed, actor_device()
+        self.model = load_generator(weights)
+        if adapter is not None:
+            merge_adapter(self.model, load(adapter.read("adapter.safetensors")))
+        self.model.to(self.device)
+        self.schedule = NoiseSchedule()
+
+    def __call__(self, unit: str) -> Produced:
+        label, number = parse_unit(unit)
+        s, shape = self.sampling, self.model.config
+        first = number * s.unit_size
+        rngs = [generator_for(self.seed, "image", label, index) for index in range(first, first + s.unit_size)]
+        y = torch.full((s.unit_size,), label, device=self.device)
+        with torch.inference_mode():
+            predict = guided(self.model, y, shape.null_label, s.cfg_scale, s.cfg_channels)
+            signed = sample(
+                predict, (shape.in_channels, shape.input_size, shape.input_size), rngs, self.schedule, s.steps,
+                eta=s.eta, clip=s.clip, device=self.device,
+            )  # fmt: skip
+        return to_uint8(signed).cpu(), []
+
+
+class Stored:
+    """Reads units that were produced before, so that another φ can embed them."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+
+    def __call__(self, unit: str) -> Produced:
+        return load(self.artifact.read(f"{unit}.safetensors"))["pixels"], []
+
+
+class UnitWorker:
+    """One actor of the pool: produces a unit, stores it, embeds it, stores the embedding."""
+
+    def __init__(
+        self, producer: Callable[[], Producer], pixels: Artifact | None, features: Artifact | None,
+        encoder: Path | None, batch: int, threads: int,
+    ) -> None:  # fmt: skip
+        torch.set_num_threads(threads)
+        self.device = actor_device()
+        self.produce = producer()
+        self.pixels, self.features, self.batch = pixels, features, batch
+        self.encoder = load_encoder(encoder).to(self.device) if encoder is not None else None
+
+    def __call__(self, row: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
+        unit, began = str(row["unit"][0]), time.monotonic()
+        entry: dict[str, Any] = {}
+        try:
+            pixels, broken = self.produce(unit)
+            entry = {"images": len(pixels), "broken": broken}
+            if self.pixels is not None:
+                entry["sha256"] = self.pixels.write(f"{unit}.safetensors", pack_tensors(pixels=pixels))
+            if self.features is not None and self.encoder is not None:
+                packed = pack_tensors(features=self.embed(pixels))
+                entry["features_sha256"] = self.features.write(f"{unit}.safetensors", packed)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # one bad unit must not take the job with it; the driver decides what to do
+            entry = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        entry["seconds"] = time.monotonic() - began
+        return {"unit": [unit], "entry": [json.dumps(entry)]}
+
+    @torch.inference_mode()
+    def embed(self, pixels: Tensor) -> Tensor:
+        """φ of ``pixels`` in batches of one shape (the last is padded), float32 [n, D]."""
+        assert self.encoder is not None
+        parts = []
+        for part in pixels.split(self.batch) if len(pixels) else []:
+            padded = torch.cat([part, part[:1].expand(self.batch - len(part), -1, -1, -1)])
+            parts.append(self.encoder(to_signed(padded.to(self.device)))[: len(part)].float().cpu())
+        return torch.cat(parts) if parts else torch.zeros(0, self.encoder.dim)
+
+
+class IncompletePool(RuntimeError):
+    """Units that failed on every attempt."""
+
+
+def run_units(units: list[str], worker: dict[str, Any], actors: ActorsConfig) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Work through ``units`` on the pool; yields (unit, entry) as each is finished, errors included."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.verbose_progress = False
+    context.max_consecutive_actor_init_deaths = 10
+    size = min(actors.count, len(units))
+    rows = (
+        ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
+        .map_batches(
+            UnitWorker,
+            fn_constructor_kwargs=worker,
+            batch_size=1,
+            num_cpus=actors.cpus,
+            num_gpus=actors.gpus or None,
+            compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
+        )
+        .iter_rows(prefetch_batches=0)
+    )
+    for row in rows:
+        yield row["unit"], json.loads(row["entry"])
+
+
+def produce(context: Context, source: Stage, embed: Stage | None) -> None:
+    """Make what is missing of a pool (real or generated) and of its embedding, in one pass where both are missing."""
+    storage = context.storage
+    missing = source.missing(storage)
+    to_embed = embed.missing(storage) if embed is not None else []
+    both = [unit for unit in missing if unit in set(to_embed)]
+    alone = [unit for unit in missing if unit not in set(to_embed)]
+    again = [unit for unit in to_embed if unit not in set(missing)]
+    producer = _producer(context, source)
+    _make(context, producer, source, embed, both)
+    _make(context, producer, source, None, alone)
+    _make(context, partial(Stored, source.artifact(storage)), None, embed, again)
+
+
+def _make(
+    context: Context, producer: Callable[[], Producer], source: Stage | None, embed: Stage | None, units: list[str]
+) -> None:
+    """Run ``units``, commit what succeeded, try failures again, raise :class:`IncompletePool` if some remain."""
+    if not units:
+        return
+    stage = source or embed
+    assert stage is not None
+    pixels = source.artifact(context.storage) if source else None
+    features = embed.artifact(context.storage) if embed else None
+    done = _already_whole(pixels, features, units)
+    pending = [unit for unit in units if unit not in done]
+    encoder = Path(embed.places["weights"]) if embed else None
+    worker = {
+        "producer": producer, "pixels": pixels, "features": features, "encoder": encoder,
+        "batch": 250, "threads": context.config.actors.threads,
+    }  # fmt: skip
+    began = time.monotonic()
+    failed: dict[str, str] = {}
+    per_unit = stage.images / len(stage.units)
+    with Progress(stage.title, round(per_unit * len(units)), "images") as progress:
+        progress.at(round(per_unit * len(done)))
+        for _ in range(context.config.actors.max_attempts):
+            failed = {}
+            for unit, entry in run_units(pending, worker, context.config.actors) if pending else []:
+                if "error" in entry:
+                    failed[unit] = entry["error"]
+                    continue
+                done[unit] = entry
+                if pixels is not None:
+                    pixels.write(f"{unit}.json", json.dumps(entry).encode())
+                progress.advance(entry["images"])
+            pending = list(failed)
+    seconds = time.monotonic() - began
+    for artifact in (pixels, features):
+        if artifact is not None:
+            commit_units(artifact, done, seconds if artifact is (pixels or features) else 0.0)
+    if failed:
+        unit, error = next(iter(failed.items()))
+        raise IncompletePool(f"{stage.title}: {len(failed)} of {len(units)} units failed every attempt; {unit}: {error}")
+
+
+def _already_whole(pixels: Artifact | None, features: Artifact | None, units: list[str]) -> dict[str, dict[str, Any]]:
+    """Entries of units that an interrupted run had finished: the note beside the shard is written after it."""
+    if pixels is None:
+        return {}
+    names = pixels.shards()
+    embedded = features.shards() if features else None
+    return {
+        unit: json.loads(pixels.read(f"{unit}.json"))
+        for unit in units
+        if f"{unit}.json" in names and (embedded is None or f"{unit}.safetensors" in embedded)
+    }
+
+
+def _producer(context: Context, source: Stage) -> Callable[[], Producer]:
+    """What an actor builds for itself when it starts."""
+    config, place = context.config, source.places
+    if source.kind == "encode":
+        return partial(RealImages, config.data, place["path"], place["split"])
+    adapter = source.inputs["finetune"].artifact(context.storage) if "finetune" in source.inputs else None
+    return partial(Candidates, config.sampling, Path(place["weights"]), adapter, config.seed)

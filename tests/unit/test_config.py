@@ -1,0 +1,70 @@
+"""The config tree: files, overrides, and errors of one line that name the fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ims3_ray.config import PretrainConfig, RunConfig, load_config
+from ims3_ray.errors import UserError
+
+
+def test_defaults_are_the_embedded_demonstration():
+    config = load_config(RunConfig)
+    assert config.data.path == "embedded:fashion-mnist"
+    assert list(config.arms) == ["random_real", "dit", "dit_s3", "ims3"]
+    assert config == RunConfig()
+
+
+def test_overrides_reach_nested_keys_and_keep_their_types():
+    config = load_config(RunConfig, None, ["selection.alpha=0.4", "finetune.lr=1e-4", "evaluation.seeds=[3, 4]"])
+    assert (config.selection.alpha, config.finetune.lr, config.evaluation.seeds) == (0.4, 1e-4, (3, 4))
+    assert config.finetune.steps == RunConfig().finetune.steps
+
+
+def test_a_file_extends_another_and_overrides_come_last(tmp_path: Path):
+    (tmp_path / "base.yaml").write_text("selection: {groups: 7, alpha: 0.1}\narms: {dit: null}\n")
+    (tmp_path / "run.yaml").write_text("extends: base.yaml\nselection: {alpha: 0.2}\n")
+    config = load_config(RunConfig, tmp_path / "run.yaml", ["selection.beta=0.5"])
+    assert (config.selection.groups, config.selection.alpha, config.selection.beta) == (7, 0.2, 0.5)
+    assert list(config.arms) == ["random_real", "dit_s3", "ims3"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("selection.alfa=1", "unknown config key 'selection.alfa'; did you mean 'selection.alpha'?"),
+        ("selektion.alpha=1", "did you mean 'selection'?"),
+        ("alpha=1", "did you mean 'selection.alpha'?"),
+        ("selection.groups=0", "selection.groups=0: input should be greater than or equal to 1"),
+        ("selection.pool_per_class=20", "raise it or lower the others"),
+        ("finetune.inversion.grad_steps=9", "grad_steps=9 exceeds n_steps=2"),
+        ("arms.random_real.select=s3", "images: real goes with"),
+        ("export=nothing", "export='nothing' is no arm; there is: random_real, dit, dit_s3, ims3"),
+        ("name=artifacts", "name 'artifacts' is taken"),
+        ("selection.alpha", "not of the form key=value"),
+    ],
+)
+def test_bad_values_are_one_line_that_names_the_fix(override: str, says: str):
+    with pytest.raises(UserError) as caught:
+        load_config(RunConfig, None, [override])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_alpha_and_beta_both_zero_is_refused():
+    with pytest.raises(UserError, match="alpha and beta are both 0"):
+        load_config(RunConfig, None, ["selection.alpha=0", "selection.beta=0"])
+
+
+def test_a_circle_of_files_and_a_missing_file_are_errors(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(UserError, match="extends itself"):
+        load_config(RunConfig, tmp_path / "a.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(RunConfig, tmp_path / "none.yaml")
+
+
+def test_pretraining_uses_the_same_tree():
+    assert load_config(PretrainConfig, None, ["generator.depth=3"]).generator.depth == 3

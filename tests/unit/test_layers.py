@@ -1,0 +1,56 @@
+"""The ground floor is tensors in, tensors out: no Ray, no MLflow, no DeepSpeed."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(importlib.util.find_spec("ims3_ray").origin).parent
+GROUND_FLOOR = ("data", "models", "diffusion", "objectives", "selection")
+UPSTAIRS = {"ray", "mlflow", "deepspeed"}
+FILES = sorted(file for folder in GROUND_FLOOR for file in (PACKAGE / folder).rglob("*.py"))
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(source: str) -> set[str]:
+    """Every module imported anywhere in ``source``, in functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{'.' * node.level}{node.module or ''}", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_the_reader_of_imports_sees_them_all():
+    assert imports_of("import ray.train as r") == {"ray.train"}
+    assert imports_of("def f():\n    from ray import data") == {"ray", "ray.data"}
+
+
+def test_every_room_of_the_ground_floor_has_files():
+    assert {file.relative_to(PACKAGE).parts[0] for file in FILES} == set(GROUND_FLOOR)
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_a_ground_floor_file_imports_nothing_from_upstairs(file: Path):
+    imports = imports_of(file.read_text())
+    assert not {name.split(".")[0] for name in imports} & UPSTAIRS
+    own = {name.split(".")[1] for name in imports if name.startswith("ims3_ray.")}
+    assert own <= {*GROUND_FLOOR, "errors", "seeds"}
+
+
+def test_importing_the_whole_ground_floor_loads_nothing_from_upstairs():
+    modules = [module_name(file) for file in FILES]
+    code = f"import importlib, sys\nfor m in {modules}: importlib.import_module(m)\nprint(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(modules) <= set(loaded)
+    assert not {name.split(".")[0] for name in loaded} & UPSTAIRS

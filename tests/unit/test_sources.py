@@ -1,0 +1,433 @@
+"""Image sources, transforms and batches: what is read, what is refused, and in which order it comes."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from ims3_ray.data.batches import batch_indices, load_pixels
+from ims3_ray.data.hub import encode_png, image_table, parquet_bytes
+from ims3_ray.data.sources import fingerprint, open_source
+from ims3_ray.data.transforms import to_pil, to_pixels, to_signed, to_uint8
+from ims3_ray.errors import UserError
+from ims3_ray.seeds import seed_for
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 4), dtype=np.uint8)
+LABELS = [1, 0, 2, 1, 0]
+NAMES = ["cat", "dog", "eel"]
+
+
+def idx_bytes(array: np.ndarray, kind: int = 8) -> bytes:
+    return struct.pack(f">HBB{array.ndim}I", 0, kind, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_idx(folder: Path, pixels: np.ndarray, labels: list[int], zipped: bool = False, prefix: str = "train") -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, array in (("images-idx3-ubyte", pixels), ("labels-idx1-ubyte", np.array(labels, np.uint8))):
+        content = idx_bytes(array)
+        file = folder / f"{prefix}-{name}{'.gz' if zipped else ''}"
+        file.write_bytes(gzip.compress(content, mtime=0) if zipped else content)
+    return folder
+
+
+def rows(labels: list[int] = LABELS) -> list[tuple[bytes, str, int]]:
+    return [
+        (encode_png(Image.fromarray(p)), f"{i}.png", label) for i, (p, label) in enumerate(zip(PIXELS, labels, strict=True))
+    ]
+
+
+def write_parquet(folder: Path, name: str = "train.parquet") -> Path:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(parquet_bytes(image_table(rows(), NAMES)))
+    return folder
+
+
+def write_folder(folder: Path) -> Path:
+    for i, label in enumerate(LABELS):
+        file = folder / "train" / NAMES[label] / f"{label}{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode_png(Image.fromarray(PIXELS[i])))
+    return folder
+
+
+WRITERS = {
+    "idx": lambda folder: write_idx(folder, PIXELS, LABELS),
+    "idx.gz": lambda folder: write_idx(folder, PIXELS, LABELS, zipped=True),
+    "parquet": write_parquet,
+    "parquet in data/": lambda folder: write_parquet(folder, "data/train-00000-of-00001.parquet"),
+    "folder": write_folder,
+}
+
+
+def refused(path: Path | str, split: str = "train") -> str:
+    with pytest.raises(UserError) as raised:
+        open_source(str(path), split)
+    message = str(raised.value)
+    assert message.strip()
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_source_gives_back_images_and_labels(tmp_path: Path, kind: str):
+    source = open_source(str(WRITERS[kind](tmp_path / "set")), "train")
+    order = sorted(range(5), key=lambda i: LABELS[i]) if kind == "folder" else range(5)
+    assert source.labels.dtype == np.int64
+    assert source.labels.tolist() == [LABELS[i] for i in order]
+    assert list(source.class_names) == (["0", "1", "2"] if kind.startswith("idx") else NAMES)
+    for position, i in enumerate(order):
+        assert np.array_equal(np.asarray(source.image(position)), PIXELS[i])
+    assert len({source.identify(i) for i in range(5)}) == 5
+
+
+def test_the_test_split_of_idx_files_is_called_t10k(tmp_path: Path):
+    write_idx(tmp_path, PIXELS, LABELS)
+    write_idx(tmp_path, PIXELS[:2], [2, 1], prefix="t10k")
+    assert open_source(str(tmp_path), "test").labels.tolist() == [2, 1]
+
+
+def test_idx_classes_may_be_named_in_a_file(tmp_path: Path):
+    (write_idx(tmp_path, PIXELS, LABELS) / "classes.txt").write_text("cat\ndog\neel\n")
+    assert list(open_source(str(tmp_path), "train").class_names) == NAMES
+
+
+def test_a_single_parquet_file_is_a_source(tmp_path: Path):
+    source = open_source(str(write_parquet(tmp_path) / "train.parquet"), "anything")
+    assert source.labels.tolist() == LABELS
+
+
+def test_parquet_shards_are_read_in_the_order_of_their_names(tmp_path: Path):
+    for shard, some in enumerate((rows()[:2], rows()[2:])):
+        (tmp_path / f"train-{shard}.parquet").write_bytes(parquet_bytes(image_table(some, NAMES)))
+    source = open_source(str(tmp_path), "train")
+    assert source.labels.tolist() == LABELS
+    assert all(np.array_equal(np.asarray(source.image(i)), PIXELS[i]) for i in range(5))
+    assert [source.identify(i) for i in (1, 2, 4)] == [
+        "train-0.parquet row 1",
+        "train-1.parquet row 0",
+        "train-1.parquet row 2",
+    ]
+
+
+def test_parquet_without_class_names_numbers_its_classes(tmp_path: Path):
+    pq.write_table(image_table(rows(), NAMES).replace_schema_metadata(None), tmp_path / "train.parquet")
+    assert open_source(str(tmp_path), "train").class_names == ("0", "1", "2")
+
+
+def test_parquet_in_row_groups_gives_the_same_images(tmp_path: Path):
+    pq.write_table(image_table(rows(), NAMES), tmp_path / "train.parquet", row_group_size=2)
+    source = open_source(str(tmp_path), "train")
+    assert all(np.array_equal(np.asarray(source.image(i)), PIXELS[i]) for i in range(5))
+
+
+def test_folders_are_searched_to_any_depth_for_images_only(tmp_path: Path):
+    write_folder(tmp_path)
+    deep = tmp_path / "train" / "dog" / "more" / "x.PNG"
+    deep.parent.mkdir()
+    deep.write_bytes(encode_png(Image.fromarray(PIXELS[0])))
+    (tmp_path / "train" / "dog" / "notes.txt").write_text("not an image")
+    source = open_source(str(tmp_path), "train")
+    assert source.labels.tolist() == [0, 0, 1, 1, 1, 2]
+    assert str(Path("dog", "more", "x.PNG")) in {source.identify(i) for i in range(6)}
+
+
+def test_a_missing_path_is_refused(tmp_path: Path):
+    assert "does not exist" in refused(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("name", "split"), [("nothing", "train"), ("fashion-mnist", "validation")])
+def test_a_missing_embedded_set_is_refused_with_those_there_are(name: str, split: str):
+    assert "fashion-mnist" in refused(f"embedded:{name}", split).split("there is:")[1]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_missing_split_is_refused(tmp_path: Path, kind: str):
+    assert "'test'" in refused(WRITERS[kind](tmp_path / "set"), "test")
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path):
+    assert "holds neither" in refused(tmp_path)
+
+
+def test_class_folders_without_images_are_refused(tmp_path: Path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    assert "holds no image" in refused(tmp_path)
+
+
+def test_empty_idx_files_are_refused(tmp_path: Path):
+    assert "holds no image" in refused(write_idx(tmp_path, PIXELS[:0], []))
+
+
+def test_an_empty_parquet_file_is_refused(tmp_path: Path):
+    pq.write_table(image_table(rows(), NAMES).slice(0, 0), tmp_path / "train.parquet")
+    assert "holds no image" in refused(tmp_path)
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def garbled(content: bytes) -> bytes:
+    return content[:12] + bytes(255 - b for b in content[12:-8]) + content[-8:]
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("damage", [cut, lambda content: content[:3], lambda content: b"", lambda content: b"<html>404</html>"])
+def test_damaged_idx_files_are_refused(tmp_path: Path, zipped: bool, damage: Callable[[bytes], bytes]):
+    write_idx(tmp_path, PIXELS, LABELS, zipped)
+    images = next(tmp_path.glob("train-images*"))
+    images.write_bytes(damage(images.read_bytes()))
+    assert "cannot be read" in refused(tmp_path)
+
+
+def test_a_garbled_gzip_stream_is_refused(tmp_path: Path):
+    write_idx(tmp_path, PIXELS, LABELS, zipped=True)
+    images = next(tmp_path.glob("train-images*"))
+    images.write_bytes(garbled(images.read_bytes()))
+    assert "cannot be read" in refused(tmp_path)
+
+
+def test_idx_files_of_another_number_type_are_refused(tmp_path: Path):
+    write_idx(tmp_path, PIXELS, LABELS)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx_bytes(PIXELS, kind=13))
+    assert "0xd" in refused(tmp_path)
+
+
+def test_idx_images_and_labels_must_be_equally_many(tmp_path: Path):
+    assert "5 images but 4 labels" in refused(write_idx(tmp_path, PIXELS, LABELS[:4]))
+
+
+def test_idx_labels_beyond_the_named_classes_are_refused(tmp_path: Path):
+    (write_idx(tmp_path, PIXELS, LABELS) / "classes.txt").write_text("cat\ndog\n")
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [cut, lambda content: b"", lambda content: b"<html>404</html>"])
+def test_damaged_parquet_files_are_refused(tmp_path: Path, damage: Callable[[bytes], bytes]):
+    file = write_parquet(tmp_path) / "train.parquet"
+    file.write_bytes(damage(file.read_bytes()))
+    assert "cannot be read" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"image": [b"x"]},
+        {"label": [0]},
+        {"text": ["x"], "label": [0]},
+        {"image": [b"x"], "label": [0]},
+        {"image": [{"path": "x.png"}], "label": [0]},
+        {"image": [{"bytes": b"x", "path": "x"}], "label": ["cat"]},
+        {"image": [{"bytes": b"x", "path": "x"}] * 2, "label": [0, None]},
+    ],
+    ids=["no label", "no image", "other columns", "plain bytes", "no bytes", "label is text", "label is null"],
+)
+def test_parquet_of_another_layout_is_refused(tmp_path: Path, columns: dict[str, list[object]]):
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_parquet_labels_beyond_the_named_classes_are_refused(tmp_path: Path, label: int):
+    content = parquet_bytes(image_table(rows([*LABELS[:4], label]), NAMES))
+    (tmp_path / "train.parquet").write_bytes(content)
+    refused(tmp_path)
+
+
+def photograph() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 48, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+@pytest.mark.parametrize("damage", [cut, lambda content: content[:20], lambda content: b"", lambda content: b"no image"])
+def test_an_image_that_does_not_decode_is_an_os_error_that_load_pixels_names(
+    tmp_path: Path, form: str, damage: Callable[[bytes], bytes]
+):
+    for name in ("a.img", "b.img", "c.img"):
+        file = tmp_path / "cat" / name.replace("img", form.lower())
+        file.parent.mkdir(exist_ok=True)
+        photograph().save(file, format=form)
+    broken = tmp_path / "cat" / f"b.{form.lower()}"
+    broken.write_bytes(damage(broken.read_bytes()))
+    source = open_source(str(tmp_path), "train")
+    with pytest.raises(OSError, match=r".+"):
+        source.image(1)
+    pixels, labels, names = load_pixels(source, 16, 3)
+    assert names == [source.identify(1)] == [str(Path("cat", f"b.{form.lower()}"))]
+    assert pixels.shape == (2, 3, 16, 16)
+    assert labels.tolist() == [0, 0]
+
+
+def test_a_parquet_row_without_bytes_is_named(tmp_path: Path):
+    images = [{"bytes": encode_png(photograph()), "path": "a"}, {"bytes": None, "path": "b"}]
+    pq.write_table(pa.table({"image": images, "label": [1, 0]}), tmp_path / "train.parquet")
+    pixels, labels, names = load_pixels(open_source(str(tmp_path), "train"), 8, 3)
+    assert names == ["train.parquet row 1"]
+    assert (len(pixels), labels.tolist()) == (1, [1])
+
+
+def test_load_pixels_of_nothing_readable_is_empty(tmp_path: Path):
+    pq.write_table(pa.table({"image": [{"bytes": b"x", "path": "a"}], "label": [0]}), tmp_path / "train.parquet")
+    pixels, labels, names = load_pixels(open_source(str(tmp_path), "train"), 8, 3)
+    assert (tuple(pixels.shape), len(labels), len(names)) == ((0, 3, 8, 8), 0, 1)
+
+
+def test_load_pixels_keeps_pixels_that_already_fit(tmp_path: Path):
+    squares = PIXELS[:, :4]
+    pixels, labels, broken = load_pixels(open_source(str(write_idx(tmp_path, squares, LABELS)), "train"), 4, 1)
+    assert np.array_equal(pixels[:, 0].numpy(), squares)
+    assert labels.tolist() == LABELS
+    assert broken == []
+
+
+def print_of(folder: Path) -> str:
+    return fingerprint(open_source(str(folder), "train"))
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_equal_content_has_an_equal_fingerprint_wherever_it_lies(tmp_path: Path, kind: str):
+    first, second = (WRITERS[kind](tmp_path / name) for name in ("one", "two"))
+    assert print_of(first) == print_of(second)
+
+
+def move_an_image_to_the_next_class(folder: Path) -> None:
+    """The files keep their names, bytes and order."""
+    (folder / "train" / "cat" / "04.png").rename(folder / "train" / "dog" / "04.png")
+
+
+def rename_a_class(folder: Path) -> None:
+    (folder / "train" / "eel").rename(folder / "train" / "fox")
+
+
+def change_one_pixel(folder: Path) -> None:
+    changed = PIXELS[0].copy()
+    changed[0, 0] ^= 1
+    (folder / "train" / "dog" / "10.png").write_bytes(encode_png(Image.fromarray(changed)))
+
+
+def remove_an_image(folder: Path) -> None:
+    (folder / "train" / "dog" / "10.png").unlink()
+
+
+@pytest.mark.parametrize("change", [change_one_pixel, remove_an_image, move_an_image_to_the_next_class, rename_a_class])
+def test_the_fingerprint_of_a_folder_changes_with(tmp_path: Path, change: Callable[[Path], None]):
+    before = print_of(write_folder(tmp_path))
+    change(tmp_path)
+    assert print_of(tmp_path) != before
+
+
+def test_the_fingerprint_of_idx_files_changes_with_pixels_labels_and_names(tmp_path: Path):
+    other = PIXELS.copy()
+    other[2, 3, 1] ^= 1
+    names = write_idx(tmp_path / "names", PIXELS, LABELS)
+    (names / "classes.txt").write_text("\n".join(NAMES))
+    folders = [
+        write_idx(tmp_path / "same", PIXELS, LABELS),
+        write_idx(tmp_path / "pixels", other, LABELS),
+        write_idx(tmp_path / "labels", PIXELS, [1, 0, 2, 0, 1]),
+        names,
+    ]
+    assert len({print_of(folder) for folder in folders}) == 4
+
+
+def test_the_fingerprint_of_parquet_changes_with_its_labels(tmp_path: Path):
+    before = print_of(write_parquet(tmp_path))
+    (tmp_path / "train.parquet").write_bytes(parquet_bytes(image_table(rows([1, 0, 2, 0, 1]), NAMES)))
+    assert print_of(tmp_path) != before
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "LA", "CMYK"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [(16, 16), (40, 17), (15, 90), (300, 200), (1, 5), (3, 16)])
+def test_pixels_have_the_shape_asked_for(mode: str, channels: int, shape: tuple[int, int]):
+    pixels = to_pixels(Image.new("RGB", shape, (90, 90, 90)).convert(mode), 16, channels)
+    assert pixels.shape == (channels, 16, 16)
+    assert pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (40, 17), (15, 90), (300, 200), (1, 5)])
+def test_an_even_image_stays_even(shape: tuple[int, int]):
+    pixels = to_pixels(Image.new("RGB", shape, (10, 120, 240)), 16, 3)
+    assert all((pixels[channel] == value).all() for channel, value in enumerate((10, 120, 240)))
+
+
+def test_the_centre_of_an_image_that_is_wide_or_high_is_cut_out():
+    image = np.random.default_rng(2).integers(0, 256, (8, 14, 3), dtype=np.uint8)
+    assert np.array_equal(to_pixels(Image.fromarray(image), 8, 3), image[:, 3:11].transpose(2, 0, 1))
+    high = image.transpose(1, 0, 2).copy()
+    assert np.array_equal(to_pixels(Image.fromarray(high), 8, 3), high[3:11].transpose(2, 0, 1))
+
+
+def test_an_image_of_twice_the_size_is_averaged_two_by_two():
+    image = np.random.default_rng(3).integers(0, 256, (16, 16), dtype=np.uint8)
+    mean = image.reshape(8, 2, 8, 2).astype(np.float64).mean((1, 3))
+    assert np.abs(to_pixels(Image.fromarray(image), 8, 1)[0] - mean).max() <= 1.0  # Pillow rounds after each axis
+
+
+def test_a_grey_image_has_three_equal_channels_in_colour():
+    pixels = to_pixels(Image.fromarray(PIXELS[0]), 4, 3)
+    assert np.array_equal(pixels[0], pixels[1])
+    assert np.array_equal(pixels[0], pixels[2])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_survive_the_way_through_pillow(channels: int):
+    pixels = torch.randint(256, (channels, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(to_pixels(to_pil(pixels), 8, channels), pixels.numpy())
+
+
+def test_every_pixel_value_survives_the_signed_range():
+    values = torch.arange(256, dtype=torch.uint8)
+    signed = to_signed(values)
+    assert (signed.min(), signed.max()) == (-1, 1)
+    assert torch.equal(to_uint8(signed), values)
+    assert to_uint8(torch.tensor([-3.0, 3.0, 0.999])).tolist() == [0, 255, 255]
+
+
+def take(count: int, batch: int, rank: int, world: int, steps: int, seed: int = 0, first: int = 0) -> list[list[int]]:
+    return [b.tolist() for b in itertools.islice(batch_indices(count, batch, rank, world, seed, first), steps)]
+
+
+@pytest.mark.parametrize(("count", "batch"), [(12, 4), (10, 4), (3, 8), (7, 1)])
+def test_every_epoch_is_a_fresh_permutation(count: int, batch: int):
+    flat = list(itertools.chain(*take(count, batch, 0, 1, 4 * count)))
+    epochs = [flat[i : i + count] for i in range(0, 4 * count, count)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_ranks_share_each_batch_of_one_worker(world: int):
+    alone = take(23, 8, 0, 1, 9)
+    ranks = [take(23, 8, rank, world, 9) for rank in range(world)]
+    for step, batch in enumerate(alone):
+        assert list(itertools.chain(*(parts[step] for parts in ranks))) == batch
+        assert all(len(parts[step]) == 8 // world for parts in ranks)
+
+
+@pytest.mark.parametrize("first", [1, 5, 13])
+def test_a_restart_continues_with_the_very_batches(first: int):
+    assert take(10, 4, 1, 2, 4, first=first) == take(10, 4, 1, 2, 4 + first)[first:]
+
+
+def test_batches_follow_their_seed():
+    assert take(50, 10, 0, 1, 3, seed=1) == take(50, 10, 0, 1, 3, seed=1) != take(50, 10, 0, 1, 3, seed=2)
+
+
+def test_batches_take_any_seed_of_the_seed_function():
+    assert len(take(5, 5, 0, 1, 1, seed=seed_for(0, "batches"))[0]) == 5
+
+
+def test_a_batch_that_the_workers_cannot_share_equally_loses_no_image():
+    parts = [take(8, 8, rank, 3, 1)[0] for rank in range(3)]
+    assert sorted(itertools.chain(*parts)) == list(range(8))
