@@ -27,7 +27,9 @@ def connected(config: ClusterConfig, needed: dict[str, float]) -> Iterator[None]
     started = not ray.is_initialized()
     if started:
         address = config.address or os.environ.get("RAY_ADDRESS")
-        local = {} if address else {"num_cpus": max(LOCAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
+        # The dashboard serves Ray Train's state queries. Without it they go to whatever listens on the default port, and
+        # the answer of another cluster on the machine ("no such controller") has Ray Train remove its own workers.
+        local = {} if address else {"num_cpus": max(LOCAL_CPUS, os.cpu_count() or 1), "include_dashboard": True}
         try:
             ray.init(
                 address=address,

@@ -272,7 +272,19 @@ class EncoderTraining(Section):
     batch_size: int = Field(default=256, ge=1)
     lr: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
+    label_smoothing: Fraction = 0.1
     max_shift: int = Field(default=2, ge=0)
+    flip: bool = False
+
+
+class QualityConfig(Section):
+    """How a trained generator is judged: a student of the real training split names its samples."""
+
+    images_per_class: int = Field(default=100, ge=1)
+    sampling: SamplingConfig = SamplingConfig()
+    judge: EvaluationConfig = EvaluationConfig(
+        width=64, epochs=5, batch_size=128, validations=1, seeds=(0,), threads_per_task=2
+    )
 
 
 class PretrainConfig(Section):
@@ -285,6 +297,7 @@ class PretrainConfig(Section):
     data: DataConfig = DataConfig()
     generator: GeneratorTraining = GeneratorTraining()
     encoder: EncoderTraining = EncoderTraining()
+    quality: QualityConfig = QualityConfig()
     trainer: TrainerConfig = TrainerConfig(num_workers=1, threads_per_worker=2)
     cluster: ClusterConfig = ClusterConfig()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ims3_ray.config import EvaluationConfig
@@ -24,10 +24,27 @@ class Accuracy:
     """(epoch, accuracy) of each validation."""
 
 
+class Student(nn.Module):
+    """A ConvNet that takes uint8 images [B, C, H, W] and normalises them as its training images were."""
+
+    def __init__(self, images: Tensor, num_classes: int, config: EvaluationConfig) -> None:
+        super().__init__()
+        signed = to_signed(images)
+        self.mean, self.std = signed.mean().item(), signed.std().item()
+        self.net = ConvNet(images.shape[1], images.shape[2], num_classes, config.width, config.depth)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        return (to_signed(pixels) - self.mean) / self.std
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits [B, num_classes]."""
+        return self.net(self.normalise(pixels))
+
+
 def train_student(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, config: EvaluationConfig, seed: int,
     device: str = "cpu",
-) -> Accuracy:  # fmt: skip
+) -> tuple[Student, Accuracy]:  # fmt: skip
     """Train a ConvNet from scratch on uint8 ``train`` images [N, C, H, W] and test it on ``test``.
 
     SGD with momentum, cosine decay to zero, random shifts (and mirroring if set), hard labels. All images stay on
@@ -35,10 +52,8 @@ def train_student(
     """
     generator = torch.Generator().manual_seed(seed_for(seed, "student"))
     torch.manual_seed(seed_for(seed, "student-init"))
-    images, labels = to_signed(train[0]).to(device), train[1].to(device)
-    mean, std = images.mean(), images.std()
-    images = (images - mean) / std
-    model = ConvNet(images.shape[1], images.shape[2], num_classes, config.width, config.depth).to(device)
+    model = Student(train[0], num_classes, config).to(device)
+    images, labels = model.normalise(train[0].to(device)), train[1].to(device)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True
     )
@@ -50,14 +65,14 @@ def train_student(
         model.train()
         for index in torch.randperm(len(labels), generator=generator).split(config.batch_size):
             batch = augment(images[index.to(device)], config.max_shift, config.flip, generator)
-            loss = F.cross_entropy(model(batch), labels[index.to(device)])
+            loss = F.cross_entropy(model.net(batch), labels[index.to(device)])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             decay.step()
         if epoch in checks:
-            curve.append((epoch, _accuracy(model, test, mean, std, device)))
-    return Accuracy(last=curve[-1][1], best=max(a for _, a in curve), curve=curve)
+            curve.append((epoch, accuracy_of(model, test, device)))
+    return model, Accuracy(last=curve[-1][1], best=max(a for _, a in curve), curve=curve)
 
 
 def augment(images: Tensor, max_shift: int, flip: bool, generator: torch.Generator) -> Tensor:
@@ -77,10 +92,10 @@ def augment(images: Tensor, max_shift: int, flip: bool, generator: torch.Generat
 
 
 @torch.inference_mode()
-def _accuracy(model: ConvNet, test: tuple[Tensor, Tensor], mean: Tensor, std: Tensor, device: str) -> float:
-    model.eval()
+def accuracy_of(student: Student, test: tuple[Tensor, Tensor], device: str = "cpu") -> float:
+    """Share of ``test`` images, in per cent, that ``student`` labels as they are labelled."""
+    student.eval()
     right = 0
     for pixels, labels in zip(test[0].split(500), test[1].split(500), strict=True):
-        logits = model((to_signed(pixels.to(device)) - mean) / std)
-        right += int((logits.argmax(dim=1).cpu() == labels).sum())
+        right += int((student(pixels.to(device)).argmax(dim=1).cpu() == labels).sum())
     return 100 * right / len(test[1])

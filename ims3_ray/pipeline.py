@@ -161,11 +161,11 @@ def describe(config: RunConfig) -> str:
         missing = len(stage.missing(storage))
         have = len(stage.units) - missing
         there = "done" if not missing else f"{have}/{len(stage.units)} units"
-        lines.append(f"{stage.title:34}{there:>12}{stage.images:>10}{stage.flops / 1e9:>12,.0f}")
+        lines.append(f"{stage.title:34}{there:>12}{stage.images:>10}{stage.flops / 1e9:>12,.4g}")
     left = sum(stage.flops * len(stage.missing(storage)) / len(stage.units) for stage in plan.stages)
     needed = ", ".join(f"{v:g} {k}" for k, v in plan.needed().items())
     lines += [
-        f"left to compute: {left / 1e9:,.0f} GFLOP; needs at a time: {needed}",
+        f"left to compute: {left / 1e9:,.4g} GFLOP; needs at a time: {needed}",
         f"results: {storage.address(config.name)}",
     ]
     return "\n".join(lines)

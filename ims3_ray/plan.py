@@ -216,6 +216,8 @@ def _ordered(stages: list[Stage]) -> list[Stage]:
             return
         for earlier in stage.inputs.values():
             visit(earlier)
+        if stage in done:  # an embedding, come to through the pool it embeds
+            return
         done.append(stage)
         for embed in stages:
             if embed.kind == "embed" and embed.inputs["images"] is stage:

@@ -33,7 +33,9 @@ def evaluate_seed(
     parts = [read_class(test, units, "pixels") for units in test_units]
     labels = torch.cat([torch.full((len(part),), position) for position, part in enumerate(parts)])
     device = "cuda" if ray.get_gpu_ids() else "cpu"
-    accuracy = train_student((images["pixels"], images["labels"]), (torch.cat(parts), labels), len(parts), config, seed, device)
+    _, accuracy = train_student(
+        (images["pixels"], images["labels"]), (torch.cat(parts), labels), len(parts), config, seed, device
+    )
     return {**asdict(accuracy), "seconds": time.monotonic() - began}
 
 

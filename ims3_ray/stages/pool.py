@@ -163,7 +163,7 @@ def run_units(units: list[str], worker: dict[str, Any], actors: ActorsConfig) ->
             num_gpus=actors.gpus or None,
             compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
         )
-        .iter_rows(prefetch_batches=0)
+        .iter_rows()
     )
     for row in rows:
         yield row["unit"], json.loads(row["entry"])

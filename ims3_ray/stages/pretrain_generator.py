@@ -106,6 +106,7 @@ def generator_loop(plain: dict[str, Any]) -> dict[str, Any]:
         "losses": losses,
         "seconds": seconds,
         "images": len(labels),
+        "steps": step,
     }
 
 
