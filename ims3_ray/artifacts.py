@@ -75,8 +75,11 @@ class Storage:
         """Write a whole file or nothing: a reader never sees a part of it."""
         target = self._path(path)
         if not self.is_local:  # object stores show an object when its upload is complete
-            with self._filesystem.open_output_stream(target) as stream:
-                stream.write(data)
+            try:
+                with self._filesystem.open_output_stream(target) as stream:
+                    stream.write(data)
+            except OSError as error:
+                raise UserError(f"cannot write {self.address(path)}: {str(error).splitlines()[0]}; check storage") from error
             return
         os.makedirs(os.path.dirname(target), exist_ok=True)
         temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
@@ -86,6 +89,9 @@ class Storage:
         except OSError as error:
             Path(temporary).unlink(missing_ok=True)
             raise UserError(f"cannot write {target}: {error.strerror}; free space or change storage") from error
+
+    def make_folder(self, folder: str) -> None:
+        self._filesystem.create_dir(self._path(folder), recursive=True)
 
     def names(self, folder: str) -> set[str]:
         """Names of the files directly in ``folder``; empty if there is none."""

@@ -26,6 +26,7 @@ def connected(config: ClusterConfig, needed: dict[str, float]) -> Iterator[None]
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     started = not ray.is_initialized()
     if started:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default, but unsaid it prints a warning
         address = config.address or os.environ.get("RAY_ADDRESS")
         # The dashboard serves Ray Train's state queries. Without it they go to whatever listens on the default port, and
         # the answer of another cluster on the machine ("no such controller") has Ray Train remove its own workers.

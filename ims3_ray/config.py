@@ -283,7 +283,7 @@ class QualityConfig(Section):
     images_per_class: int = Field(default=100, ge=1)
     sampling: SamplingConfig = SamplingConfig()
     judge: EvaluationConfig = EvaluationConfig(
-        width=64, epochs=5, batch_size=128, validations=1, seeds=(0,), threads_per_task=2
+        width=64, epochs=8, batch_size=128, validations=1, seeds=(0,), threads_per_task=2
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ims3_ray.config import RunConfig, canonical
 from ims3_ray.errors import UserError
 from ims3_ray.plan import Plan, make_plan
 from ims3_ray.stages.base import Context, Stage
+from ims3_ray.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -36,45 +38,60 @@ class DistillResult:
 def distill(config: RunConfig | None = None) -> DistillResult:
     """Run a distillation to its end, or continue one that was interrupted.
 
-    Raises :class:`UserError` for bad input before anything is written, and for a cluster too small for the plan.
+    Raises :class:`UserError` for bad input, a cluster too small for the plan, a tracking server that does not answer and
+    a run folder that holds another config, each before anything is computed.
     """
     config = config or RunConfig()
     plan = make_plan(config)
     storage = Storage.at(config.storage)
-    folder = storage.address(config.name)
-    claim(config, storage)
-    context = Context(config, storage, plan.classes)
-    if pending(plan, storage):
-        _warn_if_lost_with_job(config)
-        with connected(config.cluster, plan.needed()):
-            run_stages(context, plan)
-    if not storage.exists(f"{config.name}/results.json") or not storage.exists(f"{config.name}/report.html"):
-        from ims3_ray.report.publish import publish
+    check_folder(config, storage)
+    if not finished(plan, storage):
+        if any(stage.missing(storage) for stage in plan.stages):
+            _warn_if_lost_with_job(config)
+            with connected(config.cluster, plan.needed()):
+                _run(config, plan, storage)
+        else:
+            _run(config, plan, storage)
+    return DistillResult(storage.address(config.name), json.loads(storage.read(f"{config.name}/results.json")))
 
+
+def finished(plan: Plan, storage: Storage) -> bool:
+    """Whether the run folder holds the results of these very stages: of the same images, weights and code."""
+    name = plan.config.name
+    if not (storage.exists(f"{name}/results.json") and storage.exists(f"{name}/report.html")):
+        return False
+    rows = json.loads(storage.read(f"{name}/results.json"))["stages"]
+    return [row["key"] for row in rows] == [stage.key(storage) for stage in plan.stages]
+
+
+def _run(config: RunConfig, plan: Plan, storage: Storage) -> None:
+    """Take the run folder, run what is missing, publish; MLflow knows how it ended."""
+    from ims3_ray.report.publish import publish
+
+    context = Context(config, storage, plan.classes, Tracker(config, storage))
+    storage.write(f"{config.name}/config.yaml", yaml.safe_dump(canonical(config), sort_keys=False).encode())
+    try:
+        run_stages(context, plan)
         publish(context, plan, gather(plan, storage))
-    return DistillResult(folder, json.loads(storage.read(f"{config.name}/results.json")))
+    except BaseException as error:
+        context.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    context.tracker.finish("FINISHED")
 
 
-def pending(plan: Plan, storage: Storage) -> list[Stage]:
-    """Stages with units that are not committed."""
-    return [stage for stage in plan.stages if stage.missing(storage)]
-
-
-def claim(config: RunConfig, storage: Storage) -> None:
-    """Take the run folder for ``config``; :class:`UserError` if it holds a run with another one."""
+def check_folder(config: RunConfig, storage: Storage) -> None:
+    """:class:`UserError` if the run folder holds a run with another config. Where and how fast it runs does not matter."""
     path = f"{config.name}/config.yaml"
-    mine = {key: value for key, value in canonical(config).items() if key not in ("storage", "cluster", "actors")}
-    if storage.exists(path):
-        theirs = yaml.safe_load(storage.read(path))
-        theirs = {key: theirs.get(key) for key in mine}
-        if theirs != mine:
-            key, old, new = first_difference(theirs, mine)
-            raise UserError(
-                f"run folder '{storage.address(config.name)}' holds another config ({key}: {old!r} there, {new!r} here); "
-                f"choose another name (name={config.name}-2) or delete the folder"
-            )
+    if not storage.exists(path):
         return
-    storage.write(path, yaml.safe_dump(canonical(config), sort_keys=False).encode())
+    mine = {key: value for key, value in canonical(config).items() if key not in ("storage", "cluster", "actors")}
+    theirs = {key: value for key, value in yaml.safe_load(storage.read(path)).items() if key in mine}
+    if theirs != mine:
+        key, old, new = first_difference(theirs, mine)
+        raise UserError(
+            f"run folder '{storage.address(config.name)}' holds another config ({key}: {old!r} there, {new!r} here); "
+            f"choose another name (name={config.name}-2) or delete the folder"
+        )
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any]:
@@ -99,15 +116,38 @@ def run_stages(context: Context, plan: Plan) -> None:
             embed = embeds.get(id(stage))
             if stage.missing(storage) or (embed is not None and embed.missing(storage)):
                 pool.produce(context, stage, embed)
+            if stage.kind == "encode":
+                pool.check_decoded(context, stage)
         elif stage.kind == "finetune" and stage.missing(storage):
             finetune.run(context, stage)
         elif stage.kind == "select" and stage.missing(storage):
             select.run(context, stage)
         elif stage.kind == "export" and stage.missing(storage):
             export.run(context, stage)
+        if not stage.missing(storage):
+            context.tracker.metrics(stage_metrics(stage_row(stage, storage)))
     waiting = [stage for stage in plan.evaluations.values() if stage.missing(storage)]
     if waiting:
         evaluate.run_all(context, waiting)
+        for stage in waiting:
+            context.tracker.metrics(stage_metrics(stage_row(stage, storage)))
+
+
+def stage_row(stage: Stage, storage: Storage) -> dict[str, Any]:
+    """Title, key, seconds and images of a committed stage."""
+    manifest = stage.manifest(storage) or {}
+    images = sum(entry.get("images", 0) for entry in manifest["units"].values())
+    return {
+        "stage": stage.kind, "title": stage.title, "key": stage.key(storage), "seconds": manifest["seconds"],
+        "images": images,
+    }  # fmt: skip
+
+
+def stage_metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    """A stage's seconds and images/s under names that MLflow takes."""
+    label = re.sub(r"\W+", "_", row["title"].replace("+", "and")).strip("_")
+    rate = {f"images_per_s/{label}": row["images"] / row["seconds"]} if row["seconds"] and row["images"] else {}
+    return {f"seconds/{label}": row["seconds"], **rate}
 
 
 def gather(plan: Plan, storage: Storage) -> dict[str, Any]:
@@ -123,27 +163,18 @@ def gather(plan: Plan, storage: Storage) -> dict[str, Any]:
             "student_seeds": list(plan.config.evaluation.seeds),
             "content": stage.inputs["select"].identity(storage),
         }  # fmt: skip
-    stages, skipped = [], []
-    for stage in plan.stages:
-        manifest = stage.manifest(storage) or {}
-        entries = manifest.get("units", {})
-        images = sum(entry.get("images", 0) for entry in entries.values())
-        stages.append(
-            {
-                "stage": stage.kind,
-                "title": stage.title,
-                "key": stage.key(storage),
-                "seconds": manifest["seconds"],
-                "images": images,
-            }
-        )
-        skipped += [broken for entry in entries.values() for broken in entry.get("broken", [])]
+    skipped = [
+        broken
+        for stage in plan.stages
+        for entry in (stage.manifest(storage) or {}).get("units", {}).values()
+        for broken in entry.get("broken", [])
+    ]
     return {
         "name": plan.config.name,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "metric": f"top-1 test accuracy in %, last epoch, ConvNet-{plan.config.evaluation.depth}",
         "arms": arms,
-        "stages": stages,
+        "stages": [stage_row(stage, storage) for stage in plan.stages],
         "skipped_images": skipped,
     }
 

@@ -1,10 +1,12 @@
-"""MLflow: one run per distillation, one child run per arm, all written by the driver."""
+"""MLflow: one run per distillation, one child run per arm. The driver is the only writer."""
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,18 @@ from ims3_ray.artifacts import Storage
 from ims3_ray.config import RunConfig, canonical
 from ims3_ray.errors import UserError
 
+BATCH = 1000
+"""Metrics that MLflow takes at once."""
+LONGEST_PARAM = 6000
+"""Characters that MLflow keeps of a parameter's value."""
+PARENT = "mlflow.parentRunId"
+
 
 def tracking_uri(config: RunConfig, storage: Storage) -> str:
-    """The configured URI, that of ``MLFLOW_TRACKING_URI``, or a sqlite file in the run folder."""
+    """The configured URI, that of ``MLFLOW_TRACKING_URI``, or a sqlite file in the run folder.
+
+    Raises :class:`UserError` where none is given and the run folder is remote.
+    """
     if uri := config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
     local = storage.local_path(f"{config.name}/mlflow.db")
@@ -24,50 +35,86 @@ def tracking_uri(config: RunConfig, storage: Storage) -> str:
 
 
 class Tracker:
-    """Writes one MLflow run; give ``run_id`` to continue it."""
+    """The MLflow run of a run folder, created at first and continued after an interruption.
 
-    def __init__(self, config: RunConfig, storage: Storage, run_id: str | None) -> None:
+    Raises :class:`UserError` if the tracking server does not answer.
+    """
+
+    def __init__(self, config: RunConfig, storage: Storage) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         import mlflow
-        from mlflow.tracking import MlflowClient
+        from mlflow.exceptions import MlflowException
 
-        mlflow.set_tracking_uri(tracking_uri(config, storage))
-        self.client = MlflowClient()
-        experiment = self.client.get_experiment_by_name(config.tracking.experiment)
-        if experiment is not None:
-            self.experiment_id = experiment.experiment_id
-        else:
-            local = storage.local_path(f"{config.name}/mlflow")
-            place = local.as_uri() if local is not None and config.tracking.uri is None else None
-            self.experiment_id = self.client.create_experiment(config.tracking.experiment, artifact_location=place)
-        if run_id is None:
-            run_id = self.client.create_run(self.experiment_id, run_name=config.name).info.run_id
-            for key, value in _flat(canonical(config)):
-                self.client.log_param(run_id, key, str(value)[:6000])
-        self.run_id: str = run_id
+        for noisy in ("mlflow", "alembic"):  # the creation of a fresh database is no news
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        uri = tracking_uri(config, storage)
+        if uri.startswith("sqlite"):
+            storage.make_folder(config.name)
+        mlflow.set_tracking_uri(uri)
+        note = f"{config.name}/mlflow_run_id"
+        try:
+            self.client = mlflow.MlflowClient()
+            if storage.exists(note):
+                self.run_id = storage.read(note).decode()
+                self.experiment_id = self.client.get_run(self.run_id).info.experiment_id
+                self.client.update_run(self.run_id, status="RUNNING")
+                return
+            self.experiment_id = self._experiment(config, storage)
+            self.run_id = self.client.create_run(self.experiment_id, run_name=config.name).info.run_id
+            self.params(dict(_flat(canonical(config))))
+        except MlflowException as error:
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(f"MLflow at '{uri}' does not take the run ({reason}); check tracking.uri") from error
+        storage.write(note, self.run_id.encode())
+
+    def _experiment(self, config: RunConfig, storage: Storage) -> str:
+        found = self.client.get_experiment_by_name(config.tracking.experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        local = storage.local_path(f"{config.name}/mlflow")
+        own = config.tracking.uri is None and "MLFLOW_TRACKING_URI" not in os.environ
+        place = local.as_uri() if own and local is not None else None
+        return str(self.client.create_experiment(config.tracking.experiment, artifact_location=place))
+
+    def params(self, values: Mapping[str, Any], run_id: str | None = None) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(key, str(value)[:LONGEST_PARAM]) for key, value in values.items()]
+        for start in range(0, len(params), 100):
+            self.client.log_batch(run_id or self.run_id, params=params[start : start + 100])
 
     def metrics(self, values: Mapping[str, float], step: int = 0, run_id: str | None = None) -> None:
-        for key, value in values.items():
-            self.client.log_metric(run_id or self.run_id, key, value, step=step)
+        self.series([(step, values)], run_id)
 
-    def history(self, rows: Iterable[Mapping[str, float]], steps: Iterable[int]) -> None:
-        """Per-step metrics in batches of 1000, the most that MLflow takes at once."""
+    def series(self, rows: Iterable[tuple[int, Mapping[str, float]]], run_id: str | None = None) -> None:
+        """Metrics of many steps."""
         from mlflow.entities import Metric
 
-        entries = [Metric(key, value, 0, step) for row, step in zip(rows, steps, strict=True) for key, value in row.items()]
-        for start in range(0, len(entries), 1000):
-            self.client.log_batch(self.run_id, metrics=entries[start : start + 1000])
+        now = int(time.time() * 1000)
+        entries = [Metric(key, value, now, step) for step, row in rows for key, value in row.items()]
+        for start in range(0, len(entries), BATCH):
+            self.client.log_batch(run_id or self.run_id, metrics=entries[start : start + BATCH])
+
+    def losses(self, history: Sequence[Sequence[float]]) -> None:
+        """Rows [step, L, L_Diff, L_IM] of the fine-tuning so far; steps that are there already are left alone."""
+        logged = max((m.step for m in self.client.get_metric_history(self.run_id, "loss")), default=0)
+        self.series(
+            (int(step), {"loss": total, "loss_diffusion": diffusion, "loss_inversion_matching": matching})
+            for step, total, diffusion, matching in history
+            if step > logged
+        )
 
     def child(self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], curves: Mapping[str, Any]) -> None:
-        """A finished child run with the accuracy curves of its students as stepped metrics."""
-        tags = {"mlflow.parentRunId": self.run_id}
-        run_id = self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
-        for key, value in params.items():
-            self.client.log_param(run_id, key, value)
+        """A finished child run, with the accuracy curves of its students as stepped metrics; nothing if it is there."""
+        own = f"tags.`{PARENT}` = '{self.run_id}' and attributes.run_name = '{name}' and attributes.status = 'FINISHED'"
+        if self.client.search_runs([self.experiment_id], own, max_results=1):
+            return
+        run_id = self.client.create_run(self.experiment_id, run_name=name, tags={PARENT: self.run_id}).info.run_id
+        self.params(params, run_id)
         self.metrics(metrics, run_id=run_id)
         for key, curve in curves.items():
-            for step, value in curve:
-                self.client.log_metric(run_id, key, value, step=step)
+            self.series([(step, {key: value}) for step, value in curve], run_id)
         self.client.set_terminated(run_id)
 
     def file(self, name: str, data: bytes) -> None:
@@ -76,7 +123,8 @@ class Tracker:
             path.write_bytes(data)
             self.client.log_artifact(self.run_id, str(path))
 
-    def finish(self, status: str = "FINISHED") -> None:
+    def finish(self, status: str) -> None:
+        """``status``: FINISHED, FAILED or KILLED."""
         self.client.set_terminated(self.run_id, status)
 
 

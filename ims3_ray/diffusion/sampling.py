@@ -47,11 +47,14 @@ def ddim_step(
     """Eq. 1, from noise level ``alpha_bar_t`` to ``alpha_bar_next``.
 
     ``eta`` adds that share of DDPM's posterior noise (``noise`` [shape of z_t] is needed then); ``clip`` clamps the
-    predicted clean image to [−1, 1], for generators that work on pixels.
+    predicted clean image to [−1, 1], for generators that work on pixels. The noise is then derived again from the
+    clamped image, as DiT's own sampler does: with the old one the step would leave the line between the two, and the
+    error of early steps, where 1/√ᾱ is large, would pile up (the more steps, the worse the images).
     """
     z0 = predict_z0(z_t, eps, alpha_bar_t)
     if clip:
         z0 = z0.clamp(-1, 1)
+        eps = (z_t - alpha_bar_t.sqrt() * z0) / (1 - alpha_bar_t).sqrt()
     variance = (1 - alpha_bar_next) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_next)
     std = eta * variance.clamp(min=0).sqrt()
     z_next = alpha_bar_next.sqrt() * z0 + (1 - alpha_bar_next - std**2).clamp(min=0).sqrt() * eps

@@ -13,7 +13,6 @@ from ims3_ray.report.card import dataset_card
 from ims3_ray.report.html import render_report
 from ims3_ray.stages.base import Context, Stage
 from ims3_ray.stages.export import contact_sheet, unpack
-from ims3_ray.tracking import Tracker
 
 
 def publish(context: Context, plan: Plan, results: dict[str, Any]) -> None:
@@ -28,7 +27,8 @@ def publish(context: Context, plan: Plan, results: dict[str, Any]) -> None:
     losses = _losses(context, plan)
     report = render_report(config, plan.classes, results, sheets, losses, s3_tables(context, plan)).encode()
     storage.write(f"{name}/report.html", report)
-    results["mlflow_run"] = _track(context, plan, results, losses, {"report.html": report, "README.md": card}, sheets)
+    results["mlflow_run"] = context.tracker.run_id
+    _track(context, plan, results, {"report.html": report, "README.md": card}, sheets)
     storage.write(f"{name}/results.json", json.dumps(results, indent=1).encode())
 
 
@@ -56,19 +56,10 @@ def s3_tables(context: Context, plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def _track(
-    context: Context, plan: Plan, results: dict[str, Any], losses: list[list[float]], files: dict[str, bytes],
-    sheets: dict[str, bytes],
-) -> str:  # fmt: skip
-    config = context.config
-    tracker = Tracker(config, context.storage, None)
-    tracker.history(
-        [{"loss": row[1], "loss_diffusion": row[2], "loss_inversion_matching": row[3]} for row in losses],
-        [int(row[0]) for row in losses],
-    )
-    for stage in results["stages"]:
-        label = stage["title"].replace("(", "").replace(")", "").replace("+", "and").replace(" ", "_")
-        rate = {f"images_per_s/{label}": stage["images"] / stage["seconds"]} if stage["seconds"] and stage["images"] else {}
-        tracker.metrics({f"seconds/{label}": stage["seconds"], **rate})
+    context: Context, plan: Plan, results: dict[str, Any], files: dict[str, bytes], sheets: dict[str, bytes]
+) -> None:  # fmt: skip
+    """What the stages have not logged while they ran: S3 terms, one child run per arm, files."""
+    config, tracker = context.config, context.tracker
     for name, table in s3_tables(context, plan).items():
         tracker.metrics({f"s3/{name}/objective": table["objective"], f"s3/{name}/lower_bound": table["lower_bound"]})
         for position, group in enumerate(table["groups"]):
@@ -88,5 +79,3 @@ def _track(
         tracker.file(file, data)
     for name, sheet in sheets.items():
         tracker.file(f"contact_sheet_{name}.png", sheet)
-    tracker.finish()
-    return tracker.run_id

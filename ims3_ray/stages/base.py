@@ -13,6 +13,7 @@ from torch import Tensor
 from ims3_ray.artifacts import Artifact, Storage, key_of
 from ims3_ray.config import RunConfig
 from ims3_ray.data.classes import ClassTable
+from ims3_ray.tracking import Tracker
 
 VERSION = {"encode": 1, "embed": 1, "finetune": 1, "generate": 1, "select": 1, "export": 1, "evaluate": 1}
 """Raised when a stage's output changes for the same input: old artifacts are then no longer taken for new ones."""
@@ -70,7 +71,7 @@ class Context:
     config: RunConfig
     storage: Storage
     classes: ClassTable
-    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+    tracker: Tracker
 
 
 def commit_units(artifact: Artifact, units: Mapping[str, Any], seconds: float, **extra: Any) -> None:

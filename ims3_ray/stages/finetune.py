@@ -147,7 +147,9 @@ def run(context: Context, stage: Stage) -> None:
         while not ray.wait([task], timeout=1.0)[0]:
             if rows := ray.get(board.read.remote()):
                 progress.at(rows[-1][0], f"loss {rows[-1][1]:.4f}")
+                context.tracker.losses(rows)
         outcome = ray.get(task)
+        context.tracker.losses(outcome["history"])
         progress.done = config.steps
     digest = artifact.write("adapter.safetensors", outcome["adapter"])
     artifact.write("losses.json", json.dumps(outcome["history"]).encode())

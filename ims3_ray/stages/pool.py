@@ -7,6 +7,7 @@ two pools compete for the same devices. Rows of a few hundred bytes come back.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -26,6 +27,7 @@ from ims3_ray.data.sources import open_source
 from ims3_ray.data.transforms import to_pixels, to_signed, to_uint8
 from ims3_ray.diffusion.sampling import guided, sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.errors import UserError
 from ims3_ray.models.difffit import merge_adapter
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.models.generator import load_generator
@@ -121,8 +123,10 @@ class UnitWorker:
             if self.pixels is not None:
                 entry["sha256"] = self.pixels.write(f"{unit}.safetensors", pack_tensors(pixels=pixels))
             if self.features is not None and self.encoder is not None:
+                produced = time.monotonic()
                 packed = pack_tensors(features=self.embed(pixels))
                 entry["features_sha256"] = self.features.write(f"{unit}.safetensors", packed)
+                entry["embed_seconds"] = time.monotonic() - produced
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # one bad unit must not take the job with it; the driver decides what to do
@@ -152,6 +156,9 @@ def run_units(units: list[str], worker: dict[str, Any], actors: ActorsConfig) ->
     context.print_on_execution_start = False
     context.execution_options.verbose_progress = False
     context.max_consecutive_actor_init_deaths = 10
+    for handler in logging.getLogger("ray.data").handlers:  # the terminal is ours; Ray's own log file keeps everything
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)
     size = min(actors.count, len(units))
     rows = (
         ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
@@ -181,6 +188,21 @@ def produce(context: Context, source: Stage, embed: Stage | None) -> None:
     _make(context, producer, source, embed, both)
     _make(context, producer, source, None, alone)
     _make(context, partial(Stored, source.artifact(storage)), None, embed, again)
+
+
+def check_decoded(context: Context, encode: Stage) -> None:
+    """:class:`UserError` for a class of which too few images could be decoded."""
+    needed = context.config.selection.images_per_class if encode.label == "train" else 1
+    units = (encode.manifest(context.storage) or {})["units"]
+    for name, label in zip(context.classes.names, context.classes.source_labels, strict=True):
+        entries = [entry for unit, entry in units.items() if parse_unit(unit)[0] == label]
+        decoded = sum(entry["images"] for entry in entries)
+        if decoded < needed:
+            broken = sum(len(entry["broken"]) for entry in entries)
+            raise UserError(
+                f"class '{name}' has {decoded} {encode.label} images that can be decoded ({broken} cannot), fewer than "
+                f"{needed}; replace the broken files or leave the class out with data.classes"
+            )
 
 
 def _make(
@@ -217,12 +239,20 @@ def _make(
                 progress.advance(entry["images"])
             pending = list(failed)
     seconds = time.monotonic() - began
-    for artifact in (pixels, features):
-        if artifact is not None:
-            commit_units(artifact, done, seconds if artifact is (pixels or features) else 0.0)
+    embedding = seconds * _embedding_share(done) if pixels else seconds
+    if pixels is not None:
+        commit_units(pixels, done, seconds - embedding)
+    if features is not None:
+        commit_units(features, done, embedding)
     if failed:
         unit, error = next(iter(failed.items()))
         raise IncompletePool(f"{stage.title}: {len(failed)} of {len(units)} units failed every attempt; {unit}: {error}")
+
+
+def _embedding_share(entries: dict[str, dict[str, Any]]) -> float:
+    """How much of the actors' time went into φ, where one pass does both."""
+    total = sum(entry["seconds"] for entry in entries.values())
+    return sum(entry.get("embed_seconds", 0.0) for entry in entries.values()) / total if total else 0.0
 
 
 def _already_whole(pixels: Artifact | None, features: Artifact | None, units: list[str]) -> dict[str, dict[str, Any]]:

@@ -107,7 +107,7 @@ def test_every_ddim_step_of_a_trajectory_equals_diffusers(eta: float, clip: bool
         noise = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
         t_B = t.expand(2)
         expected = theirs.step(
-            predictor(expected, t_B), int(t), expected, eta=eta, use_clipped_model_output=False, variance_noise=noise
+            predictor(expected, t_B), int(t), expected, eta=eta, use_clipped_model_output=clip, variance_noise=noise
         ).prev_sample
         ours = ddim_step(ours, predictor(ours, t_B), levels[i], levels[i + 1], eta=eta, clip=clip, noise=noise)
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
@@ -122,7 +122,9 @@ def test_sample_equals_the_loop_of_diffusers(num_steps: int, eta: float, clip: b
     z = torch.stack([torch.randn(SHAPE, generator=g) for g in noises])
     for t in theirs.timesteps:
         noise = torch.stack([torch.randn(SHAPE, generator=g) for g in noises])
-        z = theirs.step(predictor(z, t.expand(2)), int(t), z, eta=eta, variance_noise=noise).prev_sample
+        z = theirs.step(
+            predictor(z, t.expand(2)), int(t), z, eta=eta, use_clipped_model_output=clip, variance_noise=noise
+        ).prev_sample
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, z.float(), rtol=1e-5, atol=1e-5)
 
