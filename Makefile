@@ -11,10 +11,11 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/python jobs/distill.py
 
+# One pytest per floor: the Ray of tests/ray is gone before tests/e2e starts its own.
 test: lint
-	$(BIN)/python -m pytest tests/unit
-	@if [ -d tests/ray ]; then $(BIN)/python -m pytest tests/ray; fi
-	@if [ -d tests/e2e ]; then $(BIN)/python -m pytest tests/e2e; fi
+	$(BIN)/python -m pytest -m "not gpu" tests/unit
+	$(BIN)/python -m pytest -m "not gpu" tests/ray
+	$(BIN)/python -m pytest -m "not gpu" tests/e2e
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

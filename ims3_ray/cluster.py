@@ -26,7 +26,8 @@ def connected(config: ClusterConfig, needed: dict[str, float]) -> Iterator[None]
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     started = not ray.is_initialized()
     if started:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default, but unsaid it prints a warning
+        # Ray tells each new cluster's owner that it made a token: true, expected, and nothing to act on.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         address = config.address or os.environ.get("RAY_ADDRESS")
         # The dashboard serves Ray Train's state queries. Without it they go to whatever listens on the default port, and
         # the answer of another cluster on the machine ("no such controller") has Ray Train remove its own workers.
@@ -59,7 +60,7 @@ def check_resources(needed: dict[str, float], wait_s: float = 0) -> None:
             missing = ", ".join(f"{v:g} {k} (has {have.get(k, 0):g})" for k, v in short.items())
             raise UserError(
                 f"the cluster is too small for the plan: it needs {missing}; lower finetune.trainer.num_workers, "
-                "sampling.actors or the CPUs and GPUs of each, or set cluster.wait_s for a cluster that grows"
+                "actors.count or the CPUs and GPUs of each, or set cluster.wait_s for a cluster that grows"
             )
         if not asked:
             from ray.autoscaler.sdk import request_resources

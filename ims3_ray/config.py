@@ -153,7 +153,8 @@ class SelectionConfig(Section):
 class EvaluationConfig(Section):
     """Training of a student from scratch on a distilled set, tested on the real test split."""
 
-    width: int = Field(default=64, ge=1)
+    width: int = Field(default=32, ge=1)
+    """Channels of every layer; the field's usual 128 is for GPUs."""
     depth: int = Field(default=3, ge=1)
     epochs: int = Field(default=200, ge=1)
     batch_size: int = Field(default=64, ge=1)
@@ -164,7 +165,7 @@ class EvaluationConfig(Section):
     """Augmentation: random shift by up to so many pixels."""
     flip: bool = False
     """Augmentation: random horizontal mirroring."""
-    validations: int = Field(default=5, ge=1)
+    validations: int = Field(default=4, ge=1)
     """Evenly spaced tests during training; `best` is the best of them, `last` the final one."""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     cpus_per_task: float = Field(default=1, gt=0)

@@ -51,10 +51,9 @@ class Tracker:
         uri = tracking_uri(config, storage)
         if uri.startswith("sqlite"):
             storage.make_folder(config.name)
-        mlflow.set_tracking_uri(uri)
         note = f"{config.name}/mlflow_run_id"
         try:
-            self.client = mlflow.MlflowClient()
+            self.client = mlflow.MlflowClient(uri)  # not set_tracking_uri, which would reach into later runs of this process
             if storage.exists(note):
                 self.run_id = storage.read(note).decode()
                 self.experiment_id = self.client.get_run(self.run_id).info.experiment_id

@@ -71,7 +71,7 @@ def partial_sums(features_ND: Tensor, first: int, per_group: int, limit: int) ->
     return sums
 
 
-@ray.remote(num_cpus=0.1, max_retries=3)
+@ray.remote(num_cpus=1, max_retries=3)
 def contribute(selector: Any, pool: str, unit: str, artifact: Artifact, unit_size: int, per_group: int, limit: int) -> None:
     """Read one embedding shard, near which this task may run, and put its part of the centroids."""
     features = load(artifact.read(f"{unit}.safetensors"))["features"]

@@ -1,0 +1,44 @@
+"""One Ray for all tests of this folder, and one run of the tiny world that they look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+
+from ims3_ray import DistillResult, RunConfig, distill
+from ims3_ray.artifacts import Storage
+from ims3_ray.cluster import connected
+from ims3_ray.config import ClusterConfig
+from ims3_ray.plan import Plan, make_plan
+from tests.conftest import tiny_values
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    with connected(ClusterConfig(), {"CPU": 2}):
+        yield
+    assert not ray.is_initialized()
+
+
+@dataclass(frozen=True)
+class Run:
+    config: RunConfig
+    result: DistillResult
+    plan: Plan
+    storage: Storage
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.result.folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Run:
+    """A finished run of all four arms."""
+    config = RunConfig.model_validate(tiny_values(tiny_world, tmp_path_factory.mktemp("runs")))
+    result = distill(config)
+    return Run(config, result, make_plan(config), Storage.at(config.storage))

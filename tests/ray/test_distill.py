@@ -1,0 +1,228 @@
+"""A whole run on real Ray: what each stage left, and what the next one made of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+from safetensors.torch import load
+
+from ims3_ray import RunConfig, UserError, distill, pipeline
+from ims3_ray.artifacts import Storage
+from ims3_ray.data.sources import class_names_of, open_source
+from ims3_ray.diffusion.sampling import guided, sample
+from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.models.encoder import load_encoder
+from ims3_ray.models.generator import load_generator
+from ims3_ray.plan import make_plan
+from ims3_ray.seeds import generator_for
+from ims3_ray.selection import centroid, select_subgroups
+from ims3_ray.stages.base import Stage
+from tests.conftest import CLASSES, tiny_values
+from tests.ray.conftest import Run
+
+K, G = 2, 3
+
+
+def stage(run: Run, kind: str, label: str) -> Stage:
+    (found,) = [s for s in run.plan.stages if (s.kind, s.label) == (kind, label)]
+    return found
+
+
+def tensors(run: Run, kind: str, label: str, name: str) -> torch.Tensor:
+    """A tensor of all units of a pool, in order of class and index."""
+    node = stage(run, kind, label)
+    return torch.cat([load(node.artifact(run.storage).read(f"{unit}.safetensors"))[name] for unit in node.units])
+
+
+def chosen(run: Run, arm: str) -> dict[str, torch.Tensor]:
+    return load(stage(run, "select", arm).artifact(run.storage).read("images.safetensors"))
+
+
+def test_results_have_every_arm_with_seeds_mean_and_std(tiny_run: Run):
+    results = json.loads((tiny_run.folder / "results.json").read_text())
+    assert list(results["arms"]) == ["random_real", "dit", "dit_s3", "ims3"]
+    for arm in results["arms"].values():
+        assert len(arm["seeds"]) == 2
+        assert arm["mean"] == pytest.approx(np.mean(arm["seeds"]))
+        assert arm["std"] == pytest.approx(np.std(arm["seeds"], ddof=1))
+        assert arm["best"]["mean"] >= arm["mean"]
+
+
+def test_candidates_are_what_the_sampler_draws_one_by_one(tiny_run: Run):
+    pool = tensors(tiny_run, "generate", "pretrained", "pixels").unflatten(0, (len(CLASSES), -1))
+    model = load_generator(Path(tiny_run.config.generator))
+    for label, index in [(0, 0), (1, 5), (2, 3)]:
+        predict = guided(model, torch.tensor([label]), len(CLASSES), 2.0)
+        rng = generator_for(tiny_run.config.seed, "image", label, index)
+        expected = sample(predict, (1, 8, 8), [rng], NoiseSchedule(), 3, clip=True)[0]
+        off = (pool[label, index].float() - (expected + 1) * 127.5).abs().max()
+        assert off <= 1  # rounding: a batch of one need not give the same last bits as a batch of four
+
+
+def test_s3_chooses_what_eq_10_says_of_features_computed_directly(tiny_run: Run):
+    phi = load_encoder(Path(tiny_run.config.encoder))
+    source = open_source(tiny_run.config.data.path, "train")
+
+    def features(pixels: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return phi(pixels.float() / 127.5 - 1)
+
+    references, candidates = [], []
+    pool = tensors(tiny_run, "generate", "fine-tuned", "pixels").unflatten(0, (len(CLASSES), -1))
+    for label in range(len(CLASSES)):
+        real = [np.asarray(source.image(int(i)))[None] for i in np.flatnonzero(source.labels == label)]
+        references.append(centroid(features(torch.from_numpy(np.stack(real)))))
+        groups = pool[label, : G * K].unflatten(0, (G, K))
+        candidates.append(torch.stack([centroid(features(group)) for group in groups]))
+    expected = select_subgroups(torch.stack(candidates), torch.stack(references), alpha=0.4, beta=0.9)
+    table = (stage(tiny_run, "select", "ims3").manifest(tiny_run.storage) or {})["s3"]
+    torch.testing.assert_close(torch.tensor(table["score"], dtype=torch.float64), expected.score_CG, rtol=1e-3, atol=1e-3)
+    assert table["groups"] == expected.groups.tolist()
+    for label, group in enumerate(table["groups"]):
+        mine = chosen(tiny_run, "ims3")["pixels"][label * K : (label + 1) * K]
+        assert torch.equal(mine, pool[label, group * K : (group + 1) * K])
+
+
+def test_the_arm_without_selection_takes_the_first_k(tiny_run: Run):
+    pool = tensors(tiny_run, "generate", "pretrained", "pixels").unflatten(0, (len(CLASSES), -1))
+    assert torch.equal(chosen(tiny_run, "dit")["pixels"], pool[:, :K].flatten(0, 1))
+
+
+def test_random_real_images_are_distinct_training_images_of_their_class(tiny_run: Run):
+    source = open_source(tiny_run.config.data.path, "train")
+    picked = chosen(tiny_run, "random_real")
+    for label in range(len(CLASSES)):
+        real = {np.asarray(source.image(int(i))).tobytes() for i in np.flatnonzero(source.labels == label)}
+        mine = {image.numpy().tobytes() for image in picked["pixels"][picked["labels"] == label]}
+        assert len(mine) == K
+        assert mine <= real
+
+
+def test_fine_tuning_trained_the_adapter_with_both_losses(tiny_run: Run):
+    artifact = stage(tiny_run, "finetune", "").artifact(tiny_run.storage)
+    adapter, losses = load(artifact.read("adapter.safetensors")), json.loads(artifact.read("losses.json"))
+    assert [row[0] for row in losses] == [1, 2, 3, 4]
+    for _, total, diffusion, matching in losses:
+        assert matching > 0
+        assert total == pytest.approx(diffusion + tiny_run.config.finetune.lambda_im * matching, rel=1e-4)
+    assert any("gamma" in name for name in adapter)
+    start = load_generator(Path(tiny_run.config.generator)).state_dict()
+    moved = [name for name, value in adapter.items() if name in start and not torch.equal(value, start[name])]
+    assert moved
+    assert not torch.equal(
+        tensors(tiny_run, "generate", "pretrained", "pixels"), tensors(tiny_run, "generate", "fine-tuned", "pixels")
+    )
+
+
+def test_the_distilled_set_is_parquet_in_the_hub_layout_and_an_image_folder(tiny_run: Run):
+    distilled = tiny_run.folder / "distilled"
+    (file,) = (distilled / "data").glob("*.parquet")
+    table = pq.read_table(file)
+    assert class_names_of(table.schema.metadata) == CLASSES
+    assert np.bincount(table["label"].to_numpy()).tolist() == [K] * len(CLASSES)
+    again = open_source(str(distilled), "train")
+    expected = chosen(tiny_run, "ims3")["pixels"]
+    for index, row in enumerate(table["image"].to_pylist()):
+        assert np.array_equal(np.asarray(again.image(index)), expected[index, 0].numpy())
+        assert np.array_equal(np.asarray(Image.open(distilled / "images" / row["path"])), expected[index, 0].numpy())
+    assert {p.name: len(list(p.iterdir())) for p in (distilled / "images").iterdir()} == dict.fromkeys(CLASSES, K)
+    assert "tags:" in (distilled / "README.md").read_text()
+
+
+def test_the_report_is_one_file_that_marks_the_chosen_subgroups(tiny_run: Run):
+    html = (tiny_run.folder / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", html)
+    assert html.count('class="chosen"') == 2 * len(CLASSES)
+    assert html.count("data:image/png;base64,") == 4
+    for text in (*CLASSES, "Random real", "DiT + S3", "fine-tune", "Every image of the source could be decoded"):
+        assert text in html
+
+
+def test_mlflow_has_config_losses_terms_rates_children_and_files(tiny_run: Run):
+    client = MlflowClient(f"sqlite:///{tiny_run.folder}/mlflow.db")
+    run_id = tiny_run.result.results["mlflow_run"]
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["selection.images_per_class"] == str(K)
+    losses = client.get_metric_history(run_id, "loss_inversion_matching")
+    assert sorted(m.step for m in losses) == [1, 2, 3, 4]
+    assert {"seconds/generate_fine_tuned", "images_per_s/generate_fine_tuned", "s3/ims3/objective"} <= run.data.metrics.keys()
+    assert len(client.get_metric_history(run_id, "s3/ims3/score")) == len(CLASSES)
+    children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    assert {c.info.run_name for c in children} == {"Random real", "DiT", "DiT and S3", "IMS3"}
+    for child in children:
+        arm = tiny_run.result.results["arms"][child.data.params["arm"]]
+        assert child.data.metrics["accuracy_last_mean"] == pytest.approx(arm["mean"])
+    files = {file.path for file in client.list_artifacts(run_id)}
+    assert {"report.html", "README.md", "contact_sheet_ims3.png"} <= files
+    assert run.info.artifact_uri.startswith(f"file://{tiny_run.folder}/mlflow/")
+
+
+def test_a_finished_run_is_not_computed_again(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("a finished run started again")
+
+    monkeypatch.setattr(pipeline, "_run", refuse)
+    assert distill(tiny_run.config).results == tiny_run.result.results
+
+
+def test_another_arm_shares_every_stage_that_it_can(tiny_run: Run):
+    """α and β changed: only selection, evaluation and export of what depends on them is new."""
+    other = tiny_run.config.model_dump() | {"name": "other"}
+    other["selection"] |= {"alpha": 1.0, "beta": 0.0}
+    plan = make_plan(RunConfig.model_validate(other))
+    missing = {s.kind for s in plan.stages if s.missing(tiny_run.storage)}
+    assert missing <= {"select", "evaluate", "export"}
+    assert "select" in missing
+
+
+def test_one_actor_makes_the_same_set_as_two(tiny_run: Run, tiny_world: Path, tmp_path: Path):
+    arms = {"dit": {"title": "DiT", "images": "generated"}}
+    sampling = {"steps": 3, "unit_size": 4}
+    config = tiny_values(tiny_world, tmp_path, arms=arms, export="dit", actors={"count": 1}, sampling=sampling)
+    alone = distill(RunConfig.model_validate(config))
+    assert alone.results["arms"]["dit"]["content"] == tiny_run.result.results["arms"]["dit"]["content"]
+
+
+def test_truncated_images_are_counted_and_named_and_the_run_goes_on(tiny_world: Path, tmp_path: Path, cluster: None):
+    data = tmp_path / "photos"
+    write_folders(data)
+    broken = data / "train" / "right" / "00001.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    result = distill(RunConfig.model_validate(real_only(tiny_world, data, tmp_path / "runs")))
+    (named,) = result.results["skipped_images"]
+    assert named.startswith("right/00001.png: ")
+    assert "right/00001.png" in Path(result.report).read_text()
+
+
+def test_a_class_left_with_too_few_whole_images_is_an_error(tiny_world: Path, tmp_path: Path, cluster: None):
+    data = tmp_path / "photos"
+    write_folders(data)
+    for file in sorted((data / "train" / "right").iterdir())[:-1]:
+        file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"class 'right' has 1 train images that can be decoded \(3 cannot\)"):
+        distill(RunConfig.model_validate(real_only(tiny_world, data, tmp_path / "runs")))
+    assert not Storage.at(str(tmp_path / "runs")).exists("tiny/results.json")
+
+
+def write_folders(data: Path) -> None:
+    """Four training and two test images of each class, one folder per class."""
+    rng = np.random.default_rng(3)
+    for split, count in (("train", 4), ("test", 2)):
+        for name in CLASSES:
+            (data / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(data / split / name / f"{i:05d}.png")
+
+
+def real_only(world: Path, data: Path, storage: Path) -> dict[str, object]:
+    arms = {"real": {"title": "Random real", "images": "real", "select": "random"}}
+    return tiny_values(world, storage, arms=arms, export="real", data={"path": str(data)})
