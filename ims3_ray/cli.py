@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from ims3_ray.config import Tree, load_config
 from ims3_ray.errors import UserError
+from ims3_ray.loading import Tree, load_config
 
 
 def main(

@@ -1,17 +1,11 @@
-"""The whole run as one typed tree: YAML with ``extends``, dotted overrides, one-line errors that name the fix."""
+"""The whole run as one typed tree. Read from YAML and the command line by :mod:`ims3_ray.loading`."""
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from ims3_ray.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -70,13 +64,18 @@ class FinetuneConfig(Section):
     """Global batch: all workers together."""
     lr: float = Field(default=1e-3, gt=0)
     lambda_im: float = Field(default=0.002, ge=0)
+    """Weight λ_IM of the inversion-matching loss (Eq. 7)."""
     inversion: InversionConfig = InversionConfig()
     scaled_blocks: int = Field(default=14, ge=0)
     """DiffFit puts scale vectors γ into the first so many blocks."""
     label_dropout: Fraction = 0.1
+    """Share of samples that L_Diff sees without their class, as classifier-free guidance needs."""
     ema_decay: Fraction = 0.99
+    """The adapter is the exponential moving average of the trained parameters."""
     zero_stage: Literal[0, 1, 2] = 1
+    """DeepSpeed ZeRO: what the workers share among them (1: optimizer state, 2: gradients too)."""
     checkpoint_every: int = Field(default=50, ge=1)
+    """Steps after which a restart need not begin again."""
     trainer: TrainerConfig = TrainerConfig()
 
     @model_validator(mode="after")
@@ -93,7 +92,9 @@ class SamplingConfig(Section):
     """Guided sampling of the candidate pool by a Ray Data actor pool."""
 
     steps: int = Field(default=25, ge=1)
+    """Evenly spaced denoising steps."""
     cfg_scale: float = Field(default=2.0, ge=1)
+    """Classifier-free guidance; 1 is none."""
     cfg_channels: int | None = Field(default=None, ge=1)
     """Guidance acts on the first so many channels (DiT uses 3 of 4); all of them when unset."""
     clip: bool = True
@@ -125,7 +126,9 @@ class SelectionConfig(Section):
     groups: int = Field(default=5, ge=1)
     """G, candidate subgroups per class."""
     alpha: float = Field(default=0.4, ge=0)
+    """Weight of nearness to the own class's real centroid (Eq. 10). Only α : β matters."""
     beta: float = Field(default=0.9, ge=0)
+    """Weight of distance from the other classes' candidates (Eq. 10)."""
     coupling: Literal["pool", "selected"] = "pool"
     """`pool` is Eq. 10 as printed; `selected` repels from the selected groups only."""
     references_per_class: int | None = Field(default=None, ge=1)
@@ -156,7 +159,7 @@ class EvaluationConfig(Section):
     width: int = Field(default=32, ge=1)
     """Channels of every layer; the field's usual 128 is for GPUs."""
     depth: int = Field(default=3, ge=1)
-    epochs: int = Field(default=200, ge=1)
+    epochs: int = Field(default=150, ge=1)
     batch_size: int = Field(default=64, ge=1)
     lr: float = Field(default=0.01, gt=0)
     momentum: Fraction = 0.9
@@ -165,7 +168,7 @@ class EvaluationConfig(Section):
     """Augmentation: random shift by up to so many pixels."""
     flip: bool = False
     """Augmentation: random horizontal mirroring."""
-    validations: int = Field(default=4, ge=1)
+    validations: int = Field(default=3, ge=1)
     """Evenly spaced tests during training; `best` is the best of them, `last` the final one."""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     cpus_per_task: float = Field(default=1, gt=0)
@@ -217,6 +220,7 @@ class RunConfig(Section):
     storage: str = "runs"
     """Folder or URI (`s3://…`, `gs://…`) that holds results and the artifacts shared by all runs."""
     seed: int = Field(default=0, ge=0)
+    """Root of all random numbers of the run, those of the students apart."""
     data: DataConfig = DataConfig()
     generator: str = "embedded:fashion-mnist-dit"
     """Weights of the class-conditional DiT."""
@@ -303,112 +307,7 @@ class PretrainConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
 
 
-Tree = TypeVar("Tree", bound=Section)
-
-
-def load_config(tree: type[Tree], file: str | Path | None = None, overrides: Iterable[str] = ()) -> Tree:
-    """Build ``tree`` from a YAML file (or the defaults) and ``dotted.key=value`` overrides.
-
-    Raises :class:`UserError` with one line for an unreadable file, an unknown key or an impossible value.
-    """
-    values = _read_yaml(Path(file), ()) if file is not None else {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"override '{override}' is not of the form key=value, as in selection.alpha=0.4")
-        _set(values, key.split("."), _parse(override, text))
-    return build(tree, values)
-
-
-def build(tree: type[Tree], values: Mapping[str, Any]) -> Tree:
-    """``tree`` from nested mappings, merged over the defaults; errors as in :func:`load_config`."""
-    merged = _merge(_defaults(tree), values)
-    if isinstance(arms := merged.get("arms"), dict):
-        merged["arms"] = {name: arm for name, arm in arms.items() if arm is not None}  # `dit: null` removes an arm
-    try:
-        return tree.model_validate(merged)
-    except ValidationError as error:
-        raise UserError(_one_line(tree, error)) from error
-
-
 def canonical(section: BaseModel) -> dict[str, Any]:
     """Plain JSON values of a section, the form that is hashed and stored."""
     plain: dict[str, Any] = json.loads(section.model_dump_json())
     return plain
-
-
-def _defaults(tree: type[Section]) -> dict[str, Any]:
-    return canonical(tree())
-
-
-def _read_yaml(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if file.resolve() in seen:
-        raise UserError(f"config '{file}' extends itself; remove the circle")
-    try:
-        values = yaml.safe_load(file.read_text()) or {}
-    except OSError as error:
-        raise UserError(f"config '{file}' cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config '{file}' is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config '{file}' must be a mapping of keys to values")
-    parents = values.pop("extends", [])
-    merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
-        merged = _merge(merged, _read_yaml(file.parent / parent, (*seen, file.resolve())))
-    return _merge(merged, values)
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``base``: mappings merge key by key, all else replaces."""
-    merged = dict(base)
-    for key, value in over.items():
-        inner = merged.get(key)
-        merged[key] = _merge(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
-    return merged
-
-
-def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        inner = values.get(part)
-        values[part] = inner = dict(inner) if isinstance(inner, dict) else {}
-        values = inner
-    values[path[-1]] = value
-
-
-def _parse(override: str, text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override '{override}' has a value that is not YAML; quote it") from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _one_line(tree: type[Section], error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = list(_keys(_defaults(tree)))
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        parent = key.rpartition(".")[0]
-        siblings = [k for k in known if k.rpartition(".")[0] == parent]
-        near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6) or near
-        return f"unknown config key '{key}'; did you mean '{near[0]}'?"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    value = first.get("input")
-    shown = "" if isinstance(value, dict | BaseModel) else f"={value!r}"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"config {key}{shown}: {message}{more}" if key else f"config: {message}{more}"
-
-
-def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
-    for key, value in values.items():
-        yield prefix + key
-        if isinstance(value, Mapping):
-            yield from _keys(value, f"{prefix}{key}.")

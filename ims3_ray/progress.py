@@ -27,7 +27,7 @@ class Progress:
 
     def __exit__(self, kind: object, *_: object) -> None:
         seconds = self.seconds
-        rate = f", {self.done / seconds:.1f} {self.unit}/s" if self.done and seconds else ""
+        rate = f", {_rate(self.done / seconds)} {self.unit}/s" if self.done and seconds else ""
         verb = "done" if kind is None else "stopped"
         self._line(f"{self.title}: {verb} in {seconds:.1f} s{rate}")
 
@@ -47,10 +47,11 @@ class Progress:
         if now - self._shown < (TERMINAL_EVERY_S if self._terminal else LOG_EVERY_S) or done >= self.total:
             return
         self._shown = now
-        began, base = self._first if done > self._first[1] else (self._began, 0.0)
-        rate = (done - base) / max(now - began, 1e-9)
-        left = (self.total - done) / rate if rate else float("inf")
-        text = f"{self.title}: {done:g}/{self.total:g} {self.unit}, {rate:.1f}/s, {_clock(left)} left{note and ', ' + note}"
+        text = f"{self.title}: {done:g}/{self.total:g} {self.unit}"
+        if done > self._first[1]:
+            rate = (done - self._first[1]) / max(now - self._first[0], 1e-9)
+            text += f", {_rate(rate)}/s, {_clock((self.total - done) / rate)} left"
+        text += note and f", {note}"
         self._show(text) if self._terminal else self._line(text)
 
     def _show(self, text: str) -> None:
@@ -62,9 +63,11 @@ class Progress:
         self._stream.flush()
 
 
+def _rate(per_second: float) -> str:
+    return f"{per_second:.1f}" if per_second >= 1 else f"{per_second:.2g}"
+
+
 def _clock(seconds: float) -> str:
-    if seconds == float("inf"):
-        return "unknown time"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ims3_ray.config import PretrainConfig, RunConfig, load_config
+from ims3_ray.config import PretrainConfig, RunConfig
 from ims3_ray.errors import UserError
+from ims3_ray.loading import load_config
 
 
 def test_defaults_are_the_embedded_demonstration():

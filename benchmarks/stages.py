@@ -1,0 +1,73 @@
+"""Seconds and images/s of every stage of a run, as JSON.
+
+    python benchmarks/stages.py                         the embedded default, from nothing, in a temporary folder
+    python benchmarks/stages.py sampling.steps=50       with overrides, as in jobs/distill.py
+    python benchmarks/stages.py --config FILE
+
+`share` is the floating-point rate of a stage, start-up included, over the rate at which this machine multiplies two large
+float32 matrices with all its cores: what is missing is start-up, memory traffic and small layers. Evaluation counts the
+seconds of its students, which run side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+
+import torch
+
+from ims3_ray.cli import main
+from ims3_ray.config import RunConfig
+from ims3_ray.pipeline import distill
+from ims3_ray.plan import make_plan
+
+
+def matmul_rate(size: int = 2048, repeats: int = 8) -> float:
+    """GFLOP/s of float32 matrix products on this machine's device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = torch.randn(2, size, size, device=device)
+
+    def run(times: int) -> float:
+        began = time.perf_counter()
+        for _ in range(times):
+            product = a @ b
+        product[0, 0].item()
+        return time.perf_counter() - began
+
+    run(2)
+    return 2 * size**3 * repeats / run(repeats) / 1e9
+
+
+def benchmark(config: RunConfig) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        config = RunConfig.model_validate({**config.model_dump(), "storage": folder})
+        plan, rate = make_plan(config), matmul_rate()
+        began = time.perf_counter()
+        with redirect_stdout(sys.stderr):
+            results = distill(config).results
+        total = time.perf_counter() - began
+    rows = []
+    for stage, row in zip(plan.stages, results["stages"], strict=True):
+        rows.append({"stage": row["title"], "seconds": round(row["seconds"], 2), "images": row["images"]})
+        if row["seconds"] > 0.1:
+            rows[-1]["images_per_s"] = round(row["images"] / row["seconds"], 1)
+            if stage.flops:
+                rows[-1]["gflop_per_s"] = round(stage.flops / row["seconds"] / 1e9, 1)
+                rows[-1]["share"] = round(stage.flops / row["seconds"] / 1e9 / rate, 3)
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    report = {"machine": machine, "matmul_gflop_per_s": round(rate, 1), "wall_seconds": round(total, 1), "stages": rows}
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__ or "", RunConfig, benchmark))

@@ -1,0 +1,153 @@
+"""Reading a config: YAML with ``extends``, dotted overrides, one-line errors that name the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ims3_ray.config import PretrainConfig, RunConfig, Section, canonical
+from ims3_ray.errors import UserError
+
+Tree = TypeVar("Tree", bound=Section)
+
+
+def load_config(tree: type[Tree], file: str | Path | None = None, overrides: Iterable[str] = ()) -> Tree:
+    """Build ``tree`` from a YAML file (or the defaults) and ``dotted.key=value`` overrides.
+
+    Raises :class:`UserError` with one line for an unreadable file, an unknown key or an impossible value.
+    """
+    values = _read_yaml(Path(file), ()) if file is not None else {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override '{override}' is not of the form key=value, as in selection.alpha=0.4")
+        _set(values, key.split("."), _parse(override, text))
+    return build(tree, values)
+
+
+def build(tree: type[Tree], values: Mapping[str, Any]) -> Tree:
+    """``tree`` from nested mappings, merged over the defaults; errors as in :func:`load_config`."""
+    merged = _merge(_defaults(tree), values)
+    if isinstance(arms := merged.get("arms"), dict):
+        merged["arms"] = {name: arm for name, arm in arms.items() if arm is not None}  # `dit: null` removes an arm
+    try:
+        return tree.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_one_line(tree, error)) from error
+
+
+def _defaults(tree: type[Section]) -> dict[str, Any]:
+    return canonical(tree())
+
+
+def _read_yaml(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if file.resolve() in seen:
+        raise UserError(f"config '{file}' extends itself; remove the circle")
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"config '{file}' cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config '{file}' is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config '{file}' must be a mapping of keys to values")
+    parents = values.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        merged = _merge(merged, _read_yaml(file.parent / parent, (*seen, file.resolve())))
+    return _merge(merged, values)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``: mappings merge key by key, all else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
+    return merged
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        inner = values.get(part)
+        values[part] = inner = dict(inner) if isinstance(inner, dict) else {}
+        values = inner
+    values[path[-1]] = value
+
+
+def _parse(override: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override '{override}' has a value that is not YAML; quote it") from error
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _one_line(tree: type[Section], error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = list(_keys(_defaults(tree)))
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        parent = key.rpartition(".")[0]
+        siblings = [k for k in known if k.rpartition(".")[0] == parent]
+        near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6) or near
+        return f"unknown config key '{key}'; did you mean '{near[0]}'?"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    value = first.get("input")
+    shown = "" if isinstance(value, dict | BaseModel) else f"={value!r}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"config {key}{shown}: {message}{more}" if key else f"config: {message}{more}"
+
+
+def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in values.items():
+        yield prefix + key
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def reference() -> str:
+    """``docs/configuration.md``: every key of both trees, its default and its meaning, from the classes themselves."""
+    parts = [REFERENCE_HEAD]
+    for tree, job in ((RunConfig, "distill"), (PretrainConfig, "pretrain")):
+        parts += [f"## jobs/{job}.py", "", "| key | default | meaning |", "|---|---|---|", *_rows(tree(), ""), ""]
+    return "\n".join(parts)
+
+
+def _rows(section: BaseModel, prefix: str) -> Iterable[str]:
+    for name, field in type(section).model_fields.items():
+        value, key = getattr(section, name), prefix + name
+        if isinstance(value, BaseModel):
+            yield from _rows(value, f"{key}.")
+        elif name == "arms":
+            arms = ", ".join(f"`{arm}`" for arm in value)
+            yield f"| `{key}.NAME` | {arms} | `title`, `images`, `finetune`, `select`; null removes an arm |"
+        else:
+            shown = yaml.safe_dump(canonical(section)[name], default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+            yield f"| `{key}` | `{shown}` | {' '.join((field.description or '').split())} |"
+
+
+REFERENCE_HEAD = """# Configuration
+
+A config is YAML; what it does not say has the default. `extends: FILE` (or a list) lays it on other files, `key.key=value`
+on the command line comes last, as in `python jobs/distill.py --config configs/demo.yaml selection.alpha=0.4`. A misspelt key
+or an impossible value is an error of one line before anything starts. `--dry-run` shows the plan.
+
+This page is written by `python -m ims3_ray.loading` from the classes in `ims3_ray/config.py`.
+"""
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

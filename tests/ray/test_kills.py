@@ -1,0 +1,92 @@
+"""Workers killed by SIGKILL in the middle of a stage: what is committed in the end is the same, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ims3_ray import RunConfig
+from ims3_ray.artifacts import Storage
+from ims3_ray.plan import make_plan
+from ims3_ray.stages import finetune, pool
+from ims3_ray.stages.base import Context, Stage
+from ims3_ray.tracking import Tracker
+from tests.conftest import tiny_values
+
+
+def prepare(world: Path, storage: Path, **changes: Any) -> tuple[Context, dict[tuple[str, str], Stage]]:
+    """A run of which nothing has run yet: its context, its stages by (kind, label)."""
+    config = RunConfig.model_validate(tiny_values(world, storage, **changes))
+    plan, place = make_plan(config), Storage.at(config.storage)
+    stages = {(stage.kind, stage.label): stage for stage in plan.stages}
+    return Context(config, place, plan.classes, Tracker(config, place)), stages
+
+
+@contextmanager
+def killing(worker: str, once: str, folder: Path) -> Iterator[None]:
+    """Kill one process that calls itself ``worker`` as soon as two files of ``folder`` match ``once``."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 200
+        while not killed and time.monotonic() < deadline:
+            time.sleep(0.01)
+            if len(list(folder.glob(once))) < 2:
+                continue
+            for process in psutil.process_iter(["cmdline"]):
+                if worker in " ".join(process.info["cmdline"] or []):
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+                    break
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    yield
+    still_hunting = not killed
+    killer.join(timeout=1)
+    assert killed
+    assert not still_hunting, "the stage had ended when the worker was killed"
+
+
+def test_a_killed_training_worker_changes_nothing(tiny_world: Path, tmp_path: Path, cluster: None):
+    outcomes = []
+    for name in ("killed", "whole"):
+        changes = {"finetune": {"steps": 120, "batch_size": 8, "checkpoint_every": 20}}
+        context, stages = prepare(tiny_world, tmp_path / name, **changes)
+        pool.produce(context, stages["encode", "train"], None)
+        stage = stages["finetune", ""]
+        if name == "killed":
+            with killing("RayTrainWorker", "artifacts/finetune/*/train/checkpoint_*/*", tmp_path / name):
+                finetune.run(context, stage)
+        else:
+            finetune.run(context, stage)
+        artifact = stage.artifact(context.storage)
+        outcomes.append([artifact.read(shard) for shard in ("losses.json", "adapter.safetensors")])
+        history = context.tracker.client.get_metric_history(context.tracker.run_id, "loss")
+        assert sorted(metric.step for metric in history) == list(range(1, 121))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_killed_generator_actor_changes_nothing(tiny_world: Path, tmp_path: Path, cluster: None):
+    outcomes = []
+    for name in ("killed", "whole"):
+        changes = {"sampling": {"steps": 300, "unit_size": 4}, "selection": {"images_per_class": 2, "groups": 10}}
+        context, stages = prepare(tiny_world, tmp_path / name, **changes)
+        stage, embed = stages["generate", "pretrained"], stages["embed", "pretrained"]
+        if name == "killed":
+            with killing("MapWorker", "artifacts/generate/*/shards/*.json", tmp_path / name):
+                pool.produce(context, stage, embed)
+        else:
+            pool.produce(context, stage, embed)
+        units = (stage.manifest(context.storage) or {})["units"]
+        assert set(units) == set(stage.units)
+        outcomes.append({unit: (entry["sha256"], entry["features_sha256"]) for unit, entry in units.items()})
+    assert outcomes[0] == outcomes[1]
