@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,26 +73,34 @@ class Storage:
             return bytes(stream.read())
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a whole file or nothing: a reader never sees a part of it."""
+        """Write a whole file or nothing: a reader never sees a part of it. :class:`UserError` if that is not possible."""
         target = self._path(path)
         if not self.is_local:  # object stores show an object when its upload is complete
-            try:
-                with self._filesystem.open_output_stream(target) as stream:
-                    stream.write(data)
-            except OSError as error:
-                raise UserError(f"cannot write {self.address(path)}: {str(error).splitlines()[0]}; check storage") from error
+            with self._naming(path), self._filesystem.open_output_stream(target) as stream:
+                stream.write(data)
             return
-        os.makedirs(os.path.dirname(target), exist_ok=True)
         temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
-        try:
-            Path(temporary).write_bytes(data)
-            os.replace(temporary, target)
-        except OSError as error:
-            Path(temporary).unlink(missing_ok=True)
-            raise UserError(f"cannot write {target}: {error.strerror}; free space or change storage") from error
+        with self._naming(path):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            try:
+                Path(temporary).write_bytes(data)
+                os.replace(temporary, target)
+            except OSError:
+                Path(temporary).unlink(missing_ok=True)
+                raise
 
     def make_folder(self, folder: str) -> None:
-        self._filesystem.create_dir(self._path(folder), recursive=True)
+        with self._naming(folder):
+            self._filesystem.create_dir(self._path(folder), recursive=True)
+
+    @contextmanager
+    def _naming(self, path: str) -> Iterator[None]:
+        """Failures to write, as errors that a person can act on."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error).splitlines()[0]
+            raise UserError(f"cannot write {self.address(path)}: {reason}; check storage and its free space") from error
 
     def names(self, folder: str) -> set[str]:
         """Names of the files directly in ``folder``; empty if there is none."""
