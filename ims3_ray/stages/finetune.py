@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+import torch.distributed as dist
 from ray.train import Checkpoint
 from safetensors.torch import save
 
@@ -90,15 +91,17 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
             history = json.loads(Path(folder, "losses.json").read_text())
             step = len(history)
     schedule = NoiseSchedule()
-    batches = batch_indices(len(labels), config.batch_size, rank, world, seed_for(seed, "finetune-order") % 2**31, step)
+    # Every worker draws for the whole global batch and takes its part: how many they are changes rounding, nothing else.
+    batches = batch_indices(len(labels), config.batch_size, 0, 1, seed_for(seed, "finetune-order") % 2**31, step)
+    mine = slice(rank * local_batch, (rank + 1) * local_batch)
     posted = step
     while step < config.steps:
-        rng = generator_for(seed, "finetune", step, rank)
+        rng = generator_for(seed, "finetune", step)
         index = next(batches)
-        z0, y = to_signed(pixels[index]).to(device), labels[index].to(device)
-        noise = torch.randn(z0.shape, generator=rng).to(device)
-        t = torch.randint(schedule.num_steps, (len(index),), generator=rng).to(device)
-        dropped = drop_labels(labels[index], model.config.null_label, config.label_dropout, rng).to(device)
+        noise = torch.randn((len(index), *pixels.shape[1:]), generator=rng)[mine].to(device)
+        t = torch.randint(schedule.num_steps, (len(index),), generator=rng)[mine].to(device)
+        dropped = drop_labels(labels[index], model.config.null_label, config.label_dropout, rng)[mine].to(device)
+        z0, y = to_signed(pixels[index[mine]]).to(device), labels[index[mine]].to(device)
         loss = ims3_loss(
             engine, z0, y, dropped, t, noise, schedule,
             lambda_im=config.lambda_im, n_steps=config.inversion.n_steps, grad_steps=config.inversion.grad_steps,
@@ -107,13 +110,22 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
         engine.step()
         ema.update(trained)
         step += 1
-        history.append([step, loss.total.item(), loss.diffusion.item(), loss.inversion_matching.item()])
+        history.append([step, *_mean_over_workers(loss.total, loss.diffusion, loss.inversion_matching)])
         if rank == 0 and (step % 5 == 0 or step == config.steps):
             plain["board"].post.remote(history[posted:])
             posted = step
         if step % config.checkpoint_every == 0 and step < config.steps:
             _checkpoint(engine, ema, history, rank)
     return {"adapter": save({k: v.contiguous().cpu() for k, v in ema.average.items()}), "history": history}
+
+
+def _mean_over_workers(*losses: torch.Tensor) -> list[float]:
+    """Of each loss, its mean over the global batch (every worker has the same share of it)."""
+    values = torch.stack([loss.detach() for loss in losses])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values.tolist()
 
 
 def _checkpoint(engine: Any, ema: Ema, history: list[list[float]], rank: int) -> None:

@@ -24,7 +24,9 @@ from ims3_ray.models.generator import load_generator
 from ims3_ray.plan import make_plan
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection import centroid, select_subgroups
-from ims3_ray.stages.base import Stage
+from ims3_ray.stages import finetune, pool
+from ims3_ray.stages.base import Context, Stage
+from ims3_ray.tracking import Tracker
 from tests.conftest import CLASSES, tiny_values
 from tests.ray.conftest import Run
 
@@ -57,13 +59,13 @@ def test_results_have_every_arm_with_seeds_mean_and_std(tiny_run: Run):
 
 
 def test_candidates_are_what_the_sampler_draws_one_by_one(tiny_run: Run):
-    pool = tensors(tiny_run, "generate", "pretrained", "pixels").unflatten(0, (len(CLASSES), -1))
+    images = tensors(tiny_run, "generate", "pretrained", "pixels").unflatten(0, (len(CLASSES), -1))
     model = load_generator(Path(tiny_run.config.generator))
     for label, index in [(0, 0), (1, 5), (2, 3)]:
         predict = guided(model, torch.tensor([label]), len(CLASSES), 2.0)
         rng = generator_for(tiny_run.config.seed, "image", label, index)
         expected = sample(predict, (1, 8, 8), [rng], NoiseSchedule(), 3, clip=True)[0]
-        off = (pool[label, index].float() - (expected + 1) * 127.5).abs().max()
+        off = (images[label, index].float() - (expected + 1) * 127.5).abs().max()
         assert off <= 1  # rounding: a batch of one need not give the same last bits as a batch of four
 
 
@@ -76,11 +78,11 @@ def test_s3_chooses_what_eq_10_says_of_features_computed_directly(tiny_run: Run)
             return phi(pixels.float() / 127.5 - 1)
 
     references, candidates = [], []
-    pool = tensors(tiny_run, "generate", "fine-tuned", "pixels").unflatten(0, (len(CLASSES), -1))
+    images = tensors(tiny_run, "generate", "fine-tuned", "pixels").unflatten(0, (len(CLASSES), -1))
     for label in range(len(CLASSES)):
         real = [np.asarray(source.image(int(i)))[None] for i in np.flatnonzero(source.labels == label)]
         references.append(centroid(features(torch.from_numpy(np.stack(real)))))
-        groups = pool[label, : G * K].unflatten(0, (G, K))
+        groups = images[label, : G * K].unflatten(0, (G, K))
         candidates.append(torch.stack([centroid(features(group)) for group in groups]))
     expected = select_subgroups(torch.stack(candidates), torch.stack(references), alpha=0.4, beta=0.9)
     table = (stage(tiny_run, "select", "ims3").manifest(tiny_run.storage) or {})["s3"]
@@ -88,12 +90,12 @@ def test_s3_chooses_what_eq_10_says_of_features_computed_directly(tiny_run: Run)
     assert table["groups"] == expected.groups.tolist()
     for label, group in enumerate(table["groups"]):
         mine = chosen(tiny_run, "ims3")["pixels"][label * K : (label + 1) * K]
-        assert torch.equal(mine, pool[label, group * K : (group + 1) * K])
+        assert torch.equal(mine, images[label, group * K : (group + 1) * K])
 
 
 def test_the_arm_without_selection_takes_the_first_k(tiny_run: Run):
-    pool = tensors(tiny_run, "generate", "pretrained", "pixels").unflatten(0, (len(CLASSES), -1))
-    assert torch.equal(chosen(tiny_run, "dit")["pixels"], pool[:, :K].flatten(0, 1))
+    images = tensors(tiny_run, "generate", "pretrained", "pixels").unflatten(0, (len(CLASSES), -1))
+    assert torch.equal(chosen(tiny_run, "dit")["pixels"], images[:, :K].flatten(0, 1))
 
 
 def test_random_real_images_are_distinct_training_images_of_their_class(tiny_run: Run):
@@ -190,6 +192,23 @@ def test_one_actor_makes_the_same_set_as_two(tiny_run: Run, tiny_world: Path, tm
     config = tiny_values(tiny_world, tmp_path, arms=arms, export="dit", actors={"count": 1}, sampling=sampling)
     alone = distill(RunConfig.model_validate(config))
     assert alone.results["arms"]["dit"]["content"] == tiny_run.result.results["arms"]["dit"]["content"]
+
+
+def test_one_training_worker_learns_the_same_as_two(tiny_run: Run, tiny_world: Path, tmp_path: Path):
+    tuning = {"trainer": {"num_workers": 1}}
+    config = RunConfig.model_validate(tiny_values(tiny_world, tmp_path, finetune=tuning))
+    storage = Storage.at(config.storage)
+    two, one = stage(tiny_run, "finetune", ""), {s.kind: s for s in make_plan(config).stages}["finetune"]
+    assert one.key(storage) == two.key(tiny_run.storage)
+    context = Context(config, storage, tiny_run.plan.classes, Tracker(config, storage))
+    pool.produce(context, one.inputs["encode"], None)
+    finetune.run(context, one)
+    mine, theirs = (
+        (load(a.read("adapter.safetensors")), torch.tensor(json.loads(a.read("losses.json"))))
+        for a in (one.artifact(storage), two.artifact(tiny_run.storage))
+    )
+    torch.testing.assert_close(mine[1], theirs[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-3, atol=2e-5)
 
 
 def test_truncated_images_are_counted_and_named_and_the_run_goes_on(tiny_world: Path, tmp_path: Path, cluster: None):
