@@ -16,10 +16,12 @@ from safetensors.torch import load
 
 from ims3_ray import RunConfig, UserError, distill, pipeline
 from ims3_ray.artifacts import Storage
+from ims3_ray.config import canonical
 from ims3_ray.data.sources import class_names_of, open_source
 from ims3_ray.diffusion.sampling import guided, sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
-from ims3_ray.models.encoder import load_encoder
+from ims3_ray.models.checkpoints import pack
+from ims3_ray.models.encoder import Encoder, encoder_config, load_encoder
 from ims3_ray.models.generator import load_generator
 from ims3_ray.plan import make_plan
 from ims3_ray.seeds import generator_for
@@ -184,6 +186,26 @@ def test_another_arm_shares_every_stage_that_it_can(tiny_run: Run):
     missing = {s.kind for s in plan.stages if s.missing(tiny_run.storage)}
     assert missing <= {"select", "evaluate", "export"}
     assert "select" in missing
+
+
+def test_another_phi_embeds_the_same_pool_again(tiny_run: Run, tmp_path: Path):
+    encoder = Encoder(encoder_config(Path(tiny_run.config.encoder)))
+    weights = tmp_path / "other-phi.safetensors"
+    weights.write_bytes(pack(encoder, canonical(encoder.config), "encoder"))
+    other = tiny_run.config.model_dump() | {"name": "other-phi", "encoder": str(weights)}
+    config = RunConfig.model_validate(other)
+    plan = make_plan(config)
+    stages = {(s.kind, s.label): s for s in plan.stages}
+    candidates, embed = stages["generate", "pretrained"], stages["embed", "pretrained"]
+    assert not candidates.missing(tiny_run.storage)
+    assert embed.missing(tiny_run.storage) == list(embed.units)
+    pool.produce(Context(config, tiny_run.storage, plan.classes, Tracker(config, tiny_run.storage)), candidates, embed)
+    unit = embed.units[0]
+    with torch.inference_mode():
+        pixels = load(candidates.artifact(tiny_run.storage).read(f"{unit}.safetensors"))["pixels"]
+        expected = encoder.eval()(pixels.float() / 127.5 - 1)
+    features = load(embed.artifact(tiny_run.storage).read(f"{unit}.safetensors"))["features"]
+    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_one_actor_makes_the_same_set_as_two(tiny_run: Run, tiny_world: Path, tmp_path: Path):
