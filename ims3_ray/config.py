@@ -43,37 +43,84 @@ class TrainerConfig(Section):
     """Times that Ray Train restarts the workers from the last checkpoint."""
 
 
-class InversionConfig(Section):
+class DiffusionObjective(Section):
+    """L_Diff (Eq. 6)."""
+
+    weight: float = Field(default=1.0, ge=0)
+    variance: bool = False
+    """Add the variational bound that trains a learned variance (generators with `learn_sigma`, as DiT's release)."""
+
+
+class InversionMatchingObjective(Section):
+    """L_IM as the paper prints it (Eq. 5, Algorithm 1)."""
+
+    weight: float = Field(default=0.002, ge=0)
+    """λ_IM of Eq. 7; 0 leaves the term out."""
     n_steps: int = Field(default=2, ge=1)
     """Inversion steps from z_0 to each sample's own t (N of Eq. 3)."""
     grad_steps: int = Field(default=1, ge=1)
     """The last so many steps carry the gradient; without any, L_IM has none."""
+    similarity: Literal["cosine", "l1", "l2"] = "cosine"
+    """How z_inv is compared with z_t (Table 7)."""
 
     @model_validator(mode="after")
-    def _grad_steps_within(self) -> InversionConfig:
+    def _grad_steps_within(self) -> InversionMatchingObjective:
         if self.grad_steps > self.n_steps:
             raise ValueError(f"grad_steps={self.grad_steps} exceeds n_steps={self.n_steps}; lower it")
         return self
 
 
+class ReleasedObjective(Section):
+    """L_IM as the authors' released code computes it; see docs/method.md."""
+
+    weight: float = Field(default=0.0, ge=0)
+
+
+class MinimaxObjective(Section):
+    """The two terms of Minimax diffusion, with per-class memories of latents."""
+
+    representativeness: float = Field(default=0.0, ge=0)
+    """Weight λ_r; Minimax uses 0.002."""
+    diversity: float = Field(default=0.0, ge=0)
+    """Weight λ_d; Minimax uses 0.008."""
+    memory: int = Field(default=64, ge=1)
+    """Latents remembered per class, real and predicted each."""
+    shared: bool = False
+    """One memory for all workers instead of one each."""
+
+
+class ObjectivesConfig(Section):
+    """What fine-tuning minimises: the weighted sum of these. A weight of 0 leaves a term out and costs nothing."""
+
+    diffusion: DiffusionObjective = DiffusionObjective()
+    inversion_matching: InversionMatchingObjective = InversionMatchingObjective()
+    inversion_matching_released: ReleasedObjective = ReleasedObjective()
+    minimax: MinimaxObjective = MinimaxObjective()
+
+    @model_validator(mode="after")
+    def _something(self) -> ObjectivesConfig:
+        minimax = self.minimax.representativeness + self.minimax.diversity
+        if self.diffusion.weight + self.inversion_matching.weight + self.inversion_matching_released.weight + minimax == 0:
+            raise ValueError("every objective has weight 0, so there is nothing to learn; set diffusion.weight=1")
+        return self
+
+
 class FinetuneConfig(Section):
-    """Inversion-matching fine-tuning (section 4.1, Algorithm 1) of the DiffFit parameters."""
+    """Fine-tuning of the DiffFit parameters (section 4.1, Algorithm 1)."""
 
     steps: int = Field(default=120, ge=1)
     batch_size: int = Field(default=32, ge=1)
     """Global batch: all workers together."""
     lr: float = Field(default=1e-3, gt=0)
-    lambda_im: float = Field(default=0.002, ge=0)
-    """Weight λ_IM of the inversion-matching loss (Eq. 7)."""
-    inversion: InversionConfig = InversionConfig()
+    objectives: ObjectivesConfig = ObjectivesConfig()
     scaled_blocks: int = Field(default=14, ge=0)
     """DiffFit puts scale vectors γ into the first so many blocks."""
     label_dropout: Fraction = 0.1
     """Share of samples that L_Diff sees without their class, as classifier-free guidance needs."""
     ema_decay: Fraction = 0.99
     """The adapter is the exponential moving average of the trained parameters."""
-    zero_stage: Literal[0, 1, 2] = 1
-    """DeepSpeed ZeRO: what the workers share among them (1: optimizer state, 2: gradients too)."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: what the workers share among them (1: optimizer state, 2: gradients too, 3: parameters too)."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps after which a restart need not begin again."""
     trainer: TrainerConfig = TrainerConfig()

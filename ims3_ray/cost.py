@@ -16,9 +16,11 @@ def sampling_flops(shape: DiTConfig, sampling: SamplingConfig) -> float:
 
 def finetune_flops(shape: DiTConfig, config: FinetuneConfig) -> float:
     """All steps. With a frozen backbone a backward pass costs one forward (input gradients only)."""
-    passes = 2
-    if config.lambda_im > 0:
-        passes += config.inversion.n_steps + config.inversion.grad_steps
+    objectives, passes = config.objectives, 2
+    if objectives.inversion_matching.weight:
+        passes += objectives.inversion_matching.n_steps + objectives.inversion_matching.grad_steps
+    if objectives.inversion_matching_released.weight:
+        passes += 1
     return float(config.steps * config.batch_size * passes * shape.forward_flops())
 
 

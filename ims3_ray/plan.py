@@ -114,6 +114,10 @@ class _Builder:
 
     def finetune(self) -> Stage:
         config = self.config.finetune
+        if config.objectives.diffusion.variance and not self.shape.learn_sigma:
+            raise UserError(
+                f"generator '{self.weights.name}' predicts no variance; set finetune.objectives.diffusion.variance=false"
+            )
         params: dict[str, Any] = canonical(config)
         for detail in ("trainer", "checkpoint_every"):  # where and how safely it runs does not change what it computes
             params.pop(detail)

@@ -95,14 +95,11 @@ class Tracker:
         for start in range(0, len(entries), BATCH):
             self.client.log_batch(run_id or self.run_id, metrics=entries[start : start + BATCH])
 
-    def losses(self, history: Sequence[Sequence[float]]) -> None:
-        """Rows [step, L, L_Diff, L_IM] of the fine-tuning so far; steps that are there already are left alone."""
+    def losses(self, history: Sequence[Mapping[str, float]]) -> None:
+        """The rows of the fine-tuning so far; steps that are there already are left alone."""
         logged = max((m.step for m in self.client.get_metric_history(self.run_id, "loss")), default=0)
-        self.series(
-            (int(step), {"loss": total, "loss_diffusion": diffusion, "loss_inversion_matching": matching})
-            for step, total, diffusion, matching in history
-            if step > logged
-        )
+        rows = [row for row in history if row["step"] > logged]
+        self.series((int(row["step"]), {key: row[key] for key in row if key != "step"}) for row in rows)
 
     def child(self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], curves: Mapping[str, Any]) -> None:
         """A finished child run, with the accuracy curves of its students as stepped metrics; nothing if it is there."""

@@ -16,7 +16,10 @@ class NoiseSchedule:
     def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
         betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
         self.num_steps = num_steps
+        self.beta = betas
         self.alpha_bar = torch.cumprod(1 - betas, dim=0)
+        self.alpha_bar_previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        """ᾱ_{t−1}; 1 before the first step."""
         self.sigma = ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
         """σ_t = √((1−ᾱ_t)/ᾱ_t), the noise level of the rescaled latent x̄ = z/√ᾱ in which Eq. 3 is an Euler step."""
 
@@ -24,6 +27,19 @@ class NoiseSchedule:
         """Eq. 4: ``z_t = √ᾱ_t · z_0 + √(1−ᾱ_t) · ε`` for one timestep ``t_B[b]`` per sample; shapes of ``z0``."""
         alpha_bar = per_sample(self.alpha_bar.to(z0.device)[t_B], z0)
         return alpha_bar.sqrt() * z0 + (1 - alpha_bar).sqrt() * noise
+
+    def posterior_mean(self, z0: Tensor, z_t: Tensor, t_B: Tensor) -> Tensor:
+        """Mean of q(z_{t−1} | z_t, z_0) (DDPM, Ho et al. 2020, Eq. 7): a weighted sum of ``z0`` and ``z_t``."""
+        now, before = self.alpha_bar, self.alpha_bar_previous
+        of_z0 = before.sqrt() * self.beta / (1 - now)
+        of_z_t = (1 - self.beta).sqrt() * (1 - before) / (1 - now)
+        return per_sample(of_z0.to(z0.device)[t_B], z0) * z0 + per_sample(of_z_t.to(z0.device)[t_B], z0) * z_t
+
+    @property
+    def posterior_log_variance(self) -> Tensor:
+        """log β̃_t, float64 [num_steps]: β̃_0 is zero, so the value of step 1 stands in for it, as in DiT's release."""
+        variance = self.beta * (1 - self.alpha_bar_previous) / (1 - self.alpha_bar)
+        return torch.cat([variance[1:2], variance[1:]]).log()
 
     def respaced(self, num_steps: int) -> Tensor:
         """``num_steps`` timesteps ``0 = t_0 < … < t_N-1``, evenly spaced and counted from zero ("leading", as DDIM)."""

@@ -1,47 +1,36 @@
-"""L_IM (Eq. 5) and the objective of the fine-tuning (Eq. 7, Algorithm 1)."""
+"""L_IM as the paper prints it (Eq. 5, Algorithm 1). The authors' code reads it otherwise: inversion_matching_released."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ims3_ray.diffusion.inversion import invert
-from ims3_ray.diffusion.schedule import NoiseSchedule
-from ims3_ray.objectives.diffusion import diffusion_loss
+from ims3_ray.objectives.base import Objective, TrainingStep
 
 
-class ImsLoss(NamedTuple):
-    total: Tensor
-    """L = L_Diff + λ_IM·L_IM (Eq. 7), a scalar."""
-    diffusion: Tensor
-    inversion_matching: Tensor
+def inversion_matching_loss(z_inv: Tensor, z_t: Tensor, similarity: str = "cosine") -> Tensor:
+    """Eq. 5, ``1 − σ(z_t^inv, z_t)``: cosine over all elements of each sample, mean over the batch.
 
-
-def inversion_matching_loss(z_inv: Tensor, z_t: Tensor) -> Tensor:
-    """Eq. 5, ``1 − σ(z_t^inv, z_t)``: cosine over all elements of each sample, mean over the batch."""
-    return (1 - F.cosine_similarity(z_inv.float().flatten(1), z_t.float().flatten(1))).mean()
-
-
-def ims3_loss(
-    model: nn.Module, z0: Tensor, y_B: Tensor, y_dropped_B: Tensor, t_B: Tensor, noise: Tensor, schedule: NoiseSchedule,
-    *, lambda_im: float, n_steps: int, grad_steps: int,
-) -> ImsLoss:  # fmt: skip
-    """One step of Algorithm 1 on ``z0`` [B, C, H, W] with labels ``y_B``.
-
-    L_Diff sees ``y_dropped_B`` (labels dropped for guidance); the inversion follows the conditional model, ``y_B``.
-    ``z_t`` of Eq. 4 holds no parameter, so L_IM has a gradient through the inversion only.
+    ``l1`` and ``l2`` are the alternatives of Table 7: mean absolute and mean squared difference.
     """
-    channels = z0.shape[1]
-    z_t = schedule.add_noise(z0, noise, t_B)
-    diffusion = diffusion_loss(model(z_t, t_B, y_dropped_B)[:, :channels], noise)
-    if lambda_im == 0:
-        return ImsLoss(diffusion, diffusion, torch.zeros_like(diffusion))
+    z_inv, z_t = z_inv.float().flatten(1), z_t.float().flatten(1)
+    if similarity == "cosine":
+        return (1 - F.cosine_similarity(z_inv, z_t)).mean()
+    return {"l1": F.l1_loss, "l2": F.mse_loss}[similarity](z_inv, z_t)
 
-    def predict(z: Tensor, time_B: Tensor) -> Tensor:
-        return model(z, time_B, y_B)[:, :channels]
 
-    matching = inversion_matching_loss(invert(predict, z0, t_B, schedule, n_steps, grad_steps), z_t)
-    return ImsLoss(diffusion + lambda_im * matching, diffusion, matching)
+class InversionMatching(Objective):
+    """λ_IM·L_IM: the clean latent, inverted by the conditional model to each sample's own t, is to meet z_t.
+
+    ``z_t`` of Eq. 4 holds no parameter, so L_IM has a gradient through the inversion only, and there through the last
+    ``grad_steps`` of its ``n_steps``.
+    """
+
+    def __init__(self, weight: float, n_steps: int, grad_steps: int, similarity: str = "cosine") -> None:
+        super().__init__(inversion_matching=weight)
+        self.n_steps, self.grad_steps, self.similarity = n_steps, grad_steps, similarity
+
+    def __call__(self, step: TrainingStep) -> dict[str, Tensor]:
+        z_inv = invert(step.predict, step.z0, step.t_B, step.schedule, self.n_steps, self.grad_steps)
+        return {"inversion_matching": inversion_matching_loss(z_inv, step.z_t, self.similarity)}

@@ -13,25 +13,30 @@ from ims3_ray.config import RunConfig, canonical
 from ims3_ray.data.classes import ClassTable
 from ims3_ray.report.figures import line_chart
 
+TERM_TITLES = {
+    "loss_diffusion": "L_Diff",
+    "loss_variance": "variational bound",
+    "loss_inversion_matching": "L_IM",
+    "loss_inversion_matching_released": "L_IM (released reading)",
+    "loss_representativeness": "representativeness",
+    "loss_diversity": "diversity",
+}
+
 
 def render_report(
     config: RunConfig,
     classes: ClassTable,
     results: dict[str, Any],
     sheets: dict[str, bytes],
-    losses: list[list[float]],
+    losses: list[dict[str, float]],
     tables: dict[str, dict[str, Any]],
 ) -> str:
-    """HTML of ``report.html``: ``sheets`` are PNGs by arm, ``losses`` rows [step, L, L_Diff, L_IM], ``tables`` S3 terms."""
+    """HTML of ``report.html``: ``sheets`` are PNGs by arm, ``losses`` the rows of ``losses.json``, ``tables`` S3 terms."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
     template = environment.from_string((resources.files("ims3_ray.report") / "report.html").read_text())
-    charts = {}
-    if losses:
-        charts = {
-            "L_Diff": line_chart([(row[0], row[2]) for row in losses]),
-            "L_IM": line_chart([(row[0], row[3]) for row in losses]),
-        }
+    terms = [key for key in losses[0] if key.startswith("loss_")] if losses else []
+    charts = {TERM_TITLES[key]: line_chart([(int(row["step"]), row[key]) for row in losses]) for key in terms}
     longest = max(stage["seconds"] for stage in results["stages"]) or 1
     return template.render(
         config=config, classes=classes, results=results, sheets=sheets, charts=charts, tables=tables, longest=longest,

@@ -36,11 +36,11 @@ def _images(context: Context, evaluation: Stage) -> Any:
     return load(evaluation.inputs["select"].artifact(context.storage).read("images.safetensors"))["pixels"]
 
 
-def _losses(context: Context, plan: Plan) -> list[list[float]]:
-    """Rows [step, L, L_Diff, L_IM] of the fine-tuning, none without one."""
+def _losses(context: Context, plan: Plan) -> list[dict[str, float]]:
+    """The rows of the fine-tuning's ``losses.json``, none without one."""
     for stage in plan.stages:
         if stage.kind == "finetune":
-            rows: list[list[float]] = json.loads(stage.artifact(context.storage).read("losses.json"))
+            rows: list[dict[str, float]] = json.loads(stage.artifact(context.storage).read("losses.json"))
             return rows
     return []
 

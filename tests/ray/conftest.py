@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -14,6 +15,8 @@ from ims3_ray.artifacts import Storage
 from ims3_ray.cluster import connected
 from ims3_ray.config import ClusterConfig
 from ims3_ray.plan import Plan, make_plan
+from ims3_ray.stages.base import Context, Stage
+from ims3_ray.tracking import Tracker
 from tests.conftest import tiny_values
 
 
@@ -42,3 +45,11 @@ def tiny_run(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, cluster
     config = RunConfig.model_validate(tiny_values(tiny_world, tmp_path_factory.mktemp("runs")))
     result = distill(config)
     return Run(config, result, make_plan(config), Storage.at(config.storage))
+
+
+def prepare(world: Path, storage: Path, **changes: Any) -> tuple[Context, dict[tuple[str, str], Stage]]:
+    """A run of which nothing has run yet: its context, its stages by (kind, label)."""
+    config = RunConfig.model_validate(tiny_values(world, storage, **changes))
+    plan, place = make_plan(config), Storage.at(config.storage)
+    stages = {(stage.kind, stage.label): stage for stage in plan.stages}
+    return Context(config, place, plan.classes, Tracker(config, place)), stages

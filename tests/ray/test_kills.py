@@ -9,25 +9,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from ims3_ray import RunConfig
-from ims3_ray.artifacts import Storage
-from ims3_ray.plan import make_plan
 from ims3_ray.stages import finetune, pool
-from ims3_ray.stages.base import Context, Stage
-from ims3_ray.tracking import Tracker
-from tests.conftest import tiny_values
-
-
-def prepare(world: Path, storage: Path, **changes: Any) -> tuple[Context, dict[tuple[str, str], Stage]]:
-    """A run of which nothing has run yet: its context, its stages by (kind, label)."""
-    config = RunConfig.model_validate(tiny_values(world, storage, **changes))
-    plan, place = make_plan(config), Storage.at(config.storage)
-    stages = {(stage.kind, stage.label): stage for stage in plan.stages}
-    return Context(config, place, plan.classes, Tracker(config, place)), stages
+from tests.ray.conftest import prepare
 
 
 @contextmanager
@@ -58,8 +44,9 @@ def killing(worker: str, once: str, folder: Path) -> Iterator[None]:
 
 def test_a_killed_training_worker_changes_nothing(tiny_world: Path, tmp_path: Path, cluster: None):
     outcomes = []
+    objectives = {"minimax": {"representativeness": 0.1, "diversity": 0.1, "memory": 8}}  # its memories must survive too
     for name in ("killed", "whole"):
-        changes = {"finetune": {"steps": 120, "batch_size": 8, "checkpoint_every": 20}}
+        changes = {"finetune": {"steps": 120, "batch_size": 8, "checkpoint_every": 20, "objectives": objectives}}
         context, stages = prepare(tiny_world, tmp_path / name, **changes)
         pool.produce(context, stages["encode", "train"], None)
         stage = stages["finetune", ""]

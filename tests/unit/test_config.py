@@ -40,7 +40,7 @@ def test_a_file_extends_another_and_overrides_come_last(tmp_path: Path):
         ("alpha=1", "did you mean 'selection.alpha'?"),
         ("selection.groups=0", "selection.groups=0: input should be greater than or equal to 1"),
         ("selection.pool_per_class=20", "raise it or lower the others"),
-        ("finetune.inversion.grad_steps=9", "grad_steps=9 exceeds n_steps=2"),
+        ("finetune.objectives.inversion_matching.grad_steps=9", "grad_steps=9 exceeds n_steps=2"),
         ("arms.random_real.select=s3", "images: real goes with"),
         ("export=nothing", "export='nothing' is no arm; there is: random_real, dit, dit_s3, ims3"),
         ("name=artifacts", "name 'artifacts' is taken"),

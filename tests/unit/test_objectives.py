@@ -12,8 +12,11 @@ import torch
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.models.difffit import add_difffit
 from ims3_ray.models.dit import DiT, DiTConfig
-from ims3_ray.objectives.diffusion import diffusion_loss, drop_labels
-from ims3_ray.objectives.inversion_matching import ImsLoss, ims3_loss, inversion_matching_loss
+from ims3_ray.objectives.base import Losses, TrainingStep, add_up
+from ims3_ray.objectives.diffusion import Diffusion, diffusion_loss, drop_labels, variational_bound
+from ims3_ray.objectives.inversion_matching import InversionMatching, inversion_matching_loss
+from ims3_ray.objectives.inversion_matching_released import InversionMatchingReleased, reverse_step
+from ims3_ray.objectives.minimax import Minimax
 
 SCHEDULE = NoiseSchedule()
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -38,11 +41,13 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return z0, noise
 
 
-def loss_of(model: DiT, lambda_im: float, n_steps: int = 3, grad_steps: int = 3) -> ImsLoss:
+def step_of(model: DiT, times: torch.Tensor = TIMES) -> TrainingStep:
     z0, noise = batch()
-    return ims3_loss(
-        model, z0, LABELS, DROPPED, TIMES, noise, SCHEDULE, lambda_im=lambda_im, n_steps=n_steps, grad_steps=grad_steps
-    )
+    return TrainingStep.forward(model, SCHEDULE, z0, LABELS, DROPPED, times, noise)
+
+
+def loss_of(model: DiT, lambda_im: float, n_steps: int = 3, grad_steps: int = 3) -> Losses:
+    return add_up([Diffusion(), InversionMatching(lambda_im, n_steps, grad_steps)], step_of(model))
 
 
 def cosine(u: np.ndarray, v: np.ndarray) -> float:
@@ -96,25 +101,15 @@ def test_the_total_is_eq7_of_losses_computed_by_hand(lambda_im: float, n_steps: 
     model = difffit_model()
     loss = loss_of(model, lambda_im, n_steps, 1)
     diffusion, matching = numpy_losses(model, n_steps)
-    assert loss.diffusion.item() == pytest.approx(diffusion, rel=1e-5)
-    assert loss.inversion_matching.item() == pytest.approx(matching, rel=1e-5)
+    assert loss.terms["diffusion"].item() == pytest.approx(diffusion, rel=1e-5)
+    assert loss.terms["inversion_matching"].item() == pytest.approx(matching, rel=1e-5)
     assert loss.total.item() == pytest.approx(diffusion + lambda_im * matching, rel=1e-5)
-
-
-def test_without_lambda_only_the_diffusion_loss_is_computed():
-    calls = []
-    model = difffit_model()
-    model.register_forward_hook(lambda *_: calls.append(1))
-    loss = loss_of(model, 0.0)
-    assert len(calls) == 1
-    assert loss.total.item() == loss.diffusion.item() == pytest.approx(numpy_losses(model, 1)[0], rel=1e-5)
-    assert loss.inversion_matching.item() == 0
 
 
 @pytest.mark.parametrize("grad_steps", [1, 3])
 def test_inversion_matching_moves_every_kind_of_difffit_parameter(grad_steps: int):
     model = difffit_model()
-    loss_of(model, 1.0, grad_steps=grad_steps).inversion_matching.backward()
+    loss_of(model, 1.0, grad_steps=grad_steps).terms["inversion_matching"].backward()
     for kind in ("gamma", "bias", "y_embed"):
         largest = [p.grad.abs().max() for name, p in model.named_parameters() if p.requires_grad and kind in name]
         assert max(largest) > 1e-4
@@ -124,9 +119,9 @@ def test_inversion_matching_moves_every_kind_of_difffit_parameter(grad_steps: in
 def test_a_detached_inversion_has_no_gradient():
     model = difffit_model()
     loss = loss_of(model, 1.0, grad_steps=0)
-    assert loss.inversion_matching.item() > 0
-    assert not loss.inversion_matching.requires_grad
-    alone = loss_of(model, 0.0)
+    assert loss.terms["inversion_matching"].item() > 0
+    assert not loss.terms["inversion_matching"].requires_grad
+    alone = add_up([Diffusion()], step_of(model))
     trained = [p for p in model.parameters() if p.requires_grad]
     both = (torch.autograd.grad(each.total, trained) for each in (loss, alone))
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
@@ -172,3 +167,153 @@ def test_dropping_follows_its_generator():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not y.any()
+
+
+@pytest.mark.parametrize(("similarity", "power"), [("l1", 1), ("l2", 2)])
+def test_the_alternatives_of_table_7_are_mean_differences(similarity: str, power: int):
+    u, v = batch()
+    expected = np.mean(np.abs(u.numpy() - v.numpy()) ** power)
+    assert inversion_matching_loss(u, v, similarity).item() == pytest.approx(expected, rel=1e-6)
+
+
+def numpy_posterior(z0: np.ndarray, z_t: np.ndarray, t: int) -> tuple[np.ndarray, float]:
+    """Mean and variance of q(z_{t-1} | z_t, z_0): the product of two Gaussians in z_{t-1}, by completing the square."""
+    beta = 1e-4 + (0.02 - 1e-4) * t / 999
+    before = ALPHA_BAR[t - 1]
+    precision = (1 - beta) / beta + 1 / (1 - before)
+    mean = (math.sqrt(1 - beta) / beta * z_t + math.sqrt(before) / (1 - before) * z0) / precision
+    return mean, 1 / precision
+
+
+@torch.no_grad()
+def numpy_released(model: DiT, z0: np.ndarray, noise: np.ndarray, times: list[int]) -> float:
+    """The released reading from its description; only the network itself runs in torch."""
+
+    def network(z: np.ndarray) -> np.ndarray:
+        return model(torch.from_numpy(z), torch.tensor(times), DROPPED)[:, :2].numpy()
+
+    now = ALPHA_BAR[times][:, None, None, None]
+    ahead = np.append(ALPHA_BAR, 0.0)[np.array(times) + 1][:, None, None, None]
+    clean = np.clip((z0 - np.sqrt(1 - now) * network(z0)) / np.sqrt(now), -1, 1)
+    upward = (z0 / np.sqrt(now) - clean) / np.sqrt(1 / now - 1)
+    inverted = np.sqrt(ahead) * clean + np.sqrt(1 - ahead) * upward
+    z_t = np.sqrt(now) * z0 + np.sqrt(1 - now) * noise
+    z0_hat = (z_t - np.sqrt(1 - now) * network(z_t)) / np.sqrt(now)
+    denoised = [numpy_posterior(z0_hat[b], z_t[b], t)[0] for b, t in enumerate(times)]
+    pairs = [cosine(inverted[i], denoised[j]) for i in range(len(times)) for j in range(len(times))]
+    return 1 - float(np.mean(pairs))
+
+
+@pytest.mark.parametrize("times", [[120, 640, 930], [1, 500, 999]])
+def test_the_released_reading_equals_its_description(times: list[int]):
+    model = difffit_model()
+    z0, noise = (tensor.numpy() for tensor in batch())
+    term = InversionMatchingReleased(0.002)(step_of(model, torch.tensor(times)))["inversion_matching_released"]
+    assert term.item() == pytest.approx(numpy_released(model, z0, noise, times), rel=1e-5)
+
+
+def test_the_released_reading_has_its_gradient_through_the_denoised_latent_only():
+    model = difffit_model()
+    step = step_of(model)
+    InversionMatchingReleased(1.0)(step)["inversion_matching_released"].backward()
+    assert max(p.grad.abs().max() for p in model.parameters() if p.requires_grad and p.grad is not None) > 1e-6
+    assert not reverse_step(step.predict, step.z0, step.t_B, SCHEDULE).requires_grad
+
+
+def test_the_variational_bound_is_the_divergence_of_two_gaussians():
+    model = difffit_model()
+    step = step_of(model)
+    total = []
+    for b, t in enumerate(TIMES.tolist()):
+        z_t = step.z_t[b].numpy()
+        true_mean, variance = numpy_posterior(step.z0[b].numpy(), z_t, t)
+        mean, _ = numpy_posterior(step.z0_hat[b].detach().numpy(), z_t, t)
+        share = (step.output[b, 2:].detach().numpy() + 1) / 2
+        largest = math.log(1e-4 + (0.02 - 1e-4) * t / 999)
+        std = np.exp(0.5 * (share * largest + (1 - share) * math.log(variance)))
+        ours, truth = (
+            torch.distributions.Normal(torch.as_tensor(m), torch.as_tensor(s))
+            for m, s in ((mean, std), (true_mean, np.full_like(std, math.sqrt(variance))))
+        )
+        total.append(torch.distributions.kl_divergence(truth, ours).mean().item() / math.log(2))
+    assert variational_bound(step).item() == pytest.approx(np.mean(total), rel=1e-4)
+
+
+def test_at_the_last_step_the_bound_is_the_likelihood_of_eight_bits():
+    model = difffit_model()
+    step = step_of(model, torch.zeros(3, dtype=torch.int64))
+    mean = step.z0_hat.detach().double()  # q(z_0 | z_1, z_0) is a point: the prediction itself
+    variances = 1e-4 + (0.02 - 1e-4) / 999 * np.arange(2)
+    smallest = math.log(variances[1] * (1 - ALPHA_BAR[0]) / (1 - ALPHA_BAR[1]))
+    share = (step.output[:, 2:].detach() + 1) / 2
+    std = (0.5 * (share * math.log(1e-4) + (1 - share) * smallest)).exp()
+    gaussian = torch.distributions.Normal(mean, std)
+    low, high = gaussian.cdf(step.z0 - 1 / 255), gaussian.cdf(step.z0 + 1 / 255)
+    mass = torch.where(step.z0 < -0.999, high, torch.where(step.z0 > 0.999, 1 - low, high - low)).clamp(min=1e-12)
+    assert variational_bound(step).item() == pytest.approx(-mass.log2().mean().item(), rel=1e-4)
+
+
+def test_the_bound_trains_the_variance_and_leaves_the_noise_alone():
+    model = difffit_model()
+    bias = model.final_layer.linear.bias
+    variational_bound(step_of(model)).backward()
+    of_noise, of_variance = bias.grad.reshape(4, 4)[:, :2], bias.grad.reshape(4, 4)[:, 2:]
+    assert of_variance.abs().min() > 0
+    assert not of_noise.any()
+
+
+def test_minimax_looks_at_the_least_and_the_most_similar_latent_of_a_class():
+    model = difffit_model()
+    minimax = Minimax(0.002, 0.008, memory=2)
+    first = minimax(step_of(model))
+    assert first["representativeness"].item() == first["diversity"].item() == 0  # nothing remembered yet
+    other = step_of(model, torch.tensor([10, 400, 700]))
+    real, predicted = [*step_of(model).z0], [*step_of(model).z0_hat.detach()]
+    second = minimax(other)
+    z0_hat = other.z0_hat.detach().numpy()
+    near = [1 - cosine(z0_hat[b], real[b].numpy()) for b in range(3)]
+    apart = [cosine(z0_hat[b], predicted[b].numpy()) for b in range(3)]
+    assert second["representativeness"].item() == pytest.approx(np.mean(near), rel=1e-4)
+    assert second["diversity"].item() == pytest.approx(np.mean(apart), rel=1e-4)
+    second["diversity"].backward()
+    assert model.final_layer.linear.bias.grad.abs().max() > 0
+    same_class = TrainingStep(**{**vars(other), "y_B": torch.tensor([2, 2, 2])})
+    third = minimax(same_class)
+    memory = [real[1], other.z0[1]]
+    least = min(cosine(z0_hat[k], z.numpy()) for k in range(3) for z in memory)
+    most = max(cosine(z0_hat[k], z.numpy()) for k in range(3) for z in (predicted[1], other.z0_hat.detach()[1]))
+    assert third["representativeness"].item() == pytest.approx(1 - least, rel=1e-4)
+    assert third["diversity"].item() == pytest.approx(most, rel=1e-4)
+    assert len(minimax.real[2]) == len(minimax.predicted[2]) == 2  # the newest two of five
+
+
+def test_minimax_goes_on_from_its_state():
+    model = difffit_model()
+    one, other = Minimax(1, 1), Minimax(1, 1)
+    one(step_of(model))
+    other.restore(one.state())
+    values = [[term.item() for term in minimax(step_of(model)).values()] for minimax in (one, other)]
+    assert values[0] == values[1]
+    assert values[0][0] > 0
+
+
+def test_minimax_memories_hold_what_all_workers_gathered():
+    model = difffit_model()
+    minimax = Minimax(1, 1, gather=lambda tensor: torch.cat([tensor, tensor + 0]))
+    minimax(step_of(model))
+    assert {label: len(latents) for label, latents in minimax.real.items()} == {0: 2, 1: 2, 2: 2}
+
+
+def test_terms_add_up_by_weight():
+    model = difffit_model()
+    parts = [Diffusion(2.0, variance=True), InversionMatchingReleased(0.5), Minimax(0.002, 0.008)]
+    total, terms = add_up(parts, step_of(model))
+    weights = {
+        "diffusion": 2.0,
+        "variance": 2.0,
+        "inversion_matching_released": 0.5,
+        "representativeness": 0.002,
+        "diversity": 0.008,
+    }
+    assert terms.keys() == weights.keys()
+    assert total.item() == pytest.approx(sum(weights[name] * term.item() for name, term in terms.items()), rel=1e-6)
