@@ -270,7 +270,7 @@ class RunConfig(Section):
     """Root of all random numbers of the run, those of the students apart."""
     data: DataConfig = DataConfig()
     generator: str = "embedded:fashion-mnist-dit"
-    """Weights of the class-conditional DiT."""
+    """Weights of the class-conditional DiT: `embedded:NAME`, a file, a diffusers folder or a hub id (docs/weights.md)."""
     encoder: str = "embedded:fashion-mnist-phi"
     """Weights of φ, the frozen feature encoder."""
     finetune: FinetuneConfig = FinetuneConfig()

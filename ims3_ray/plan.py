@@ -12,9 +12,8 @@ from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
 from ims3_ray.data.sources import ImageSource, fingerprint, open_source
 from ims3_ray.errors import UserError
 from ims3_ray.models.checkpoints import check_fit, weights_path
-from ims3_ray.models.dit import DiT
 from ims3_ray.models.encoder import Encoder, encoder_config
-from ims3_ray.models.generator import class_indices, generator_config
+from ims3_ray.models.generator import check_generator, class_indices, generator_config, generator_path
 from ims3_ray.stages.base import Stage, units_of
 
 
@@ -50,9 +49,9 @@ class _Builder:
         self.test = open_source(test_path, config.data.test_split)
         if missing := set(self.train.class_names) ^ set(self.test.class_names):
             raise UserError(f"train and test split do not hold the same classes: '{min(missing)}' is in one only")
-        self.weights, self.phi = weights_path(config.generator), weights_path(config.encoder)
+        self.weights, self.phi = generator_path(config.generator), weights_path(config.encoder)
         self.shape, self.phi_shape = generator_config(self.weights), encoder_config(self.phi)
-        check_fit(DiT, self.shape, self.weights)
+        check_generator(self.weights)
         check_fit(Encoder, self.phi_shape, self.phi)
         self._check_pixels()
         labels = chosen_labels(self.train.class_names, config.data.classes)
@@ -63,6 +62,11 @@ class _Builder:
 
     def _check_pixels(self) -> None:
         data, shape = self.config.data, self.shape
+        if shape.in_channels not in (1, 3):
+            raise UserError(
+                f"generator '{self.weights.name}' works on the {shape.in_channels}-channel latents of an autoencoder, "
+                "which this version does not have yet; choose a generator of pixels"
+            )
         if (data.size, data.channels) != (shape.input_size, shape.in_channels):
             raise UserError(
                 f"generator '{self.weights.name}' makes {shape.in_channels}×{shape.input_size}×{shape.input_size} images; "

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,14 @@ def count_images(labels: NDArray[np.int64], class_names: Sequence[str], chosen: 
                 "lower it, or leave the class out with data.classes"
             )
     return [int(counts[label]) for label in chosen]
+
+
+@cache
+def imagenet_wnids() -> tuple[str, ...]:
+    """The 1,000 WordNet ids of ImageNet-1K by label: label i is the i-th of the sorted ids."""
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo().label_names())
 
 
 def folder_name(class_name: str) -> str:

@@ -26,7 +26,7 @@ def weights_path(reference: str) -> Path:
     else:
         path = Path(reference).expanduser()
     if not path.is_file():
-        raise UserError(f"weights '{reference}' do not exist; give a .safetensors file or embedded:NAME")
+        raise UserError(f"weights '{reference}' do not exist; give a weights file or embedded:NAME")
     return path
 
 
@@ -39,13 +39,15 @@ def pack(model: nn.Module, config: dict[str, Any], kind: str, dtype: torch.dtype
     return save(state, metadata={"kind": kind, "config": json.dumps(config), **extra})
 
 
-def read_metadata(path: Path, kind: str) -> dict[str, str]:
-    """Metadata of a weights file, checked to be of the given kind; ``metadata["config"]`` is JSON."""
+def read_metadata(path: Path, kind: str | None = None) -> dict[str, str]:
+    """Metadata of a weights file, checked to be of the given kind (if any); ``metadata["config"]`` is JSON."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"weights '{path}' are not a readable safetensors file ({error}); fetch them again") from error
+    if kind is None:
+        return metadata
     if metadata.get("kind") != kind or "config" not in metadata:
         found = f"hold a '{metadata['kind']}'" if "kind" in metadata else "carry no model shape"
         raise UserError(f"weights '{path}' {found} where a '{kind}' is needed; see docs/weights.md")
@@ -58,18 +60,19 @@ def check_fit(build: Callable[[Any], nn.Module], config: Any, path: Path) -> Non
         wanted = {name: tuple(tensor.shape) for name, tensor in build(config).state_dict().items()}
     with safe_open(path, framework="pt") as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    _compare(wanted, found, path)
+    compare_shapes(wanted, found, path)
 
 
 def load_into(model: nn.Module, path: Path) -> None:
     """Copy the tensors of ``path`` into ``model``; :class:`UserError` names the first tensor that does not fit."""
     wanted = model.state_dict()
     state = load_file(path)
-    _compare({k: tuple(v.shape) for k, v in wanted.items()}, {k: tuple(v.shape) for k, v in state.items()}, path)
+    compare_shapes({k: tuple(v.shape) for k, v in wanted.items()}, {k: tuple(v.shape) for k, v in state.items()}, path)
     model.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in state.items()})
 
 
-def _compare(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], path: Path) -> None:
+def compare_shapes(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], path: Path) -> None:
+    """:class:`UserError` naming the first tensor that is missing, of another shape, or too many."""
     for name, shape in wanted.items():
         if name not in found:
             raise UserError(f"weights '{path}' do not fit the model: '{name}' is missing")

@@ -61,6 +61,22 @@ class DiTConfig(BaseModel):
         return 2 * (tokens * per_token + per_sample)
 
 
+def _published(depth: int, width: int, heads: int) -> DiTConfig:
+    return DiTConfig(
+        input_size=32, in_channels=4, patch_size=2, hidden_size=width, depth=depth, num_heads=heads, num_classes=1000,
+        learn_sigma=True,
+    )  # fmt: skip
+
+
+PUBLISHED = {
+    "S": _published(12, 384, 6),
+    "B": _published(12, 768, 12),
+    "L": _published(24, 1024, 16),
+    "XL": _published(28, 1152, 16),
+}
+"""The published sizes with patch 2 on the latents of 256-pixel images (Peebles & Xie, Table 1)."""
+
+
 def sincos_position_embedding(grid_size: int, dim: int) -> Tensor:
     """Fixed 2-D sine-cosine embedding ``[grid_size**2, dim]``: first half from columns, second from rows (DiT)."""
 

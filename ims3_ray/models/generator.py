@@ -3,23 +3,64 @@
 from __future__ import annotations
 
 import difflib
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ims3_ray.errors import UserError
-from ims3_ray.models.checkpoints import load_into, read_metadata
+from ims3_ray.models.checkpoints import weights_path
 from ims3_ray.models.dit import DiT, DiTConfig
+from ims3_ray.models.dit_files import PICKLED, find_diffusers, open_dit
+
+FILES = (".safetensors", *PICKLED)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def generator_path(reference: str) -> Path:
+    """The weights file behind ``embedded:NAME``, a file, a diffusers pipeline folder, or a hub id (fetched to its cache).
+
+    Raises :class:`UserError` where there is none.
+    """
+    folder = Path(reference).expanduser()
+    if not folder.exists() and HUB_ID.fullmatch(reference) and folder.suffix not in FILES:
+        folder = _from_hub(reference)
+    if not folder.is_dir():
+        return weights_path(reference)
+    if (path := find_diffusers(folder)) is None:
+        raise UserError(
+            f"generator '{reference}' is a folder without a diffusers DiT (transformer/config.json and its weights)"
+        )
+    return path
+
+
+def _from_hub(reference: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["model_index.json", "transformer/*"]
+    try:
+        return Path(snapshot_download(reference, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"generator '{reference}' is neither a file or folder nor to be had from the hub "
+            f"({type(error).__name__}); check the name and HF_ENDPOINT, HF_TOKEN"
+        ) from error
 
 
 def generator_config(path: Path) -> DiTConfig:
-    return DiTConfig.model_validate(json.loads(read_metadata(path, "dit")["config"]))
+    return open_dit(path).config
+
+
+def check_generator(path: Path) -> None:
+    """:class:`UserError` naming the first tensor that does not fit the model; reads no weights."""
+    open_dit(path).state(meta=True)
 
 
 def load_generator(path: Path) -> DiT:
-    """The DiT in ``path`` with its weights, in evaluation mode."""
-    model = DiT(generator_config(path))
-    load_into(model, path)
+    """The DiT in ``path`` with its weights, float32, in evaluation mode."""
+    file = open_dit(path)
+    model = DiT(file.config)
+    model.load_state_dict({name: tensor.float() for name, tensor in file.state().items()})
     return model.eval()
 
 
@@ -28,7 +69,9 @@ def class_indices(path: Path, class_names: Sequence[str]) -> list[int]:
 
     Raises :class:`UserError` naming the nearest known class for one that the generator was not trained with.
     """
-    known = read_metadata(path, "dit").get("classes", "").split("\n")
+    known = open_dit(path).classes
+    if not known:
+        raise UserError(f"generator '{path.name}' does not name its classes; convert it with jobs/convert.py classes=FILE")
     indices = []
     for name in class_names:
         if name not in known:

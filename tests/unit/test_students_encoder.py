@@ -161,7 +161,7 @@ def test_safetensors_without_a_model_shape_are_refused(tmp_path: Path):
     file = tmp_path / "bare.safetensors"
     file.write_bytes(save({"weight": torch.zeros(1)}))
     with pytest.raises(UserError, match="carry no model shape") as raised:
-        load_generator(file)
+        load_encoder(file)
     one_line(raised)
 
 

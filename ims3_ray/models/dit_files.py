@@ -1,0 +1,259 @@
+"""The files that DiT weights come in: this project's safetensors, the DiT release's ``.pt``, a diffusers pipeline.
+
+None is opened by unpickling foreign objects, and a model's shape is known before its weights are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ims3_ray.data.classes import imagenet_wnids
+from ims3_ray.errors import UserError
+from ims3_ray.models.checkpoints import compare_shapes, pack, read_metadata
+from ims3_ray.models.dit import PUBLISHED, DiT, DiTConfig
+
+DIFFUSERS_CLASS = "DiTTransformer2DModel"
+PICKLED = (".pt", ".pth", ".bin")
+DIFFUSERS_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class DiTFile:
+    """A weights file of which the shape is known; ``layout`` is ``ims3``, ``diffusers`` or ``release``."""
+
+    path: Path
+    layout: str
+    config: DiTConfig
+    classes: tuple[str, ...]
+    """Names by label, empty where the file does not say. ImageNet-1K's are wnids."""
+
+    def state(self, meta: bool = False) -> dict[str, Tensor]:
+        """Tensors by the DiT release's names; without data on the meta device, which reads no weights.
+
+        Raises :class:`UserError` naming the first tensor that does not fit the shape.
+        """
+        found = _tensors(self.path, meta)
+        state = _from_diffusers(found, self.config.depth) if self.layout == "diffusers" else found
+        state = {name: tensor for name, tensor in state.items() if name != "pos_embed"}
+        with torch.device("meta"):
+            wanted = DiT(self.config).state_dict()
+        shapes = [{k: tuple(v.shape) for k, v in tensors.items()} for tensors in (wanted, state)]
+        compare_shapes(shapes[0], shapes[1], self.path)
+        return state
+
+
+def open_dit(path: Path) -> DiTFile:
+    """Tell a weights file's format by what is in it, and the model's shape with it.
+
+    * safetensors whose metadata carry the shape (this project's);
+    * a diffusers transformer: ``config.json`` beside it names ``DiTTransformer2DModel``;
+    * a state dict with the DiT release's names, plain or under ``ema`` or ``model`` (``ema`` is preferred), in a ``.pt``
+      or a bare safetensors file: the shape is read off its tensors.
+
+    Raises :class:`UserError` for anything else.
+    """
+    beside = _json(path.with_name("config.json"))
+    if beside.get("_class_name") == DIFFUSERS_CLASS:
+        config = _diffusers_config(beside)
+        named = _json(path.parent.with_name("model_index.json")).get("id2label") or {}
+        return DiTFile(path, "diffusers", config, _foreign_classes(config, [named[key] for key in sorted(named, key=int)]))
+    if path.suffix not in PICKLED:
+        metadata = read_metadata(path)
+        if "kind" in metadata:
+            metadata = read_metadata(path, "dit")
+            config = DiTConfig.model_validate(json.loads(metadata["config"]))
+            return DiTFile(path, "ims3", config, tuple(filter(None, metadata.get("classes", "").split("\n"))))
+    config = _release_config(path, {name: tuple(tensor.shape) for name, tensor in _tensors(path, meta=True).items()})
+    return DiTFile(path, "release", config, _foreign_classes(config, []))
+
+
+def find_diffusers(folder: Path) -> Path | None:
+    """The transformer's weights in a diffusers pipeline folder (or in a ``transformer`` folder alone)."""
+    for inner in (folder / "transformer", folder):
+        if _json(inner / "config.json").get("_class_name") == DIFFUSERS_CLASS:
+            for name in DIFFUSERS_NAMES:
+                if (inner / name).is_file():
+                    return inner / name
+    return None
+
+
+def write_dit(model: DiT, classes: tuple[str, ...], out: Path) -> None:
+    """Write ``model`` in the format that ``out`` asks for by its name, appearing there only when whole.
+
+    ``*.safetensors``: this project's; ``*.pt``: a plain state dict of the DiT release; anything else: a folder with a diffusers
+    transformer (``transformer/`` and ``model_index.json``, to which a pipeline needs autoencoder and scheduler added).
+    """
+    draft = out.with_name(out.name + ".part")
+    if out.suffix == ".safetensors":
+        draft.write_bytes(pack(model, model.config.model_dump(), "dit", classes="\n".join(classes)))
+    elif out.suffix in PICKLED:
+        torch.save({**model.state_dict(), "pos_embed": model.get_buffer("pos_embed")}, draft)
+    else:
+        (draft / "transformer").mkdir(parents=True)
+        save_file(_to_diffusers(model.state_dict(), model.config.depth), draft / "transformer" / DIFFUSERS_NAMES[0])
+        (draft / "transformer" / "config.json").write_text(json.dumps(_diffusers_json(model.config), indent=2))
+        index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", DIFFUSERS_CLASS]}
+        labels = {str(label): name for label, name in enumerate(classes)}
+        (draft / "model_index.json").write_text(json.dumps({**index, "id2label": labels}, indent=2))
+    draft.rename(out)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"'{path}' is not readable JSON ({error}); fetch it again") from error
+    return found
+
+
+def _foreign_classes(config: DiTConfig, names: list[str]) -> tuple[str, ...]:
+    """A foreign generator of 1,000 classes is taken for one of ImageNet-1K, whose labels follow the sorted wnids."""
+    return imagenet_wnids() if config.num_classes == 1000 else tuple(names)
+
+
+def _tensors(path: Path, meta: bool) -> dict[str, Tensor]:
+    if path.suffix in PICKLED:
+        return _unpickled(path, meta)
+    try:
+        if not meta:
+            return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"weights '{path}' are not a readable safetensors file ({error}); fetch them again") from error
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _unpickled(path: Path, meta: bool) -> dict[str, Tensor]:
+    """Tensors of a ``.pt``: torch's restricted unpickler, which knows the settings that DiT's training script stores beside."""
+    lazily = not meta and zipfile.is_zipfile(path)  # files from before PyTorch 1.6 cannot be mapped
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="meta" if meta else "cpu", weights_only=True, mmap=lazily)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"weights '{path}' hold more than tensors, and foreign objects are not unpickled ({reason})") from error
+    except (RuntimeError, EOFError, ValueError, IndexError, OSError) as error:
+        raise UserError(
+            f"weights '{path}' are not a readable PyTorch file ({type(error).__name__}); fetch them again"
+        ) from error
+    for key in ("ema", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+            break
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"weights '{path}' hold no state dict, neither plain nor under 'ema' or 'model'")
+    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def _release_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
+    """The shape of a DiT read off its tensors. The number of heads is not in them: it is that of the published family."""
+    try:
+        width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+        tokens = shapes["pos_embed"][1]
+        outputs = shapes["final_layer.linear.weight"][0] // patch**2
+        depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+        classes = shapes["y_embedder.embedding_table.weight"][0] - 1
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"weights '{path}' are no DiT's: {error} is not among the tensors; see docs/weights.md") from error
+    family = {(shape.depth, shape.hidden_size): shape.num_heads for shape in PUBLISHED.values()}
+    heads = family.get((depth, width), width // 64)
+    try:
+        return DiTConfig(
+            input_size=math.isqrt(tokens) * patch, in_channels=channels, patch_size=patch, hidden_size=width, depth=depth,
+            num_heads=heads, num_classes=classes, learn_sigma=outputs == 2 * channels,
+        )  # fmt: skip
+    except (ValidationError, ZeroDivisionError) as error:
+        raise UserError(
+            f"weights '{path}' do not say how many heads a DiT of width {width} and depth {depth} has; "
+            "convert them to safetensors with metadata, see docs/weights.md"
+        ) from error
+
+
+def _diffusers_config(plain: Mapping[str, Any]) -> DiTConfig:
+    channels = plain["in_channels"]
+    return DiTConfig(
+        input_size=plain["sample_size"], in_channels=channels, patch_size=plain["patch_size"],
+        hidden_size=plain["num_attention_heads"] * plain["attention_head_dim"], depth=plain["num_layers"],
+        num_heads=plain["num_attention_heads"], num_classes=plain["num_embeds_ada_norm"],
+        learn_sigma=(plain.get("out_channels") or channels) == 2 * channels,
+    )  # fmt: skip
+
+
+def _diffusers_json(config: DiTConfig) -> dict[str, Any]:
+    return {
+        "_class_name": DIFFUSERS_CLASS, "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.hidden_size // config.num_heads, "in_channels": config.in_channels,
+        "out_channels": config.out_channels, "num_layers": config.depth, "sample_size": config.input_size,
+        "patch_size": config.patch_size, "num_embeds_ada_norm": config.num_classes, "attention_bias": True,
+        "activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_elementwise_affine": False,
+    }  # fmt: skip
+
+
+OUTSIDE = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+"""Linear maps outside the blocks: DiT's name → diffusers'."""
+INSIDE = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
+}
+CONDITION = {
+    "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
+}
+"""Diffusers keeps a copy of the time and label embedding in every block; DiT has one."""
+TABLE = ("y_embedder.embedding_table.weight", "norm1.emb.class_embedder.embedding_table.weight")
+
+
+def _from_diffusers(theirs: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """Diffusers' names and separate q, k, v to DiT's; names that are missing stay missing, for the check of shapes."""
+    pairs = {**OUTSIDE, **{ours: f"transformer_blocks.0.{name}" for ours, name in CONDITION.items()}}
+    for i in range(depth):
+        pairs |= {f"blocks.{i}.{ours}": f"transformer_blocks.{i}.{name}" for ours, name in INSIDE.items()}
+    state: dict[str, Tensor] = {}
+    for kind in ("weight", "bias"):
+        state |= {f"{a}.{kind}": theirs[f"{b}.{kind}"] for a, b in pairs.items() if f"{b}.{kind}" in theirs}
+        for i in range(depth):
+            qkv = [theirs.get(f"transformer_blocks.{i}.attn1.to_{x}.{kind}") for x in "qkv"]
+            if all(part is not None for part in qkv):
+                state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([part for part in qkv if part is not None])
+    if (table := theirs.get(f"transformer_blocks.0.{TABLE[1]}")) is not None:
+        state[TABLE[0]] = table
+    return state
+
+
+def _to_diffusers(ours: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for kind in ("weight", "bias"):
+        state |= {f"{b}.{kind}": ours[f"{a}.{kind}"] for a, b in OUTSIDE.items()}
+        for i in range(depth):
+            block = f"transformer_blocks.{i}."
+            state |= {f"{block}{b}.{kind}": ours[f"blocks.{i}.{a}.{kind}"] for a, b in INSIDE.items()}
+            state |= {f"{block}{b}.{kind}": ours[f"{a}.{kind}"].clone() for a, b in CONDITION.items()}
+            parts = ours[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)
+            state |= {f"{block}attn1.to_{x}.{kind}": part.clone() for x, part in zip("qkv", parts, strict=True)}
+    for i in range(depth):
+        state[f"transformer_blocks.{i}.{TABLE[1]}"] = ours[TABLE[0]].clone()
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

@@ -1,0 +1,54 @@
+"""Convert the weights of a generator between the formats they come in (told by the names), with an adapter merged if given:
+
+python jobs/convert.py generator=DiT-XL-2-256x256.pt out=dit-xl-2-256.safetensors
+python jobs/convert.py generator=facebook/DiT-XL-2-256 out=DiT-XL-2-256.pt
+python jobs/convert.py generator=dit.safetensors adapter=adapter.safetensors out=fine-tuned-pipeline
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from ims3_ray.cli import main
+from ims3_ray.config import Section
+from ims3_ray.errors import UserError
+from ims3_ray.models.checkpoints import weights_path
+from ims3_ray.models.difffit import merge_adapter
+from ims3_ray.models.dit_files import open_dit, write_dit
+from ims3_ray.models.generator import generator_path, load_generator
+
+
+class ConvertConfig(Section):
+    generator: str = "embedded:fashion-mnist-dit"
+    """What is converted: a file, a diffusers folder or a hub id."""
+    adapter: str | None = None
+    """`adapter.safetensors` of a fine-tuning, to be merged into the weights."""
+    classes: str | None = None
+    """Text file with one class name a line, in order of the labels, for weights that do not name them."""
+    out: str = "generator.safetensors"
+    """`*.safetensors`, `*.pt`, or a folder to be made in diffusers' layout."""
+
+
+def run(config: ConvertConfig) -> None:
+    path, out = generator_path(config.generator), Path(config.out)
+    if out.exists():
+        raise UserError(f"'{out}' exists; choose another out= or remove it")
+    classes = open_dit(path).classes
+    if config.classes is not None:
+        if not (listed := Path(config.classes)).is_file():
+            raise UserError(f"classes='{listed}' does not exist")
+        classes = tuple(listed.read_text().splitlines())
+    model = load_generator(path)
+    if classes and len(classes) != model.config.num_classes:
+        raise UserError(f"{len(classes)} class names for a generator of {model.config.num_classes} classes")
+    if config.adapter is not None:
+        merge_adapter(model, load_file(weights_path(config.adapter)))
+    write_dit(model, classes, out)
+    print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(classes)} class names")
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__ or "", ConvertConfig, run))

@@ -1,0 +1,53 @@
+"""Weights through jobs/convert.py: there and back, an adapter merged on the way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ims3_ray.models.difffit import adapter_state, add_difffit
+from ims3_ray.models.dit_files import open_dit
+from ims3_ray.models.generator import generator_path, load_generator
+from tests.conftest import CLASSES
+from tests.e2e.conftest import ROOT, environment
+
+
+def convert(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "jobs/convert.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def test_an_adapter_is_merged_into_a_pipeline_that_keeps_its_class_names(tiny_world: Path, tmp_path: Path):
+    tuned = load_generator(tiny_world / "dit.safetensors")
+    add_difffit(tuned, scaled_blocks=1)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.full_like(parameter, 0.1))
+    save_file(adapter_state(tuned), tmp_path / "adapter.safetensors")
+    out = tmp_path / "pipeline"
+    done = convert(f"generator={tiny_world / 'dit.safetensors'}", f"adapter={tmp_path / 'adapter.safetensors'}", f"out={out}")
+    assert done.returncode == 0, done.stderr
+    assert "3 class names" in done.stdout
+    path = generator_path(str(out))
+    assert open_dit(path).classes == CLASSES
+    inputs = (torch.randn(2, 1, 8, 8), torch.tensor([5, 900]), torch.tensor([0, 3]))
+    with torch.no_grad():
+        torch.testing.assert_close(load_generator(path)(*inputs), tuned(*inputs), rtol=1e-4, atol=1e-5)
+    assert convert(f"generator={out}", f"out={out}").returncode == 2
+
+
+def test_names_are_given_to_weights_that_have_none(tiny_world: Path, tmp_path: Path):
+    (tmp_path / "names.txt").write_text("one\ntwo\nthree\n")
+    named = tmp_path / "named.safetensors"
+    done = convert(f"generator={tiny_world / 'dit.safetensors'}", f"classes={tmp_path / 'names.txt'}", f"out={named}")
+    assert done.returncode == 0, done.stderr
+    assert open_dit(named).classes == ("one", "two", "three")
+    (tmp_path / "names.txt").write_text("one\ntwo\n")
+    refused = convert(f"generator={named}", f"classes={tmp_path / 'names.txt'}", f"out={tmp_path / 'no.safetensors'}")
+    assert (refused.returncode, refused.stderr) == (2, "error: 2 class names for a generator of 3 classes\n")
+    assert not (tmp_path / "no.safetensors").exists()

@@ -1,0 +1,209 @@
+"""Weights in the formats that people have: read, written, and refused where they would run foreign code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ims3_ray import RunConfig, UserError
+from ims3_ray.data.classes import imagenet_wnids
+from ims3_ray.models.difffit import add_difffit
+from ims3_ray.models.dit import PUBLISHED, DiT, DiTConfig
+from ims3_ray.models.dit_files import open_dit, write_dit
+from ims3_ray.models.generator import class_indices, generator_path, load_generator
+from ims3_ray.plan import make_plan
+from tests.conftest import CLASSES, tiny_values
+
+CONFIG = DiTConfig(
+    input_size=8, in_channels=4, patch_size=2, hidden_size=64, depth=2, num_heads=1, num_classes=5, learn_sigma=True
+)
+INPUT = (torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 5]))
+
+
+@pytest.fixture(scope="module")
+def model() -> DiT:
+    torch.manual_seed(0)
+    model = DiT(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def release_state(model: DiT) -> dict[str, torch.Tensor]:
+    return {**model.state_dict(), "pos_embed": model.get_buffer("pos_embed")}
+
+
+def assert_same(loaded: DiT, model: DiT) -> None:
+    assert loaded.config == model.config
+    state = model.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("wrap", ["plain", "model", "ema", "distributed"])
+def test_the_releases_state_dict_is_read_plain_or_wrapped(model: DiT, tmp_path: Path, wrap: str):
+    state, file = release_state(model), tmp_path / "dit.pt"
+    noise = {name: torch.zeros_like(value) for name, value in state.items()}
+    settings = argparse.Namespace(model="DiT-XL/2", epochs=8)
+    contents: dict[str, Any] = {
+        "plain": state,
+        "model": {"model": state, "opt": {"state": {}}, "args": settings},
+        "ema": {"model": noise, "ema": state, "args": settings},
+        "distributed": {"model": {f"module.{name}": value for name, value in state.items()}},
+    }
+    torch.save(contents[wrap], file)
+    assert_same(load_generator(file), model)
+
+
+def test_a_file_from_before_the_zip_format_is_read(model: DiT, tmp_path: Path):
+    torch.save(release_state(model), tmp_path / "dit.pt", _use_new_zipfile_serialization=False)
+    assert_same(load_generator(tmp_path / "dit.pt"), model)
+
+
+def test_bare_safetensors_with_the_releases_names_are_read(model: DiT, tmp_path: Path):
+    save_file(release_state(model), tmp_path / "dit.safetensors")
+    assert_same(load_generator(tmp_path / "dit.safetensors"), model)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_pipeline_of_diffusers_is_read(model: DiT, tmp_path: Path, safe: bool):
+    from diffusers import DiTTransformer2DModel
+
+    write_dit(model, tuple("abcde"), tmp_path / "ours")
+    theirs = DiTTransformer2DModel.from_pretrained(tmp_path / "ours" / "transformer").eval()
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0  # as the DiT release spaces its frequencies; see test_dit.py
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(INPUT[0], INPUT[1], INPUT[2]).sample, model(*INPUT), rtol=1e-4, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs" / "transformer", safe_serialization=safe)
+    path = generator_path(str(tmp_path / "theirs"))
+    assert path.suffix == (".safetensors" if safe else ".bin")
+    assert_same(load_generator(path), model)
+
+
+@pytest.mark.parametrize("name", ["dit.safetensors", "dit.pt", "pipeline"])
+def test_what_is_written_is_read_again(model: DiT, tmp_path: Path, name: str):
+    write_dit(model, tuple("abcde"), tmp_path / name)
+    path = generator_path(str(tmp_path / name))
+    assert_same(load_generator(path), model)
+    assert open_dit(path).classes == (() if name == "dit.pt" else tuple("abcde"))
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_a_generator_of_a_thousand_classes_knows_them_by_wnid(tmp_path: Path):
+    """The labels that the ImageWoof and ImageNette tables of the field give, and the ends of the list."""
+    wide = CONFIG.model_copy(update={"num_classes": 1000})
+    write_dit(DiT(wide), (), tmp_path / "dit.pt")
+    labels = {
+        "n02096294": 193, "n02093754": 182, "n02111889": 258, "n02088364": 162, "n02086240": 155, "n02089973": 167,
+        "n02087394": 159, "n02115641": 273, "n02099601": 207, "n02105641": 229, "n01440764": 0, "n02102040": 217,
+        "n03888257": 701, "n15075141": 999,
+    }  # fmt: skip
+    assert class_indices(tmp_path / "dit.pt", list(labels)) == list(labels.values())
+    assert list(imagenet_wnids()) == sorted(imagenet_wnids())
+    with pytest.raises(UserError, match="knows no class 'n02096295'; nearest: n02096294"):
+        class_indices(tmp_path / "dit.pt", ["n02096295"])
+
+
+def test_a_generator_that_does_not_name_its_classes_is_refused(model: DiT, tmp_path: Path):
+    write_dit(model, (), tmp_path / "dit.pt")
+    with pytest.raises(UserError, match=r"does not name its classes; convert it with jobs/convert\.py"):
+        class_indices(tmp_path / "dit.pt", ["a"])
+
+
+@pytest.mark.parametrize("size", list(PUBLISHED))
+@pytest.mark.parametrize(("patch", "latent"), [(2, 32), (8, 64)])
+def test_the_published_shapes_are_read_off_their_tensors(tmp_path: Path, size: str, patch: int, latent: int):
+    config = PUBLISHED[size].model_copy(update={"patch_size": patch, "input_size": latent})
+    with torch.device("meta"):
+        model = DiT(config)
+    torch.save(release_state(model), tmp_path / "dit.pt")  # without data: XL alone would be 2.7 GB
+    assert open_dit(tmp_path / "dit.pt").config == config
+
+
+@pytest.mark.parametrize(("size", "trained"), [("S", 483_104), ("B", 966_176), ("L", 1_484_832), ("XL", 1_739_552)])
+def test_difffit_trains_the_published_number_of_parameters(size: str, trained: int):
+    with torch.device("meta"):
+        model = DiT(PUBLISHED[size])
+    names = set(add_difffit(model, scaled_blocks=14))
+    assert sum(p.numel() for name, p in model.named_parameters() if name in names) == trained
+    if size == "XL":  # DiT counts its fixed position table as a parameter
+        assert sum(p.numel() for p in model.parameters()) + model.get_buffer("pos_embed").numel() == 675_226_400
+
+
+class Trap:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("sprung",)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("how", ["zip", "pickle"])
+def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "dit.pt"
+    if how == "zip":
+        torch.save({"model": {}, "args": Trap()}, file)
+    else:
+        file.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match=r"foreign objects are not unpickled|not a readable PyTorch file"):
+        load_generator(file)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"steps": 3}, "hold no state dict"),
+        ({"weight": torch.zeros(2)}, "are no DiT's"),
+        ([torch.zeros(2)], "hold no state dict"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: Any, says: str):
+    torch.save(content, tmp_path / "dit.pt")
+    with pytest.raises(UserError, match=says) as raised:
+        load_generator(tmp_path / "dit.pt")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("cut", [0, 10, 5000])
+def test_a_cut_off_file_is_refused(model: DiT, tmp_path: Path, cut: int):
+    torch.save(release_state(model), tmp_path / "dit.pt")
+    (tmp_path / "dit.pt").write_bytes((tmp_path / "dit.pt").read_bytes()[:cut])
+    with pytest.raises(UserError, match=r"not a readable PyTorch file|not unpickled") as raised:
+        load_generator(tmp_path / "dit.pt")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_tensor_that_does_not_fit_is_named(model: DiT, tmp_path: Path):
+    write_dit(model, (), tmp_path / "pipeline")
+    config = tmp_path / "pipeline" / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 3}))
+    with pytest.raises(UserError, match=r"'blocks\.2\.attn\.qkv\.weight' is missing"):
+        load_generator(generator_path(str(tmp_path / "pipeline")))
+
+
+def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="without a diffusers DiT"):
+        generator_path(str(tmp_path))
+
+
+def test_a_run_takes_a_pipeline_of_diffusers_by_its_folder(tiny_world: Path, tmp_path: Path):
+    write_dit(load_generator(tiny_world / "dit.safetensors"), CLASSES, tmp_path / "pipeline")
+    values = tiny_values(tiny_world, tmp_path / "runs", generator=str(tmp_path / "pipeline"))
+    plan = make_plan(RunConfig.model_validate(values))
+    assert plan.classes.generator_labels == tuple(CLASSES.index(name) for name in plan.classes.names)
+
+
+def test_a_generator_of_latents_is_refused_in_one_line(tiny_world: Path, model: DiT, tmp_path: Path):
+    write_dit(model, tuple("abcde"), tmp_path / "dit.safetensors")
+    values = tiny_values(tiny_world, tmp_path / "runs", generator=str(tmp_path / "dit.safetensors"))
+    with pytest.raises(UserError, match="4-channel latents of an autoencoder"):
+        make_plan(RunConfig.model_validate(values))
