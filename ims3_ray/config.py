@@ -115,6 +115,8 @@ class FinetuneConfig(Section):
     objectives: ObjectivesConfig = ObjectivesConfig()
     scaled_blocks: int = Field(default=14, ge=0)
     """DiffFit puts scale vectors γ into the first so many blocks."""
+    flip: bool = False
+    """Mirror half of the images at random; right for photographs, wrong for digits."""
     label_dropout: Fraction = 0.1
     """Share of samples that L_Diff sees without their class, as classifier-free guidance needs."""
     ema_decay: Fraction = 0.99
@@ -271,6 +273,8 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     generator: str = "embedded:fashion-mnist-dit"
     """Weights of the class-conditional DiT: `embedded:NAME`, a file, a diffusers folder or a hub id (docs/weights.md)."""
+    autoencoder: str | None = None
+    """Autoencoder of a generator of latents: a diffusers folder or a hub id (`stabilityai/sd-vae-ft-ema`); unset for pixels."""
     encoder: str = "embedded:fashion-mnist-phi"
     """Weights of φ, the frozen feature encoder."""
     finetune: FinetuneConfig = FinetuneConfig()

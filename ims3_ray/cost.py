@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ims3_ray.config import DataConfig, EvaluationConfig, FinetuneConfig, SamplingConfig
+from ims3_ray.models.autoencoder import Autoencoder
 from ims3_ray.models.dit import DiTConfig
 from ims3_ray.models.encoder import Encoder, EncoderConfig
 
@@ -34,10 +36,22 @@ def evaluation_flops(config: EvaluationConfig, data: DataConfig, classes: int, t
     return forward * (3 * config.epochs * train_images + config.validations * test_images)
 
 
+def encoding_flops(autoencoder: Autoencoder, size: int) -> float:
+    """One image to its latents, counted on a model without weights."""
+    with FlopCounterMode(display=False) as counter:
+        autoencoder.moments(torch.zeros(1, autoencoder.image_channels, size, size, device="meta"))
+    return float(counter.get_total_flops())
+
+
+def decoding_flops(autoencoder: Autoencoder, size: int) -> float:
+    """One image from its latents of ``size`` × ``size``, counted on a model without weights."""
+    with FlopCounterMode(display=False) as counter:
+        autoencoder.decode(torch.zeros(1, autoencoder.latent_channels, size, size, device="meta"))
+    return float(counter.get_total_flops())
+
+
 def embedding_flops(shape: EncoderConfig, size: int) -> float:
     """φ of one image, counted on a model without weights."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         Encoder(shape).eval()(torch.zeros(1, shape.channels, size, size))
     return float(counter.get_total_flops())

@@ -110,12 +110,13 @@ def run_stages(context: Context, plan: Plan) -> None:
     from ims3_ray.stages import evaluate, export, finetune, pool, select
 
     storage = context.storage
-    embeds = {id(stage.inputs["images"]): stage for stage in plan.stages if stage.kind == "embed"}
+    derived = [stage for stage in plan.stages if stage.kind in ("embed", "latents")]
     for stage in plan.stages:
         if stage.kind in ("encode", "generate"):
-            embed = embeds.get(id(stage))
-            if stage.missing(storage) or (embed is not None and embed.missing(storage)):
-                pool.produce(context, stage, embed)
+            of_stage: list[Stage | None] = [d for d in derived if d.inputs["images"] is stage]
+            for following in of_stage or [None]:
+                if stage.missing(storage) or (following is not None and following.missing(storage)):
+                    pool.produce(context, stage, following)
             if stage.kind == "encode":
                 pool.check_decoded(context, stage)
         elif stage.kind == "finetune" and stage.missing(storage):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ims3_ray.artifacts import file_hash
 from ims3_ray.config import ArmConfig, RunConfig, canonical
-from ims3_ray.cost import embedding_flops, evaluation_flops, finetune_flops, sampling_flops
+from ims3_ray.cost import decoding_flops, embedding_flops, encoding_flops, evaluation_flops, finetune_flops, sampling_flops
 from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
 from ims3_ray.data.sources import ImageSource, fingerprint, open_source
 from ims3_ray.errors import UserError
+from ims3_ray.models.autoencoder import autoencoder_path, empty_autoencoder
 from ims3_ray.models.checkpoints import check_fit, weights_path
 from ims3_ray.models.encoder import Encoder, encoder_config
 from ims3_ray.models.generator import check_generator, class_indices, generator_config, generator_path
@@ -50,6 +52,8 @@ class _Builder:
         if missing := set(self.train.class_names) ^ set(self.test.class_names):
             raise UserError(f"train and test split do not hold the same classes: '{min(missing)}' is in one only")
         self.weights, self.phi = generator_path(config.generator), weights_path(config.encoder)
+        self.vae_path = autoencoder_path(config.autoencoder) if config.autoencoder else None
+        self.autoencoder = empty_autoencoder(self.vae_path) if self.vae_path else None
         self.shape, self.phi_shape = generator_config(self.weights), encoder_config(self.phi)
         check_generator(self.weights)
         check_fit(Encoder, self.phi_shape, self.phi)
@@ -61,16 +65,24 @@ class _Builder:
         self.stages: dict[str, Stage] = {}
 
     def _check_pixels(self) -> None:
-        data, shape = self.config.data, self.shape
-        if shape.in_channels not in (1, 3):
+        data, shape, vae = self.config.data, self.shape, self.autoencoder
+        channels, size = (vae.image_channels, shape.input_size * vae.factor) if vae else (shape.in_channels, shape.input_size)
+        if vae is None and shape.in_channels not in (1, 3):
             raise UserError(
-                f"generator '{self.weights.name}' works on the {shape.in_channels}-channel latents of an autoencoder, "
-                "which this version does not have yet; choose a generator of pixels"
+                f"generator '{self.weights.name}' works on {shape.in_channels}-channel latents; "
+                "name their autoencoder, e.g. autoencoder=stabilityai/sd-vae-ft-ema"
             )
-        if (data.size, data.channels) != (shape.input_size, shape.in_channels):
+        if vae is not None and shape.in_channels != vae.latent_channels:
             raise UserError(
-                f"generator '{self.weights.name}' makes {shape.in_channels}×{shape.input_size}×{shape.input_size} images; "
-                f"set data.channels={shape.in_channels} and data.size={shape.input_size}, or choose another generator"
+                f"generator '{self.weights.name}' works on {shape.in_channels} channels, autoencoder "
+                f"'{self.config.autoencoder}' on {vae.latent_channels}; choose two that belong together"
+            )
+        if vae is not None and self.config.sampling.clip:
+            raise UserError("sampling.clip=true clamps pixels and would spoil latents; set sampling.clip=false")
+        if (data.size, data.channels) != (size, channels):
+            raise UserError(
+                f"generator '{self.weights.name}' makes {channels}×{size}×{size} images; "
+                f"set data.channels={channels} and data.size={size}, or choose another generator"
             )
         if self.phi_shape.channels != data.channels:
             raise UserError(
@@ -116,6 +128,18 @@ class _Builder:
             ),
         )  # fmt: skip
 
+    def latents(self, images: Stage, weights: Path) -> Stage:
+        flips = 2 if self.config.finetune.flip else 1
+        assert self.autoencoder is not None
+        flops = images.images * flips * encoding_flops(self.autoencoder, self.config.data.size)
+        return self._once(
+            "latents",
+            Stage(
+                "latents", "encode latents", {"autoencoder": file_hash(weights), "flips": flips}, {"images": images},
+                {"weights": str(weights)}, images.units, images.images, flops,
+            ),
+        )  # fmt: skip
+
     def finetune(self) -> Stage:
         config = self.config.finetune
         if config.objectives.diffusion.variance and not self.shape.learn_sigma:
@@ -127,10 +151,13 @@ class _Builder:
             params.pop(detail)
         params |= {"generator": file_hash(self.weights), "seed": self.config.seed, "classes": self._labels()}
         images = config.steps * config.batch_size
+        inputs = {"encode": self.encode("train")}
+        if self.vae_path:
+            inputs["latents"] = self.latents(inputs["encode"], self.vae_path)
         return self._once(
             "finetune",
             Stage(
-                "finetune", "fine-tune", params, {"encode": self.encode("train")}, {"weights": str(self.weights)},
+                "finetune", "fine-tune", params, inputs, {"weights": str(self.weights)},
                 images=images, flops=finetune_flops(self.shape, config),
             ),
         )  # fmt: skip
@@ -145,11 +172,14 @@ class _Builder:
         params = {**canonical(s), "generator": file_hash(self.weights), "seed": self.config.seed}
         name = "fine-tuned" if finetuned else "pretrained"
         inputs = {"finetune": self.finetune()} if finetuned else {}
-        flops = images * sampling_flops(self.shape, s)
+        flops, places = images * sampling_flops(self.shape, s), {"weights": str(self.weights)}
+        if self.vae_path and self.autoencoder:
+            params["autoencoder"], places["autoencoder"] = file_hash(self.vae_path), str(self.vae_path)
+            flops += images * decoding_flops(self.autoencoder, self.shape.input_size)
         return self._once(
             f"generate-{name}",
             Stage(
-                "generate", f"generate ({name})", params, inputs, {"weights": str(self.weights)}, units, images, flops,
+                "generate", f"generate ({name})", params, inputs, places, units, images, flops,
                 label=name,
             ),
         )  # fmt: skip
@@ -199,7 +229,7 @@ class _Builder:
         )  # fmt: skip
 
 
-ORDER = ("encode", "embed", "finetune", "generate", "select", "export", "evaluate")
+ORDER = ("encode", "embed", "latents", "finetune", "generate", "select", "export", "evaluate")
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -216,7 +246,7 @@ def make_plan(config: RunConfig) -> Plan:
 
 
 def _ordered(stages: list[Stage]) -> list[Stage]:
-    """Every stage after its inputs; an embedding right after the pool it embeds, since the two run together."""
+    """Every stage after its inputs; what is derived from images right after them, since they run together."""
     done: list[Stage] = []
 
     def visit(stage: Stage) -> None:
@@ -228,7 +258,7 @@ def _ordered(stages: list[Stage]) -> list[Stage]:
             return
         done.append(stage)
         for embed in stages:
-            if embed.kind == "embed" and embed.inputs["images"] is stage:
+            if embed.kind in ("embed", "latents") and embed.inputs["images"] is stage:
                 visit(embed)
 
     for stage in sorted(stages, key=lambda s: ORDER.index(s.kind)):

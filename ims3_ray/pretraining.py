@@ -70,7 +70,7 @@ def judge_generator(config: PretrainConfig, weights: Path) -> Quality:
     device = "cuda" if ray.get_gpu_ids() else "cpu"
     train, test, names = _splits(config)
     student, accuracy = train_student(train, test, len(names), q.judge, q.judge.seeds[0], device)
-    produce = Candidates(q.sampling, weights, None, config.seed)
+    produce = Candidates(q.sampling, weights, None, None, config.seed)
     agreed, first = [], []
     for label in range(len(names)):
         units = units_of(label, q.images_per_class, q.sampling.unit_size)

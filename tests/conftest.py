@@ -52,6 +52,30 @@ def write_tiny_weights(folder: Path) -> None:
     (folder / "phi.safetensors").write_bytes(pack(Encoder(phi_shape), canonical(phi_shape), "encoder"))
 
 
+def write_latent_world(folder: Path, seed: int = 0) -> None:
+    """An autoencoder (``vae/``: 8×8×1 images, 4×4×2 latents) and a ``dit.safetensors`` of its latents, random weights."""
+    from diffusers import AutoencoderKL
+
+    from ims3_ray.models.dit import DiT, DiTConfig
+    from ims3_ray.models.dit_files import write_dit
+
+    torch.manual_seed(seed)
+    AutoencoderKL(
+        in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(8, 16), norm_num_groups=4, sample_size=8,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    shape = DiTConfig(
+        input_size=4, in_channels=2, patch_size=2, hidden_size=32, depth=2, num_heads=2, num_classes=len(CLASSES),
+        learn_sigma=True,
+    )  # fmt: skip
+    generator = DiT(shape)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    write_dit(generator, CLASSES, folder / "dit.safetensors")
+
+
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``data/`` (IDX), ``dit.safetensors`` and ``phi.safetensors``. Copy what a test changes."""

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ims3_ray.errors import UserError
 from ims3_ray.models.checkpoints import weights_path
 from ims3_ray.models.dit import DiT, DiTConfig
-from ims3_ray.models.dit_files import PICKLED, find_diffusers, open_dit
-
-FILES = (".safetensors", *PICKLED)
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+from ims3_ray.models.dit_files import find_diffusers, open_dit
+from ims3_ray.models.hub import fetch, is_hub_id
 
 
 def generator_path(reference: str) -> Path:
@@ -22,8 +19,8 @@ def generator_path(reference: str) -> Path:
     Raises :class:`UserError` where there is none.
     """
     folder = Path(reference).expanduser()
-    if not folder.exists() and HUB_ID.fullmatch(reference) and folder.suffix not in FILES:
-        folder = _from_hub(reference)
+    if not folder.exists() and is_hub_id(reference):
+        folder = fetch(reference, ["model_index.json", "transformer/*"], "generator")
     if not folder.is_dir():
         return weights_path(reference)
     if (path := find_diffusers(folder)) is None:
@@ -31,20 +28,6 @@ def generator_path(reference: str) -> Path:
             f"generator '{reference}' is a folder without a diffusers DiT (transformer/config.json and its weights)"
         )
     return path
-
-
-def _from_hub(reference: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = ["model_index.json", "transformer/*"]
-    try:
-        return Path(snapshot_download(reference, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"generator '{reference}' is neither a file or folder nor to be had from the hub "
-            f"({type(error).__name__}); check the name and HF_ENDPOINT, HF_TOKEN"
-        ) from error
 
 
 def generator_config(path: Path) -> DiTConfig:

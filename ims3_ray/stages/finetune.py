@@ -24,6 +24,7 @@ from ims3_ray.data.batches import batch_indices
 from ims3_ray.data.transforms import to_signed
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.errors import UserError
+from ims3_ray.models.autoencoder import draw
 from ims3_ray.models.difffit import add_difffit
 from ims3_ray.models.ema import Ema
 from ims3_ray.models.generator import load_generator
@@ -35,6 +36,7 @@ from ims3_ray.objectives.minimax import Minimax
 from ims3_ray.progress import Progress
 from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.stages.base import Context, Stage, commit_units, parse_unit, read_class
+from ims3_ray.stages.derived import read_latents
 from ims3_ray.stages.train import fit
 
 TAG = "engine"
@@ -90,6 +92,30 @@ class LossBoard:
         return [self.history[step] for step in sorted(self.history)]
 
 
+class CleanImages:
+    """The z_0 of all classes: pixels, or latents drawn from their cached moments; mirrored at random with ``flip``."""
+
+    def __init__(self, pixels: Artifact, latents: Artifact | None, classes: list[tuple[int, list[str]]], flip: bool) -> None:
+        self.flip = flip
+        if latents is None:
+            parts = [{"pixels": read_class(pixels, units, "pixels")} for _, units in classes]
+        else:
+            parts = [read_latents(latents, units) for _, units in classes]
+        self.tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        counts = [len(next(iter(part.values()))) for part in parts]
+        self.labels = torch.cat([torch.full((n,), label) for (label, _), n in zip(classes, counts, strict=True)])
+        self.shape = next(iter(self.tensors.values())).shape[-3:]
+
+    def batch(self, index: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        """z_0 [n, C, H, W] of the images ``index``, float32; draws from ``rng`` for all of them."""
+        mirror = torch.rand(len(index), generator=rng) < 0.5 if self.flip else torch.zeros(len(index), dtype=torch.bool)
+        if "pixels" in self.tensors:
+            signed = to_signed(self.tensors["pixels"][index])
+            return torch.where(mirror[:, None, None, None], signed.flip(-1), signed)
+        mean, log_variance = (self.tensors[name][index, mirror.long()].float() for name in ("mean", "log_variance"))
+        return draw(mean, log_variance, torch.randn(mean.shape, generator=rng))
+
+
 def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
     """One worker. Rank 0 returns the adapter (EMA of the trained parameters, safetensors) and the rows of all steps.
 
@@ -106,10 +132,8 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.trainer.threads_per_worker)
     device = ray.train.torch.get_device()
-    images: Artifact = plain["images"]
-    parts = [read_class(images, units, "pixels") for _, units in plain["classes"]]
-    pixels = torch.cat(parts)
-    labels = torch.cat([torch.full((len(p),), label) for (label, _), p in zip(plain["classes"], parts, strict=True)])
+    images = CleanImages(plain["images"], plain["latents"], plain["classes"], config.flip)
+    labels = images.labels
 
     model = load_generator(Path(plain["weights"])).to(device)
     names = set(add_difffit(model, config.scaled_blocks))
@@ -138,10 +162,10 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
     while step < config.steps:
         rng = generator_for(seed, "finetune", step)
         index = next(batches)
-        noise = torch.randn((len(index), *pixels.shape[1:]), generator=rng)[mine].to(device)
+        noise = torch.randn((len(index), *images.shape), generator=rng)[mine].to(device)
         t = torch.randint(schedule.num_steps, (len(index),), generator=rng)[mine].to(device)
         dropped = drop_labels(labels[index], model.config.null_label, config.label_dropout, rng)[mine].to(device)
-        z0, y = to_signed(pixels[index[mine]]).to(device), labels[index[mine]].to(device)
+        z0, y = images.batch(index, rng)[mine].to(device), labels[index[mine]].to(device)
         losses = add_up(objectives, TrainingStep.forward(engine, schedule, z0, y, dropped, t, noise))
         row = {"step": step + 1, **_mean_over_workers(losses)}
         if math.isfinite(row["loss"]):
@@ -201,9 +225,11 @@ def arguments_of(context: Context, stage: Stage) -> dict[str, Any]:
         label, _ = parse_unit(unit)
         if label in units:
             units[label].append(unit)
+    latents = stage.inputs.get("latents")
     return {
         "config": canonical(context.config.finetune), "seed": context.config.seed,
         "images": encode.artifact(context.storage), "weights": stage.places["weights"],
+        "latents": latents.artifact(context.storage) if latents else None,
         "classes": list(zip(context.classes.generator_labels, units.values(), strict=True)),
         "board": ray.remote(num_cpus=0)(LossBoard).remote(),
     }  # fmt: skip

@@ -24,21 +24,25 @@ from torch import Tensor
 from ims3_ray.artifacts import Artifact
 from ims3_ray.config import ActorsConfig, DataConfig, SamplingConfig
 from ims3_ray.data.sources import open_source
-from ims3_ray.data.transforms import to_pixels, to_signed, to_uint8
+from ims3_ray.data.transforms import to_pixels, to_uint8
 from ims3_ray.diffusion.sampling import guided, sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.errors import UserError
+from ims3_ray.models.autoencoder import load_autoencoder
 from ims3_ray.models.difffit import merge_adapter
-from ims3_ray.models.encoder import load_encoder
 from ims3_ray.models.generator import load_generator
 from ims3_ray.progress import Progress
 from ims3_ray.seeds import generator_for
 from ims3_ray.stages.base import Context, Stage, commit_units, pack_tensors, parse_unit
+from ims3_ray.stages.derived import Derive, Features, Latents
 
 Produced = tuple[Tensor, list[str]]
 """uint8 pixels [n, C, H, W] and the names of images that could not be decoded."""
 
 Producer = Callable[[str], Produced]
+
+DECODED_AT_ONCE = 8
+"""Latents per call of the autoencoder, whose activations are many times those of the generator."""
 
 
 def actor_device() -> str:
@@ -68,12 +72,15 @@ class RealImages:
 class Candidates:
     """Samples the generator. Image ``index`` of a class starts from noise seeded by (run seed, class, index) alone."""
 
-    def __init__(self, sampling: SamplingConfig, weights: Path, adapter: Artifact | None, seed: int) -> None:
+    def __init__(
+        self, sampling: SamplingConfig, weights: Path, adapter: Artifact | None, autoencoder: Path | None, seed: int
+    ) -> None:
         self.sampling, self.seed, self.device = sampling, seed, actor_device()
         self.model = load_generator(weights)
         if adapter is not None:
             merge_adapter(self.model, load(adapter.read("adapter.safetensors")))
         self.model.to(self.device)
+        self.autoencoder = load_autoencoder(autoencoder).to(self.device) if autoencoder is not None else None
         self.schedule = NoiseSchedule()
 
     def __call__(self, unit: str) -> Produced:
@@ -88,11 +95,13 @@ class Candidates:
                 predict, (shape.in_channels, shape.input_size, shape.input_size), rngs, self.schedule, s.steps,
                 eta=s.eta, clip=s.clip, device=self.device,
             )  # fmt: skip
+            if self.autoencoder is not None:
+                signed = torch.cat([self.autoencoder.decode(z) for z in signed.split(DECODED_AT_ONCE)])
         return to_uint8(signed).cpu(), []
 
 
 class Stored:
-    """Reads units that were produced before, so that another φ can embed them."""
+    """Reads units that were produced before, so that another φ or an autoencoder can look at them."""
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
@@ -102,17 +111,16 @@ class Stored:
 
 
 class UnitWorker:
-    """One actor of the pool: produces a unit, stores it, embeds it, stores the embedding."""
+    """One actor of the pool: produces a unit, stores it, derives features or latents of it, stores them."""
 
     def __init__(
-        self, producer: Callable[[], Producer], pixels: Artifact | None, features: Artifact | None,
-        encoder: Path | None, batch: int, threads: int,
+        self, producer: Callable[[], Producer], pixels: Artifact | None, derive: Callable[[str], Derive] | None,
+        derived: Artifact | None, threads: int,
     ) -> None:  # fmt: skip
         torch.set_num_threads(threads)
-        self.device = actor_device()
         self.produce = producer()
-        self.pixels, self.features, self.batch = pixels, features, batch
-        self.encoder = load_encoder(encoder).to(self.device) if encoder is not None else None
+        self.pixels, self.derived = pixels, derived
+        self.derive = derive(actor_device()) if derive is not None else None
 
     def __call__(self, row: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
         unit, began = str(row["unit"][0]), time.monotonic()
@@ -122,27 +130,17 @@ class UnitWorker:
             entry = {"images": len(pixels), "broken": broken}
             if self.pixels is not None:
                 entry["sha256"] = self.pixels.write(f"{unit}.safetensors", pack_tensors(pixels=pixels))
-            if self.features is not None and self.encoder is not None:
+            if self.derived is not None and self.derive is not None:
                 produced = time.monotonic()
-                packed = pack_tensors(features=self.embed(pixels))
-                entry["features_sha256"] = self.features.write(f"{unit}.safetensors", packed)
-                entry["embed_seconds"] = time.monotonic() - produced
+                suffix, content = self.derive(pixels)
+                entry["derived_sha256"] = self.derived.write(f"{unit}.{suffix}", content)
+                entry["derived_seconds"] = time.monotonic() - produced
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # one bad unit must not take the job with it; the driver decides what to do
             entry = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
         entry["seconds"] = time.monotonic() - began
         return {"unit": [unit], "entry": [json.dumps(entry)]}
-
-    @torch.inference_mode()
-    def embed(self, pixels: Tensor) -> Tensor:
-        """φ of ``pixels`` in batches of one shape (the last is padded), float32 [n, D]."""
-        assert self.encoder is not None
-        parts = []
-        for part in pixels.split(self.batch) if len(pixels) else []:
-            padded = torch.cat([part, part[:1].expand(self.batch - len(part), -1, -1, -1)])
-            parts.append(self.encoder(to_signed(padded.to(self.device)))[: len(part)].float().cpu())
-        return torch.cat(parts) if parts else torch.zeros(0, self.encoder.dim)
 
 
 class IncompletePool(RuntimeError):
@@ -176,18 +174,18 @@ def run_units(units: list[str], worker: dict[str, Any], actors: ActorsConfig) ->
         yield row["unit"], json.loads(row["entry"])
 
 
-def produce(context: Context, source: Stage, embed: Stage | None) -> None:
-    """Make what is missing of a pool (real or generated) and of its embedding, in one pass where both are missing."""
+def produce(context: Context, source: Stage, derived: Stage | None) -> None:
+    """Make what is missing of a pool (real or generated) and of what is derived from it, in one pass where both are."""
     storage = context.storage
     missing = source.missing(storage)
-    to_embed = embed.missing(storage) if embed is not None else []
-    both = [unit for unit in missing if unit in set(to_embed)]
-    alone = [unit for unit in missing if unit not in set(to_embed)]
-    again = [unit for unit in to_embed if unit not in set(missing)]
+    to_derive = derived.missing(storage) if derived is not None else []
+    both = [unit for unit in missing if unit in set(to_derive)]
+    alone = [unit for unit in missing if unit not in set(to_derive)]
+    again = [unit for unit in to_derive if unit not in set(missing)]
     producer = _producer(context, source)
-    _make(context, producer, source, embed, both)
+    _make(context, producer, source, derived, both)
     _make(context, producer, source, None, alone)
-    _make(context, partial(Stored, source.artifact(storage)), None, embed, again)
+    _make(context, partial(Stored, source.artifact(storage)), None, derived, again)
 
 
 def check_decoded(context: Context, encode: Stage) -> None:
@@ -206,21 +204,20 @@ def check_decoded(context: Context, encode: Stage) -> None:
 
 
 def _make(
-    context: Context, producer: Callable[[], Producer], source: Stage | None, embed: Stage | None, units: list[str]
+    context: Context, producer: Callable[[], Producer], source: Stage | None, derived: Stage | None, units: list[str]
 ) -> None:
     """Run ``units``, commit what succeeded, try failures again, raise :class:`IncompletePool` if some remain."""
     if not units:
         return
-    stage = source or embed
+    stage = source or derived
     assert stage is not None
     pixels = source.artifact(context.storage) if source else None
-    features = embed.artifact(context.storage) if embed else None
-    done = _already_whole(pixels, features, units)
+    made = derived.artifact(context.storage) if derived else None
+    done = _already_whole(pixels, made, units)
     pending = [unit for unit in units if unit not in done]
-    encoder = Path(embed.places["weights"]) if embed else None
     worker = {
-        "producer": producer, "pixels": pixels, "features": features, "encoder": encoder,
-        "batch": 250, "threads": context.config.actors.threads,
+        "producer": producer, "pixels": pixels, "derive": _derive(derived) if derived else None, "derived": made,
+        "threads": context.config.actors.threads,
     }  # fmt: skip
     began = time.monotonic()
     failed: dict[str, str] = {}
@@ -239,33 +236,35 @@ def _make(
                 progress.advance(entry["images"])
             pending = list(failed)
     seconds = time.monotonic() - began
-    embedding = seconds * _embedding_share(done) if pixels else seconds
+    deriving = seconds * _derived_share(done) if pixels else seconds
     if pixels is not None:
-        commit_units(pixels, done, seconds - embedding)
-    if features is not None:
-        commit_units(features, done, embedding)
+        commit_units(pixels, done, seconds - deriving)
+    if made is not None:
+        commit_units(made, done, deriving)
     if failed:
         unit, error = next(iter(failed.items()))
         raise IncompletePool(f"{stage.title}: {len(failed)} of {len(units)} units failed every attempt; {unit}: {error}")
 
 
-def _embedding_share(entries: dict[str, dict[str, Any]]) -> float:
-    """How much of the actors' time went into φ, where one pass does both."""
+def _derived_share(entries: dict[str, dict[str, Any]]) -> float:
+    """How much of the actors' time went into what is derived, where one pass does both."""
     total = sum(entry["seconds"] for entry in entries.values())
-    return sum(entry.get("embed_seconds", 0.0) for entry in entries.values()) / total if total else 0.0
+    return sum(entry.get("derived_seconds", 0.0) for entry in entries.values()) / total if total else 0.0
 
 
-def _already_whole(pixels: Artifact | None, features: Artifact | None, units: list[str]) -> dict[str, dict[str, Any]]:
+def _already_whole(pixels: Artifact | None, derived: Artifact | None, units: list[str]) -> dict[str, dict[str, Any]]:
     """Entries of units that an interrupted run had finished: the note beside the shard is written after it."""
     if pixels is None:
         return {}
     names = pixels.shards()
-    embedded = features.shards() if features else None
-    return {
-        unit: json.loads(pixels.read(f"{unit}.json"))
-        for unit in units
-        if f"{unit}.json" in names and (embedded is None or f"{unit}.safetensors" in embedded)
-    }
+    whole = {name.split(".")[0] for name in derived.shards()} if derived else set(units)
+    return {unit: json.loads(pixels.read(f"{unit}.json")) for unit in units if f"{unit}.json" in names and unit in whole}
+
+
+def _derive(stage: Stage) -> Callable[[str], Derive]:
+    """What an actor builds for itself when it starts, to derive ``stage`` from images."""
+    weights = Path(stage.places["weights"])
+    return partial(Latents, weights, flips=stage.params["flips"]) if stage.kind == "latents" else partial(Features, weights)
 
 
 def _producer(context: Context, source: Stage) -> Callable[[], Producer]:
@@ -274,4 +273,5 @@ def _producer(context: Context, source: Stage) -> Callable[[], Producer]:
     if source.kind == "encode":
         return partial(RealImages, config.data, place["path"], place["split"])
     adapter = source.inputs["finetune"].artifact(context.storage) if "finetune" in source.inputs else None
-    return partial(Candidates, config.sampling, Path(place["weights"]), adapter, config.seed)
+    autoencoder = Path(place["autoencoder"]) if "autoencoder" in place else None
+    return partial(Candidates, config.sampling, Path(place["weights"]), adapter, autoencoder, config.seed)

@@ -75,5 +75,5 @@ def test_a_killed_generator_actor_changes_nothing(tiny_world: Path, tmp_path: Pa
             pool.produce(context, stage, embed)
         units = (stage.manifest(context.storage) or {})["units"]
         assert set(units) == set(stage.units)
-        outcomes.append({unit: (entry["sha256"], entry["features_sha256"]) for unit, entry in units.items()})
+        outcomes.append({unit: (entry["sha256"], entry["derived_sha256"]) for unit, entry in units.items()})
     assert outcomes[0] == outcomes[1]

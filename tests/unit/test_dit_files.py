@@ -205,5 +205,5 @@ def test_a_run_takes_a_pipeline_of_diffusers_by_its_folder(tiny_world: Path, tmp
 def test_a_generator_of_latents_is_refused_in_one_line(tiny_world: Path, model: DiT, tmp_path: Path):
     write_dit(model, tuple("abcde"), tmp_path / "dit.safetensors")
     values = tiny_values(tiny_world, tmp_path / "runs", generator=str(tmp_path / "dit.safetensors"))
-    with pytest.raises(UserError, match="4-channel latents of an autoencoder"):
+    with pytest.raises(UserError, match="4-channel latents; name their autoencoder"):
         make_plan(RunConfig.model_validate(values))

@@ -1,0 +1,98 @@
+"""The autoencoder in whose latents a DiT works: diffusers' AutoencoderKL behind the scaling that DiT was trained with."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ims3_ray.errors import UserError
+from ims3_ray.models.hub import fetch, is_hub_id
+
+CLASS = "AutoencoderKL"
+NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+
+class Autoencoder(nn.Module):
+    """Images in [−1, 1] to the moments of their latents and back. Frozen."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        from diffusers import AutoencoderKL
+
+        self.vae = AutoencoderKL.from_config(config)
+        self.scale = float(self.vae.config.scaling_factor)
+        """Latents are multiplied by it (0.18215 for Stable Diffusion's), which brings them to about unit variance."""
+
+    @property
+    def image_channels(self) -> int:
+        return int(self.vae.config.in_channels)
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def moments(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the scaled latents of images in [−1, 1], [B, latent_channels, H/factor, W/factor] each."""
+        posterior = self.vae.encode(x_BCHW).latent_dist
+        return posterior.mean * self.scale, posterior.logvar + 2 * math.log(self.scale)
+
+    def decode(self, z_BCHW: Tensor) -> Tensor:
+        """Images, not clamped, of scaled latents."""
+        return self.vae.decode(z_BCHW / self.scale).sample
+
+
+def draw(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
+    """A sample of the latents whose moments are given."""
+    return mean + (0.5 * log_variance).exp() * noise
+
+
+def autoencoder_path(reference: str) -> Path:
+    """The weights file of a diffusers autoencoder: its folder, a pipeline's folder, or a hub id (fetched to its cache)."""
+    folder = Path(reference).expanduser()
+    if not folder.exists() and is_hub_id(reference):
+        folder = fetch(reference, ["config.json", *NAMES, "vae/*"], "autoencoder")
+    for inner in (folder, folder / "vae"):
+        if (inner / "config.json").is_file() and _config(inner).get("_class_name") == CLASS:
+            for name in NAMES:
+                if (inner / name).is_file():
+                    return inner / name
+    raise UserError(
+        f"autoencoder '{reference}' is no diffusers {CLASS}: its folder needs config.json and {NAMES[0]}; "
+        "or give a hub id such as stabilityai/sd-vae-ft-ema"
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"'{folder}/config.json' is not readable JSON ({error}); fetch it again") from error
+    return config
+
+
+def empty_autoencoder(path: Path) -> Autoencoder:
+    """The shape of the autoencoder in ``path`` on the meta device: no weights are read."""
+    with torch.device("meta"):
+        return Autoencoder(_config(path.parent))
+
+
+def load_autoencoder(path: Path) -> Autoencoder:
+    """The autoencoder with its weights, frozen, in evaluation mode; :class:`UserError` if they do not fit."""
+    from diffusers import AutoencoderKL
+
+    model = Autoencoder(_config(path.parent))
+    try:
+        model.vae = AutoencoderKL.from_pretrained(path.parent, local_files_only=True, low_cpu_mem_usage=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"autoencoder '{path}' does not load ({str(error).splitlines()[0]}); fetch it again") from error
+    return model.eval().requires_grad_(False)
