@@ -17,13 +17,14 @@ def sampling_flops(shape: DiTConfig, sampling: SamplingConfig) -> float:
 
 
 def finetune_flops(shape: DiTConfig, config: FinetuneConfig) -> float:
-    """All steps. With a frozen backbone a backward pass costs one forward (input gradients only)."""
-    objectives, passes = config.objectives, 2
+    """One image. A backward pass costs one forward for the gradients of activations and, if weights are trained, one more."""
+    objectives, backward = config.objectives, 1 if config.parameters == "difffit" else 2
+    passes = 1 + backward
     if objectives.inversion_matching.weight:
-        passes += objectives.inversion_matching.n_steps + objectives.inversion_matching.grad_steps
+        passes += objectives.inversion_matching.n_steps + backward * objectives.inversion_matching.grad_steps
     if objectives.inversion_matching_released.weight:
         passes += 1
-    return float(config.steps * config.batch_size * passes * shape.forward_flops())
+    return float(passes * shape.forward_flops())
 
 
 def evaluation_flops(config: EvaluationConfig, data: DataConfig, classes: int, train_images: int, test_images: int) -> float:

@@ -145,7 +145,7 @@ A config is YAML; what it does not say has the default. `extends: FILE` (or a li
 on the command line comes last, as in `python jobs/distill.py --config configs/demo.yaml selection.alpha=0.4`. A misspelt key
 or an impossible value is an error of one line before anything starts. `--dry-run` shows the plan.
 
-This page is written by `python -m ims3_ray.loading` from the classes in `ims3_ray/config.py`.
+This page is written by `python -m ims3_ray.loading` from the classes in `ims3_ray/config/`.
 """
 
 

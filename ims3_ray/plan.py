@@ -9,7 +9,7 @@ from typing import Any
 from ims3_ray.artifacts import file_hash
 from ims3_ray.config import ArmConfig, RunConfig, canonical
 from ims3_ray.cost import decoding_flops, embedding_flops, encoding_flops, evaluation_flops, finetune_flops, sampling_flops
-from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
+from ims3_ray.data.classes import ClassTable, chosen_labels, class_groups, count_images
 from ims3_ray.data.sources import ImageSource, fingerprint, open_source
 from ims3_ray.errors import UserError
 from ims3_ray.models.autoencoder import autoencoder_path, empty_autoencoder
@@ -147,10 +147,14 @@ class _Builder:
                 f"generator '{self.weights.name}' predicts no variance; set finetune.objectives.diffusion.variance=false"
             )
         params: dict[str, Any] = canonical(config)
-        for detail in ("trainer", "checkpoint_every"):  # where and how safely it runs does not change what it computes
-            params.pop(detail)
-        params |= {"generator": file_hash(self.weights), "seed": self.config.seed, "classes": self._labels()}
-        images = config.steps * config.batch_size
+        for detail in ("trainer", "checkpoint_every", "activation_checkpointing", "accumulate", "zero_stage", "compile"):
+            params.pop(detail)  # where, how safely and how fast it runs changes rounding at most
+        if config.objectives.couple_samples:  # but these terms look at what a worker has before it
+            params["parts"] = [config.trainer.num_workers, config.accumulate]
+        groups = class_groups(self._labels(), params.pop("classes_per_group"))
+        params |= {"generator": file_hash(self.weights), "seed": self.config.seed, "groups": groups}
+        counts = dict(zip(self._labels(), self.classes.counts, strict=True))
+        images = sum(config.total_steps(sum(counts[label] for label in group)) * config.batch_size for group in groups)
         inputs = {"encode": self.encode("train")}
         if self.vae_path:
             inputs["latents"] = self.latents(inputs["encode"], self.vae_path)
@@ -158,7 +162,7 @@ class _Builder:
             "finetune",
             Stage(
                 "finetune", "fine-tune", params, inputs, {"weights": str(self.weights)},
-                images=images, flops=finetune_flops(self.shape, config),
+                tuple(f"group-{number}" for number in range(len(groups))), images, images * finetune_flops(self.shape, config),
             ),
         )  # fmt: skip
 

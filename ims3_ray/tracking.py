@@ -48,6 +48,8 @@ class Tracker:
 
         for noisy in ("mlflow", "alembic"):  # the creation of a fresh database is no news
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        self.logged: dict[str, int] = {}
+        """The last step that MLflow has of a series of losses."""
         uri = tracking_uri(config, storage)
         if uri.startswith("sqlite"):
             storage.make_folder(config.name)
@@ -95,11 +97,15 @@ class Tracker:
         for start in range(0, len(entries), BATCH):
             self.client.log_batch(run_id or self.run_id, metrics=entries[start : start + BATCH])
 
-    def losses(self, history: Sequence[Mapping[str, float]]) -> None:
-        """The rows of the fine-tuning so far; steps that are there already are left alone."""
-        logged = max((m.step for m in self.client.get_metric_history(self.run_id, "loss")), default=0)
-        rows = [row for row in history if row["step"] > logged]
-        self.series((int(row["step"]), {key: row[key] for key in row if key != "step"}) for row in rows)
+    def losses(self, history: Sequence[Mapping[str, float]], prefix: str = "") -> None:
+        """The rows of a fine-tuning so far, as metrics ``{prefix}NAME``; steps that are there already are left alone."""
+        key = f"{prefix}loss"
+        if key not in self.logged:  # an interrupted run may have logged some
+            found = self.client.get_metric_history(self.run_id, key)
+            self.logged[key] = max((metric.step for metric in found), default=0)
+        rows = [row for row in history if row["step"] > self.logged[key]]
+        self.series((int(row["step"]), {prefix + name: row[name] for name in row if name != "step"}) for row in rows)
+        self.logged[key] = max([self.logged[key], *(int(row["step"]) for row in rows)])
 
     def child(self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], curves: Mapping[str, Any]) -> None:
         """A finished child run, with the accuracy curves of its students as stepped metrics; nothing if it is there."""

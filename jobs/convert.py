@@ -25,7 +25,7 @@ class ConvertConfig(Section):
     generator: str = "embedded:fashion-mnist-dit"
     """What is converted: a file, a diffusers folder or a hub id."""
     adapter: str | None = None
-    """`adapter.safetensors` of a fine-tuning, to be merged into the weights."""
+    """`adapter-0.safetensors` of a fine-tuning, to be merged into the weights."""
     classes: str | None = None
     """Text file with one class name a line, in order of the labels, for weights that do not name them."""
     out: str = "generator.safetensors"

@@ -76,6 +76,11 @@ def write_latent_world(folder: Path, seed: int = 0) -> None:
     write_dit(generator, CLASSES, folder / "dit.safetensors")
 
 
+def adapter_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What is trained of a model."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``data/`` (IDX), ``dit.safetensors`` and ``phi.safetensors``. Copy what a test changes."""

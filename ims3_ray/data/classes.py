@@ -48,6 +48,12 @@ def count_images(labels: NDArray[np.int64], class_names: Sequence[str], chosen: 
     return [int(counts[label]) for label in chosen]
 
 
+def class_groups(labels: Sequence[int], at_most: int | None) -> list[list[int]]:
+    """``labels`` cut into as few groups as hold ``at_most`` each (one group when None), in order, sizes differing by one."""
+    count = -(-len(labels) // at_most) if at_most else 1
+    return [part.tolist() for part in np.array_split(np.asarray(labels), count)]
+
+
 @cache
 def imagenet_wnids() -> tuple[str, ...]:
     """The 1,000 WordNet ids of ImageNet-1K by label: label i is the i-th of the sorted ids."""

@@ -41,11 +41,6 @@ def add_difffit(model: DiT, scaled_blocks: int) -> list[str]:
     return trained
 
 
-def adapter_state(model: DiT) -> dict[str, Tensor]:
-    """What fine-tuning changed: all that is needed beside the pretrained weights (7 MB for DiT-XL/2)."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 @torch.no_grad()
 def merge_adapter(model: DiT, adapter: dict[str, Tensor]) -> None:
     """Load an adapter into a plain pretrained ``model`` with each γ folded into the weights before it.

@@ -10,11 +10,13 @@ Shape letters: B batch, C channels, H height, W width, T tokens, D width of the 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class DiTConfig(BaseModel):
@@ -183,6 +185,11 @@ class DiT(nn.Module):
     module's: see :func:`ims3_ray.objectives.diffusion.drop_labels`.
     """
 
+    compute_dtype: torch.dtype | None = None
+    """Autocast to this type inside :meth:`forward`; None leaves it to the caller."""
+    recompute: bool = False
+    """Keep no activations inside the blocks: the backward pass computes them again."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
@@ -213,11 +220,18 @@ class DiT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, z_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
-        tokens = self.x_embedder["proj"](z_BCHW).flatten(2).transpose(1, 2) + self.pos_embed
-        condition_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
-        for block in self.blocks:
-            tokens = block(tokens, condition_BD)
-        return self._unpatchify(self.final_layer(tokens, condition_BD))
+        with self._autocast(z_BCHW.device.type):
+            tokens = self.x_embedder["proj"](z_BCHW).flatten(2).transpose(1, 2) + self.pos_embed
+            condition_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
+            for block in self.blocks:
+                if self.recompute and torch.is_grad_enabled():
+                    tokens = checkpoint(block, tokens, condition_BD, use_reentrant=False)
+                else:
+                    tokens = block(tokens, condition_BD)
+            return self._unpatchify(self.final_layer(tokens, condition_BD))
+
+    def _autocast(self, device: str) -> AbstractContextManager[object]:
+        return torch.autocast(device, self.compute_dtype) if self.compute_dtype else nullcontext()
 
     def _unpatchify(self, tokens_BTD: Tensor) -> Tensor:
         p, grid = self.config.patch_size, self.config.input_size // self.config.patch_size

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Ema:
@@ -18,9 +19,9 @@ class Ema:
     @torch.no_grad()
     def update(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, parameter in parameters:
-            self.average[name].lerp_(parameter.detach().float(), 1 - decay)
+        named = dict(parameters)
+        average = get_ema_multi_avg_fn(min(self.decay, (1 + self.updates) / (10 + self.updates)))
+        average(list(self.average.values()), [named[name].detach().float() for name in self.average], self.updates)
 
     def state(self) -> dict[str, Tensor | int]:
         return {**self.average, "updates": self.updates}

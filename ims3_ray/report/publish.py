@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from typing import Any
 
 from safetensors.torch import load
@@ -11,6 +12,7 @@ from ims3_ray.config import canonical
 from ims3_ray.plan import Plan
 from ims3_ray.report.card import dataset_card
 from ims3_ray.report.html import render_report
+from ims3_ray.stages.adapters import Adapters
 from ims3_ray.stages.base import Context, Stage
 from ims3_ray.stages.export import contact_sheet, unpack
 
@@ -37,11 +39,14 @@ def _images(context: Context, evaluation: Stage) -> Any:
 
 
 def _losses(context: Context, plan: Plan) -> list[dict[str, float]]:
-    """The rows of the fine-tuning's ``losses.json``, none without one."""
+    """The rows of the fine-tuning's steps, the mean over class groups where there are several; none without one."""
     for stage in plan.stages:
         if stage.kind == "finetune":
-            rows: list[dict[str, float]] = json.loads(stage.artifact(context.storage).read("losses.json"))
-            return rows
+            adapters = Adapters.of(stage, context.storage)
+            groups = [adapters.losses(group) for group in range(len(adapters.groups))]
+            steps = range(max(map(len, groups)))
+            at_step = [[rows[step] for rows in groups if step < len(rows)] for step in steps]
+            return [{key: statistics.fmean(row[key] for row in rows) for key in rows[0]} for rows in at_step]
     return []
 
 

@@ -29,10 +29,9 @@ from ims3_ray.diffusion.sampling import guided, sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.errors import UserError
 from ims3_ray.models.autoencoder import load_autoencoder
-from ims3_ray.models.difffit import merge_adapter
-from ims3_ray.models.generator import load_generator
 from ims3_ray.progress import Progress
 from ims3_ray.seeds import generator_for
+from ims3_ray.stages.adapters import Adapters, GroupModels
 from ims3_ray.stages.base import Context, Stage, commit_units, pack_tensors, parse_unit
 from ims3_ray.stages.derived import Derive, Features, Latents
 
@@ -73,24 +72,22 @@ class Candidates:
     """Samples the generator. Image ``index`` of a class starts from noise seeded by (run seed, class, index) alone."""
 
     def __init__(
-        self, sampling: SamplingConfig, weights: Path, adapter: Artifact | None, autoencoder: Path | None, seed: int
+        self, sampling: SamplingConfig, weights: Path, adapters: Adapters | None, autoencoder: Path | None, seed: int
     ) -> None:
         self.sampling, self.seed, self.device = sampling, seed, actor_device()
-        self.model = load_generator(weights)
-        if adapter is not None:
-            merge_adapter(self.model, load(adapter.read("adapter.safetensors")))
-        self.model.to(self.device)
+        self.models = GroupModels(weights, adapters, self.device)
         self.autoencoder = load_autoencoder(autoencoder).to(self.device) if autoencoder is not None else None
         self.schedule = NoiseSchedule()
 
     def __call__(self, unit: str) -> Produced:
         label, number = parse_unit(unit)
-        s, shape = self.sampling, self.model.config
+        model = self.models.of_class(label)
+        s, shape = self.sampling, model.config
         first = number * s.unit_size
         rngs = [generator_for(self.seed, "image", label, index) for index in range(first, first + s.unit_size)]
         y = torch.full((s.unit_size,), label, device=self.device)
         with torch.inference_mode():
-            predict = guided(self.model, y, shape.null_label, s.cfg_scale, s.cfg_channels)
+            predict = guided(model, y, shape.null_label, s.cfg_scale, s.cfg_channels)
             signed = sample(
                 predict, (shape.in_channels, shape.input_size, shape.input_size), rngs, self.schedule, s.steps,
                 eta=s.eta, clip=s.clip, device=self.device,
@@ -272,6 +269,6 @@ def _producer(context: Context, source: Stage) -> Callable[[], Producer]:
     config, place = context.config, source.places
     if source.kind == "encode":
         return partial(RealImages, config.data, place["path"], place["split"])
-    adapter = source.inputs["finetune"].artifact(context.storage) if "finetune" in source.inputs else None
+    adapters = Adapters.of(source.inputs["finetune"], context.storage) if "finetune" in source.inputs else None
     autoencoder = Path(place["autoencoder"]) if "autoencoder" in place else None
-    return partial(Candidates, config.sampling, Path(place["weights"]), adapter, autoencoder, config.seed)
+    return partial(Candidates, config.sampling, Path(place["weights"]), adapters, autoencoder, config.seed)

@@ -23,7 +23,9 @@ def fit(
         loop,
         train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=trainer.num_workers, use_gpu=trainer.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=(trainer.num_workers, trainer.max_workers) if trainer.max_workers else trainer.num_workers,
+            use_gpu=trainer.gpus_per_worker > 0,
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             name=name,

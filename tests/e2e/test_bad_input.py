@@ -51,7 +51,7 @@ def refused(job: Job, tmp_path: Path, *arguments: str) -> str:
         ("selection.pool_per_class=5", ["pool_per_class=5", "2 = 6 images", "raise it"]),
         ("selection={alpha: 0, beta: 0}", ["alpha and beta are both 0", "raise one"]),
         ("selection.groups=0", ["selection.groups=0", "greater than or equal to 1"]),
-        ("finetune.batch_size=7", ["batch_size=7", "num_workers=2"]),
+        ("finetune.batch_size=1", ["batch_size=1", "2 workers"]),
         ("arms=[1", ["arms=[1"]),
         ("selection.alpha", ["key=value"]),
         ("data.path=/no/such/folder", ["'/no/such/folder' does not exist", "set data.path"]),

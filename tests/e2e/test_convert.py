@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ims3_ray.models.difffit import adapter_state, add_difffit
+from ims3_ray.models.difffit import add_difffit
 from ims3_ray.models.dit_files import open_dit
 from ims3_ray.models.generator import generator_path, load_generator
-from tests.conftest import CLASSES
+from tests.conftest import CLASSES, adapter_of
 from tests.e2e.conftest import ROOT, environment
 
 
@@ -28,7 +28,7 @@ def test_an_adapter_is_merged_into_a_pipeline_that_keeps_its_class_names(tiny_wo
         for parameter in tuned.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.full_like(parameter, 0.1))
-    save_file(adapter_state(tuned), tmp_path / "adapter.safetensors")
+    save_file(adapter_of(tuned), tmp_path / "adapter.safetensors")
     out = tmp_path / "pipeline"
     done = convert(f"generator={tiny_world / 'dit.safetensors'}", f"adapter={tmp_path / 'adapter.safetensors'}", f"out={out}")
     assert done.returncode == 0, done.stderr

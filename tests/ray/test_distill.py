@@ -112,7 +112,7 @@ def test_random_real_images_are_distinct_training_images_of_their_class(tiny_run
 
 def test_fine_tuning_trained_the_adapter_with_both_losses(tiny_run: Run):
     artifact = stage(tiny_run, "finetune", "").artifact(tiny_run.storage)
-    adapter, losses = load(artifact.read("adapter.safetensors")), json.loads(artifact.read("losses.json"))
+    adapter, losses = load(artifact.read("adapter-0.safetensors")), json.loads(artifact.read("losses-0.json"))
     weight = tiny_run.config.finetune.objectives.inversion_matching.weight
     assert [row["step"] for row in losses] == [1, 2, 3, 4]
     for row in losses:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.train
 import torch
+from safetensors import safe_open
 from safetensors.torch import load
 
 from ims3_ray import UserError
+from ims3_ray.config import FinetuneConfig
+from ims3_ray.data.batches import batch_indices
+from ims3_ray.finetuning import Finetuner
+from ims3_ray.models.difffit import merge_adapter
+from ims3_ray.models.generator import load_generator
+from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.stages import finetune, pool, train
+from ims3_ray.stages.adapters import Adapters, GroupModels
 from tests.ray.conftest import prepare
 
 EVERYTHING = {
@@ -20,46 +30,108 @@ EVERYTHING = {
     "minimax": {"representativeness": 0.1, "diversity": 0.1, "memory": 4, "shared": True},
 }
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ZeRO 0": {"zero_stage": 0},
+    "ZeRO 1": {"zero_stage": 1},
+    "ZeRO 2": {"zero_stage": 2},
+    "ZeRO 3": {"zero_stage": 3},
+    "in pieces": {"zero_stage": 1, "accumulate": 2},
+    "recomputed": {"zero_stage": 1, "activation_checkpointing": True},
+    "recomputed, ZeRO 3": {"zero_stage": 3, "activation_checkpointing": True},
+    "compiled": {"zero_stage": 1, "compile": True},
+    "everything trained": {"zero_stage": 1, "parameters": "all"},
+    "everything trained, ZeRO 3": {"zero_stage": 3, "parameters": "all"},
+    "bf16": {"zero_stage": 1, "precision": "bf16"},
+    "bf16, ZeRO 3": {"zero_stage": 3, "precision": "bf16"},
+}
 
-def tuned(world: Path, storage: Path, **settings: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    """The adapter and the rows of a fine-tuning of four steps."""
-    context, stages = prepare(world, storage, finetune=settings)
-    pool.produce(context, stages["encode", "train"], None)
-    finetune.run(context, stages["finetune", ""])
-    artifact = stages["finetune", ""].artifact(context.storage)
-    return load(artifact.read("adapter.safetensors")), json.loads(artifact.read("losses.json"))
 
+def every_variant(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The loop once per variant in the same workers, whose start takes longer than all of them.
 
-def every_zero_stage(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The loop once per ZeRO stage in the same workers, whose start takes longer than all of them.
-
-    The last leaves a checkpoint at step 2, from which its second call goes on.
+    Then ZeRO 0 and 3 stopped after two steps and continued; 0 (if ``arguments`` name a folder) from that of another number of
+    workers too.
     """
     outcomes = {}
-    for name, stage, every in (("0", 0, 100), ("1", 1, 100), ("2", 2, 100), ("3", 3, 2), ("3 continued", 3, 2)):
-        changed = {**arguments["config"], "zero_stage": stage, "checkpoint_every": every}
-        outcomes[name] = finetune.finetune_loop({**arguments, "config": changed})
+    for name, changes in VARIANTS.items():
+        outcomes[name] = finetune.finetune_loop({**arguments, "config": {**arguments["config"], **changes}})
+    for stage in (0, 3):
+        with tempfile.TemporaryDirectory() as own:
+            folder = arguments["checkpoints"] / f"{stage}-{ray.train.get_context().get_world_size()}"
+            history = _steps(arguments, stage, range(2), None, folder)
+            history += _steps(arguments, stage, range(2, 4), folder, Path(own))
+        outcomes[f"ZeRO {stage} continued"] = {"history": history}
+    if (other := arguments["checkpoints"] / "0-1").exists():
+        outcomes["one worker's, continued"] = {"history": _steps(arguments, 0, range(2, 4), other, None)}
     return outcomes
 
 
-def test_two_workers_under_any_zero_stage_learn_what_one_process_learns(tiny_world: Path, tmp_path: Path, cluster: None):
+def _steps(arguments: dict[str, Any], stage: int, steps: range, start: Path | None, end: Path | None) -> list[dict[str, float]]:
+    """The loop by hand: what is loaded from ``start`` runs ``steps`` and is saved in ``end``."""
+    config = FinetuneConfig.model_validate({**arguments["config"], "zero_stage": stage})
+    context = ray.train.get_context()
+    images = finetune.read_images(arguments["images"], None, arguments["classes"], config.flip)
+    model = load_generator(Path(arguments["weights"]))
+    tuner = Finetuner(model, config, "cpu", context.get_world_rank(), context.get_world_size())
+    if start is not None:
+        tuner.load(start)
+    order = seed_for(arguments["seed"], "finetune-order", 0) % 2**31
+    batches = batch_indices(len(images.labels), config.batch_size, 0, 1, order, steps.start)
+    rows = []
+    for step in steps:
+        batch = tuner.draw(images, next(batches), generator_for(arguments["seed"], "finetune", 0, step))
+        rows.append({"step": step + 1.0, **tuner.step(batch)})
+    if end is not None:
+        end.mkdir(parents=True, exist_ok=True)
+        torch.distributed.barrier()
+        tuner.save(end)
+        torch.distributed.barrier()
+    return rows
+
+
+def change(adapter: bytes, world: Path) -> torch.Tensor:
+    """All that fine-tuning changed, as one vector."""
+    before, after = load_generator(world / "dit.safetensors").state_dict(), load(adapter)
+    return torch.cat([(after[name] - before.get(name, torch.ones(()))).flatten() for name in sorted(after)])
+
+
+def test_however_it_is_spread_and_stored_the_same_is_learnt(tiny_world: Path, tmp_path: Path, cluster: None):
     outcomes = {}
     for workers in (1, 2):
-        context, stages = prepare(tiny_world, tmp_path / str(workers), finetune={"trainer": {"num_workers": workers}})
+        context, stages = prepare(
+            tiny_world, tmp_path / str(workers), finetune={"checkpoint_every": 100, "trainer": {"num_workers": workers}}
+        )
         pool.produce(context, stages["encode", "train"], None)
-        arguments = finetune.arguments_of(context, stages["finetune", ""])
+        (group,) = finetune.groups_of(context, stages["finetune", ""])
+        arguments = {**group.arguments, "checkpoints": tmp_path / "checkpoints"}
         place = str(tmp_path / str(workers))
-        outcomes[workers] = train.fit(every_zero_stage, arguments, context.config.finetune.trainer, "train", place)
-    expected = outcomes[1]["0"]
-    for outcome in (*outcomes[1].values(), *outcomes[2].values()):
-        for row, wanted in zip(outcome["history"], expected["history"], strict=True):
-            assert row == pytest.approx(wanted, rel=1e-3, abs=1e-5)
-        torch.testing.assert_close(load(outcome["adapter"]), load(expected["adapter"]), rtol=1e-3, atol=2e-5)
+        outcomes[workers] = train.fit(every_variant, arguments, context.config.finetune.trainer, "train", place)
+    assert "one worker's, continued" in outcomes[2]
+    for outcome in outcomes.values():
+        for name, found in outcome.items():
+            exact = outcomes[1]["everything trained" if "everything" in name else "ZeRO 0"]
+            loose = 20 if "bf16" in name else 1
+            for row in found["history"]:
+                wanted = exact["history"][int(row["step"]) - 1]
+                assert row == pytest.approx(wanted, rel=1e-3 * loose, abs=1e-5 * loose), name
+            if "adapter" in found:
+                learnt, expected = change(found["adapter"], tiny_world), change(exact["adapter"], tiny_world)
+                assert torch.cosine_similarity(learnt, expected, dim=0) > (0.97 if "bf16" in name else 0.9999), name
+    everything = load(outcomes[1]["everything trained"]["adapter"])
+    assert everything.keys() == load_generator(tiny_world / "dit.safetensors").state_dict().keys()
+    assert outcomes[1]["everything trained"]["history"][3] != outcomes[1]["ZeRO 0"]["history"][3]
 
 
-def test_all_objectives_run_together_and_add_up(tiny_world: Path, tmp_path: Path, cluster: None):
-    adapter, rows = tuned(tiny_world, tmp_path, objectives=EVERYTHING)
-    assert all(value.isfinite().all() for value in adapter.values())
+def test_all_objectives_run_together_and_add_up_on_as_many_workers_as_there_is_room_for(
+    tiny_world: Path, tmp_path: Path, cluster: None
+):
+    tuning = {"objectives": EVERYTHING, "zero_stage": 0, "batch_size": 7, "trainer": {"num_workers": 1, "max_workers": 2}}
+    context, stages = prepare(tiny_world, tmp_path, finetune=tuning)
+    pool.produce(context, stages["encode", "train"], None)
+    finetune.run(context, stages["finetune", ""])
+    artifact = stages["finetune", ""].artifact(context.storage)
+    rows = json.loads(artifact.read("losses-0.json"))
+    assert all(value.isfinite().all() for value in load(artifact.read("adapter-0.safetensors")).values())
     for row in rows:
         weighted = row["loss_diffusion"] + 0.1 * sum(
             row[f"loss_{name}"]
@@ -70,6 +142,36 @@ def test_all_objectives_run_together_and_add_up(tiny_world: Path, tmp_path: Path
     assert rows[-1]["loss_diversity"] != 0
 
 
+def test_class_groups_are_tuned_apart_and_each_class_is_sampled_with_its_own(tiny_world: Path, tmp_path: Path, cluster: None):
+    tuning = {"classes_per_group": 2, "steps": None, "epochs": 0.5, "trainer": {"num_workers": 1}}
+    context, stages = prepare(tiny_world, tmp_path, finetune=tuning)
+    pool.produce(context, stages["encode", "train"], None)
+    stage = stages["finetune", ""]
+    assert stage.units == ("group-0", "group-1")
+    finetune.run(context, stage)
+    adapters = Adapters.of(stage, context.storage)
+    assert adapters.groups == [[0, 1], [2]]
+    # half an epoch of 60 and of 30 images in batches of 8
+    assert [len(adapters.losses(group)) for group in (0, 1)] == [4, 2]
+    table = "y_embedder.embedding_table.weight"
+    before = load_generator(tiny_world / "dit.safetensors").state_dict()[table]
+    models = GroupModels(tiny_world / "dit.safetensors", adapters, "cpu")
+    for label, trained in ((0, {0, 1}), (2, {2})):
+        changed = (models.of_class(label).state_dict()[table] != before).any(dim=1)
+        assert trained <= set(changed.nonzero().flatten().tolist()) <= trained | {3}  # 3: no class
+        expected = load_generator(tiny_world / "dit.safetensors")
+        merge_adapter(expected, load(adapters.artifact.read(f"adapter-{adapters.group_of(label)}.safetensors")))
+        torch.testing.assert_close(models.of_class(label).state_dict(), expected.state_dict(), rtol=0, atol=0)
+    shard = next(Path(context.storage.address(adapters.artifact.folder)).rglob("adapter-1.safetensors"))
+    with safe_open(shard, framework="pt") as file:
+        assert file.metadata()["kind"] == "adapter"
+        assert json.loads(file.metadata()["config"])["classes_per_group"] == 2
+    for group in (0, 1):
+        history = context.tracker.client.get_metric_history(context.tracker.run_id, f"group-{group}/share_of_peak")
+        assert len(history) == 1
+        assert history[0].value > 0
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_good(tiny_world: Path, tmp_path: Path, cluster: None):
     objectives = {"diffusion": {"weight": 1e38}}  # the gradient overflows float32 on the first steps
     context, stages = prepare(tiny_world, tmp_path, finetune={"objectives": objectives})
@@ -78,4 +180,4 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_good(tiny_wor
     with pytest.raises(UserError, match=r"diverged at step 1 \(.*\) on images \w+/\d+, .*; lower finetune.lr"):
         finetune.run(context, stage)
     assert stage.missing(context.storage)
-    assert not context.storage.exists(f"{stage.artifact(context.storage).folder}/shards/adapter.safetensors")
+    assert not context.storage.exists(f"{stage.artifact(context.storage).folder}/shards/adapter-0.safetensors")

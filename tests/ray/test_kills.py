@@ -51,12 +51,12 @@ def test_a_killed_training_worker_changes_nothing(tiny_world: Path, tmp_path: Pa
         pool.produce(context, stages["encode", "train"], None)
         stage = stages["finetune", ""]
         if name == "killed":
-            with killing("RayTrainWorker", "artifacts/finetune/*/train/checkpoint_*/*", tmp_path / name):
+            with killing("RayTrainWorker", "artifacts/finetune/*/train-0/checkpoint_*/*", tmp_path / name):
                 finetune.run(context, stage)
         else:
             finetune.run(context, stage)
         artifact = stage.artifact(context.storage)
-        outcomes.append([artifact.read(shard) for shard in ("losses.json", "adapter.safetensors")])
+        outcomes.append([artifact.read(shard) for shard in ("losses-0.json", "adapter-0.safetensors")])
         history = context.tracker.client.get_metric_history(context.tracker.run_id, "loss")
         assert sorted(metric.step for metric in history) == list(range(1, 121))
     assert outcomes[0] == outcomes[1]

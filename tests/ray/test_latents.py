@@ -59,7 +59,7 @@ def test_candidates_are_decoded_samples_of_the_fine_tuned_model(latent_run: RunC
     storage = Storage.at(latent_run.storage)
     generate = {stage.kind: stage for stage in make_plan(latent_run).stages}["generate"]
     model = load_generator(Path(latent_run.generator))
-    merge_adapter(model, load(generate.inputs["finetune"].artifact(storage).read("adapter.safetensors")))
+    merge_adapter(model, load(generate.inputs["finetune"].artifact(storage).read("adapter-0.safetensors")))
     autoencoder = load_autoencoder(autoencoder_path(str(latent_run.autoencoder)))
     predict = guided(model, torch.tensor([1]), len(CLASSES), latent_run.sampling.cfg_scale, 1)
     rng = generator_for(latent_run.seed, "image", 1, 2)

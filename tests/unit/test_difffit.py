@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ims3_ray.models.difffit import adapter_state, add_difffit, merge_adapter
+from ims3_ray.models.difffit import add_difffit, merge_adapter
 from ims3_ray.models.dit import DiT, DiTConfig
+from tests.conftest import adapter_of
 
 CONFIG = DiTConfig(
     input_size=4, in_channels=2, patch_size=2, hidden_size=16, depth=3, num_heads=2, num_classes=3, learn_sigma=True
@@ -92,7 +93,7 @@ def test_a_merged_adapter_computes_the_fine_tuned_function(scaled_blocks: int):
     add_difffit(tuned, scaled_blocks)
     randomised(tuned, 3, trained_only=True)
     names = set(plain.state_dict())
-    merge_adapter(plain, adapter_state(tuned))
+    merge_adapter(plain, adapter_of(tuned))
     torch.testing.assert_close(outputs(plain), outputs(tuned), rtol=1e-10, atol=1e-10)
     assert not torch.allclose(outputs(plain), before)
     assert set(plain.state_dict()) == names
@@ -101,7 +102,7 @@ def test_a_merged_adapter_computes_the_fine_tuned_function(scaled_blocks: int):
 def test_the_adapter_is_a_copy_of_what_is_trained():
     model = DiT(CONFIG)
     trained = add_difffit(model, scaled_blocks=1)
-    adapter = adapter_state(model)
+    adapter = adapter_of(model)
     assert list(adapter) == trained
     with torch.no_grad():
         model.get_parameter("blocks.0.mlp.gamma").fill_(5)

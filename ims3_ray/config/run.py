@@ -1,19 +1,13 @@
-"""The whole run as one typed tree. Read from YAML and the command line by :mod:`ims3_ray.loading`."""
+"""A distillation run: its data, models and stages."""
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Base of every part of the tree: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+from ims3_ray.config.base import Fraction, Section
+from ims3_ray.config.finetune import FinetuneConfig
 
 
 class DataConfig(Section):
@@ -30,111 +24,6 @@ class DataConfig(Section):
     """Names of the classes to distil; all of them when unset."""
     unit_size: int = Field(default=500, ge=1)
     """Images per shard of the encoded data set."""
-
-
-class TrainerConfig(Section):
-    """Ray Train: how many workers, with what."""
-
-    num_workers: int = Field(default=2, ge=1)
-    cpus_per_worker: float = Field(default=1, gt=0)
-    gpus_per_worker: float = Field(default=0, ge=0)
-    threads_per_worker: int = Field(default=1, ge=1)
-    max_failures: int = Field(default=3, ge=0)
-    """Times that Ray Train restarts the workers from the last checkpoint."""
-
-
-class DiffusionObjective(Section):
-    """L_Diff (Eq. 6)."""
-
-    weight: float = Field(default=1.0, ge=0)
-    variance: bool = False
-    """Add the variational bound that trains a learned variance (generators with `learn_sigma`, as DiT's release)."""
-
-
-class InversionMatchingObjective(Section):
-    """L_IM as the paper prints it (Eq. 5, Algorithm 1)."""
-
-    weight: float = Field(default=0.002, ge=0)
-    """λ_IM of Eq. 7; 0 leaves the term out."""
-    n_steps: int = Field(default=2, ge=1)
-    """Inversion steps from z_0 to each sample's own t (N of Eq. 3)."""
-    grad_steps: int = Field(default=1, ge=1)
-    """The last so many steps carry the gradient; without any, L_IM has none."""
-    similarity: Literal["cosine", "l1", "l2"] = "cosine"
-    """How z_inv is compared with z_t (Table 7)."""
-
-    @model_validator(mode="after")
-    def _grad_steps_within(self) -> InversionMatchingObjective:
-        if self.grad_steps > self.n_steps:
-            raise ValueError(f"grad_steps={self.grad_steps} exceeds n_steps={self.n_steps}; lower it")
-        return self
-
-
-class ReleasedObjective(Section):
-    """L_IM as the authors' released code computes it; see docs/method.md."""
-
-    weight: float = Field(default=0.0, ge=0)
-
-
-class MinimaxObjective(Section):
-    """The two terms of Minimax diffusion, with per-class memories of latents."""
-
-    representativeness: float = Field(default=0.0, ge=0)
-    """Weight λ_r; Minimax uses 0.002."""
-    diversity: float = Field(default=0.0, ge=0)
-    """Weight λ_d; Minimax uses 0.008."""
-    memory: int = Field(default=64, ge=1)
-    """Latents remembered per class, real and predicted each."""
-    shared: bool = False
-    """One memory for all workers instead of one each."""
-
-
-class ObjectivesConfig(Section):
-    """What fine-tuning minimises: the weighted sum of these. A weight of 0 leaves a term out and costs nothing."""
-
-    diffusion: DiffusionObjective = DiffusionObjective()
-    inversion_matching: InversionMatchingObjective = InversionMatchingObjective()
-    inversion_matching_released: ReleasedObjective = ReleasedObjective()
-    minimax: MinimaxObjective = MinimaxObjective()
-
-    @model_validator(mode="after")
-    def _something(self) -> ObjectivesConfig:
-        minimax = self.minimax.representativeness + self.minimax.diversity
-        if self.diffusion.weight + self.inversion_matching.weight + self.inversion_matching_released.weight + minimax == 0:
-            raise ValueError("every objective has weight 0, so there is nothing to learn; set diffusion.weight=1")
-        return self
-
-
-class FinetuneConfig(Section):
-    """Fine-tuning of the DiffFit parameters (section 4.1, Algorithm 1)."""
-
-    steps: int = Field(default=120, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    """Global batch: all workers together."""
-    lr: float = Field(default=1e-3, gt=0)
-    objectives: ObjectivesConfig = ObjectivesConfig()
-    scaled_blocks: int = Field(default=14, ge=0)
-    """DiffFit puts scale vectors γ into the first so many blocks."""
-    flip: bool = False
-    """Mirror half of the images at random; right for photographs, wrong for digits."""
-    label_dropout: Fraction = 0.1
-    """Share of samples that L_Diff sees without their class, as classifier-free guidance needs."""
-    ema_decay: Fraction = 0.99
-    """The adapter is the exponential moving average of the trained parameters."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO: what the workers share among them (1: optimizer state, 2: gradients too, 3: parameters too)."""
-    checkpoint_every: int = Field(default=50, ge=1)
-    """Steps after which a restart need not begin again."""
-    trainer: TrainerConfig = TrainerConfig()
-
-    @model_validator(mode="after")
-    def _batch_divides(self) -> FinetuneConfig:
-        if self.batch_size % self.trainer.num_workers:
-            raise ValueError(
-                f"batch_size={self.batch_size} does not divide among trainer.num_workers={self.trainer.num_workers}; "
-                "change one of them"
-            )
-        return self
 
 
 class SamplingConfig(Section):
@@ -297,68 +186,3 @@ class RunConfig(Section):
         if self.export not in self.arms:
             raise ValueError(f"export='{self.export}' is no arm; there is: {', '.join(self.arms)}")
         return self
-
-
-class GeneratorTraining(Section):
-    """Pretraining of a class-conditional DiT in pixel space."""
-
-    patch_size: int = Field(default=4, gt=0)
-    hidden_size: int = Field(default=224, gt=0)
-    depth: int = Field(default=4, gt=0)
-    num_heads: int = Field(default=4, gt=0)
-    steps: int = Field(default=6000, ge=1)
-    batch_size: int = Field(default=128, ge=1)
-    lr: float = Field(default=6e-4, gt=0)
-    warmup_steps: int = Field(default=300, ge=0)
-    cooldown_steps: int = Field(default=1500, ge=0)
-    """The learning rate falls linearly to zero over the last so many steps."""
-    label_dropout: Fraction = 0.1
-    ema_decay: Fraction = 0.999
-    flip: bool = False
-    checkpoint_every: int = Field(default=250, ge=1)
-    precision: Literal["fp32", "bf16"] = "bf16"
-
-
-class EncoderTraining(Section):
-    """Training of φ: a small timm network as a classifier of the training split."""
-
-    model: str = "resnet18"
-    model_args: dict[str, Any] = {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]}
-    epochs: int = Field(default=6, ge=1)
-    batch_size: int = Field(default=256, ge=1)
-    lr: float = Field(default=2e-3, gt=0)
-    weight_decay: float = Field(default=0.05, ge=0)
-    label_smoothing: Fraction = 0.1
-    max_shift: int = Field(default=2, ge=0)
-    flip: bool = False
-
-
-class QualityConfig(Section):
-    """How a trained generator is judged: a student of the real training split names its samples."""
-
-    images_per_class: int = Field(default=100, ge=1)
-    sampling: SamplingConfig = SamplingConfig()
-    judge: EvaluationConfig = EvaluationConfig(
-        width=64, epochs=8, batch_size=128, validations=1, seeds=(0,), threads_per_task=2
-    )
-
-
-class PretrainConfig(Section):
-    """Training of the weights that a distillation starts from (`jobs/pretrain.py`)."""
-
-    name: str = Field(default="fashion-mnist-dit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    storage: str = "runs/pretrain"
-    seed: int = Field(default=0, ge=0)
-    target: Literal["generator", "encoder"] = "generator"
-    data: DataConfig = DataConfig()
-    generator: GeneratorTraining = GeneratorTraining()
-    encoder: EncoderTraining = EncoderTraining()
-    quality: QualityConfig = QualityConfig()
-    trainer: TrainerConfig = TrainerConfig(num_workers=1, threads_per_worker=2)
-    cluster: ClusterConfig = ClusterConfig()
-
-
-def canonical(section: BaseModel) -> dict[str, Any]:
-    """Plain JSON values of a section, the form that is hashed and stored."""
-    plain: dict[str, Any] = json.loads(section.model_dump_json())
-    return plain

@@ -1,0 +1,70 @@
+"""Training of the weights that a distillation starts from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ims3_ray.config.base import Fraction, Section
+from ims3_ray.config.finetune import TrainerConfig
+from ims3_ray.config.run import ClusterConfig, DataConfig, EvaluationConfig, SamplingConfig
+
+
+class GeneratorTraining(Section):
+    """Pretraining of a class-conditional DiT in pixel space."""
+
+    patch_size: int = Field(default=4, gt=0)
+    hidden_size: int = Field(default=224, gt=0)
+    depth: int = Field(default=4, gt=0)
+    num_heads: int = Field(default=4, gt=0)
+    steps: int = Field(default=6000, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    lr: float = Field(default=6e-4, gt=0)
+    warmup_steps: int = Field(default=300, ge=0)
+    cooldown_steps: int = Field(default=1500, ge=0)
+    """The learning rate falls linearly to zero over the last so many steps."""
+    label_dropout: Fraction = 0.1
+    ema_decay: Fraction = 0.999
+    flip: bool = False
+    checkpoint_every: int = Field(default=250, ge=1)
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+
+class EncoderTraining(Section):
+    """Training of φ: a small timm network as a classifier of the training split."""
+
+    model: str = "resnet18"
+    model_args: dict[str, Any] = Field(default={"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]})
+    epochs: int = Field(default=6, ge=1)
+    batch_size: int = Field(default=256, ge=1)
+    lr: float = Field(default=2e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    label_smoothing: Fraction = 0.1
+    max_shift: int = Field(default=2, ge=0)
+    flip: bool = False
+
+
+class QualityConfig(Section):
+    """How a trained generator is judged: a student of the real training split names its samples."""
+
+    images_per_class: int = Field(default=100, ge=1)
+    sampling: SamplingConfig = SamplingConfig()
+    judge: EvaluationConfig = EvaluationConfig(
+        width=64, epochs=8, batch_size=128, validations=1, seeds=(0,), threads_per_task=2
+    )
+
+
+class PretrainConfig(Section):
+    """Training of the weights that a distillation starts from (`jobs/pretrain.py`)."""
+
+    name: str = Field(default="fashion-mnist-dit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    storage: str = "runs/pretrain"
+    seed: int = Field(default=0, ge=0)
+    target: Literal["generator", "encoder"] = "generator"
+    data: DataConfig = DataConfig()
+    generator: GeneratorTraining = GeneratorTraining()
+    encoder: EncoderTraining = EncoderTraining()
+    quality: QualityConfig = QualityConfig()
+    trainer: TrainerConfig = TrainerConfig(num_workers=1, threads_per_worker=2)
+    cluster: ClusterConfig = ClusterConfig()

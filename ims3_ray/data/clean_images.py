@@ -1,0 +1,31 @@
+"""What fine-tuning draws its z_0 from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Generator, Tensor
+
+from ims3_ray.data.transforms import to_signed
+from ims3_ray.models.autoencoder import draw
+
+
+class CleanImages:
+    """Labelled z_0 in memory: pixels, or latents drawn from their cached moments; mirrored at random with ``flip``.
+
+    ``tensors`` hold either ``pixels`` (uint8 [n, C, H, W]) or ``mean`` and ``log_variance`` ([n, flips, C, h, w] each).
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], labels: Tensor, flip: bool) -> None:
+        self.tensors, self.labels, self.flip = tensors, labels, flip
+        self.shape = next(iter(tensors.values())).shape[-3:]
+
+    def batch(self, index: Tensor, rng: Generator) -> Tensor:
+        """z_0 [n, C, H, W] of the images ``index``, float32; draws from ``rng`` for all of them."""
+        mirror = torch.rand(len(index), generator=rng) < 0.5 if self.flip else torch.zeros(len(index), dtype=torch.bool)
+        if "pixels" in self.tensors:
+            signed = to_signed(self.tensors["pixels"][index])
+            return torch.where(mirror[:, None, None, None], signed.flip(-1), signed)
+        mean, log_variance = (self.tensors[name][index, mirror.long()].float() for name in ("mean", "log_variance"))
+        return draw(mean, log_variance, torch.randn(mean.shape, generator=rng))

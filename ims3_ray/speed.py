@@ -1,0 +1,24 @@
+"""How fast a device multiplies matrices: what achieved rates are a share of."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+def matmul_rate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s (2 per multiply-add) at which ``device`` multiplies large square matrices, with the threads it is given."""
+    device = torch.device(device)
+    size, repeats = (8192, 20) if device.type == "cuda" else (2048, 4)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+
+    def seconds(times: int) -> float:
+        began = time.perf_counter()
+        for _ in range(times):
+            product = a @ b
+        product[0, 0].item()  # waits for the device
+        return time.perf_counter() - began
+
+    seconds(1)
+    return 2.0 * size**3 * repeats / seconds(repeats)
