@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ims3_ray.config import DataConfig, EvaluationConfig, FinetuneConfig, SamplingConfig
+from ims3_ray.config import DataConfig, EvaluationConfig, FinetuneConfig, InstabilityConfig, SamplingConfig
 from ims3_ray.models.autoencoder import Autoencoder
 from ims3_ray.models.dit import DiTConfig
 from ims3_ray.models.encoder import Encoder, EncoderConfig
@@ -25,6 +25,13 @@ def finetune_flops(shape: DiTConfig, config: FinetuneConfig) -> float:
     if objectives.inversion_matching_released.weight:
         passes += 1
     return float(passes * shape.forward_flops())
+
+
+def instability_flops(shape: DiTConfig, config: InstabilityConfig) -> float:
+    """One image before and after: inversion, sampling, and the derivatives (a forward-mode one costs two passes)."""
+    values = shape.in_channels * shape.input_size**2
+    derivatives = values if values <= config.exact_up_to else 4 * config.probes * config.lanczos_steps
+    return 2 * config.steps * (4 + derivatives) * shape.forward_flops()
 
 
 def evaluation_flops(config: EvaluationConfig, data: DataConfig, classes: int, train_images: int, test_images: int) -> float:

@@ -194,8 +194,8 @@ class Finetuner:
         if self.rank == 0:
             self.ema.restore(torch.load(folder / "ema.pt", map_location=self.device, weights_only=True))
 
-    def adapter(self, **metadata: str) -> bytes:
-        """Rank 0's moving average as a safetensors file that says how it was trained."""
+    def adapter(self, **about: Any) -> bytes:
+        """Rank 0's moving average as safetensors; its metadata say how it was trained (and what else is given)."""
         tensors = {name: value.contiguous().cpu() for name, value in self.ema.average.items()}
-        config = json.dumps(canonical(self.config))
-        return save(tensors, metadata={"kind": "adapter", "config": config, **metadata})
+        # One entry: the order of several would change from file to file.
+        return save(tensors, metadata={"adapter": json.dumps({"config": canonical(self.config), **about})})

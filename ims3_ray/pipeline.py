@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import statistics
@@ -107,7 +108,7 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
 
 def run_stages(context: Context, plan: Plan) -> None:
     """Run every stage that is not complete, in order."""
-    from ims3_ray.stages import evaluate, export, finetune, pool, select
+    from ims3_ray.stages import evaluate, export, finetune, instability, pool, select
 
     storage = context.storage
     derived = [stage for stage in plan.stages if stage.kind in ("embed", "latents")]
@@ -121,6 +122,8 @@ def run_stages(context: Context, plan: Plan) -> None:
                 pool.check_decoded(context, stage)
         elif stage.kind == "finetune" and stage.missing(storage):
             finetune.run(context, stage)
+        elif stage.kind == "instability" and stage.missing(storage):
+            instability.run(context, stage)
         elif stage.kind == "select" and stage.missing(storage):
             select.run(context, stage)
         elif stage.kind == "export" and stage.missing(storage):
@@ -177,7 +180,24 @@ def gather(plan: Plan, storage: Storage) -> dict[str, Any]:
         "arms": arms,
         "stages": [stage_row(stage, storage) for stage in plan.stages],
         "skipped_images": skipped,
+        **_instability(plan, storage),
     }
+
+
+def _instability(plan: Plan, storage: Storage) -> dict[str, Any]:
+    """The geometric means of Eq. 12 over images, and the factor by which fine-tuning changed each; empty if not measured."""
+    for stage in plan.stages:
+        if stage.kind == "instability":
+            logs = json.loads(stage.artifact(storage).read("instability.json"))
+            logs["change"] = [after - before for before, after in zip(logs["before"], logs["after"], strict=True)]
+            spread = {name: _spread(values) for name, values in logs.items()}
+            return {
+                "instability": {
+                    name: {"coefficient": math.exp(value["mean"]), "log_mean": value["mean"], "log_std": value["std"]}
+                    for name, value in spread.items()
+                }
+            }
+    return {}
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -8,7 +8,15 @@ from typing import Any
 
 from ims3_ray.artifacts import file_hash
 from ims3_ray.config import ArmConfig, RunConfig, canonical
-from ims3_ray.cost import decoding_flops, embedding_flops, encoding_flops, evaluation_flops, finetune_flops, sampling_flops
+from ims3_ray.cost import (
+    decoding_flops,
+    embedding_flops,
+    encoding_flops,
+    evaluation_flops,
+    finetune_flops,
+    instability_flops,
+    sampling_flops,
+)
 from ims3_ray.data.classes import ClassTable, chosen_labels, class_groups, count_images
 from ims3_ray.data.sources import ImageSource, fingerprint, open_source
 from ims3_ray.errors import UserError
@@ -166,6 +174,18 @@ class _Builder:
             ),
         )  # fmt: skip
 
+    def instability(self) -> Stage:
+        """What is measured of the generators of the fine-tuning, if there is one."""
+        config, finetune = self.config.instability, self.finetune()
+        params = {**canonical(config), "seed": self.config.seed, "classes": self._labels()}
+        return self._once(
+            "instability",
+            Stage(
+                "instability", "instability (Eq. 12)", params, {"finetune": finetune, **finetune.inputs}, finetune.places,
+                images=config.images, flops=config.images * instability_flops(self.shape, config),
+            ),
+        )  # fmt: skip
+
     def _labels(self) -> list[int]:
         return list(self.classes.generator_labels)
 
@@ -233,13 +253,15 @@ class _Builder:
         )  # fmt: skip
 
 
-ORDER = ("encode", "embed", "latents", "finetune", "generate", "select", "export", "evaluate")
+ORDER = ("encode", "embed", "latents", "finetune", "instability", "generate", "select", "export", "evaluate")
 
 
 def make_plan(config: RunConfig) -> Plan:
     """Open the sources, check the weights, lay out the stages. Raises :class:`UserError` for bad input."""
     builder = _Builder(config)
     evaluations = {name: builder.evaluate(name, arm) for name, arm in config.arms.items()}
+    if "finetune" in builder.stages and config.instability.images:
+        builder.instability()
     chosen = builder.select(config.export, config.arms[config.export])
     export = Stage(
         "export", "export", {"classes": list(builder.classes.names)}, {"select": chosen}, images=chosen.images,

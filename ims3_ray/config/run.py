@@ -91,6 +91,21 @@ class SelectionConfig(Section):
         return self.pool_per_class or self.groups * self.images_per_class
 
 
+class InstabilityConfig(Section):
+    """The generator's instability coefficient (Eq. 12) at noise inverted from real images, before and after fine-tuning."""
+
+    images: int = Field(default=3, ge=0)
+    """Images it is measured at, spread over the classes; 0 leaves it out."""
+    steps: int = Field(default=8, ge=1)
+    """Evenly spaced steps of inversion and of sampling."""
+    probes: int = Field(default=1, ge=1)
+    """Random directions of the Lanczos estimate at each step."""
+    lanczos_steps: int = Field(default=6, ge=1)
+    """Each costs about four forward passes. Too few overestimate, the same before and after."""
+    exact_up_to: int = Field(default=64, ge=0)
+    """Latents of at most so many values get the exact determinant."""
+
+
 class EvaluationConfig(Section):
     """Training of a student from scratch on a distilled set, tested on the real test split."""
 
@@ -170,6 +185,7 @@ class RunConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     actors: ActorsConfig = ActorsConfig()
     selection: SelectionConfig = SelectionConfig()
+    instability: InstabilityConfig = InstabilityConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     arms: dict[str, ArmConfig] = Field(
         default_factory=lambda: {name: ArmConfig(**arm) for name, arm in DEFAULT_ARMS.items()}, min_length=1

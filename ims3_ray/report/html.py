@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from importlib import resources
 from typing import Any
 
@@ -34,6 +35,7 @@ def render_report(
     """HTML of ``report.html``: ``sheets`` are PNGs by arm, ``losses`` the rows of ``losses.json``, ``tables`` S3 terms."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    environment.filters["exp"] = math.exp
     template = environment.from_string((resources.files("ims3_ray.report") / "report.html").read_text())
     terms = [key for key in losses[0] if key.startswith("loss_")] if losses else []
     charts = {TERM_TITLES[key]: line_chart([(int(row["step"]), row[key]) for row in losses]) for key in terms}

@@ -70,6 +70,8 @@ def _track(
         for position, group in enumerate(table["groups"]):
             terms = {term: table[term][position][group] for term in ("proximity", "repulsion", "score")}
             tracker.metrics({f"s3/{name}/{term}": value for term, value in terms.items()}, step=position)
+    for name, value in results.get("instability", {}).items():
+        tracker.metrics({f"instability/{name}": value["coefficient"]})
     for name, arm in results["arms"].items():
         stage = plan.evaluations[name]
         students = (stage.manifest(context.storage) or {})["units"]

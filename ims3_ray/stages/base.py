@@ -15,7 +15,17 @@ from ims3_ray.config import RunConfig
 from ims3_ray.data.classes import ClassTable
 from ims3_ray.tracking import Tracker
 
-VERSION = {"encode": 1, "embed": 1, "latents": 1, "finetune": 2, "generate": 1, "select": 1, "export": 1, "evaluate": 1}
+VERSION = {
+    "encode": 1,
+    "embed": 1,
+    "latents": 1,
+    "finetune": 2,
+    "instability": 1,
+    "generate": 1,
+    "select": 1,
+    "export": 1,
+    "evaluate": 1,
+}
 """Raised when a stage's output changes for the same input: old artifacts are then no longer taken for new ones."""
 
 

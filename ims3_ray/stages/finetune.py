@@ -105,7 +105,10 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
             _checkpoint(tuner, history)
     if rank != 0:
         return {}
-    return {"adapter": tuner.adapter(classes=json.dumps([label for label, _ in plain["classes"]])), "history": history}
+    return {
+        "adapter": tuner.adapter(classes=[label for label, _ in plain["classes"]], generator=plain["generator"]),
+        "history": history,
+    }
 
 
 def _checkpoint(tuner: Finetuner, history: list[Row]) -> None:
@@ -162,7 +165,8 @@ def groups_of(context: Context, stage: Stage) -> list[Group]:
     for number, labels in enumerate(stage.params["groups"]):
         arguments = {
             "config": canonical(context.config.finetune), "seed": context.config.seed, "group": number,
-            "images": encode.artifact(context.storage), "weights": stage.places["weights"],
+            "images": encode.artifact(context.storage),
+            "weights": stage.places["weights"], "generator": stage.params["generator"],
             "latents": latents.artifact(context.storage) if latents else None,
             "classes": [(label, units[table[label][1]]) for label in labels],
             "board": ray.remote(num_cpus=0)(LossBoard).remote(),
@@ -187,15 +191,15 @@ def run(context: Context, stage: Stage) -> None:
             if outcome is not None:
                 adapters.commit(group.number, outcome, steps[group.number] * config.batch_size, time.monotonic() - committed)
                 committed = time.monotonic()
-            done[group.number] = int(rows[-1]["step"]) if rows else 0
-            progress.at(sum(done.values()), _note(rows))
+            if rows:
+                done[group.number] = int(rows[-1]["step"])
+                progress.at(sum(done.values()), _note(rows))
         progress.done = sum(steps.values())
 
 
 def _note(rows: Sequence[Row]) -> str:
     shares = [row["share_of_peak"] for row in rows if "share_of_peak" in row]
-    loss = f"loss {rows[-1]['loss']:.4f}" if rows else ""
-    return loss + (f", {shares[-1]:.0%} of the device's rate" if shares else "")
+    return f"loss {rows[-1]['loss']:.4f}" + (f", {shares[-1]:.1%} of the device's rate" if shares else "")
 
 
 def _side_by_side(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -18,9 +19,13 @@ from ims3_ray import RunConfig, UserError, distill, pipeline
 from ims3_ray.artifacts import Storage
 from ims3_ray.config import canonical
 from ims3_ray.data.sources import class_names_of, open_source
+from ims3_ray.data.transforms import to_signed
+from ims3_ray.diffusion.instability import log_instability
+from ims3_ray.diffusion.inversion import invert
 from ims3_ray.diffusion.sampling import guided, sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.models.checkpoints import pack
+from ims3_ray.models.difffit import merge_adapter
 from ims3_ray.models.encoder import Encoder, encoder_config, load_encoder
 from ims3_ray.models.generator import load_generator
 from ims3_ray.plan import make_plan
@@ -126,6 +131,29 @@ def test_fine_tuning_trained_the_adapter_with_both_losses(tiny_run: Run):
     assert not torch.equal(
         tensors(tiny_run, "generate", "pretrained", "pixels"), tensors(tiny_run, "generate", "fine-tuned", "pixels")
     )
+
+
+def test_the_instability_is_eq_12_at_noise_inverted_from_real_images(tiny_run: Run):
+    found = json.loads(stage(tiny_run, "instability", "").artifact(tiny_run.storage).read("instability.json"))
+    assert len(found["before"]) == len(found["after"]) == 4
+    pixels = load(stage(tiny_run, "encode", "train").artifact(tiny_run.storage).read("c0002-u00000.safetensors"))["pixels"]
+    rng = generator_for(tiny_run.config.seed, "instability", 2)
+    z0 = to_signed(pixels[torch.randperm(len(pixels), generator=rng)[:1]])
+    adapter = load(stage(tiny_run, "finetune", "").artifact(tiny_run.storage).read("adapter-0.safetensors"))
+    for name in ("before", "after"):
+        model = load_generator(Path(tiny_run.config.generator))
+        if name == "after":
+            merge_adapter(model, adapter)
+        predict = guided(model, torch.tensor([2]), 3, 1.0)
+        schedule = NoiseSchedule()
+        noise = invert(predict, z0, schedule.respaced(3)[-1:], schedule, 3, 0)
+        exact = log_instability(predict, noise, schedule, 3, exact=True).item()
+        assert found[name][3] == pytest.approx(exact, abs=0.05)  # an estimate from a few Lanczos steps
+    result = tiny_run.result.results["instability"]
+    change = sum(after - before for before, after in zip(found["before"], found["after"], strict=True)) / 4
+    assert result["change"]["coefficient"] == pytest.approx(math.exp(change))
+    assert change != 0
+    assert "Instability of the generator" in (tiny_run.folder / "report.html").read_text()
 
 
 def test_the_distilled_set_is_parquet_in_the_hub_layout_and_an_image_folder(tiny_run: Run):

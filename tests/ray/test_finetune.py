@@ -164,8 +164,9 @@ def test_class_groups_are_tuned_apart_and_each_class_is_sampled_with_its_own(tin
         torch.testing.assert_close(models.of_class(label).state_dict(), expected.state_dict(), rtol=0, atol=0)
     shard = next(Path(context.storage.address(adapters.artifact.folder)).rglob("adapter-1.safetensors"))
     with safe_open(shard, framework="pt") as file:
-        assert file.metadata()["kind"] == "adapter"
-        assert json.loads(file.metadata()["config"])["classes_per_group"] == 2
+        about = json.loads(file.metadata()["adapter"])
+    assert about["config"]["classes_per_group"] == 2
+    assert (about["classes"], about["generator"]) == ([2], stage.params["generator"])
     for group in (0, 1):
         history = context.tracker.client.get_metric_history(context.tracker.run_id, f"group-{group}/share_of_peak")
         assert len(history) == 1
