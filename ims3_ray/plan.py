@@ -21,8 +21,7 @@ from ims3_ray.data.classes import ClassTable, chosen_labels, class_groups, count
 from ims3_ray.data.sources import ImageSource, fingerprint, open_source
 from ims3_ray.errors import UserError
 from ims3_ray.models.autoencoder import autoencoder_path, empty_autoencoder
-from ims3_ray.models.checkpoints import check_fit, weights_path
-from ims3_ray.models.encoder import Encoder, encoder_config
+from ims3_ray.models.encoder import check_encoder, encoder_config, encoder_path
 from ims3_ray.models.generator import check_generator, class_indices, generator_config, generator_path
 from ims3_ray.stages.base import Stage, units_of
 
@@ -59,12 +58,12 @@ class _Builder:
         self.test = open_source(test_path, config.data.test_split)
         if missing := set(self.train.class_names) ^ set(self.test.class_names):
             raise UserError(f"train and test split do not hold the same classes: '{min(missing)}' is in one only")
-        self.weights, self.phi = generator_path(config.generator), weights_path(config.encoder)
+        self.weights, self.phi = generator_path(config.generator), encoder_path(config.encoder)
         self.vae_path = autoencoder_path(config.autoencoder) if config.autoencoder else None
         self.autoencoder = empty_autoencoder(self.vae_path) if self.vae_path else None
         self.shape, self.phi_shape = generator_config(self.weights), encoder_config(self.phi)
         check_generator(self.weights)
-        check_fit(Encoder, self.phi_shape, self.phi)
+        check_encoder(self.phi)
         self._check_pixels()
         labels = chosen_labels(self.train.class_names, config.data.classes)
         counts = count_images(self.train.labels, self.train.class_names, labels, config.selection.images_per_class)
@@ -94,7 +93,7 @@ class _Builder:
             )
         if self.phi_shape.channels != data.channels:
             raise UserError(
-                f"encoder '{self.phi.name}' takes {self.phi_shape.channels} channels but data.channels={data.channels}; "
+                f"encoder '{self.config.encoder}' takes {self.phi_shape.channels} channels but data.channels={data.channels}; "
                 "choose an encoder trained on such images"
             )
 
@@ -126,7 +125,7 @@ class _Builder:
         return tuple(units), images
 
     def embed(self, images: Stage, name: str, title: str) -> Stage:
-        params = {"phi": file_hash(self.phi)}
+        params = {"phi": file_hash(self.phi), "shape": canonical(self.phi_shape)}
         flops = images.images * embedding_flops(self.phi_shape, self.config.data.size)
         return self._once(
             f"embed-{name}",

@@ -180,7 +180,7 @@ class RunConfig(Section):
     autoencoder: str | None = None
     """Autoencoder of a generator of latents: a diffusers folder or a hub id (`stabilityai/sd-vae-ft-ema`); unset for pixels."""
     encoder: str = "embedded:fashion-mnist-phi"
-    """Weights of φ, the frozen feature encoder."""
+    """φ, the frozen feature encoder: `embedded:NAME`, a file, a folder as timm saves it, a hub id (`timm/resnet18.tv_in1k`)."""
     finetune: FinetuneConfig = FinetuneConfig()
     sampling: SamplingConfig = SamplingConfig()
     actors: ActorsConfig = ActorsConfig()

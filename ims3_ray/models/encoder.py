@@ -1,20 +1,25 @@
-"""φ: the frozen feature encoder, a timm network behind a fixed normalisation."""
+"""φ: the frozen feature encoder, a timm network behind a fixed resizing and normalisation."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ims3_ray.models.checkpoints import load_into, read_metadata
+from ims3_ray.errors import UserError
+from ims3_ray.models.checkpoints import check_fit, load_into, read_metadata, weights_path
+from ims3_ray.models.hub import fetch, is_hub_id
+
+TIMM_WEIGHTS = "model.safetensors"
 
 
 class EncoderConfig(BaseModel):
-    """What has to be known to build φ; stored in the metadata of its weights file."""
+    """What has to be known to build φ; stored in the metadata of its weights file, or read off timm's ``config.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -22,8 +27,12 @@ class EncoderConfig(BaseModel):
     model_args: dict[str, Any] = {}
     channels: int
     num_classes: int
-    mean: float
-    std: float
+    mean: float | tuple[float, ...]
+    """Of images in [−1, 1], for all channels or for each; so is ``std``."""
+    std: float | tuple[float, ...]
+    size: int | None = None
+    """Height and width to which images are scaled first; as they come when None."""
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
 
 class Encoder(nn.Module):
@@ -34,6 +43,8 @@ class Encoder(nn.Module):
         import timm
 
         self.config = config
+        for name, values in (("mean", config.mean), ("std", config.std)):
+            self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
         self.network = timm.create_model(
             config.model, in_chans=config.channels, num_classes=config.num_classes, **config.model_args
         )
@@ -43,7 +54,10 @@ class Encoder(nn.Module):
         return int(self.network.num_features)
 
     def _features(self, x_BCHW: Tensor) -> Tensor:
-        return self.network.forward_features((x_BCHW - self.config.mean) / self.config.std)
+        c = self.config
+        if c.size is not None and x_BCHW.shape[-2:] != (c.size, c.size):
+            x_BCHW = F.interpolate(x_BCHW, (c.size, c.size), mode=c.interpolation, antialias=True)
+        return self.network.forward_features((x_BCHW - self.get_buffer("mean")) / self.get_buffer("std"))
 
     def logits(self, x_BCHW: Tensor) -> Tensor:
         """Class scores [B, num_classes] of the head φ was trained with."""
@@ -51,15 +65,54 @@ class Encoder(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         pooled = self.network.forward_head(self._features(x_BCHW), pre_logits=True)
-        return torch.nn.functional.normalize(pooled, dim=1)
+        return F.normalize(pooled, dim=1)
+
+
+def encoder_path(reference: str) -> Path:
+    """The weights file behind ``embedded:NAME``, a file, a folder as timm saves it, or a hub id (fetched to its cache)."""
+    folder = Path(reference).expanduser()
+    if not folder.exists() and is_hub_id(reference):
+        folder = fetch(reference, ["config.json", TIMM_WEIGHTS], "encoder")
+    if not folder.is_dir():
+        return weights_path(reference)
+    if not ((folder / TIMM_WEIGHTS).is_file() and (folder / "config.json").is_file()):
+        raise UserError(f"encoder '{reference}' is a folder without timm's config.json and {TIMM_WEIGHTS}")
+    return folder / TIMM_WEIGHTS
+
+
+def _of_timm(path: Path) -> bool:
+    return path.name == TIMM_WEIGHTS and (path.parent / "config.json").is_file()
 
 
 def encoder_config(path: Path) -> EncoderConfig:
-    return EncoderConfig.model_validate(json.loads(read_metadata(path, "encoder")["config"]))
+    """The shape of the φ in ``path``."""
+    if not _of_timm(path):
+        return EncoderConfig.model_validate(json.loads(read_metadata(path, "encoder")["config"]))
+    try:
+        plain = json.loads((path.parent / "config.json").read_text())
+        data = plain["pretrained_cfg"]
+        channels, size, _ = data["input_size"]
+        # timm normalises images in [0, 1]
+        mean, std = tuple(2 * m - 1 for m in data["mean"]), tuple(2 * s for s in data["std"])
+        return EncoderConfig(
+            model=plain["architecture"], model_args=plain.get("model_args", {}), channels=channels,
+            num_classes=plain["num_classes"], mean=mean, std=std, size=size,
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{path.parent}/config.json' is none of timm's ({type(error).__name__}: {error})") from error
+
+
+def check_encoder(path: Path) -> None:
+    """:class:`UserError` naming what of ``path`` does not fit the model; reads no weights."""
+    config = encoder_config(path)
+    try:
+        check_fit(lambda shape: Encoder(shape).network if _of_timm(path) else Encoder(shape), config, path)
+    except RuntimeError as error:  # timm's word for an architecture that it does not know
+        raise UserError(f"encoder '{path}' is a network that timm does not build ({error})") from error
 
 
 def load_encoder(path: Path) -> Encoder:
     """φ with the weights of ``path``, frozen and in evaluation mode."""
     encoder = Encoder(encoder_config(path))
-    load_into(encoder, path)
+    load_into(encoder.network if _of_timm(path) else encoder, path)
     return encoder.eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from ims3_ray.tracking import Tracker
 
 VERSION = {
     "encode": 1,
-    "embed": 1,
+    "embed": 2,
     "latents": 1,
     "finetune": 2,
     "instability": 1,

@@ -14,7 +14,7 @@ from torch import nn
 from ims3_ray.errors import UserError
 from ims3_ray.models.checkpoints import load_into, pack, read_metadata, weights_path
 from ims3_ray.models.dit import DiT, DiTConfig
-from ims3_ray.models.encoder import Encoder, EncoderConfig, load_encoder
+from ims3_ray.models.encoder import Encoder, EncoderConfig, check_encoder, encoder_path, load_encoder
 from ims3_ray.models.generator import class_indices, load_generator
 from ims3_ray.models.students import ConvNet
 
@@ -95,6 +95,52 @@ def test_encoder_features_are_the_normalised_input_of_its_head():
         pooled = encoder.network.forward_features((x - 0.1) / 0.7).mean((2, 3))
         torch.testing.assert_close(encoder(x), pooled / pooled.norm(dim=1, keepdim=True))
         torch.testing.assert_close(encoder.logits(x), pooled @ encoder.network.fc.weight.T + encoder.network.fc.bias)
+
+
+def timm_folder(folder: Path, **changes: object) -> Path:
+    """A network as timm saves it for the hub, random weights."""
+    import timm
+    from safetensors.torch import save_file
+
+    arguments = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
+    torch.manual_seed(3)
+    network = timm.create_model("resnet18", num_classes=7, **arguments)
+    folder.mkdir(exist_ok=True)
+    save_file(network.state_dict(), folder / "model.safetensors")
+    data = {"input_size": [3, 64, 64], "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
+    plain = {"architecture": "resnet18", "num_classes": 7, "model_args": arguments, "pretrained_cfg": data, **changes}
+    (folder / "config.json").write_text(json.dumps(plain))
+    return folder
+
+
+def test_an_encoder_as_timm_saves_it_sees_what_timm_shows_it(tmp_path: Path):
+    import timm
+    from torchvision.transforms import v2
+
+    folder = timm_folder(tmp_path / "phi")
+    path = encoder_path(str(folder))
+    check_encoder(path)
+    encoder = load_encoder(path)
+    x = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(4))
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    resize = v2.Resize((64, 64), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    seen = v2.functional.normalize(resize(x), [0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
+    with torch.no_grad():
+        expected = network.forward_head(network.forward_features(seen), pre_logits=True)
+        torch.testing.assert_close(encoder(2 * x - 1), expected / expected.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
+
+
+def test_encoders_that_cannot_be_are_told_in_a_line(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"without timm's config\.json"):
+        encoder_path(str(tmp_path / "empty"))
+    for changes, says in (
+        ({"architecture": "resnet1800"}, "a network that timm does not build"),
+        ({"num_classes": 8}, "'fc.weight' is"),
+        ({"pretrained_cfg": {}}, "is none of timm's"),
+    ):
+        with pytest.raises(UserError, match=says):
+            check_encoder(encoder_path(str(timm_folder(tmp_path / "phi", **changes))))
 
 
 def test_a_packed_generator_comes_back_with_its_weights_and_shape(tmp_path: Path):

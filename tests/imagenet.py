@@ -1,0 +1,58 @@
+"""A stand-in for ImageNet and the weights that its configs name: the same formats and class labels, tiny and random."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+
+def write_images(folder: Path, wnids: Sequence[str], per_class: int) -> None:
+    """``train/`` and ``val/`` with one folder per class; every class has a colour of its own."""
+    for split, count in (("train", per_class), ("val", 1)):
+        rng = np.random.default_rng(count)
+        for wnid in wnids:
+            place = folder / split / wnid
+            place.mkdir(parents=True)
+            for number in range(count):
+                buffer = io.BytesIO()
+                colour = np.random.default_rng(int(wnid[1:])).integers(0, 200, 3)
+                Image.fromarray((colour + rng.integers(0, 50, (40, 48, 3))).astype(np.uint8)).save(buffer, "PNG")
+                (place / f"{wnid}_{number}.PNG").write_bytes(buffer.getvalue())
+
+
+def write_weights(folder: Path) -> list[str]:
+    """A DiT of 1,000 classes on 32×32×4 latents and an autoencoder as diffusers saves them, φ as timm does; the overrides."""
+    import timm
+    from diffusers import AutoencoderKL
+
+    from ims3_ray.models.dit import DiT, DiTConfig
+    from ims3_ray.models.dit_files import write_dit
+
+    torch.manual_seed(0)
+    shape = DiTConfig(
+        input_size=32, in_channels=4, patch_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=1000, learn_sigma=True
+    )
+    generator = DiT(shape)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    write_dit(generator, (), folder / "dit")
+    AutoencoderKL(
+        latent_channels=4, block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1, sample_size=256,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    arguments = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
+    (folder / "phi").mkdir()
+    save_file(timm.create_model("resnet18", num_classes=1000, **arguments).state_dict(), folder / "phi" / "model.safetensors")
+    data = {"input_size": [3, 224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    plain = {"architecture": "resnet18", "num_classes": 1000, "model_args": arguments, "pretrained_cfg": data}
+    (folder / "phi" / "config.json").write_text(json.dumps(plain))
+    return [f"generator={folder}/dit", f"autoencoder={folder}/vae", f"encoder={folder}/phi"]
