@@ -18,7 +18,7 @@ from ims3_ray.tracking import Tracker
 VERSION = {
     "encode": 1,
     "embed": 2,
-    "latents": 1,
+    "latents": 2,
     "finetune": 2,
     "instability": 1,
     "generate": 1,

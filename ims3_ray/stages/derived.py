@@ -34,7 +34,7 @@ class Features:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> tuple[str, bytes]:
         parts = [self.encoder(to_signed(part)).float().cpu() for part in _batches(pixels, self.batch, self.device)]
-        features = torch.cat(parts)[: len(pixels)] if parts else torch.zeros(0, self.encoder.dim)
+        features = torch.cat(parts) if parts else torch.zeros(0, self.encoder.dim)
         return "safetensors", pack_tensors(features=features)
 
 
@@ -57,7 +57,7 @@ class Latents:
             moments = [self.autoencoder.moments(x) for x in (signed, signed.flip(-1))[: self.flips]]
             for name, tensors in zip(parts, zip(*moments, strict=True), strict=True):
                 parts[name].append(torch.stack(tensors, dim=1).half().cpu())
-        columns = {name: _column(torch.cat(found)[: len(pixels)]) for name, found in parts.items() if found}
+        columns = {name: _column(torch.cat(found)) for name, found in parts.items() if found}
         return "parquet", parquet_bytes(pa.table(columns))
 
 
@@ -73,11 +73,8 @@ def read_latents(artifact: Artifact, units: list[str]) -> dict[str, Tensor]:
 
 
 def _batches(pixels: Tensor, size: int, device: str) -> list[Tensor]:
-    """``pixels`` in batches of one shape: the last is padded, so that a unit done again gives the same bytes."""
-    parts = list(pixels.split(size)) if len(pixels) else []
-    if parts:
-        parts[-1] = torch.cat([parts[-1], parts[-1][:1].expand(size - len(parts[-1]), -1, -1, -1)])
-    return [part.to(device) for part in parts]
+    """``pixels`` in batches whose shapes depend on their number alone, so that a unit done again gives the same bytes."""
+    return [part.to(device) for part in pixels.split(size)] if len(pixels) else []
 
 
 def _column(tensor: Tensor) -> pa.Array:

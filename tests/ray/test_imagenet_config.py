@@ -1,35 +1,90 @@
-"""configs/imagewoof.yaml from its images to its distilled set, with stand-in weights in the formats it names."""
+"""configs/imagewoof.yaml from images to distilled set on real Ray, with stand-in weights in the formats it names.
+
+Latents are cached once, fine-tuned on, sampled and decoded.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load
+
 from ims3_ray import RunConfig, distill
 from ims3_ray.artifacts import Storage
+from ims3_ray.data.transforms import to_signed, to_uint8
+from ims3_ray.diffusion.sampling import guided, sample
+from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.loading import load_config
+from ims3_ray.models.autoencoder import autoencoder_path, load_autoencoder
+from ims3_ray.models.difffit import merge_adapter
+from ims3_ray.models.generator import generator_path, load_generator
 from ims3_ray.plan import make_plan
+from ims3_ray.seeds import generator_for
 from ims3_ray.stages.adapters import Adapters
+from ims3_ray.stages.base import Stage
+from ims3_ray.stages.derived import read_latents
 from tests.imagenet import write_images, write_weights
 
-ROOT = Path(__file__).parents[2]
+FILE = Path(__file__).parents[2] / "configs" / "imagewoof.yaml"
 
 
-def test_imagewoof_runs(tmp_path: Path, cluster: None):
-    file = ROOT / "configs" / "imagewoof.yaml"
-    wnids = load_config(RunConfig, file).data.classes or ()
-    write_images(tmp_path / "imagewoof", wnids, 2)
+@pytest.fixture(scope="module")
+def woof(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> RunConfig:
+    """A finished run of IMS3 alone: two images a class, one distilled, two steps of sampling, no GPU; the rest as shipped."""
+    world = tmp_path_factory.mktemp("imagewoof")
+    write_images(world / "images", load_config(RunConfig, FILE).data.classes or (), 2)
     small = [
-        f"data.path={tmp_path}/imagewoof", *write_weights(tmp_path), f"storage={tmp_path}/runs", "name=woof",
+        f"data.path={world}/images", *write_weights(world), f"storage={world}/runs", "name=woof",
         "finetune.trainer.gpus_per_worker=0", "actors.gpus=0", "evaluation.gpus_per_task=0", "selection.images_per_class=1",
         "selection.groups=2", "sampling.unit_size=2", "sampling.steps=2", "instability={images: 1, steps: 1, lanczos_steps: 1}",
         "evaluation={width: 2, epochs: 1, seeds: [0], validations: 1}", "arms={random_real: null, dit: null, dit_s3: null}",
     ]  # fmt: skip
-    config = load_config(RunConfig, file, small)
-    result = distill(config)
-    storage, plan = Storage.at(config.storage), make_plan(config)
-    stages = {stage.kind: stage for stage in plan.stages}
-    rows = Adapters.of(stages["finetune"], storage).losses(0)
+    config = load_config(RunConfig, FILE, small)
+    distill(config)
+    return config
+
+
+def stages_of(config: RunConfig) -> dict[str, Stage]:
+    return {stage.kind: stage for stage in make_plan(config).stages if stage.label != "test"}
+
+
+def test_every_class_has_its_image_and_the_tuning_its_epochs(woof: RunConfig):
+    storage = Storage.at(woof.storage)
+    rows = Adapters.of(stages_of(woof)["finetune"], storage).losses(0)
     assert len(rows) == 20  # 8 epochs of 20 images in batches of 8
-    assert sorted(path.name for path in Path(result.folder, "distilled", "images").iterdir()) == sorted(wnids)
-    assert json.loads(Path(result.folder, "results.json").read_text())["arms"]["ims3"]["seeds"]
+    folder = Path(storage.address(woof.name))
+    assert sorted(path.name for path in (folder / "distilled" / "images").iterdir()) == sorted(woof.data.classes or ())
+    assert json.loads((folder / "results.json").read_text())["arms"]["ims3"]["seeds"]
+
+
+def test_latents_are_those_of_both_flips_of_every_image(woof: RunConfig):
+    storage, latents = Storage.at(woof.storage), stages_of(woof)["latents"]
+    images = latents.inputs["images"].artifact(storage)
+    autoencoder = load_autoencoder(autoencoder_path(str(woof.autoencoder)))
+    for unit in (latents.units[0], latents.units[-1]):
+        found = read_latents(latents.artifact(storage), [unit])
+        signed = to_signed(load(images.read(f"{unit}.safetensors"))["pixels"])
+        for flip, x in enumerate((signed, signed.flip(-1))):
+            with torch.no_grad():
+                mean, log_variance = autoencoder.moments(x)
+            assert found["mean"].dtype == torch.float16
+            torch.testing.assert_close(found["mean"][:, flip].float(), mean, rtol=2e-3, atol=1e-3)
+            torch.testing.assert_close(found["log_variance"][:, flip].float(), log_variance, rtol=2e-3, atol=1e-3)
+
+
+def test_candidates_are_decoded_samples_of_the_fine_tuned_model(woof: RunConfig):
+    storage, generate = Storage.at(woof.storage), stages_of(woof)["generate"]
+    model = load_generator(generator_path(woof.generator))
+    merge_adapter(model, load(generate.inputs["finetune"].artifact(storage).read("adapter-0.safetensors")))
+    autoencoder = load_autoencoder(autoencoder_path(str(woof.autoencoder)))
+    predict = guided(model, torch.tensor([193]), 1000, woof.sampling.cfg_scale, 3)
+    with torch.no_grad():
+        drawn = sample(predict, (4, 32, 32), [generator_for(woof.seed, "image", 193, 1)], NoiseSchedule(), 2, eta=1.0)
+        expected = autoencoder.decode(drawn)[0]
+    pixels = load(generate.artifact(storage).read("c0193-u00000.safetensors"))["pixels"][1]
+    off = np.abs(pixels.numpy().astype(int) - to_uint8(expected).numpy().astype(int))
+    assert off.max() <= 1
