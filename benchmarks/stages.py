@@ -24,28 +24,13 @@ from ims3_ray.cli import main
 from ims3_ray.config import RunConfig
 from ims3_ray.pipeline import distill
 from ims3_ray.plan import make_plan
-
-
-def matmul_rate(size: int = 2048, repeats: int = 8) -> float:
-    """GFLOP/s of float32 matrix products on this machine's device."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = torch.randn(2, size, size, device=device)
-
-    def run(times: int) -> float:
-        began = time.perf_counter()
-        for _ in range(times):
-            product = a @ b
-        product[0, 0].item()
-        return time.perf_counter() - began
-
-    run(2)
-    return 2 * size**3 * repeats / run(repeats) / 1e9
+from ims3_ray.speed import matmul_rate
 
 
 def benchmark(config: RunConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = RunConfig.model_validate({**config.model_dump(), "storage": folder})
-        plan, rate = make_plan(config), matmul_rate()
+        plan, rate = make_plan(config), matmul_rate("cuda" if torch.cuda.is_available() else "cpu") / 1e9
         began = time.perf_counter()
         with redirect_stdout(sys.stderr):
             results = distill(config).results

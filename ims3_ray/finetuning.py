@@ -56,10 +56,10 @@ class Batch:
 def objectives_of(config: ObjectivesConfig) -> list[Objective]:
     """The objectives with a weight; a Minimax memory that is shared gathers over the workers of the process group."""
     found: list[Objective] = []
+    if (im := config.inversion_matching).weight:  # first, so that its pass takes the shared one along
+        found.append(InversionMatching(im.weight, im.n_steps, im.grad_steps, im.similarity))
     if config.diffusion.weight:
         found.append(Diffusion(config.diffusion.weight, config.diffusion.variance))
-    if (im := config.inversion_matching).weight:
-        found.append(InversionMatching(im.weight, im.n_steps, im.grad_steps, im.similarity))
     if config.inversion_matching_released.weight:
         found.append(InversionMatchingReleased(config.inversion_matching_released.weight))
     if (m := config.minimax).representativeness or m.diversity:
@@ -122,7 +122,7 @@ class Finetuner:
         model.recompute = config.activation_checkpointing
         if config.compile:
             for block in model.blocks:
-                block.compile()
+                block.compile(dynamic=False)
         optimizer = torch.optim.AdamW([p for _, p in self.trained], lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
 
@@ -147,10 +147,10 @@ class Finetuner:
         """
         sums = dict[str, Tensor]()
         for piece in batch.pieces(self.config.accumulate):
-            forward = TrainingStep.forward(
-                self.engine, self.schedule, piece.z0, piece.y_B, piece.dropped_B, piece.t_B, piece.noise
+            losses = add_up(
+                self.objectives,
+                TrainingStep(self.engine, self.schedule, piece.z0, piece.y_B, piece.dropped_B, piece.t_B, piece.noise),
             )
-            losses = add_up(self.objectives, forward)
             share = len(piece.y_B) / self.config.batch_size
             # DeepSpeed takes the mean over pieces and workers; with this factor it is that over images.
             self.engine.backward(losses.total * (share * self.config.accumulate * self.world))

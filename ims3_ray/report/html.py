@@ -37,8 +37,11 @@ def render_report(
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
     environment.filters["exp"] = math.exp
     template = environment.from_string((resources.files("ims3_ray.report") / "report.html").read_text())
-    terms = [key for key in losses[0] if key.startswith("loss_")] if losses else []
-    charts = {TERM_TITLES[key]: line_chart([(int(row["step"]), row[key]) for row in losses]) for key in terms}
+    charts = {
+        title: line_chart([(int(row["step"]), row[key]) for row in losses])
+        for key, title in TERM_TITLES.items()
+        if losses and key in losses[0]
+    }
     longest = max(stage["seconds"] for stage in results["stages"]) or 1
     return template.render(
         config=config, classes=classes, results=results, sheets=sheets, charts=charts, tables=tables, longest=longest,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -43,7 +44,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 def step_of(model: DiT, times: torch.Tensor = TIMES) -> TrainingStep:
     z0, noise = batch()
-    return TrainingStep.forward(model, SCHEDULE, z0, LABELS, DROPPED, times, noise)
+    return TrainingStep(model, SCHEDULE, z0, LABELS, DROPPED, times, noise)
 
 
 def loss_of(model: DiT, lambda_im: float, n_steps: int = 3, grad_steps: int = 3) -> Losses:
@@ -104,6 +105,21 @@ def test_the_total_is_eq7_of_losses_computed_by_hand(lambda_im: float, n_steps: 
     assert loss.terms["diffusion"].item() == pytest.approx(diffusion, rel=1e-5)
     assert loss.terms["inversion_matching"].item() == pytest.approx(matching, rel=1e-5)
     assert loss.total.item() == pytest.approx(diffusion + lambda_im * matching, rel=1e-5)
+
+
+@pytest.mark.parametrize(("order", "passes"), [((0, 1), [3, 3, 3, 3]), ((1, 0), [3, 3, 6])])
+def test_a_pass_with_gradient_takes_the_shared_one_along(order: tuple[int, int], passes: list[int]):
+    model = difffit_model()
+    expected = loss_of(model, 1.5, 3, 1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradient = torch.autograd.grad(expected.total, trained)
+    sizes = []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    parts = [Diffusion(), InversionMatching(1.5, 3, 1)]
+    found = add_up([parts[i] for i in order], step_of(model))
+    assert sizes == passes
+    torch.testing.assert_close(found.terms, expected.terms, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(found.total, trained), gradient, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("grad_steps", [1, 3])
@@ -277,7 +293,7 @@ def test_minimax_looks_at_the_least_and_the_most_similar_latent_of_a_class():
     assert second["diversity"].item() == pytest.approx(np.mean(apart), rel=1e-4)
     second["diversity"].backward()
     assert model.final_layer.linear.bias.grad.abs().max() > 0
-    same_class = TrainingStep(**{**vars(other), "y_B": torch.tensor([2, 2, 2])})
+    same_class = dataclasses.replace(other, y_B=torch.tensor([2, 2, 2]))
     third = minimax(same_class)
     memory = [real[1], other.z0[1]]
     least = min(cosine(z0_hat[k], z.numpy()) for k in range(3) for z in memory)
