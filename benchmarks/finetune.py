@@ -42,7 +42,7 @@ from ims3_ray.seeds import generator_for
 from ims3_ray.speed import matmul_rate
 
 GPU = torch.cuda.is_available()
-WARM_UP = 3
+WARM_UP = 2
 IMAGES = 64
 
 
@@ -53,8 +53,9 @@ class BenchmarkConfig(Section):
     batch_size: int = Field(default=8, ge=1)
     """Of each worker."""
     workers: int = Field(default=1, ge=1)
-    steps: int = Field(default=50 if GPU else 12, ge=1)
-    """Timed steps, after three that are not."""
+    steps: int = Field(default=50 if GPU else 20, ge=1)
+    """Timed steps of a case, after two that are not; fewer where `seconds` run out."""
+    seconds: float = Field(default=30, gt=0)
     cases: tuple[str, ...] = ()
     """Names of the cases to run; all when empty."""
 
@@ -105,19 +106,22 @@ def measure(config: BenchmarkConfig, name: str, rank: int) -> dict[str, Any]:
     latents = (IMAGES, 1, shape.in_channels, shape.input_size, shape.input_size)
     moments = {key: torch.randn(latents, dtype=torch.float16) for key in ("mean", "log_variance")}
     encode = None if case.cached else encoder(config, device)
-    began = 0.0
-    for step in range(WARM_UP + config.steps):
-        if step == WARM_UP:
-            began = time.perf_counter()
+
+    def one_step(number: int) -> None:
         if encode is not None:
             for key, values in encode().items():
                 moments[key][:each] = values
-        batch = tuner.draw(
-            CleanImages(moments, labels, flip=False), (torch.arange(tuning.batch_size) + step) % IMAGES,
-            generator_for(0, "benchmark", step),
-        )  # fmt: skip
-        tuner.step(batch)  # waits for the device
-    seconds = (time.perf_counter() - began) / config.steps
+        index = (torch.arange(tuning.batch_size) + number) % IMAGES
+        images = CleanImages(moments, labels, flip=False)
+        tuner.step(tuner.draw(images, index, generator_for(0, "benchmark", number)))  # waits for the device
+
+    for number in range(WARM_UP):
+        one_step(number)
+    began, taken = time.perf_counter(), 0
+    while taken < config.steps and (world > 1 or time.perf_counter() - began < config.seconds):  # workers agree on a number
+        one_step(WARM_UP + taken)
+        taken += 1
+    seconds = (time.perf_counter() - began) / taken
     peak = torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     dtype = torch.bfloat16 if tuning.precision == "bf16" else torch.float32
     flop_rate = tuning.batch_size / seconds * finetune_flops(shape, tuning)
@@ -169,7 +173,9 @@ def run_case(config: BenchmarkConfig, name: str) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [spawn.Process(target=worker, args=(config, name, rank, port, results)) for rank in range(config.workers)]
+    processes = [
+        spawn.Process(target=worker, args=(config, name, rank, port, results), daemon=True) for rank in range(config.workers)
+    ]
     for process in processes:
         process.start()
     for process in processes:

@@ -27,8 +27,14 @@ def write_images(folder: Path, wnids: Sequence[str], per_class: int) -> None:
                 (place / f"{wnid}_{number}.PNG").write_bytes(buffer.getvalue())
 
 
-def write_weights(folder: Path) -> list[str]:
-    """A DiT of 1,000 classes on 32×32×4 latents and an autoencoder as diffusers saves them, φ as timm does; the overrides."""
+def places(world: Path) -> list[str]:
+    """Overrides that name what :func:`write_images` left in ``images`` and :func:`write_weights` in ``world``."""
+    named = {"data.path": "images", "generator": "dit", "autoencoder": "vae", "encoder": "phi", "storage": "runs"}
+    return [f"{key}={world}/{name}" for key, name in named.items()]
+
+
+def write_weights(folder: Path) -> None:
+    """A DiT of 1,000 classes on 32×32×4 latents and an autoencoder as diffusers saves them, φ as timm does."""
     import timm
     from diffusers import AutoencoderKL
 
@@ -55,4 +61,3 @@ def write_weights(folder: Path) -> list[str]:
     data = {"input_size": [3, 224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     plain = {"architecture": "resnet18", "num_classes": 1000, "model_args": arguments, "pretrained_cfg": data}
     (folder / "phi" / "config.json").write_text(json.dumps(plain))
-    return [f"generator={folder}/dit", f"autoencoder={folder}/vae", f"encoder={folder}/phi"]

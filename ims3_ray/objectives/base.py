@@ -44,7 +44,7 @@ class TrainingStep:
         """The conditional model's noise at ``z``.
 
         The first call with gradient takes the shared forward pass along: at the small batches of fine-tuning one pass over
-        twice the batch costs less than two, with half as many kernels to launch (docs/speed.md has the figures).
+        twice the batch costs less than two, with half as many kernels to launch (docs/finetuning.md has the figures).
         """
         if self._output is None and torch.is_grad_enabled():
             pairs = ((self.z_t, z), (self.t_B, t_B), (self.dropped_B, self.y_B))

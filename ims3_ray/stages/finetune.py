@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import torch
@@ -21,6 +22,7 @@ from ims3_ray.config import FinetuneConfig, TrainerConfig, canonical
 from ims3_ray.cost import finetune_flops
 from ims3_ray.data.batches import batch_indices
 from ims3_ray.data.clean_images import CleanImages
+from ims3_ray.data.sources import open_source
 from ims3_ray.errors import UserError
 from ims3_ray.finetuning import Finetuner, Row
 from ims3_ray.models.generator import load_generator
@@ -133,15 +135,7 @@ class Group:
     names: list[str]
     arguments: dict[str, Any]
     """What :func:`finetune_loop` is given."""
-    images: list[int]
-    """How many of each class there are."""
-
-    def image_name(self, position: int) -> str:
-        for name, count in zip(self.names, self.images, strict=True):
-            if position < count:
-                return f"{name}/{position}"
-            position -= count
-        raise IndexError(position)
+    images: int
 
 
 def groups_of(context: Context, stage: Stage) -> list[Group]:
@@ -172,7 +166,7 @@ def groups_of(context: Context, stage: Stage) -> list[Group]:
             "board": ray.remote(num_cpus=0)(LossBoard).remote(),
         }  # fmt: skip
         names = [table[label][0] for label in labels]
-        groups.append(Group(number, names, arguments, [counts[table[label][1]] for label in labels]))
+        groups.append(Group(number, names, arguments, sum(counts[table[label][1]] for label in labels)))
     return groups
 
 
@@ -181,13 +175,13 @@ def run(context: Context, stage: Stage) -> None:
     config, storage = context.config.finetune, context.storage
     adapters, missing = Adapters.of(stage, storage), stage.missing(storage)
     waiting = [group for group in groups_of(context, stage) if group_unit(group.number) in missing]
-    steps = {group.number: config.total_steps(sum(group.images)) for group in waiting}
+    steps = {group.number: config.total_steps(group.images) for group in waiting}
     with Progress(stage.title, sum(steps.values()), "steps") as progress:
         done, committed = dict.fromkeys(steps, 0), time.monotonic()
         for group, rows, outcome in _side_by_side(waiting, config.trainer, storage.address(adapters.artifact.folder)):
             context.tracker.losses(rows, f"{group_unit(group.number)}/" if len(stage.units) > 1 else "")
             if outcome is not None and "diverged" in outcome:
-                raise UserError(_diverged(group, outcome))
+                raise UserError(_diverged(outcome, image_names(context, stage.inputs["encode"], group)))
             if outcome is not None:
                 adapters.commit(group.number, outcome, steps[group.number] * config.batch_size, time.monotonic() - committed)
                 committed = time.monotonic()
@@ -227,12 +221,22 @@ def _room(trainer: TrainerConfig) -> int:
     return max(1, min(int(have.get(kind, 0) / amount) for kind, amount in needed.items() if amount))
 
 
-def _diverged(group: Group, outcome: dict[str, Any]) -> str:
-    row, names = outcome["diverged"], [group.image_name(position) for position in outcome["images"]]
+def image_names(context: Context, encode: Stage, group: Group) -> list[str]:
+    """What the source calls the group's images, in the order in which fine-tuning has them: without those that are broken."""
+    source = open_source(encode.places["path"], encode.places["split"])
+    entries = (encode.manifest(context.storage) or {})["units"].values()
+    broken = [line for entry in entries for line in entry["broken"]]
+    indices = [np.flatnonzero(source.labels == source.class_names.index(name)) for name in group.names]
+    names = [source.identify(int(index)) for index in np.concatenate(indices)]
+    return [name for name in names if not any(line.startswith(f"{name}: ") for line in broken)]
+
+
+def _diverged(outcome: dict[str, Any], names: list[str]) -> str:
+    row, images = outcome["diverged"], [names[position] for position in outcome["images"]]
     wrong = ", ".join(f"{key} {value:g}" for key, value in row.items() if not math.isfinite(value))
     kept = f"the checkpoint of step {outcome['kept']} is kept" if outcome["kept"] else "there is no checkpoint before it"
     return (
-        f"fine-tuning diverged at step {row['step']:g} ({wrong}) on images {', '.join(names)}; "
+        f"fine-tuning diverged at step {row['step']:g} ({wrong}) on images {', '.join(images)}; "
         f"{kept}; lower finetune.lr or the weights of finetune.objectives"
     )
 

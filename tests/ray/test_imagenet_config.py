@@ -1,6 +1,6 @@
 """configs/imagewoof.yaml from images to distilled set on real Ray, with stand-in weights in the formats it names.
 
-Latents are cached once, fine-tuned on, sampled and decoded.
+Latents are cached once, fine-tuned on in both readings of the method, sampled and decoded.
 """
 
 from __future__ import annotations
@@ -24,26 +24,33 @@ from ims3_ray.models.difffit import merge_adapter
 from ims3_ray.models.generator import generator_path, load_generator
 from ims3_ray.plan import make_plan
 from ims3_ray.seeds import generator_for
+from ims3_ray.stages import finetune
 from ims3_ray.stages.adapters import Adapters
-from ims3_ray.stages.base import Stage
+from ims3_ray.stages.base import Context, Stage
 from ims3_ray.stages.derived import read_latents
-from tests.imagenet import write_images, write_weights
+from ims3_ray.tracking import Tracker
+from tests.imagenet import places, write_images, write_weights
 
-FILE = Path(__file__).parents[2] / "configs" / "imagewoof.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def small(world: Path) -> list[str]:
+    """Overrides that leave a config as shipped but for sizes, places and GPUs: IMS3 alone, one of two images a class."""
+    return [
+        *places(world), "name=woof", "finetune.trainer.gpus_per_worker=0", "actors.gpus=0", "evaluation.gpus_per_task=0",
+        "selection.images_per_class=1", "selection.groups=2", "sampling.unit_size=2", "sampling.steps=2",
+        "instability={images: 1, steps: 1, lanczos_steps: 1}", "evaluation={width: 2, epochs: 1, seeds: [0], validations: 1}",
+        "arms={random_real: null, dit: null, dit_s3: null}",
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def woof(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> RunConfig:
-    """A finished run of IMS3 alone: two images a class, one distilled, two steps of sampling, no GPU; the rest as shipped."""
+    """A finished run of the config in two steps of sampling."""
     world = tmp_path_factory.mktemp("imagewoof")
-    write_images(world / "images", load_config(RunConfig, FILE).data.classes or (), 2)
-    small = [
-        f"data.path={world}/images", *write_weights(world), f"storage={world}/runs", "name=woof",
-        "finetune.trainer.gpus_per_worker=0", "actors.gpus=0", "evaluation.gpus_per_task=0", "selection.images_per_class=1",
-        "selection.groups=2", "sampling.unit_size=2", "sampling.steps=2", "instability={images: 1, steps: 1, lanczos_steps: 1}",
-        "evaluation={width: 2, epochs: 1, seeds: [0], validations: 1}", "arms={random_real: null, dit: null, dit_s3: null}",
-    ]  # fmt: skip
-    config = load_config(RunConfig, FILE, small)
+    write_images(world / "images", load_config(RunConfig, CONFIGS / "imagewoof.yaml").data.classes or (), 2)
+    write_weights(world)
+    config = load_config(RunConfig, CONFIGS / "imagewoof.yaml", small(world))
     distill(config)
     return config
 
@@ -88,3 +95,23 @@ def test_candidates_are_decoded_samples_of_the_fine_tuned_model(woof: RunConfig)
     pixels = load(generate.artifact(storage).read("c0193-u00000.safetensors"))["pixels"][1]
     off = np.abs(pixels.numpy().astype(int) - to_uint8(expected).numpy().astype(int))
     assert off.max() <= 1
+
+
+def test_the_released_reading_tunes_on_the_same_latents(woof: RunConfig):
+    file, world = CONFIGS / "imagewoof-released.yaml", Path(woof.storage).parent
+    config = load_config(RunConfig, file, [*small(world), "name=released", "finetune.steps=6"])
+    plan, storage = make_plan(config), Storage.at(config.storage)
+    stages = {stage.kind: stage for stage in plan.stages if stage.label != "test"}
+    assert not stages["latents"].missing(storage)
+    finetune.run(Context(config, storage, plan.classes, Tracker(config, storage)), stages["finetune"])
+    rows = Adapters.of(stages["finetune"], storage).losses(0)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    weights = {
+        "diffusion": 1, "variance": 1,
+        "inversion_matching_released": 0.002, "representativeness": 0.002, "diversity": 0.008,
+    }  # fmt: skip
+    for row in rows:
+        terms = {name.removeprefix("loss_"): value for name, value in row.items() if name.startswith("loss_")}
+        assert terms.keys() == weights.keys()
+        assert row["loss"] == pytest.approx(sum(weight * terms[name] for name, weight in weights.items()), rel=1e-3)
+    assert rows[-1]["loss_representativeness"] > 0

@@ -8,10 +8,14 @@ import pytest
 
 from ims3_ray.config import RunConfig
 from ims3_ray.data.classes import imagenet_wnids
+from ims3_ray.finetuning import objectives_of
 from ims3_ray.loading import load_config
+from ims3_ray.objectives.diffusion import Diffusion
+from ims3_ray.objectives.inversion_matching_released import InversionMatchingReleased
+from ims3_ray.objectives.minimax import Minimax
 from ims3_ray.pipeline import describe
 from ims3_ray.plan import make_plan
-from tests.imagenet import write_images, write_weights
+from tests.imagenet import places, write_images, write_weights
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -30,8 +34,8 @@ COUNTS = {"imagenet100": 100, "imagenet1k": 1000}
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("imagenet")
     write_images(folder / "images", imagenet_wnids(), 1)
-    weights = write_weights(folder)
-    return [f"data.path={folder}/images", *weights, f"storage={folder}/runs", "selection.images_per_class=1"]
+    write_weights(folder)
+    return [*places(folder), "selection.images_per_class=1"]
 
 
 @pytest.mark.parametrize("name", LABELS)
@@ -50,3 +54,21 @@ def test_a_dry_run_shows_the_plan(name: str, overrides: list[str]):
     tuning = config.finetune
     assert (tuning.epochs, tuning.batch_size, tuning.lr, tuning.objectives.inversion_matching.weight) == (8, 8, 1e-3, 0.002)
     assert (config.sampling.steps, config.sampling.cfg_scale, config.sampling.cfg_channels) == (50, 4.0, 3)
+
+
+def test_the_released_reading_of_imagewoof_is_planned_too(overrides: list[str]):
+    config = load_config(RunConfig, CONFIGS / "imagewoof-released.yaml", overrides)
+    plan = make_plan(config)
+    assert list(plan.classes.generator_labels) == LABELS["imagewoof"]
+    (finetune,) = [stage for stage in plan.stages if stage.kind == "finetune"]
+    assert finetune.images == 8000 * 8
+    objectives = objectives_of(config.finetune.objectives)
+    assert [type(objective) for objective in objectives] == [Diffusion, InversionMatchingReleased, Minimax]
+    weights = {name: weight for objective in objectives for name, weight in objective.weights.items()}
+    assert weights == {
+        "diffusion": 1.0, "variance": 1.0,
+        "inversion_matching_released": 0.002, "representativeness": 0.002, "diversity": 0.008,
+    }  # fmt: skip
+    assert config.selection.coupling == "selected"
+    assert config.selection.beta / (len(plan.classes.names) - 1) * 2 == pytest.approx(0.9)
+    assert list(config.arms) == ["ims3"]
