@@ -50,6 +50,21 @@ def connected(config: ClusterConfig, needed: dict[str, float]) -> Iterator[None]
             ray.shutdown()
 
 
+@contextmanager
+def asked_for(bundles: list[dict[str, float]]) -> Iterator[None]:
+    """An autoscaling cluster is asked to grow until it holds ``bundles`` at once, as far as it may; at the end no longer.
+
+    Work that waits for its turn in the driver is no demand that the autoscaler could see.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=bundles)
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
+
+
 def check_resources(needed: dict[str, float], wait_s: float = 0) -> None:
     """Compare the plan's largest stage with the cluster; on an autoscaling one ask for nodes and wait ``wait_s``."""
     deadline = time.monotonic() + wait_s

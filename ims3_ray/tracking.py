@@ -98,7 +98,7 @@ class Tracker:
             self.client.log_batch(run_id or self.run_id, metrics=entries[start : start + BATCH])
 
     def losses(self, history: Sequence[Mapping[str, float]], prefix: str = "") -> None:
-        """The rows of a fine-tuning so far, as metrics ``{prefix}NAME``; steps that are there already are left alone."""
+        """Rows of a fine-tuning as metrics ``{prefix}NAME``; steps that are there already are left alone."""
         key = f"{prefix}loss"
         if key not in self.logged:  # an interrupted run may have logged some
             found = self.client.get_metric_history(self.run_id, key)

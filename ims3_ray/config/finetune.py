@@ -32,6 +32,11 @@ class TrainerConfig(Section):
     def most_workers(self) -> int:
         return self.max_workers or self.num_workers
 
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for each worker."""
+        return {kind: n for kind, n in (("CPU", self.cpus_per_worker), ("GPU", self.gpus_per_worker)) if n}
+
 
 class DiffusionObjective(Section):
     """L_Diff (Eq. 6)."""

@@ -18,6 +18,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from ims3_ray.artifacts import Artifact
+from ims3_ray.cluster import asked_for
 from ims3_ray.config import FinetuneConfig, TrainerConfig, canonical
 from ims3_ray.cost import finetune_flops
 from ims3_ray.data.batches import batch_indices
@@ -38,16 +39,18 @@ POST_EVERY = 5
 
 
 class LossBoard:
-    """Where rank 0 posts each step's losses and its speed while Ray Train runs, so that the driver can show and log them."""
+    """Where rank 0 of each group posts its steps' losses and speed while Ray Train runs, for the driver to show and log."""
 
     def __init__(self) -> None:
-        self.history: dict[int, Row] = {}
+        self.rows: dict[int, dict[int, Row]] = {}
 
-    def post(self, rows: list[Row]) -> None:
-        self.history.update({int(row["step"]): row for row in rows})
+    def post(self, group: int, rows: list[Row]) -> None:
+        self.rows.setdefault(group, {}).update({int(row["step"]): row for row in rows})
 
-    def read(self) -> list[Row]:
-        return [self.history[step] for step in sorted(self.history)]
+    def read(self, group: int, after: int) -> list[Row]:
+        """The group's rows of steps later than ``after``."""
+        rows = self.rows.get(group, {})
+        return [rows[step] for step in sorted(rows) if step > after]
 
 
 def read_images(pixels: Artifact, latents: Artifact | None, classes: list[tuple[int, list[str]]], flip: bool) -> CleanImages:
@@ -83,6 +86,8 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
         with checkpoint.as_directory() as folder:
             tuner.load(Path(folder))
             history = json.loads(Path(folder, "losses.json").read_text())
+        if rank == 0:
+            plain["board"].post.remote(group, history)  # a driver that was killed may not have logged them all
     batches = batch_indices(
         len(images.labels), config.batch_size, 0, 1, seed_for(seed, "finetune-order", group) % 2**31, len(history)
     )
@@ -101,7 +106,7 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
             speed = {
                 "images_per_s": rate * config.batch_size, "tflop_per_s": flop_rate / 1e12, "share_of_peak": flop_rate / peak,
             }  # fmt: skip
-            plain["board"].post.remote([*history[posted:-1], {**history[-1], **speed}])
+            plain["board"].post.remote(group, [*history[posted:-1], {**history[-1], **speed}])
             posted, since = len(history), time.monotonic()
         if len(history) % config.checkpoint_every == 0 and len(history) < steps:
             _checkpoint(tuner, history)
@@ -155,7 +160,7 @@ def groups_of(context: Context, stage: Stage) -> list[Group]:
             context.classes.names, context.classes.source_labels, context.classes.generator_labels, strict=True
         )
     }
-    groups = []
+    groups, board = [], ray.remote(num_cpus=0)(LossBoard).remote()
     for number, labels in enumerate(stage.params["groups"]):
         arguments = {
             "config": canonical(context.config.finetune), "seed": context.config.seed, "group": number,
@@ -163,7 +168,7 @@ def groups_of(context: Context, stage: Stage) -> list[Group]:
             "weights": stage.places["weights"], "generator": stage.params["generator"],
             "latents": latents.artifact(context.storage) if latents else None,
             "classes": [(label, units[table[label][1]]) for label in labels],
-            "board": ray.remote(num_cpus=0)(LossBoard).remote(),
+            "board": board,
         }  # fmt: skip
         names = [table[label][0] for label in labels]
         groups.append(Group(number, names, arguments, sum(counts[table[label][1]] for label in labels)))
@@ -176,7 +181,8 @@ def run(context: Context, stage: Stage) -> None:
     adapters, missing = Adapters.of(stage, storage), stage.missing(storage)
     waiting = [group for group in groups_of(context, stage) if group_unit(group.number) in missing]
     steps = {group.number: config.total_steps(group.images) for group in waiting}
-    with Progress(stage.title, sum(steps.values()), "steps") as progress:
+    demand = [config.trainer.worker_resources] * config.trainer.num_workers * len(waiting)
+    with asked_for(demand), Progress(stage.title, sum(steps.values()), "steps") as progress:
         done, committed = dict.fromkeys(steps, 0), time.monotonic()
         for group, rows, outcome in _side_by_side(waiting, config.trainer, storage.address(adapters.artifact.folder)):
             context.tracker.losses(rows, f"{group_unit(group.number)}/" if len(stage.units) > 1 else "")
@@ -199,8 +205,8 @@ def _note(rows: Sequence[Row]) -> str:
 def _side_by_side(
     groups: list[Group], trainer: TrainerConfig, folder: str
 ) -> Iterator[tuple[Group, list[Row], dict[str, Any] | None]]:
-    """Yields (group, its rows so far, its outcome once there) about every second for each that runs."""
-    waiting, running = list(groups), dict[Any, Group]()
+    """Yields (group, its new rows, its outcome once there) about every second for each that runs."""
+    waiting, running, seen = list(groups), dict[Any, Group](), dict.fromkeys((group.number for group in groups), 0)
     while waiting or running:
         while waiting and len(running) < _room(trainer):
             group = waiting.pop(0)
@@ -211,14 +217,15 @@ def _side_by_side(
             if task in finished:
                 del running[task]
                 outcome = ray.get(task)
-            yield group, ray.get(group.arguments["board"].read.remote()), outcome
+            rows: list[Row] = ray.get(group.arguments["board"].read.remote(group.number, seen[group.number]))
+            seen[group.number] = max([seen[group.number], *(int(row["step"]) for row in rows)])
+            yield group, rows, outcome
 
 
 def _room(trainer: TrainerConfig) -> int:
     """How many worker groups the cluster, as it is now, can hold; it may grow."""
-    have = ray.cluster_resources()
-    needed = {"CPU": trainer.num_workers * trainer.cpus_per_worker, "GPU": trainer.num_workers * trainer.gpus_per_worker}
-    return max(1, min(int(have.get(kind, 0) / amount) for kind, amount in needed.items() if amount))
+    have, workers = ray.cluster_resources(), trainer.num_workers
+    return max(1, min(int(have.get(kind, 0) / (workers * n)) for kind, n in trainer.worker_resources.items()))
 
 
 def image_names(context: Context, encode: Stage, group: Group) -> list[str]:

@@ -18,14 +18,13 @@ def fit(
 
     A run of the same ``name`` and ``storage`` continues from its last checkpoint.
     """
-    resources = {"CPU": trainer.cpus_per_worker} | ({"GPU": trainer.gpus_per_worker} if trainer.gpus_per_worker else {})
     result = TorchTrainer(
         loop,
         train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=(trainer.num_workers, trainer.max_workers) if trainer.max_workers else trainer.num_workers,
             use_gpu=trainer.gpus_per_worker > 0,
-            resources_per_worker=resources,
+            resources_per_worker=trainer.worker_resources,
         ),
         run_config=RunConfig(
             name=name,

@@ -146,13 +146,18 @@ def test_all_objectives_run_together_and_add_up_on_as_many_workers_as_there_is_r
     assert rows[-1]["loss_diversity"] != 0
 
 
-def test_class_groups_are_tuned_apart_and_each_class_is_sampled_with_its_own(tiny_world: Path, tmp_path: Path, cluster: None):
+def test_class_groups_are_tuned_apart_and_each_class_is_sampled_with_its_own(
+    tiny_world: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[list[dict[str, float]]] = []
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
     tuning = {"classes_per_group": 2, "steps": None, "epochs": 0.5, "trainer": {"num_workers": 1}}
     context, stages = prepare(tiny_world, tmp_path, finetune=tuning)
     pool.produce(context, stages["encode", "train"], None)
     stage = stages["finetune", ""]
     assert stage.units == ("group-0", "group-1")
     finetune.run(context, stage)
+    assert asked == [[{"CPU": 1}, {"CPU": 1}], []]  # a cluster that can grow does so for both at once
     adapters = Adapters.of(stage, context.storage)
     assert adapters.groups == [[0, 1], [2]]
     # half an epoch of 60 and of 30 images in batches of 8
