@@ -14,6 +14,9 @@ from ims3_ray.config import RunConfig, canonical
 from ims3_ray.data.classes import ClassTable
 from ims3_ray.report.figures import line_chart
 
+SHEET_CLASSES = 50
+"""The images of so many classes are shown; browsers draw no pictures of tens of thousands of pixels."""
+
 TERM_TITLES = {
     "loss_diffusion": "L_Diff",
     "loss_variance": "variational bound",
@@ -44,7 +47,8 @@ def render_report(
     }
     longest = max(stage["seconds"] for stage in results["stages"]) or 1
     return template.render(
-        config=config, classes=classes, results=results, sheets=sheets, charts=charts, tables=tables, longest=longest,
+        config=config, classes=classes, shown=classes.names[:SHEET_CLASSES], results=results, sheets=sheets, charts=charts,
+        tables=tables, longest=longest,
         total=sum(stage["seconds"] for stage in results["stages"]),
         yaml=yaml.safe_dump(canonical(config), sort_keys=False),
         scores=max((arm["mean"] + arm["std"] for arm in results["arms"].values()), default=1) or 1,

@@ -11,7 +11,7 @@ from safetensors.torch import load
 from ims3_ray.config import canonical
 from ims3_ray.plan import Plan
 from ims3_ray.report.card import dataset_card
-from ims3_ray.report.html import render_report
+from ims3_ray.report.html import SHEET_CLASSES, render_report
 from ims3_ray.stages.adapters import Adapters
 from ims3_ray.stages.base import Context, Stage
 from ims3_ray.stages.export import contact_sheet, unpack
@@ -21,7 +21,8 @@ def publish(context: Context, plan: Plan, results: dict[str, Any]) -> None:
     """Write ``distilled/``, ``contact_sheet.png``, ``report.html``, the MLflow run, and last ``results.json``."""
     config, storage, name = context.config, context.storage, context.config.name
     k = config.selection.images_per_class
-    sheets = {arm: contact_sheet(_images(context, stage), k) for arm, stage in plan.evaluations.items()}
+    shown = k * SHEET_CLASSES
+    sheets = {arm: contact_sheet(_images(context, stage)[:shown], k) for arm, stage in plan.evaluations.items()}
     unpack(context, plan.export.artifact(storage), f"{name}/distilled")
     card = dataset_card(config, plan.classes, results).encode()
     storage.write(f"{name}/distilled/README.md", card)
