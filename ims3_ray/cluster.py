@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
@@ -14,7 +14,15 @@ from ims3_ray.config import ClusterConfig
 from ims3_ray.errors import UserError
 
 LOCAL_CPUS = 4  # logical: the controllers and actors that wait beside the two that work
-WORKER_ENV = {"TOKENIZERS_PARALLELISM": "false", "DS_BUILD_OPS": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+WORKER_ENV = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "DS_BUILD_OPS": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # nodes have to boot
+}
+
+Bundles = list[dict[str, float]]
+"""What each of some workers needs."""
 
 
 @contextmanager
@@ -23,7 +31,8 @@ def connected(config: ClusterConfig, needed: dict[str, float]) -> Iterator[None]
 
     Raises :class:`UserError` at once (or after ``config.wait_s``) if the cluster is too small.
     """
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    for name, value in WORKER_ENV.items():
+        os.environ.setdefault(name, value)
     started = not ray.is_initialized()
     if started:
         # Ray tells each new cluster's owner that it made a token: true, expected, and nothing to act on.
@@ -37,7 +46,7 @@ def connected(config: ClusterConfig, needed: dict[str, float]) -> Iterator[None]
                 address=address,
                 logging_level=logging.WARNING,
                 log_to_driver=os.environ.get("IMS3_WORKER_LOGS") == "1",
-                runtime_env={"env_vars": WORKER_ENV},
+                runtime_env={"env_vars": {name: os.environ[name] for name in WORKER_ENV}},
                 **local,
             )
         except ConnectionError as error:
@@ -51,18 +60,26 @@ def connected(config: ClusterConfig, needed: dict[str, float]) -> Iterator[None]
 
 
 @contextmanager
-def asked_for(bundles: list[dict[str, float]]) -> Iterator[None]:
-    """An autoscaling cluster is asked to grow until it holds ``bundles`` at once, as far as it may; at the end no longer.
+def growing() -> Iterator[Callable[[Bundles], None]]:
+    """Gives a function that asks an autoscaling cluster to grow until it holds the bundles at once; at the end it need not.
 
-    Work that waits for its turn in the driver is no demand that the autoscaler could see.
+    Work that waits for its turn in the driver is no demand that the autoscaler could see. It drops a request that it can
+    never meet as a whole, so ask for a little more than there is, again and again.
     """
     from ray.autoscaler.sdk import request_resources
 
-    request_resources(bundles=bundles)
+    asked: Bundles = []
+
+    def ask(bundles: Bundles) -> None:
+        nonlocal asked
+        if bundles != asked:
+            request_resources(bundles=bundles)
+            asked = bundles
+
     try:
-        yield
+        yield ask
     finally:
-        request_resources(bundles=[])
+        ask([])
 
 
 def check_resources(needed: dict[str, float], wait_s: float = 0) -> None:

@@ -19,7 +19,7 @@ def sampling_flops(shape: DiTConfig, sampling: SamplingConfig) -> float:
 def finetune_flops(shape: DiTConfig, config: FinetuneConfig) -> float:
     """One image. A backward pass costs one forward for the gradients of activations and, if weights are trained, one more."""
     objectives, backward = config.objectives, 1 if config.parameters == "difffit" else 2
-    passes = 1 + backward
+    passes = 1 + backward if objectives.diffusion.weight or objectives.couple_samples else 0
     if objectives.inversion_matching.weight:
         passes += objectives.inversion_matching.n_steps + backward * objectives.inversion_matching.grad_steps
     if objectives.inversion_matching_released.weight:

@@ -32,6 +32,8 @@ from ims3_ray.objectives.inversion_matching_released import InversionMatchingRel
 from ims3_ray.objectives.minimax import Minimax
 
 TAG = "engine"
+BUCKET = 500_000_000
+"""Gradient values that DeepSpeed reduces at a time: its default."""
 
 Row = dict[str, float]
 """loss, loss_TERM for each term (unweighted) and grad_norm of a step; its number too where rows are kept."""
@@ -94,11 +96,13 @@ def choose_trained(model: DiT, config: FinetuneConfig) -> list[str]:
     return names
 
 
-def deepspeed_config(config: FinetuneConfig) -> dict[str, Any]:
+def deepspeed_config(config: FinetuneConfig, trained: int) -> dict[str, Any]:
+    """For ``trained`` values. Buckets are allocated whole: DeepSpeed's default would take 2 GB for an adapter of 7 MB."""
+    zero = {"stage": config.zero_stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": min(trained, BUCKET)}
     return {
         "train_micro_batch_size_per_gpu": 1,  # how large a piece is stands nowhere: its loss carries its share
         "gradient_accumulation_steps": config.accumulate,
-        "zero_optimization": {"stage": config.zero_stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would have to be compiled
         "steps_per_print": 10**9,
     }
@@ -118,13 +122,15 @@ class Finetuner:
         self.schedule, self.objectives = NoiseSchedule(), objectives_of(config.objectives)
         names = set(choose_trained(model.to(device), config))
         self.trained = [(n, p) for n, p in model.named_parameters() if n in names]
-        self.ema = Ema(self.trained if rank == 0 else [], config.ema_decay)  # before ZeRO-3 takes the parameters apart
+        averaged = self.trained if rank == 0 else []
+        self.ema = Ema(averaged, config.ema_decay, config.ema_warmup)  # before ZeRO-3 takes the parameters apart
         model.recompute = config.activation_checkpointing
         if config.compile:
             for block in model.blocks:
                 block.compile(dynamic=False)
         optimizer = torch.optim.AdamW([p for _, p in self.trained], lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+        count = sum(p.numel() for _, p in self.trained)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, count))
 
     def draw(self, images: CleanImages, index: Tensor, rng: Generator) -> Batch:
         """This worker's part of the global batch of images ``index``.
@@ -147,10 +153,11 @@ class Finetuner:
         """
         sums = dict[str, Tensor]()
         for piece in batch.pieces(self.config.accumulate):
-            losses = add_up(
-                self.objectives,
-                TrainingStep(self.engine, self.schedule, piece.z0, piece.y_B, piece.dropped_B, piece.t_B, piece.noise),
-            )
+            forward = TrainingStep(
+                self.engine, self.schedule, piece.z0, piece.y_B, piece.dropped_B, piece.t_B, piece.noise,
+                output_is_needed=any(objective.needs_output for objective in self.objectives),
+            )  # fmt: skip
+            losses = add_up(self.objectives, forward)
             share = len(piece.y_B) / self.config.batch_size
             # DeepSpeed takes the mean over pieces and workers; with this factor it is that over images.
             self.engine.backward(losses.total * (share * self.config.accumulate * self.world))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
-from ims3_ray.artifacts import file_hash
 from ims3_ray.config import ArmConfig, RunConfig, canonical
 from ims3_ray.cost import (
     decoding_flops,
@@ -24,6 +23,7 @@ from ims3_ray.models.autoencoder import autoencoder_path, empty_autoencoder
 from ims3_ray.models.encoder import check_encoder, encoder_config, encoder_path
 from ims3_ray.models.generator import check_generator, class_indices, generator_config, generator_path
 from ims3_ray.stages.base import Stage, units_of
+from ims3_ray.stages.weights import Weights
 
 
 @dataclass
@@ -58,18 +58,35 @@ class _Builder:
         self.test = open_source(test_path, config.data.test_split)
         if missing := set(self.train.class_names) ^ set(self.test.class_names):
             raise UserError(f"train and test split do not hold the same classes: '{min(missing)}' is in one only")
-        self.weights, self.phi = generator_path(config.generator), encoder_path(config.encoder)
-        self.vae_path = autoencoder_path(config.autoencoder) if config.autoencoder else None
-        self.autoencoder = empty_autoencoder(self.vae_path) if self.vae_path else None
-        self.shape, self.phi_shape = generator_config(self.weights), encoder_config(self.phi)
+        self.weights, phi = generator_path(config.generator), encoder_path(config.encoder)
+        vae_path = autoencoder_path(config.autoencoder) if config.autoencoder else None
+        self.autoencoder = empty_autoencoder(vae_path) if vae_path else None
+        self.shape, self.phi_shape = generator_config(self.weights), encoder_config(phi)
         check_generator(self.weights)
-        check_encoder(self.phi)
+        check_encoder(phi)
         self._check_pixels()
         labels = chosen_labels(self.train.class_names, config.data.classes)
         counts = count_images(self.train.labels, self.train.class_names, labels, config.selection.images_per_class)
         names = tuple(self.train.class_names[label] for label in labels)
         self.classes = ClassTable(names, tuple(labels), tuple(class_indices(self.weights, names)), tuple(counts))
         self.stages: dict[str, Stage] = {}
+
+    # Large files and folders of millions are looked at once a plan.
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        return {"train": fingerprint(self.train), "test": fingerprint(self.test)}
+
+    @cached_property
+    def generator(self) -> Weights:
+        return Weights.of(generator_path, self.config.generator)
+
+    @cached_property
+    def phi(self) -> Weights:
+        return Weights.of(encoder_path, self.config.encoder)
+
+    @cached_property
+    def vae(self) -> Weights | None:
+        return Weights.of(autoencoder_path, self.config.autoencoder) if self.config.autoencoder else None
 
     def _check_pixels(self) -> None:
         data, shape, vae = self.config.data, self.shape, self.autoencoder
@@ -105,7 +122,7 @@ class _Builder:
         path = data.path if split == "train" else data.test_path or data.path
         named = data.train_split if split == "train" else data.test_split
         units, images = self._real_units(source)
-        params = {"source": fingerprint(source), "split": named, "size": data.size, "channels": data.channels}
+        params = {"source": self.fingerprints[split], "split": named, "size": data.size, "channels": data.channels}
         return self._once(
             f"encode-{split}",
             Stage(
@@ -125,25 +142,25 @@ class _Builder:
         return tuple(units), images
 
     def embed(self, images: Stage, name: str, title: str) -> Stage:
-        params = {"phi": file_hash(self.phi), "shape": canonical(self.phi_shape)}
+        params = {"phi": self.phi.digest, "shape": canonical(self.phi_shape)}
         flops = images.images * embedding_flops(self.phi_shape, self.config.data.size)
         return self._once(
             f"embed-{name}",
             Stage(
-                "embed", title, params, {"images": images}, {"weights": str(self.phi)}, images.units, images.images, flops,
-                label=name,
+                "embed", title, params, {"images": images}, units=images.units, images=images.images, flops=flops,
+                label=name, weights={"encoder": self.phi},
             ),
         )  # fmt: skip
 
-    def latents(self, images: Stage, weights: Path) -> Stage:
+    def latents(self, images: Stage, vae: Weights) -> Stage:
         flips = 2 if self.config.finetune.flip else 1
         assert self.autoencoder is not None
         flops = images.images * flips * encoding_flops(self.autoencoder, self.config.data.size)
         return self._once(
             "latents",
             Stage(
-                "latents", "encode latents", {"autoencoder": file_hash(weights), "flips": flips}, {"images": images},
-                {"weights": str(weights)}, images.units, images.images, flops,
+                "latents", "encode latents", {"autoencoder": vae.digest, "flips": flips}, {"images": images},
+                units=images.units, images=images.images, flops=flops, weights={"autoencoder": vae},
             ),
         )  # fmt: skip
 
@@ -159,17 +176,17 @@ class _Builder:
         if config.objectives.couple_samples:  # but these terms look at what a worker has before it
             params["parts"] = [config.trainer.num_workers, config.accumulate]
         groups = class_groups(self._labels(), params.pop("classes_per_group"))
-        params |= {"generator": file_hash(self.weights), "seed": self.config.seed, "groups": groups}
+        params |= {"generator": self.generator.digest, "seed": self.config.seed, "groups": groups}
         counts = dict(zip(self._labels(), self.classes.counts, strict=True))
         images = sum(config.total_steps(sum(counts[label] for label in group)) * config.batch_size for group in groups)
         inputs = {"encode": self.encode("train")}
-        if self.vae_path:
-            inputs["latents"] = self.latents(inputs["encode"], self.vae_path)
+        if self.vae:
+            inputs["latents"] = self.latents(inputs["encode"], self.vae)
         return self._once(
             "finetune",
             Stage(
-                "finetune", "fine-tune", params, inputs, {"weights": str(self.weights)},
-                tuple(f"group-{number}" for number in range(len(groups))), images, images * finetune_flops(self.shape, config),
+                "finetune", "fine-tune", params, inputs, units=tuple(f"group-{number}" for number in range(len(groups))),
+                images=images, flops=images * finetune_flops(self.shape, config), weights={"generator": self.generator},
             ),
         )  # fmt: skip
 
@@ -180,8 +197,8 @@ class _Builder:
         return self._once(
             "instability",
             Stage(
-                "instability", "instability (Eq. 12)", params, {"finetune": finetune, **finetune.inputs}, finetune.places,
-                images=config.images, flops=config.images * instability_flops(self.shape, config),
+                "instability", "instability (Eq. 12)", params, {"finetune": finetune, **finetune.inputs},
+                images=config.images, flops=config.images * instability_flops(self.shape, config), weights=finetune.weights,
             ),
         )  # fmt: skip
 
@@ -192,18 +209,18 @@ class _Builder:
         s = self.config.sampling
         units = tuple(unit for label in self._labels() for unit in units_of(label, per_class, s.unit_size))
         images = len(units) * s.unit_size
-        params = {**canonical(s), "generator": file_hash(self.weights), "seed": self.config.seed}
+        params = {**canonical(s), "generator": self.generator.digest, "seed": self.config.seed}
         name = "fine-tuned" if finetuned else "pretrained"
         inputs = {"finetune": self.finetune()} if finetuned else {}
-        flops, places = images * sampling_flops(self.shape, s), {"weights": str(self.weights)}
-        if self.vae_path and self.autoencoder:
-            params["autoencoder"], places["autoencoder"] = file_hash(self.vae_path), str(self.vae_path)
+        flops, weights = images * sampling_flops(self.shape, s), {"generator": self.generator}
+        if self.vae and self.autoencoder:
+            params["autoencoder"], weights["autoencoder"] = self.vae.digest, self.vae
             flops += images * decoding_flops(self.autoencoder, self.shape.input_size)
         return self._once(
             f"generate-{name}",
             Stage(
-                "generate", f"generate ({name})", params, inputs, places, units, images, flops,
-                label=name,
+                "generate", f"generate ({name})", params, inputs, units=units, images=images, flops=flops,
+                label=name, weights=weights,
             ),
         )  # fmt: skip
 

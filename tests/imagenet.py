@@ -33,6 +33,25 @@ def places(world: Path) -> list[str]:
     return [f"{key}={world}/{name}" for key, name in named.items()]
 
 
+def as_on_the_hub(pipeline: Path) -> None:
+    """Rewrite a DiT pipeline's configs as facebook/DiT-XL-2-256 has them: saved before DiT had a class of its own in diffusers,
+    with ImageNet's classes in English."""
+    config = json.loads((pipeline / "transformer" / "config.json").read_text())
+    older = {
+        "_class_name": "Transformer2DModel", "_diffusers_version": "0.12.0.dev0", "cross_attention_dim": None,
+        "double_self_attention": False, "dropout": 0.0, "norm_num_groups": 32, "num_vector_embeds": None,
+        "only_cross_attention": False, "upcast_attention": False, "use_linear_projection": False,
+    }  # fmt: skip
+    (pipeline / "transformer" / "config.json").write_text(json.dumps({**config, **older}, indent=2))
+    index = {
+        "_class_name": "DiTPipeline", "_diffusers_version": "0.12.0.dev0",
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "transformer": ["diffusers", "Transformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "id2label": {str(label): f"class {label}, in English" if label else "tench, Tinca tinca" for label in range(1000)},
+    }  # fmt: skip
+    (pipeline / "model_index.json").write_text(json.dumps(index, indent=2))
+
+
 def write_weights(folder: Path) -> None:
     """A DiT of 1,000 classes on 32×32×4 latents and an autoencoder as diffusers saves them, φ as timm does."""
     import timm
@@ -51,6 +70,7 @@ def write_weights(folder: Path) -> None:
             if not parameter.any():
                 parameter.normal_(std=0.05)
     write_dit(generator, (), folder / "dit")
+    as_on_the_hub(folder / "dit")
     AutoencoderKL(
         latent_channels=4, block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1, sample_size=256,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,

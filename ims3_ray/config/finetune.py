@@ -129,6 +129,8 @@ class FinetuneConfig(Section):
     """Share of samples that L_Diff sees without their class, as classifier-free guidance needs."""
     ema_decay: Fraction = 0.99
     """The adapter is the exponential moving average of the trained parameters."""
+    ema_warmup: bool = True
+    """Start with smaller decays, so that the average forgets the pretrained values soon (DiT's and Minimax's code do not)."""
     classes_per_group: int | None = Field(default=None, ge=1)
     """Fine-tune groups of at most so many classes independently and in parallel, each with its own adapter."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -60,14 +60,14 @@ def open_dit(path: Path) -> DiTFile:
     """Tell a weights file's format by what is in it, and the model's shape with it.
 
     * safetensors whose metadata carry the shape (this project's);
-    * a diffusers transformer: ``config.json`` beside it names ``DiTTransformer2DModel``;
+    * a diffusers transformer: ``config.json`` beside it says so;
     * a state dict with the DiT release's names, plain or under ``ema`` or ``model`` (``ema`` is preferred), in a ``.pt``
       or a bare safetensors file: the shape is read off its tensors.
 
     Raises :class:`UserError` for anything else.
     """
     beside = _json(path.with_name("config.json"))
-    if beside.get("_class_name") == DIFFUSERS_CLASS:
+    if _is_diffusers_dit(beside):
         config = _diffusers_config(beside)
         named = _json(path.parent.with_name("model_index.json")).get("id2label") or {}
         return DiTFile(path, "diffusers", config, _foreign_classes(config, [named[key] for key in sorted(named, key=int)]))
@@ -84,7 +84,7 @@ def open_dit(path: Path) -> DiTFile:
 def find_diffusers(folder: Path) -> Path | None:
     """The transformer's weights in a diffusers pipeline folder (or in a ``transformer`` folder alone)."""
     for inner in (folder / "transformer", folder):
-        if _json(inner / "config.json").get("_class_name") == DIFFUSERS_CLASS:
+        if _is_diffusers_dit(_json(inner / "config.json")):
             for name in DIFFUSERS_NAMES:
                 if (inner / name).is_file():
                     return inner / name
@@ -112,6 +112,12 @@ def write_dit(model: DiT, classes: tuple[str, ...], out: Path) -> None:
     draft.rename(out)
 
 
+def _is_diffusers_dit(config: Mapping[str, Any]) -> bool:
+    """The pipelines on the hub are older than the class: theirs is the general transformer with adaLN-Zero."""
+    older = config.get("_class_name") == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
+    return older or config.get("_class_name") == DIFFUSERS_CLASS
+
+
 def _json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; empty if there is no such file."""
     if not path.is_file():
@@ -124,8 +130,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _foreign_classes(config: DiTConfig, names: list[str]) -> tuple[str, ...]:
-    """A foreign generator of 1,000 classes is taken for one of ImageNet-1K, whose labels follow the sorted wnids."""
-    return imagenet_wnids() if config.num_classes == 1000 else tuple(names)
+    """A foreign generator of 1,000 classes is taken for one of ImageNet-1K, whose labels follow the sorted wnids, unless it
+    names other classes. (The pipelines on the hub name ImageNet's in English.)"""
+    imagenet = not names or names[0] == imagenet_wnids()[0] or names[0].startswith("tench")
+    return imagenet_wnids() if config.num_classes == 1000 and imagenet else tuple(names)
 
 
 def _tensors(path: Path, meta: bool) -> dict[str, Tensor]:

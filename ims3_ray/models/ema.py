@@ -10,17 +10,18 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Ema:
-    """Average of the named parameters, warmed up so that early averages are not dominated by the start."""
+    """Average of the named parameters; with ``warmup`` early ones forget the start: the n-th decay is at most (1+n)/(10+n)."""
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], decay: float) -> None:
-        self.decay, self.updates = decay, 0
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], decay: float, warmup: bool = True) -> None:
+        self.decay, self.warmup, self.updates = decay, warmup, 0
         self.average: dict[str, Tensor] = {name: p.detach().clone().float() for name, p in parameters}
 
     @torch.no_grad()
     def update(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         self.updates += 1
         named = dict(parameters)
-        average = get_ema_multi_avg_fn(min(self.decay, (1 + self.updates) / (10 + self.updates)))
+        most = (1 + self.updates) / (10 + self.updates) if self.warmup else 1.0
+        average = get_ema_multi_avg_fn(min(self.decay, most))
         average(list(self.average.values()), [named[name].detach().float() for name in self.average], self.updates)
 
     def state(self) -> dict[str, Tensor | int]:

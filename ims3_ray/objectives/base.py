@@ -27,6 +27,8 @@ class TrainingStep:
     """Labels with some replaced by the null label, as classifier-free guidance is trained."""
     t_B: Tensor
     noise: Tensor
+    output_is_needed: bool = True
+    """Whether an objective looks at ``output``."""
     _output: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -46,7 +48,7 @@ class TrainingStep:
         The first call with gradient takes the shared forward pass along: at the small batches of fine-tuning one pass over
         twice the batch costs less than two, with half as many kernels to launch (docs/finetuning.md has the figures).
         """
-        if self._output is None and torch.is_grad_enabled():
+        if self._output is None and self.output_is_needed and torch.is_grad_enabled():
             pairs = ((self.z_t, z), (self.t_B, t_B), (self.dropped_B, self.y_B))
             self._output, output = self.model(*map(torch.cat, pairs)).chunk(2)
         else:
@@ -67,6 +69,9 @@ class TrainingStep:
 
 class Objective:
     """A weighted sum of named scalar terms of a training step."""
+
+    needs_output = True
+    """Whether it looks at the forward pass that objectives share."""
 
     def __init__(self, **weights: float) -> None:
         self.weights = weights

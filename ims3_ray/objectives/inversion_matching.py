@@ -27,6 +27,8 @@ class InversionMatching(Objective):
     ``grad_steps`` of its ``n_steps``.
     """
 
+    needs_output = False
+
     def __init__(self, weight: float, n_steps: int, grad_steps: int, similarity: str = "cosine") -> None:
         super().__init__(inversion_matching=weight)
         self.n_steps, self.grad_steps, self.similarity = n_steps, grad_steps, similarity

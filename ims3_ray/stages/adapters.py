@@ -21,6 +21,11 @@ def group_unit(group: int) -> str:
     return f"group-{group}"
 
 
+def group_checkpoints(group: int) -> str:
+    """Folder of the artifact in which a class group's checkpoints lie until it is committed."""
+    return f"train-{group}"
+
+
 @dataclass(frozen=True)
 class Adapters:
     """The committed groups of a fine-tuning: ``adapter-G.safetensors`` and ``losses-G.json`` each."""
@@ -46,7 +51,7 @@ class Adapters:
         digest = self.artifact.write(f"adapter-{group}.safetensors", outcome["adapter"])
         self.artifact.write(f"losses-{group}.json", json.dumps(outcome["history"]).encode())
         commit_units(self.artifact, {group_unit(group): {"sha256": digest, "images": images}}, seconds)
-        self.artifact.storage.delete(f"{self.artifact.folder}/train-{group}")
+        self.artifact.storage.delete(f"{self.artifact.folder}/{group_checkpoints(group)}")
 
     def merge(self, group: int, model: DiT) -> None:
         """Merge a group's adapter into the pretrained ``model``."""

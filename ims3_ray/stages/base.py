@@ -13,6 +13,7 @@ from torch import Tensor
 from ims3_ray.artifacts import Artifact, Storage, key_of
 from ims3_ray.config import RunConfig
 from ims3_ray.data.classes import ClassTable
+from ims3_ray.stages.weights import Weights
 from ims3_ray.tracking import Tracker
 
 VERSION = {
@@ -39,12 +40,14 @@ class Stage:
     """What of the config it depends on; part of the key."""
     inputs: Mapping[str, Stage] = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=dict)
-    """Where its weights or images lie on this machine; their hashes, not their paths, are in ``params``."""
+    """Where its images lie; their hash, not their path, is in ``params``."""
     units: tuple[str, ...] = ("result",)
     images: int = 0
     flops: float = 0.0
     label: str = ""
     """The arm or split it belongs to, where a kind occurs more than once."""
+    weights: Mapping[str, Weights] = field(default_factory=dict)
+    """``generator``, ``encoder``, ``autoencoder``: those it needs; ``params`` hold their hashes."""
 
     def key(self, storage: Storage) -> str | None:
         """Hash of params and inputs; None while an input that is known by its content is not there yet."""

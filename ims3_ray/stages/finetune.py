@@ -16,9 +16,10 @@ import ray
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ims3_ray.artifacts import Artifact
-from ims3_ray.cluster import asked_for
+from ims3_ray.cluster import growing
 from ims3_ray.config import FinetuneConfig, TrainerConfig, canonical
 from ims3_ray.cost import finetune_flops
 from ims3_ray.data.batches import batch_indices
@@ -30,7 +31,7 @@ from ims3_ray.models.generator import load_generator
 from ims3_ray.progress import Progress
 from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.speed import matmul_rate
-from ims3_ray.stages.adapters import Adapters, group_unit
+from ims3_ray.stages.adapters import Adapters, group_checkpoints, group_unit
 from ims3_ray.stages.base import Context, Stage, parse_unit, read_class
 from ims3_ray.stages.derived import read_latents
 from ims3_ray.stages.train import fit
@@ -78,7 +79,7 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
     device = ray.train.torch.get_device()
     images = read_images(plain["images"], plain["latents"], plain["classes"], config.flip)
     steps = config.total_steps(len(images.labels))
-    model = load_generator(Path(plain["weights"]))
+    model = load_generator(plain["weights"].path())
     flops = finetune_flops(model.config, config)
     tuner = Finetuner(model, config, device, rank, world)
     history: list[Row] = []
@@ -106,14 +107,16 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
             speed = {
                 "images_per_s": rate * config.batch_size, "tflop_per_s": flop_rate / 1e12, "share_of_peak": flop_rate / peak,
             }  # fmt: skip
-            plain["board"].post.remote(group, [*history[posted:-1], {**history[-1], **speed}])
+            post = plain["board"].post.remote(group, [*history[posted:-1], {**history[-1], **speed}])
+            if len(history) == steps:
+                ray.get(post)  # the driver asks no more once this group has ended
             posted, since = len(history), time.monotonic()
         if len(history) % config.checkpoint_every == 0 and len(history) < steps:
             _checkpoint(tuner, history)
     if rank != 0:
         return {}
     return {
-        "adapter": tuner.adapter(classes=[label for label, _ in plain["classes"]], generator=plain["generator"]),
+        "adapter": tuner.adapter(classes=[label for label, _ in plain["classes"]], generator=plain["weights"].digest),
         "history": history,
     }
 
@@ -160,12 +163,13 @@ def groups_of(context: Context, stage: Stage) -> list[Group]:
             context.classes.names, context.classes.source_labels, context.classes.generator_labels, strict=True
         )
     }
-    groups, board = [], ray.remote(num_cpus=0)(LossBoard).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # it fails with the driver alone
+    groups, board = [], ray.remote(num_cpus=0, scheduling_strategy=here)(LossBoard).remote()
     for number, labels in enumerate(stage.params["groups"]):
         arguments = {
             "config": canonical(context.config.finetune), "seed": context.config.seed, "group": number,
             "images": encode.artifact(context.storage),
-            "weights": stage.places["weights"], "generator": stage.params["generator"],
+            "weights": stage.weights["generator"],
             "latents": latents.artifact(context.storage) if latents else None,
             "classes": [(label, units[table[label][1]]) for label in labels],
             "board": board,
@@ -181,8 +185,7 @@ def run(context: Context, stage: Stage) -> None:
     adapters, missing = Adapters.of(stage, storage), stage.missing(storage)
     waiting = [group for group in groups_of(context, stage) if group_unit(group.number) in missing]
     steps = {group.number: config.total_steps(group.images) for group in waiting}
-    demand = [config.trainer.worker_resources] * config.trainer.num_workers * len(waiting)
-    with asked_for(demand), Progress(stage.title, sum(steps.values()), "steps") as progress:
+    with Progress(stage.title, sum(steps.values()), "steps") as progress:
         done, committed = dict.fromkeys(steps, 0), time.monotonic()
         for group, rows, outcome in _side_by_side(waiting, config.trainer, storage.address(adapters.artifact.folder)):
             context.tracker.losses(rows, f"{group_unit(group.number)}/" if len(stage.units) > 1 else "")
@@ -207,19 +210,22 @@ def _side_by_side(
 ) -> Iterator[tuple[Group, list[Row], dict[str, Any] | None]]:
     """Yields (group, its new rows, its outcome once there) about every second for each that runs."""
     waiting, running, seen = list(groups), dict[Any, Group](), dict.fromkeys((group.number for group in groups), 0)
-    while waiting or running:
-        while waiting and len(running) < _room(trainer):
-            group = waiting.pop(0)
-            running[_fit_task.remote(group.arguments, folder)] = group
-        finished, _ = ray.wait(list(running), timeout=1.0)
-        for task, group in list(running.items()):
-            outcome = None
-            if task in finished:
-                del running[task]
-                outcome = ray.get(task)
-            rows: list[Row] = ray.get(group.arguments["board"].read.remote(group.number, seen[group.number]))
-            seen[group.number] = max([seen[group.number], *(int(row["step"]) for row in rows)])
-            yield group, rows, outcome
+    with growing() as ask:
+        while waiting or running:
+            room = _room(trainer)
+            ask([trainer.worker_resources] * trainer.num_workers * min(room + 1, len(waiting) + len(running)))
+            while waiting and len(running) < room:
+                group = waiting.pop(0)
+                running[_fit_task.remote(group.arguments, folder)] = group
+            finished, _ = ray.wait(list(running), timeout=1.0)
+            for task, group in list(running.items()):
+                outcome = None
+                if task in finished:
+                    del running[task]
+                    outcome = ray.get(task)
+                rows: list[Row] = ray.get(group.arguments["board"].read.remote(group.number, seen[group.number]))
+                seen[group.number] = max([seen[group.number], *(int(row["step"]) for row in rows)])
+                yield group, rows, outcome
 
 
 def _room(trainer: TrainerConfig) -> int:
@@ -252,4 +258,10 @@ def _diverged(outcome: dict[str, Any], names: list[str]) -> str:
 def _fit_task(arguments: dict[str, Any], folder: str) -> dict[str, Any]:
     """Ray Train blocks its caller; in a task of its own the driver is free to show progress."""
     config = FinetuneConfig.model_validate(arguments["config"])
-    return fit(finetune_loop, arguments, config.trainer, f"train-{arguments['group']}", folder)
+    place = f"{folder}/{group_checkpoints(arguments['group'])}"
+    return fit(finetune_loop, arguments, config.trainer, checkpoints_name(config), place)
+
+
+def checkpoints_name(config: FinetuneConfig) -> str:
+    """Names apart what cannot go on from each other's checkpoints: ZeRO stages, and under ZeRO 1 to 3 numbers of workers."""
+    return f"zero-{config.zero_stage}" + (f"-{config.trainer.num_workers}-workers" if config.zero_stage else "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from ims3_ray.seeds import generator_for
 from ims3_ray.stages.adapters import Adapters, GroupModels
 from ims3_ray.stages.base import Context, Stage, commit_units, units_of
 from ims3_ray.stages.finetune import read_images
+from ims3_ray.stages.weights import Weights
 
 SHARD = "instability.json"
 
@@ -40,7 +40,7 @@ def run(context: Context, stage: Stage) -> None:
     with Progress(stage.title, config.images, "images") as progress:
         result = ray.get(
             measure.remote(
-                config, context.config.seed, Path(stage.places["weights"]), Adapters.of(stage.inputs["finetune"], storage),
+                config, context.config.seed, stage.weights["generator"], Adapters.of(stage.inputs["finetune"], storage),
                 stage.inputs["encode"].artifact(storage), latents.artifact(storage) if latents else None, classes,
                 actors.threads,
             )
@@ -52,14 +52,15 @@ def run(context: Context, stage: Stage) -> None:
 
 
 def _measure(
-    config: InstabilityConfig, seed: int, weights: Path, adapters: Adapters, pixels: Any, latents: Any,
+    config: InstabilityConfig, seed: int, weights: Weights, adapters: Adapters, pixels: Any, latents: Any,
     classes: list[tuple[int, list[str], int]], threads: int,
 ) -> dict[str, list[float]]:  # fmt: skip
     """log Ē of each image, ``before`` and ``after``; class by class, since each may have an adapter of its own."""
     torch.set_num_threads(threads)
     device = "cuda" if ray.get_gpu_ids() else "cpu"
     found: dict[str, list[float]] = {"before": [], "after": []}
-    for name, models in (("before", GroupModels(weights, None, device)), ("after", GroupModels(weights, adapters, device))):
+    path = weights.path()
+    for name, models in (("before", GroupModels(path, None, device)), ("after", GroupModels(path, adapters, device))):
         for label, units, count in classes:
             model = models.of_class(label).requires_grad_(False)
             images = read_images(pixels, latents, [(label, units)], flip=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from ims3_ray.seeds import generator_for
 from ims3_ray.stages.adapters import Adapters, GroupModels
 from ims3_ray.stages.base import Context, Stage, commit_units, pack_tensors, parse_unit
 from ims3_ray.stages.derived import Derive, Features, Latents
+from ims3_ray.stages.weights import Weights
 
 Produced = tuple[Tensor, list[str]]
 """uint8 pixels [n, C, H, W] and the names of images that could not be decoded."""
@@ -210,7 +211,9 @@ def _make(
     assert stage is not None
     pixels = source.artifact(context.storage) if source else None
     made = derived.artifact(context.storage) if derived else None
-    done = _already_whole(pixels, made, units)
+    noted = pixels or made
+    assert noted is not None
+    done = _already_whole(noted, made, units)
     pending = [unit for unit in units if unit not in done]
     worker = {
         "producer": producer, "pixels": pixels, "derive": _derive(derived) if derived else None, "derived": made,
@@ -228,8 +231,7 @@ def _make(
                     failed[unit] = entry["error"]
                     continue
                 done[unit] = entry
-                if pixels is not None:
-                    pixels.write(f"{unit}.json", json.dumps(entry).encode())
+                noted.write(f"{unit}.json", json.dumps(entry).encode())
                 progress.advance(entry["images"])
             pending = list(failed)
     seconds = time.monotonic() - began
@@ -249,26 +251,37 @@ def _derived_share(entries: dict[str, dict[str, Any]]) -> float:
     return sum(entry.get("derived_seconds", 0.0) for entry in entries.values()) / total if total else 0.0
 
 
-def _already_whole(pixels: Artifact | None, derived: Artifact | None, units: list[str]) -> dict[str, dict[str, Any]]:
-    """Entries of units that an interrupted run had finished: the note beside the shard is written after it."""
-    if pixels is None:
-        return {}
-    names = pixels.shards()
+def _already_whole(noted: Artifact, derived: Artifact | None, units: list[str]) -> dict[str, dict[str, Any]]:
+    """Entries of units that an interrupted run had finished: the note is written after the shards, beside one of them."""
+    notes = noted.shards()
     whole = {name.split(".")[0] for name in derived.shards()} if derived else set(units)
-    return {unit: json.loads(pixels.read(f"{unit}.json")) for unit in units if f"{unit}.json" in names and unit in whole}
+    return {unit: json.loads(noted.read(f"{unit}.json")) for unit in units if f"{unit}.json" in notes and unit in whole}
 
 
 def _derive(stage: Stage) -> Callable[[str], Derive]:
     """What an actor builds for itself when it starts, to derive ``stage`` from images."""
-    weights = Path(stage.places["weights"])
-    return partial(Latents, weights, flips=stage.params["flips"]) if stage.kind == "latents" else partial(Features, weights)
+    if stage.kind == "latents":
+        return partial(_latents, stage.weights["autoencoder"], flips=stage.params["flips"])
+    return partial(_features, stage.weights["encoder"])
+
+
+def _latents(weights: Weights, device: str, flips: int) -> Latents:
+    return Latents(weights.path(), device, flips)
+
+
+def _features(weights: Weights, device: str) -> Features:
+    return Features(weights.path(), device)
 
 
 def _producer(context: Context, source: Stage) -> Callable[[], Producer]:
     """What an actor builds for itself when it starts."""
-    config, place = context.config, source.places
+    config = context.config
     if source.kind == "encode":
-        return partial(RealImages, config.data, place["path"], place["split"])
+        return partial(RealImages, config.data, source.places["path"], source.places["split"])
     adapters = Adapters.of(source.inputs["finetune"], context.storage) if "finetune" in source.inputs else None
-    autoencoder = Path(place["autoencoder"]) if "autoencoder" in place else None
-    return partial(Candidates, config.sampling, Path(place["weights"]), adapters, autoencoder, config.seed)
+    return partial(_candidates, config.sampling, source.weights, adapters, config.seed)
+
+
+def _candidates(sampling: SamplingConfig, weights: Mapping[str, Weights], adapters: Adapters | None, seed: int) -> Candidates:
+    autoencoder = weights["autoencoder"].path() if "autoencoder" in weights else None
+    return Candidates(sampling, weights["generator"].path(), adapters, autoencoder, seed)

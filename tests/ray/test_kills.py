@@ -51,7 +51,7 @@ def test_a_killed_training_worker_changes_nothing(tiny_world: Path, tmp_path: Pa
         pool.produce(context, stages["encode", "train"], None)
         stage = stages["finetune", ""]
         if name == "killed":
-            with killing("RayTrainWorker", "artifacts/finetune/*/train-0/checkpoint_*/*", tmp_path / name):
+            with killing("RayTrainWorker", "artifacts/finetune/*/train-0/*/checkpoint_*/*", tmp_path / name):
                 finetune.run(context, stage)
         else:
             finetune.run(context, stage)

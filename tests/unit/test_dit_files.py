@@ -21,6 +21,7 @@ from ims3_ray.models.dit_files import open_dit, write_dit
 from ims3_ray.models.generator import class_indices, generator_path, load_generator
 from ims3_ray.plan import make_plan
 from tests.conftest import CLASSES, tiny_values
+from tests.imagenet import as_on_the_hub
 
 CONFIG = DiTConfig(
     input_size=8, in_channels=4, patch_size=2, hidden_size=64, depth=2, num_heads=1, num_classes=5, learn_sigma=True
@@ -87,6 +88,31 @@ def test_a_pipeline_of_diffusers_is_read(model: DiT, tmp_path: Path, safe: bool)
     path = generator_path(str(tmp_path / "theirs"))
     assert path.suffix == (".safetensors" if safe else ".bin")
     assert_same(load_generator(path), model)
+
+
+def test_a_pipeline_as_the_hub_has_it_is_read(tmp_path: Path):
+    torch.manual_seed(0)
+    model = DiT(CONFIG.model_copy(update={"num_classes": 1000}))
+    write_dit(model, (), tmp_path / "dit")
+    as_on_the_hub(tmp_path / "dit")
+    path = generator_path(str(tmp_path / "dit"))
+    assert_same(load_generator(path), model)
+    assert open_dit(path).classes == imagenet_wnids()  # not the English names that it gives them
+
+
+def test_a_thousand_other_classes_keep_their_names(tmp_path: Path):
+    names = tuple(f"shop article {label}" for label in range(1000))
+    write_dit(DiT(CONFIG.model_copy(update={"num_classes": 1000})), names, tmp_path / "dit")
+    assert open_dit(generator_path(str(tmp_path / "dit"))).classes == names
+
+
+def test_some_other_transformer_is_refused(model: DiT, tmp_path: Path):
+    write_dit(model, (), tmp_path / "dit")
+    config = tmp_path / "dit" / "transformer" / "config.json"
+    other = {"_class_name": "Transformer2DModel", "norm_type": "layer_norm"}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **other}))
+    with pytest.raises(UserError, match="without a diffusers DiT"):
+        generator_path(str(tmp_path / "dit"))
 
 
 @pytest.mark.parametrize("name", ["dit.safetensors", "dit.pt", "pipeline"])

@@ -122,6 +122,14 @@ def test_a_pass_with_gradient_takes_the_shared_one_along(order: tuple[int, int],
     torch.testing.assert_close(torch.autograd.grad(found.total, trained), gradient, rtol=1e-9, atol=1e-12)
 
 
+def test_no_pass_is_taken_along_that_nobody_looks_at():
+    model, sizes = difffit_model(), []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    alone = dataclasses.replace(step_of(model), output_is_needed=InversionMatching.needs_output)
+    add_up([InversionMatching(1.5, 2, 1)], alone)
+    assert sizes == [3, 3]
+
+
 @pytest.mark.parametrize("grad_steps", [1, 3])
 def test_inversion_matching_moves_every_kind_of_difffit_parameter(grad_steps: int):
     model = difffit_model()

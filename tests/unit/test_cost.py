@@ -1,0 +1,35 @@
+"""Floating-point operations of fine-tuning, in forward passes a sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ims3_ray.config import FinetuneConfig
+from ims3_ray.cost import finetune_flops
+from ims3_ray.models.dit import PUBLISHED
+
+DIFFUSION, NONE = {"diffusion": {"weight": 1}}, {"diffusion": {"weight": 0}}
+
+
+def matching(n_steps: int, grad_steps: int) -> dict[str, Any]:
+    return {"inversion_matching": {"weight": 0.002, "n_steps": n_steps, "grad_steps": grad_steps}}
+
+
+@pytest.mark.parametrize(
+    ("objectives", "parameters", "passes"),
+    [
+        (DIFFUSION | {"inversion_matching": {"weight": 0}}, "difffit", 2),
+        (DIFFUSION | {"inversion_matching": {"weight": 0}}, "all", 3),
+        (DIFFUSION | matching(2, 1), "difffit", 5),
+        (DIFFUSION | matching(10, 1), "difffit", 13),
+        (DIFFUSION | matching(5, 5), "difffit", 12),
+        (NONE | matching(2, 1), "difffit", 3),
+        (DIFFUSION | {"inversion_matching": {"weight": 0}, "inversion_matching_released": {"weight": 1}}, "difffit", 3),
+    ],
+)
+def test_a_sample_costs_so_many_passes(objectives: dict[str, Any], parameters: str, passes: int):
+    config = FinetuneConfig.model_validate({"objectives": objectives, "parameters": parameters})
+    assert finetune_flops(PUBLISHED["XL"], config) == passes * PUBLISHED["XL"].forward_flops()
+    assert PUBLISHED["XL"].forward_flops() == pytest.approx(237.3e9, rel=1e-3)
