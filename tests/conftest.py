@@ -101,6 +101,7 @@ def tiny_values(world: Path, storage: Path, **changes: Any) -> dict[str, Any]:
         "encoder": str(world / "phi.safetensors"),
         "finetune": {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "trainer": {"num_workers": 2}},
         "sampling": {"steps": 3, "unit_size": 4},
+        "actors": {"count": 1},
         "selection": {"images_per_class": 2, "groups": 3},
         "instability": {"images": 4, "steps": 3, "exact_up_to": 32},
         "evaluation": {"width": 8, "epochs": 4, "seeds": [0, 1], "validations": 2},

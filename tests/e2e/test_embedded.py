@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from tests.e2e.conftest import run_job
 
 QUICK = ("finetune.steps=2", "finetune.batch_size=4", "sampling.steps=2", "evaluation.epochs=2", "evaluation.validations=1",
-         "evaluation.width=8", "selection.groups=2")  # fmt: skip
+         "evaluation.width=8", "selection.groups=2", "instability={images: 1, steps: 2, lanczos_steps: 2}")  # fmt: skip
 
 
 def test_no_arguments_but_less_work(tmp_path: Path):

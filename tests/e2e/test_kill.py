@@ -25,15 +25,15 @@ def notes(storage: Path) -> dict[Path, int]:
 def test_killed_in_the_middle_of_generate(tiny_world: Path, tmp_path: Path):
     storage = tmp_path / "killed"
 
-    def config(folder: Path) -> str:
+    def config(folder: Path, actors: int) -> str:
         values = tiny_values(
             tiny_world, folder, arms=ARMS, export="dit_s3", sampling={"steps": 400, "unit_size": 4},
-            selection={"groups": 16}, evaluation={"epochs": 1, "validations": 1},
+            selection={"groups": 16}, actors={"count": actors}, evaluation={"epochs": 1, "validations": 1},
         )  # fmt: skip
         return write_config(tmp_path / f"{folder.name}.yaml", values)
 
     driver = subprocess.Popen(
-        [*DISTILL, "--config", config(storage)],
+        [*DISTILL, "--config", config(storage, 2)],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -51,20 +51,20 @@ def test_killed_in_the_middle_of_generate(tiny_world: Path, tmp_path: Path):
     assert 2 <= len(before) < UNITS
     assert not (storage / "tiny" / "results.json").exists()
 
-    resumed = run_job("--config", config(storage))
+    resumed = run_job("--config", config(storage, 2))
     assert resumed.returncode == 0, resumed.stderr
     after = notes(storage)
     assert len(after) == UNITS
     assert {path: after[path] for path in before} == before, "finished units were made again"
 
     whole = tmp_path / "whole"
-    undisturbed = run_job("--config", config(whole))
+    undisturbed = run_job("--config", config(whole, 1))
     assert undisturbed.returncode == 0, undisturbed.stderr
     assert content(storage) == content(whole)
     first, second = ({f.name: f.read_bytes() for f in root.glob("tiny/distilled/data/*")} for root in (storage, whole))
     assert first == second
 
-    again = run_job("--config", config(storage))
+    again = run_job("--config", config(storage, 2))
     assert again.returncode == 0
     assert "generate" not in again.stdout
     assert "report: " in again.stdout

@@ -46,7 +46,7 @@ def test_a_killed_training_worker_changes_nothing(tiny_world: Path, tmp_path: Pa
     outcomes = []
     objectives = {"minimax": {"representativeness": 0.1, "diversity": 0.1, "memory": 8}}  # its memories must survive too
     for name in ("killed", "whole"):
-        changes = {"finetune": {"steps": 120, "batch_size": 8, "checkpoint_every": 20, "objectives": objectives}}
+        changes = {"finetune": {"steps": 80, "batch_size": 8, "checkpoint_every": 20, "objectives": objectives}}
         context, stages = prepare(tiny_world, tmp_path / name, **changes)
         pool.produce(context, stages["encode", "train"], None)
         stage = stages["finetune", ""]
@@ -58,14 +58,18 @@ def test_a_killed_training_worker_changes_nothing(tiny_world: Path, tmp_path: Pa
         artifact = stage.artifact(context.storage)
         outcomes.append([artifact.read(shard) for shard in ("losses-0.json", "adapter-0.safetensors")])
         history = context.tracker.client.get_metric_history(context.tracker.run_id, "loss")
-        assert sorted(metric.step for metric in history) == list(range(1, 121))
+        assert sorted(metric.step for metric in history) == list(range(1, 81))
     assert outcomes[0] == outcomes[1]
 
 
 def test_a_killed_generator_actor_changes_nothing(tiny_world: Path, tmp_path: Path, cluster: None):
     outcomes = []
     for name in ("killed", "whole"):
-        changes = {"sampling": {"steps": 300, "unit_size": 4}, "selection": {"images_per_class": 2, "groups": 10}}
+        changes = {
+            "sampling": {"steps": 300, "unit_size": 4},
+            "selection": {"images_per_class": 2, "groups": 10},
+            "actors": {"count": 2},
+        }
         context, stages = prepare(tiny_world, tmp_path / name, **changes)
         stage, embed = stages["generate", "pretrained"], stages["embed", "pretrained"]
         if name == "killed":
