@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import torch
 
 
+@cache
 def matmul_rate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     """FLOP/s (2 per multiply-add) at which ``device`` multiplies large square matrices, with the threads it is given.
 
-    The best of three measurements: whatever else the machine does makes them slower only.
+    The best of three measurements, once a process: whatever else the machine does makes them slower only.
     """
     device = torch.device(device)
     size, repeats = (8192, 20) if device.type == "cuda" else (2048, 2)

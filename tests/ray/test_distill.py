@@ -218,7 +218,7 @@ def test_another_arm_shares_every_stage_that_it_can(tiny_run: Run):
     assert "select" in missing
 
 
-def test_another_phi_embeds_the_same_pool_again(tiny_run: Run, tmp_path: Path):
+def test_another_phi_embeds_the_same_pool_again_and_keeps_what_it_made_when_interrupted(tiny_run: Run, tmp_path: Path):
     encoder = Encoder(encoder_config(Path(tiny_run.config.encoder)))
     weights = tmp_path / "other-phi.safetensors"
     weights.write_bytes(pack(encoder, canonical(encoder.config), "encoder"))
@@ -229,13 +229,27 @@ def test_another_phi_embeds_the_same_pool_again(tiny_run: Run, tmp_path: Path):
     candidates, embed = stages["generate", "pretrained"], stages["embed", "pretrained"]
     assert not candidates.missing(tiny_run.storage)
     assert embed.missing(tiny_run.storage) == list(embed.units)
-    pool.produce(Context(config, tiny_run.storage, plan.classes, Tracker(config, tiny_run.storage)), candidates, embed)
+    context = Context(config, tiny_run.storage, plan.classes, Tracker(config, tiny_run.storage))
+    pool.produce(context, candidates, embed)
     unit = embed.units[0]
     with torch.inference_mode():
         pixels = load(candidates.artifact(tiny_run.storage).read(f"{unit}.safetensors"))["pixels"]
         expected = encoder.eval()(pixels.float() / 127.5 - 1)
     features = load(embed.artifact(tiny_run.storage).read(f"{unit}.safetensors"))["features"]
     torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
+
+    before = embed.manifest(tiny_run.storage) or {}
+    folder = Path(tiny_run.storage.address(embed.artifact(tiny_run.storage).folder))
+    (folder / "manifest.json").unlink()  # as if the pass had been killed with one unit to go
+    for file in (folder / "shards").glob(f"{unit}*"):
+        file.unlink()
+    kept = {file: file.stat().st_mtime_ns for file in (folder / "shards").iterdir()}
+    assert kept
+    pool.produce(context, candidates, embed)
+    after = embed.manifest(tiny_run.storage) or {}
+    shards = [{name: entry["derived_sha256"] for name, entry in found["units"].items()} for found in (before, after)]
+    assert shards[0] == shards[1]
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
 
 
 def test_one_actor_makes_the_same_set_as_two(tiny_run: Run, tiny_world: Path, tmp_path: Path):

@@ -14,11 +14,10 @@ import torch
 from ims3_ray.artifacts import Artifact, Storage
 from ims3_ray.config import ActorsConfig
 from ims3_ray.selection import select_subgroups
-from ims3_ray.stages import pool
 from ims3_ray.stages.base import Stage
 from ims3_ray.stages.pool import IncompletePool, _make
 from ims3_ray.stages.select import S3Selector, choose_s3, partial_sums
-from tests.ray.conftest import Run, prepare
+from tests.ray.conftest import Run
 
 UNITS = ["c0000-u00000", "c0000-u00001", "c0001-u00000"]
 
@@ -67,25 +66,6 @@ def test_a_unit_that_failed_is_tried_again(cluster: None, tmp_path: Path):
 def test_a_unit_that_always_fails_is_named_and_the_others_are_kept(cluster: None, tmp_path: Path):
     with pytest.raises(IncompletePool, match=rf"1 of 3 units failed every attempt; {UNITS[1]}: RuntimeError: no such luck"):
         make(tmp_path, failures=99)
-
-
-def test_an_interrupted_pass_over_stored_images_keeps_what_it_made(tiny_world: Path, tmp_path: Path, cluster: None):
-    context, stages = prepare(tiny_world, tmp_path)
-    encode, embed = stages["encode", "train"], stages["embed", "train"]
-    pool.produce(context, encode, None)
-    pool.produce(context, encode, embed)
-    before = embed.manifest(context.storage) or {}
-    folder = Path(context.storage.address(embed.artifact(context.storage).folder))
-    (folder / "manifest.json").unlink()  # as if the pass had been killed with one unit to go
-    for file in (folder / "shards").glob(f"{embed.units[0]}*"):
-        file.unlink()
-    kept = {file: file.stat().st_mtime_ns for file in (folder / "shards").iterdir()}
-    assert kept
-    pool.produce(context, encode, embed)
-    after = embed.manifest(context.storage) or {}
-    shards = [{unit: entry["derived_sha256"] for unit, entry in found["units"].items()} for found in (before, after)]
-    assert shards[0] == shards[1]
-    assert {file: file.stat().st_mtime_ns for file in kept} == kept
 
 
 def test_the_selector_counts_a_contribution_once_however_often_it_comes():
