@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -67,7 +68,7 @@ class TrainingStep:
         return predict_z0(self.z_t.float(), self.eps, alpha_bar)
 
 
-class Objective:
+class Objective(ABC):
     """A weighted sum of named scalar terms of a training step."""
 
     needs_output = True
@@ -76,15 +77,15 @@ class Objective:
     def __init__(self, **weights: float) -> None:
         self.weights = weights
 
+    @abstractmethod
     def __call__(self, step: TrainingStep) -> dict[str, Tensor]:
         """The terms named in ``weights``, not weighted."""
-        raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
         """What must be kept to go on after an interruption."""
         return {}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - most keep nothing
         """Take up what :meth:`state` gave."""
 
 

@@ -211,8 +211,7 @@ def _make(
     assert stage is not None
     pixels = source.artifact(context.storage) if source else None
     made = derived.artifact(context.storage) if derived else None
-    noted = pixels or made
-    assert noted is not None
+    noted = stage.artifact(context.storage)
     done = _already_whole(noted, made, units)
     pending = [unit for unit in units if unit not in done]
     worker = {
