@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ims3_ray.artifacts import Artifact
-from ims3_ray.selection import SubgroupSelection, select_subgroups
-from ims3_ray.selection.coresets import random_subset
+from ims3_ray.seeds import generator_for
+from ims3_ray.selection import SELECTORS, ClassImages, SubgroupSelection, select_subgroups
 from ims3_ray.stages.base import Context, Stage, commit_units, pack_tensors, parse_unit, read_class, units_of
 
 Sums = dict[int, NDArray[np.float64]]
@@ -131,7 +131,8 @@ def run(context: Context, stage: Stage) -> None:
         images = read_class(artifact, units, "pixels")
         chosen = torch.arange(start, start + k)
         if stage.params["select"] == "random":
-            chosen = random_subset(len(images), k, context.config.seed, label)
+            rng = generator_for(context.config.seed, "random-subset", label)
+            chosen = SELECTORS["random"].choose(ClassImages(len(images), rng), k, "image")
         pixels.append(images[chosen])
         indices.append(chosen)
     labels = torch.arange(len(starts)).repeat_interleave(k)

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ims3_ray.selection import centroid, select_subgroups
+from ims3_ray.selection import centroid, distances, path, select_subgroups
+from ims3_ray.selection.distances import pool_tables
 
 seeds = st.integers(0, 2**31 - 1)
 weights = st.tuples(st.floats(0.05, 1.0), st.floats(0.05, 1.0))
@@ -24,11 +25,11 @@ def instance(seed: int, C: int = 4, G: int = 3, D: int = 5) -> tuple[torch.Tenso
     return candidates, torch.randn(C, D, generator=generator, dtype=torch.float64)
 
 
-def clustered(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def clustered(seed: int, C: int = 4, G: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     """Non-negative features whose candidates lie around their class's reference, as those of a ResNet do."""
     generator = torch.Generator().manual_seed(seed)
-    references = torch.rand(4, 16, generator=generator, dtype=torch.float64)
-    spread = torch.randn(4, 3, 16, generator=generator, dtype=torch.float64)
+    references = torch.rand(C, 16, generator=generator, dtype=torch.float64)
+    spread = torch.randn(C, G, 16, generator=generator, dtype=torch.float64)
     return (references[:, None] + 0.1 * spread).relu(), references
 
 
@@ -134,15 +135,99 @@ def test_no_single_class_can_improve_on_coordinate_descent(seed: int):
         assert eq10_selected(c, r, moved, 0.4, 0.8) >= chosen.objective - 1e-9
 
 
-def test_coordinate_descent_nearly_always_finds_the_coupled_optimum():
+def coupled_optimum(c: torch.Tensor, r: torch.Tensor, alpha: float, beta: float) -> float:
+    """The best coupled objective over all G^C choices at once: one axis per class."""
+    C, G, _ = c.shape
+    unit_c, unit_r = (x.numpy() / np.linalg.norm(x.numpy(), axis=-1, keepdims=True) for x in (c, r))
+    total = np.zeros((G,) * C)
+    for i in range(C):
+        total += (alpha * np.log(1 - unit_c[i] @ unit_r[i])).reshape([G if axis == i else 1 for axis in range(C)])
+        for j in range(i + 1, C):
+            pairs = 2 * beta / (C - 1) * np.log(1 - unit_c[i] @ unit_c[j].T)
+            total -= pairs.reshape([G if axis in (i, j) else 1 for axis in range(C)])
+    return float(total.min())
+
+
+def test_coordinate_descent_finds_the_coupled_optimum_of_99_percent_of_500_instances():
     hits, coupled = 0, 0
-    for seed in range(60):
-        c, r = clustered(seed)
+    for seed in range(500):
+        c, r = clustered(seed, C=8, G=4) if seed % 2 else instance(seed, C=8, G=4)
         chosen = select_subgroups(c, r, alpha=0.5, beta=0.9, coupling="selected")
-        hits += chosen.objective == pytest.approx(selected_optimum(c, r, 0.5, 0.9), rel=1e-9)
+        optimum = coupled_optimum(c, r, 0.5, 0.9)
+        hits += chosen.objective <= optimum + 1e-9
         coupled += not torch.equal(chosen.groups, select_subgroups(c, r, alpha=0.5, beta=0.9).groups)
-    assert hits >= 57
-    assert coupled >= 10  # else the separable optimum alone would pass
+        assert chosen.lower_bound <= optimum + 1e-9
+    assert hits >= 495
+    assert coupled >= 100  # else the separable optimum alone would pass
+
+
+def test_two_ways_to_search_by_brute_force_agree():
+    c, r = clustered(3)
+    assert coupled_optimum(c, r, 0.5, 0.9) == pytest.approx(selected_optimum(c, r, 0.5, 0.9))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_room_for_all_pairs_the_descent_ends_at_the_same_place(seed: int, monkeypatch: pytest.MonkeyPatch):
+    c, r = clustered(seed, C=6, G=5)
+    tabled = select_subgroups(c, r, alpha=0.4, beta=0.9, coupling="selected")
+    monkeypatch.setattr("ims3_ray.selection.coupled.TABLE_VALUES", 0)
+    alone = select_subgroups(c, r, alpha=0.4, beta=0.9, coupling="selected")
+    assert torch.equal(alone.groups, tabled.groups)
+    torch.testing.assert_close(alone.repulsion_CG, tabled.repulsion_CG, rtol=1e-12, atol=1e-12)
+    assert alone.objective == pytest.approx(tabled.objective, rel=1e-12)
+    assert alone.gap == pytest.approx(alone.objective - alone.lower_bound)
+
+
+@few
+@given(seeds, st.integers(1, 7), st.integers(1, 5), st.integers(1, 9))
+def test_tables_do_not_depend_on_the_size_of_the_tiles(seed: int, C: int, G: int, tile: int):
+    c = torch.nn.functional.normalize(instance(seed, C=C, G=G)[0], dim=-1)
+    pairs = torch.empty(C, G, C, G, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ims3_ray.selection.distances.TILE", tile)
+        mean, farthest = pool_tables(c, pairs)
+    expected = torch.zeros(C, G, C, G, dtype=torch.float64)
+    for i, g, j, h in itertools.product(range(C), range(G), range(C), range(G)):
+        if i != j:
+            expected[i, g, j, h] = log_distance(c[i, g], c[j, h])
+    torch.testing.assert_close(pairs, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(mean, expected.sum(dim=(2, 3)) / max(1, C - 1) / G, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(farthest, expected.amax(dim=3).sum(dim=2) / max(1, C - 1), rtol=1e-9, atol=1e-9)
+
+
+def test_nearly_equal_vectors_keep_the_digits_of_their_distance():
+    u = torch.zeros(1, 4, dtype=torch.float64)
+    u[0, 0] = 1
+    for angle in (1e-4, 1e-6, 1e-7):
+        v = torch.tensor([[math.cos(angle), math.sin(angle), 0, 0]], dtype=torch.float64)
+        assert distances.log_distance(u, v).item() == pytest.approx(math.log(2 * math.sin(angle / 2) ** 2), rel=1e-6)
+    assert distances.log_distance(u, u).item() == pytest.approx(math.log(np.finfo(np.float64).eps))
+
+
+@few
+@given(seeds, st.integers(1, 6), st.integers(1, 6))
+def test_the_path_is_the_selection_at_every_share_of_a_dense_grid(seed: int, C: int, G: int):
+    c, r = instance(seed, C=C, G=G)
+    whole = path(c, r)
+    assert whole.shares[0] == 0
+    assert whole.shares[-1] == 1
+    assert (whole.shares.diff() > 0).all()
+    assert 1 <= len(whole) == len(whole.shares) - 1 <= C * (G - 1) + 1
+    for share in np.linspace(0, 1, 201)[:-1] if C > 1 else [0.0, 0.5]:
+        if (whole.shares - share).abs().min() < 1e-9 and share > 0:
+            continue  # two selections meet
+        groups = select_subgroups(c, r, alpha=1 - share, beta=share).groups
+        assert torch.equal(whole.at(1 - share, share), groups)
+    for start, end, groups in zip(whole.shares, whole.shares[1:], whole.groups, strict=False):
+        middle = (start + end).item() / 2
+        if end - start > 1e-6:
+            assert torch.equal(select_subgroups(c, r, alpha=1 - middle, beta=middle).groups, groups)
+
+
+def test_the_path_of_parallel_lines_has_one_selection():
+    c, r = instance(21, C=1, G=4)
+    assert path(c, r).groups.tolist() == [select_subgroups(c, r, alpha=1.0, beta=0.0).groups.tolist()]
+    assert path(c, r).shares.tolist() == [0, 1]
 
 
 @few

@@ -1,0 +1,74 @@
+"""Seconds and peak memory of Eq. 10, as JSON: exact over the pool, and between the selected groups with its lower bound.
+
+    python benchmarks/selection.py                        C in 10, 100, 1000 and G in 5, 10, 100; some five minutes on two cores
+    python benchmarks/selection.py classes=[1000] groups=[10]
+
+Centroids are random directions around one of their class, of D features. `seconds` begin with the centroids in memory;
+`share` is the rate of the (CG)²·D multiply-adds that all pairs take, over the rate at which this machine multiplies float64
+matrices: each pair is computed once and serves both sides, so it may exceed 1. `path` counts the selections that any α : β
+can give. Each case has a process of its own. Needs torch, pydantic and pyyaml, and no Ray.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import platform
+import resource
+import sys
+import time
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from ims3_ray.cli import main
+from ims3_ray.config import Section
+from ims3_ray.selection import path, select_subgroups
+from ims3_ray.speed import matmul_rate
+
+MOST_FOR_PATH = 10_000
+"""Candidates up to which the path is measured too: its table is that of `pool`."""
+
+
+class BenchmarkConfig(Section):
+    classes: tuple[int, ...] = (10, 100, 1000)
+    groups: tuple[int, ...] = (5, 10, 100)
+    couplings: tuple[Literal["pool", "selected"], ...] = ("pool", "selected")
+    features: int = Field(default=512, ge=2)
+    alpha: float = Field(default=0.4, ge=0)
+    beta: float = Field(default=0.9, ge=0)
+
+
+def measure(config: BenchmarkConfig, C: int, G: int, coupling: Literal["pool", "selected"]) -> dict[str, Any]:
+    rng = torch.Generator().manual_seed(0)
+    references = torch.rand(C, config.features, generator=rng, dtype=torch.float64)
+    candidates = references[:, None] + 0.3 * torch.randn(C, G, config.features, generator=rng, dtype=torch.float64)
+    began = time.perf_counter()
+    selection = select_subgroups(candidates, references, alpha=config.alpha, beta=config.beta, coupling=coupling)
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    row = {"C": C, "G": G, "coupling": coupling, "seconds": round(seconds, 3), "peak_gb": round(peak, 2)}
+    row["share"] = round(2 * (C * G) ** 2 * config.features / seconds / matmul_rate(dtype=torch.float64), 2)
+    row |= {"objective": selection.objective, "gap": selection.gap}
+    if coupling == "pool" and C * G <= MOST_FOR_PATH:
+        began = time.perf_counter()
+        row["path"] = len(path(candidates, references))
+        row["path_seconds"] = round(time.perf_counter() - began, 3)
+    return row
+
+
+def benchmark(config: BenchmarkConfig) -> None:
+    rows = []
+    for case in itertools.product(config.classes, config.groups, config.couplings):
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            rows.append(process.apply(measure, (config, *case)))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    device = platform.processor() or platform.machine()
+    machine = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    print(json.dumps({"machine": machine, "features": config.features, "cases": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__ or "", BenchmarkConfig, benchmark))

@@ -1,0 +1,16 @@
+"""The first K images, as they come: generated ones are independent draws, and that is the baseline without selection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ims3_ray.selection.base import ClassImages, Selector
+
+
+class FirstK(Selector):
+    def images(self, images: ClassImages, k: int) -> Tensor:
+        return torch.arange(k)
+
+    def cost(self, images: ClassImages, sets_SK: Tensor) -> Tensor:
+        return sets_SK[:, 0].double()
