@@ -109,8 +109,12 @@ class Storage:
         return {f.base_name for f in found if f.type == fs.FileType.File and not f.base_name.endswith(".tmp")}
 
     def delete(self, folder: str) -> None:
+        """Delete a folder and what is in it; nothing happens if there is none."""
         if self._filesystem.get_file_info(self._path(folder)).type == fs.FileType.Directory:
             self._filesystem.delete_dir(self._path(folder))
+
+    def delete_file(self, path: str) -> None:
+        self._filesystem.delete_file(self._path(path))
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,11 @@ class Artifact:
     def folder(self) -> str:
         return f"artifacts/{self.stage}/{self.key}"
 
+    @property
+    def address(self) -> str:
+        """As a full path or URI."""
+        return self.storage.address(self.folder)
+
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, or None while the artifact is not committed."""
         path = f"{self.folder}/manifest.json"
@@ -138,6 +147,10 @@ class Artifact:
 
     def read(self, shard: str) -> bytes:
         return self.storage.read(f"{self.folder}/shards/{shard}")
+
+    def forget(self, shard: str) -> None:
+        """Delete a shard."""
+        self.storage.delete_file(f"{self.folder}/shards/{shard}")
 
     def write(self, shard: str, data: bytes) -> str:
         """Store a shard; returns its SHA-256."""

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from ims3_ray.errors import UserError
+from ims3_ray.errors import IncompletePool, UserError
 from ims3_ray.loading import Tree, load_config
 
 
@@ -19,8 +19,8 @@ def main(
 ) -> int:
     """Parse, load the config, call ``run`` (or print ``plan`` for ``--dry-run``).
 
-    Exit codes: 0 done, 2 the user can put something right (one line on stderr), 130 interrupted; anything else that
-    goes wrong is a traceback and 1.
+    Exit codes: 0 done, 1 work that failed on every attempt (one line on stderr), 2 the user can put something right (one
+    line), 130 interrupted; anything else that goes wrong is a traceback and 1.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, e.g. selection.alpha=0.4")
@@ -34,9 +34,9 @@ def main(
             print(plan(config))
         else:
             run(config)
-    except UserError as error:
+    except (UserError, IncompletePool) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130

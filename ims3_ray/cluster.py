@@ -25,6 +25,11 @@ Bundles = list[dict[str, float]]
 """What each of some workers needs."""
 
 
+def own_device() -> str:
+    """Where a Ray task or actor computes: on the GPU that Ray gave it, if it did."""
+    return "cuda" if ray.get_gpu_ids() else "cpu"
+
+
 @contextmanager
 def connected(config: ClusterConfig, needed: dict[str, float]) -> Iterator[None]:
     """Ray, joined or started, with at least the ``needed`` resources; what was started is stopped at the end.
@@ -43,7 +48,7 @@ def connected(config: ClusterConfig, needed: dict[str, float]) -> Iterator[None]
         local = {} if address else {"num_cpus": max(LOCAL_CPUS, os.cpu_count() or 1), "include_dashboard": True}
         try:
             ray.init(
-                address=address,
+                address=address or "local",  # not whatever else was started on this machine
                 logging_level=logging.WARNING,
                 log_to_driver=os.environ.get("IMS3_WORKER_LOGS") == "1",
                 runtime_env={"env_vars": {name: os.environ[name] for name in WORKER_ENV}},

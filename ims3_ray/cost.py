@@ -12,8 +12,9 @@ from ims3_ray.models.encoder import Encoder, EncoderConfig
 
 
 def sampling_flops(shape: DiTConfig, sampling: SamplingConfig) -> float:
-    """One image: one forward per step, two with guidance."""
-    return sampling.steps * (1 if sampling.cfg_scale == 1 else 2) * shape.forward_flops()
+    """One image: one forward per step, two where guidance acts."""
+    low, high = sampling.cfg_interval
+    return sampling.steps * (1 + (high - low if sampling.cfg_scale > 1 else 0)) * shape.forward_flops()
 
 
 def finetune_flops(shape: DiTConfig, config: FinetuneConfig) -> float:

@@ -20,7 +20,11 @@ from ims3_ray.config import RunConfig, canonical
 from ims3_ray.errors import UserError
 from ims3_ray.plan import Plan, make_plan
 from ims3_ray.stages.base import Context, Stage
+from ims3_ray.stages.s3 import Listener
 from ims3_ray.tracking import Tracker
+
+DERIVED = ("embed", "latents")
+"""Stages that run together with the images they look at."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def distill(config: RunConfig | None = None) -> DistillResult:
     plan = make_plan(config)
     storage = Storage.at(config.storage)
     check_folder(config, storage)
-    if not finished(plan, storage):
+    if not is_finished(plan, storage):
         if any(stage.missing(storage) for stage in plan.stages):
             _warn_if_lost_with_job(config)
             with connected(config.cluster, plan.needed()):
@@ -56,7 +60,7 @@ def distill(config: RunConfig | None = None) -> DistillResult:
     return DistillResult(storage.address(config.name), json.loads(storage.read(f"{config.name}/results.json")))
 
 
-def finished(plan: Plan, storage: Storage) -> bool:
+def is_finished(plan: Plan, storage: Storage) -> bool:
     """Whether the run folder holds the results of these very stages: of the same images, weights and code."""
     name = plan.config.name
     if not (storage.exists(f"{name}/results.json") and storage.exists(f"{name}/report.html")):
@@ -108,18 +112,26 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
 
 def run_stages(context: Context, plan: Plan) -> None:
     """Run every stage that is not complete, in order."""
-    from ims3_ray.stages import evaluate, export, finetune, instability, pool, select
+    from ims3_ray.stages import evaluate, export, finetune, instability, select
+    from ims3_ray.stages.pool import check_decoded, produce
 
     storage = context.storage
-    derived = [stage for stage in plan.stages if stage.kind in ("embed", "latents")]
+    listeners: dict[str, list[Listener]] = {}  # held until the end, and with them the S3 actors
     for stage in plan.stages:
+        done = [stage]
         if stage.kind in ("encode", "generate"):
-            of_stage: list[Stage | None] = [d for d in derived if d.inputs["images"] is stage]
-            for following in of_stage or [None]:
-                if stage.missing(storage) or (following is not None and following.missing(storage)):
-                    pool.produce(context, stage, following)
-            if stage.kind == "encode":
-                pool.check_decoded(context, stage)
+            alike = [s for s in plan.stages if s.kind == stage.kind]
+            if stage is not alike[-1]:  # those of a kind depend on nothing of each other: one pass makes them all
+                continue
+            derived = {s: [d for d in plan.stages if d.kind in DERIVED and d.inputs["images"] is s] for s in alike}
+            if stage.kind == "generate":
+                listeners = select.listen(context, plan.stages)
+            produce(context, derived, listeners)
+            done = [*alike, *(d for stages in derived.values() for d in stages)]
+            for encoded in alike if stage.kind == "encode" else []:
+                check_decoded(context, encoded)
+        elif stage.kind in DERIVED:
+            continue
         elif stage.kind == "finetune" and stage.missing(storage):
             finetune.run(context, stage)
         elif stage.kind == "instability" and stage.missing(storage):
@@ -128,8 +140,9 @@ def run_stages(context: Context, plan: Plan) -> None:
             select.run(context, stage)
         elif stage.kind == "export" and stage.missing(storage):
             export.run(context, stage)
-        if not stage.missing(storage):
-            context.tracker.metrics(stage_metrics(stage_row(stage, storage)))
+        for finished in done:
+            if not finished.missing(storage):
+                context.tracker.metrics(stage_metrics(stage_row(finished, storage)))
     waiting = [stage for stage in plan.evaluations.values() if stage.missing(storage)]
     if waiting:
         evaluate.run_all(context, waiting)

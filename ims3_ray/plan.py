@@ -20,8 +20,9 @@ from ims3_ray.data.classes import ClassTable, chosen_labels, class_groups, count
 from ims3_ray.data.sources import ImageSource, fingerprint, open_source
 from ims3_ray.errors import UserError
 from ims3_ray.models.autoencoder import autoencoder_path, empty_autoencoder
-from ims3_ray.models.encoder import check_encoder, encoder_config, encoder_path
+from ims3_ray.models.encoder import check_encoder, class_positions, encoder_config, encoder_path
 from ims3_ray.models.generator import check_generator, class_indices, generator_config, generator_path
+from ims3_ray.selection import SELECTORS
 from ims3_ray.stages.base import Stage, units_of
 from ims3_ray.stages.weights import Weights
 
@@ -96,6 +97,8 @@ class _Builder:
                 f"generator '{self.weights.name}' works on {shape.in_channels}-channel latents; "
                 "name their autoencoder, e.g. autoencoder=stabilityai/sd-vae-ft-ema"
             )
+        if vae is None and self.config.pool.store == "latents":
+            raise UserError("pool.store=latents needs a generator of latents with its autoencoder; set pool.store=png")
         if vae is not None and shape.in_channels != vae.latent_channels:
             raise UserError(
                 f"generator '{self.weights.name}' works on {shape.in_channels} channels, autoencoder "
@@ -142,7 +145,11 @@ class _Builder:
         return tuple(units), images
 
     def embed(self, images: Stage, name: str, title: str) -> Stage:
-        params = {"phi": self.phi.digest, "shape": canonical(self.phi_shape)}
+        params: dict[str, Any] = {"phi": self.phi.digest, "shape": canonical(self.phi_shape)}
+        if any("confidence" in _needs(arm) for arm in self.config.arms.values()):
+            labels = self.classes.source_labels if images.kind == "encode" else self.classes.generator_labels
+            positions = class_positions(encoder_path(self.config.encoder), self.classes.names)
+            params["heads"] = {str(label): position for label, position in zip(labels, positions, strict=True)}
         flops = images.images * embedding_flops(self.phi_shape, self.config.data.size)
         return self._once(
             f"embed-{name}",
@@ -209,7 +216,7 @@ class _Builder:
         s = self.config.sampling
         units = tuple(unit for label in self._labels() for unit in units_of(label, per_class, s.unit_size))
         images = len(units) * s.unit_size
-        params = {**canonical(s), "generator": self.generator.digest, "seed": self.config.seed}
+        params = {**canonical(s), "store": self.config.pool.store, "generator": self.generator.digest, "seed": self.config.seed}
         name = "fine-tuned" if finetuned else "pretrained"
         inputs = {"finetune": self.finetune()} if finetuned else {}
         flops, weights = images * sampling_flops(self.shape, s), {"generator": self.generator}
@@ -225,30 +232,45 @@ class _Builder:
         )  # fmt: skip
 
     def select(self, name: str, arm: ArmConfig) -> Stage:
-        s = self.config.selection
-        params: dict[str, Any] = {"select": arm.select, "k": s.images_per_class, "classes": list(self.classes.names)}
+        s, needs, pool = self.config.selection, _needs(arm), self._pool(arm)
+        params: dict[str, Any] = {
+            "select": arm.select, "per": arm.per, "k": s.images_per_class, "classes": list(self.classes.names), "pool": pool,
+            "seed": self.config.seed,
+        }  # fmt: skip
         if arm.images == "real":
             images = self.encode("train")
-            params["seed"] = self.config.seed
             inputs = {"images": images}
         else:
-            pool = s.pool_size if self._pool_is_scored(arm.finetune) else s.images_per_class
-            images = self.generate(arm.finetune, pool)
+            images = self.generate(arm.finetune, max(self._pool(a) for a in self._arms_like(arm)))
             inputs = {"images": images}
-        if arm.select == "s3":
-            real = self.encode("train")
+        real = self.encode("train")
+        if needs & {"features", "confidence"}:
+            title = "embed train images" if images is real else f"embed ({images.label})"
+            inputs["embed"] = self.embed(images, images.label, title)
+        if arm.select == "s3" and s.references == "generated":
+            inputs["references"] = inputs["embed"]
+        elif "references" in needs:
             inputs["references"] = self.embed(real, "train", "embed train images")
-            inputs["embed"] = self.embed(images, images.label, f"embed ({images.label})")
+        if arm.select == "s3":
             params |= {
-                "alpha_beta": [s.alpha, s.beta], "groups": s.groups, "coupling": s.coupling,
+                "alpha_beta": [s.alpha, s.beta], "groups": s.groups, "coupling": s.coupling, "references": s.references,
                 "references_per_class": s.references_per_class,
             }  # fmt: skip
+        units = tuple(f"class-{position:04d}" for position in range(len(self.classes.names)))
         return self._once(
-            f"select-{name}", Stage("select", f"select ({arm.title})", params, inputs, images=self._set_size(), label=name)
+            f"select-{name}",
+            Stage("select", f"select ({arm.title})", params, inputs, units=units, images=self._set_size(), label=name),
         )
 
-    def _pool_is_scored(self, finetuned: bool) -> bool:
-        return any(arm.select == "s3" and arm.finetune == finetuned for arm in self.config.arms.values())
+    def _arms_like(self, arm: ArmConfig) -> list[ArmConfig]:
+        """Those that draw from the same candidates."""
+        return [a for a in self.config.arms.values() if (a.images, a.finetune) == (arm.images, arm.finetune)]
+
+    def _pool(self, arm: ArmConfig) -> int:
+        """Candidates of each class that an arm chooses among; 0 for real images, which are as many as there are."""
+        if arm.images == "real":
+            return 0
+        return self.config.selection.images_per_class if arm.select == "first" else self.config.pool_size
 
     def _set_size(self) -> int:
         return self.config.selection.images_per_class * len(self.classes.names)
@@ -267,6 +289,10 @@ class _Builder:
                 images=self._set_size(), flops=flops * len(config.seeds), label=name,
             ),
         )  # fmt: skip
+
+
+def _needs(arm: ArmConfig) -> frozenset[str]:
+    return frozenset({"features", "references"}) if arm.select == "s3" else frozenset(SELECTORS[arm.select].needs)
 
 
 ORDER = ("encode", "embed", "latents", "finetune", "instability", "generate", "select", "export", "evaluate")

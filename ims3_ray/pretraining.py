@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ims3_ray.cluster import connected
+from ims3_ray.cluster import connected, own_device
 from ims3_ray.config import PretrainConfig, canonical
 from ims3_ray.data.batches import load_pixels
 from ims3_ray.data.sources import open_source
@@ -63,18 +63,18 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def judge_generator(config: PretrainConfig, weights: Path) -> Quality:
     """How often a classifier trained on the real training split names guided samples as they were asked for."""
-    from ims3_ray.stages.pool import Candidates
+    from ims3_ray.stages.producers import Candidates
 
     q = config.quality
     torch.set_num_threads(q.judge.threads_per_task)
-    device = "cuda" if ray.get_gpu_ids() else "cpu"
+    device = own_device()
     train, test, names = _splits(config)
     student, accuracy = train_student(train, test, len(names), q.judge, q.judge.seeds[0], device)
-    produce = Candidates(q.sampling, weights, None, None, config.seed)
+    produce = Candidates(q.sampling, weights, None, None, config.seed, device)
     agreed, first = [], []
     for label in range(len(names)):
         units = units_of(label, q.images_per_class, q.sampling.unit_size)
-        samples = torch.cat([produce(unit)[0] for unit in units])[: q.images_per_class]
+        samples = torch.cat([produce(unit).pixels.cpu() for unit in units])[: q.images_per_class]
         agreed.append(accuracy_of(student, (samples, torch.full((len(samples),), label)), device))
         first.append(samples[:10])
     s = q.sampling
@@ -83,7 +83,7 @@ def judge_generator(config: PretrainConfig, weights: Path) -> Quality:
             f"judge: ConvNet-{q.judge.depth} of width {q.judge.width}, {q.judge.epochs} epochs on the real training split, "
             f"{accuracy.last:.1f} % on the test split",
             f"the judge names {sum(agreed) / len(agreed):.1f} % of {q.images_per_class} guided samples a class as they were "
-            f"asked for ({s.steps} steps, guidance {s.cfg_scale:g}, eta {s.eta:g})",
+            f"asked for ({s.sampler}, {s.steps} steps, guidance {s.cfg_scale:g})",
             "by class: " + ", ".join(f"{name} {share:.0f} %" for name, share in zip(names, agreed, strict=True)),
         ],
         torch.cat(first),

@@ -11,10 +11,13 @@ TERMINAL_EVERY_S = 0.2
 
 
 class Progress:
-    """Counts ``total`` things of a stage. Use as a context manager; ``advance`` as they are done."""
+    """Counts ``total`` things of a stage. Use as a context manager; ``advance`` as they are done.
 
-    def __init__(self, title: str, total: float, unit: str, stream: TextIO | None = None) -> None:
-        self.title, self.total, self.unit = title, total, unit
+    ``price`` is what an hour of the stage costs: progress then says what was spent and what is to come.
+    """
+
+    def __init__(self, title: str, total: float, unit: str, stream: TextIO | None = None, price: float = 0.0) -> None:
+        self.title, self.total, self.unit, self.price = title, total, unit, price
         self.done = 0.0
         self._stream = stream or sys.stdout
         self._terminal = self._stream.isatty()
@@ -29,7 +32,8 @@ class Progress:
         seconds = self.seconds
         rate = f", {_rate(self.done / seconds)} {self.unit}/s" if self.done and seconds else ""
         verb = "done" if kind is None else "stopped"
-        self._line(f"{self.title}: {verb} in {seconds:.1f} s{rate}")
+        spent = f", {self._cost(seconds)} spent" if self.price else ""
+        self._line(f"{self.title}: {verb} in {seconds:.1f} s{rate}{spent}")
 
     @property
     def seconds(self) -> float:
@@ -50,9 +54,15 @@ class Progress:
         text = f"{self.title}: {done:g}/{self.total:g} {self.unit}"
         if done > self._first[1]:
             rate = (done - self._first[1]) / max(now - self._first[0], 1e-9)
-            text += f", {_rate(rate)}/s, {_clock((self.total - done) / rate)} left"
+            left = (self.total - done) / rate
+            text += f", {_rate(rate)}/s, {_clock(left)} left"
+            if self.price:
+                text += f", {self._cost(now - self._began)} spent, {self._cost(left)} to come"
         text += note and f", {note}"
         self._show(text) if self._terminal else self._line(text)
+
+    def _cost(self, seconds: float) -> str:
+        return f"{seconds / 3600 * self.price:.2f}"
 
     def _show(self, text: str) -> None:
         self._stream.write(f"\r\x1b[2K{text}")

@@ -45,6 +45,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         import mlflow
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         for noisy in ("mlflow", "alembic"):  # the creation of a fresh database is no news
             logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -64,7 +65,7 @@ class Tracker:
             self.experiment_id = self._experiment(config, storage)
             self.run_id = self.client.create_run(self.experiment_id, run_name=config.name).info.run_id
             self.params(dict(_flat(canonical(config))))
-        except MlflowException as error:
+        except (MlflowException, SQLAlchemyError) as error:
             reason = str(error).splitlines()[0][:200]
             raise UserError(f"MLflow at '{uri}' does not take the run ({reason}); check tracking.uri") from error
         storage.write(note, self.run_id.encode())

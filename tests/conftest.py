@@ -49,7 +49,9 @@ def write_tiny_weights(folder: Path) -> None:
         model="resnet18", model_args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}, channels=1,
         num_classes=len(CLASSES), mean=-0.5, std=0.5,
     )  # fmt: skip
-    (folder / "phi.safetensors").write_bytes(pack(Encoder(phi_shape), canonical(phi_shape), "encoder"))
+    (folder / "phi.safetensors").write_bytes(
+        pack(Encoder(phi_shape), canonical(phi_shape), "encoder", classes="\n".join(CLASSES))
+    )
 
 
 def write_latent_world(folder: Path, seed: int = 0) -> None:

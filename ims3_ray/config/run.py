@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from ims3_ray.config.base import Fraction, Section
 from ims3_ray.config.finetune import FinetuneConfig
+from ims3_ray.diffusion.sampling import SamplerName
+from ims3_ray.selection.base import Per
 
 
 class DataConfig(Section):
@@ -27,20 +29,45 @@ class DataConfig(Section):
 
 
 class SamplingConfig(Section):
-    """Guided sampling of the candidate pool by a Ray Data actor pool."""
+    """Guided sampling of candidates."""
 
-    steps: int = Field(default=25, ge=1)
+    sampler: SamplerName = "ddim"
+    """`ddim` (Eq. 1, deterministic), `ddpm` (ancestral, as the published baselines: with the learned variance of generators
+    that have one), `dpm++2m` (DPM-Solver++, second order: as good in fewer steps)."""
+    steps: int = Field(default=25, ge=1, lt=1000)
     """Evenly spaced denoising steps."""
     cfg_scale: float = Field(default=2.0, ge=1)
     """Classifier-free guidance; 1 is none."""
     cfg_channels: int | None = Field(default=None, ge=1)
     """Guidance acts on the first so many channels (DiT uses 3 of 4); all of them when unset."""
+    cfg_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Guidance acts on this part of the timesteps (0 is clean, 1 is noise); elsewhere a step costs half."""
     clip: bool = True
     """Clamp each predicted clean image to [-1, 1]; right for pixels, wrong for latents."""
-    eta: Fraction = 0.0
-    """0 is DDIM (Eq. 1), 1 is ancestral sampling."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and arithmetic of generator and autoencoder; the steps themselves stay in float32."""
+    compile: bool = False
+    """torch.compile each transformer block (all share one compilation); pays off after some minutes of GPU work."""
     unit_size: int = Field(default=25, ge=1)
-    """Images per unit of work. The batch shape is fixed, so a unit done again gives the same bytes."""
+    """Images per unit of work, one batch. The batch shape is fixed, so a unit done again gives the same bytes."""
+
+    @model_validator(mode="after")
+    def _interval(self) -> SamplingConfig:
+        low, high = self.cfg_interval
+        if low > high:
+            raise ValueError(f"cfg_interval=[{low:g}, {high:g}] ends before it starts; swap the two")
+        return self
+
+
+class PoolConfig(Section):
+    """The candidates, addressed by class and index: a larger one extends what is there."""
+
+    per_class: int | None = Field(default=None, ge=1)
+    """Candidates drawn per class; selection.groups times images_per_class when unset."""
+    store: Literal["png", "latents"] = "png"
+    """`latents` keeps a tenth of the bytes and decodes the chosen ones again; needs an autoencoder."""
+    mix_hardware: bool = False
+    """Whether images of different devices or PyTorch versions may share a pool: they differ in their last bits."""
 
 
 class ActorsConfig(Section):
@@ -52,6 +79,8 @@ class ActorsConfig(Section):
     gpus: float = Field(default=0, ge=0)
     threads: int = Field(default=1, ge=1)
     """PyTorch threads of each actor."""
+    encoders: int = Field(default=2, ge=1)
+    """Threads of each actor that encode and write images while its device works on the next unit."""
     max_attempts: int = Field(default=3, ge=1)
     """Passes over units of work that failed before the stage gives up."""
 
@@ -70,25 +99,15 @@ class SelectionConfig(Section):
     coupling: Literal["pool", "selected"] = "pool"
     """`pool` is Eq. 10 as printed; `selected` repels from the selected groups only."""
     references_per_class: int | None = Field(default=None, ge=1)
-    """K_i of Eq. 8; all real images when unset."""
-    pool_per_class: int | None = Field(default=None, ge=1)
-    """Candidates drawn per class; G·K when unset."""
+    """K_i of Eq. 8, drawn at random by the run's seed; all images when unset."""
+    references: Literal["real", "generated"] = "real"
+    """What the reference centroids are made of: real images (Eq. 8), or the class's candidates (Table 13)."""
 
     @model_validator(mode="after")
     def _possible(self) -> SelectionConfig:
         if self.alpha == 0 and self.beta == 0:
             raise ValueError("alpha and beta are both 0, so every subgroup scores the same; raise one of them")
-        needed = self.groups * self.images_per_class
-        if self.pool_per_class is not None and self.pool_per_class < needed:
-            raise ValueError(
-                f"pool_per_class={self.pool_per_class} holds fewer than groups·images_per_class = "
-                f"{self.groups}·{self.images_per_class} = {needed} images; raise it or lower the others"
-            )
         return self
-
-    @property
-    def pool_size(self) -> int:
-        return self.pool_per_class or self.groups * self.images_per_class
 
 
 class InstabilityConfig(Section):
@@ -135,12 +154,17 @@ class ArmConfig(Section):
     title: str
     images: Literal["real", "generated"]
     finetune: bool = False
-    select: Literal["random", "first", "s3"] = "first"
+    select: Literal["first", "random", "s3", "closest", "herding", "k_center", "moments", "confidence", "least_confidence"] = (
+        "first"
+    )
+    """How K images are chosen: docs/selection.md."""
+    per: Per = "image"
+    """Any K images, or one of the subgroups of K that S3 chooses from. S3 itself always takes a subgroup."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ArmConfig:
         if self.images == "real" and (self.finetune or self.select == "s3"):
-            raise ValueError("images: real goes with select: random or first and without finetune")
+            raise ValueError("images: real goes with any select but s3 and without finetune")
         return self
 
 
@@ -163,6 +187,10 @@ class ClusterConfig(Section):
     """Ray address; unset joins the cluster of `RAY_ADDRESS` or of the job, or starts Ray on this machine."""
     wait_s: float = Field(default=0, ge=0)
     """How long to wait for an autoscaling cluster to grow to what the plan needs."""
+    gpu_price: float | None = Field(default=None, ge=0)
+    """What a GPU costs an hour: progress then says what was spent and what is to come. In any currency."""
+    cpu_price: float | None = Field(default=None, ge=0)
+    """What a CPU costs an hour, beside GPUs."""
 
 
 class RunConfig(Section):
@@ -183,6 +211,7 @@ class RunConfig(Section):
     """φ, the frozen feature encoder: `embedded:NAME`, a file, a folder as timm saves it, a hub id (`timm/resnet18.tv_in1k`)."""
     finetune: FinetuneConfig = FinetuneConfig()
     sampling: SamplingConfig = SamplingConfig()
+    pool: PoolConfig = PoolConfig()
     actors: ActorsConfig = ActorsConfig()
     selection: SelectionConfig = SelectionConfig()
     instability: InstabilityConfig = InstabilityConfig()
@@ -201,4 +230,15 @@ class RunConfig(Section):
             raise ValueError("name 'artifacts' is taken by the shared artifacts; choose another")
         if self.export not in self.arms:
             raise ValueError(f"export='{self.export}' is no arm; there is: {', '.join(self.arms)}")
+        s, drawn = self.selection, self.pool.per_class
+        if drawn is not None and drawn < s.groups * s.images_per_class:
+            raise ValueError(
+                f"pool.per_class={drawn} holds fewer than selection.groups·images_per_class = "
+                f"{s.groups}·{s.images_per_class} = {s.groups * s.images_per_class} images; raise it or lower the others"
+            )
         return self
+
+    @property
+    def pool_size(self) -> int:
+        """Candidates per class."""
+        return self.pool.per_class or self.selection.groups * self.selection.images_per_class

@@ -18,10 +18,12 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def image_table(rows: Iterable[tuple[bytes, str, int]], class_names: Sequence[str]) -> pa.Table:
-    """Rows (encoded image, file name, label) as a table with ``image: {bytes, path}`` and a ClassLabel ``label``."""
+def image_table(rows: Iterable[tuple[bytes, str, int]], class_names: Sequence[str] | None = None) -> pa.Table:
+    """Rows (encoded image, file name, label) as a table with ``image: {bytes, path}`` and a ClassLabel ``label``, a plain
+    number where classes have no names here."""
     encoded, paths, labels = zip(*rows, strict=True)
-    features = {"image": {"_type": "Image"}, "label": {"names": list(class_names), "_type": "ClassLabel"}}
+    label = {"dtype": "int64", "_type": "Value"} if class_names is None else {"names": [*class_names], "_type": "ClassLabel"}
+    features = {"image": {"_type": "Image"}, "label": label}
     schema = pa.schema(
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
         metadata={"huggingface": json.dumps({"info": {"features": features}})},

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Spacing = Literal["leading", "linspace"]
 
 
 class NoiseSchedule:
@@ -41,11 +45,20 @@ class NoiseSchedule:
         variance = self.beta * (1 - self.alpha_bar_previous) / (1 - self.alpha_bar)
         return torch.cat([variance[1:2], variance[1:]]).log()
 
-    def respaced(self, num_steps: int) -> Tensor:
-        """``num_steps`` timesteps ``0 = t_0 < … < t_N-1``, evenly spaced and counted from zero ("leading", as DDIM)."""
+    def respaced(self, num_steps: int, spacing: Spacing = "leading") -> Tensor:
+        """``num_steps`` evenly spaced timesteps in rising order, int64.
+
+        "leading" counts from zero in whole steps, as DDIM; "linspace" reaches from zero to the last timestep, rounded (only
+        the last one for a single step).
+        """
         if not 1 <= num_steps <= self.num_steps:
             raise ValueError(f"number of sampling steps must lie in 1 … {self.num_steps}, not {num_steps}")
-        return torch.arange(num_steps) * (self.num_steps // num_steps)
+        if spacing == "leading":
+            return torch.arange(num_steps) * (self.num_steps // num_steps)
+        last = self.num_steps - 1
+        if num_steps == 1:
+            return torch.tensor([last])
+        return (torch.arange(num_steps) * torch.tensor(last / (num_steps - 1), dtype=torch.float64)).round().long()
 
 
 def per_sample(value_B: Tensor, like: Tensor) -> Tensor:

@@ -139,10 +139,14 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
-        x_BTD = x_BTD + gate1[:, None] * self.attn(modulate(self.norm1(x_BTD), shift1, scale1))
-        return x_BTD + gate2[:, None] * self.mlp(modulate(self.norm2(x_BTD), shift2, scale2))
+    def forward(self, x_BTD: Tensor, condition_PD: Tensor) -> Tensor:
+        """``condition_PD`` serves the P equal parts of the batch, whose tokens are then one long row each."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_PD).chunk(6, dim=1)
+        parts = (len(condition_PD), -1, x_BTD.shape[2])
+        attended = self.attn(modulate(self.norm1(x_BTD).reshape(parts), shift1, scale1).reshape(x_BTD.shape))
+        x_BTD = torch.addcmul(x_BTD.reshape(parts), gate1[:, None], attended.reshape(parts)).reshape(x_BTD.shape)
+        mixed = self.mlp(modulate(self.norm2(x_BTD).reshape(parts), shift2, scale2))
+        return torch.addcmul(x_BTD.reshape(parts), gate2[:, None], mixed).reshape(x_BTD.shape)
 
 
 class FinalLayer(nn.Module):
@@ -152,9 +156,10 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(dim, out_values)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
-    def forward(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition_BD).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x_BTD), shift, scale))
+    def forward(self, x_BTD: Tensor, condition_PD: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition_PD).chunk(2, dim=1)
+        parts = (len(condition_PD), -1, x_BTD.shape[2])
+        return self.linear(modulate(self.norm_final(x_BTD).reshape(parts), shift, scale)).reshape(*x_BTD.shape[:2], -1)
 
 
 class TimestepEmbedder(nn.Module):
@@ -179,10 +184,11 @@ class LabelEmbedder(nn.Module):
 class DiT(nn.Module):
     """Class-conditional noise predictor ε_θ(z_t, t, y).
 
-    Parameter names are those of the DiT release, so its checkpoints load as they are. ``model(z, t, y)`` takes
-    ``z`` [B, C, H, W], ``t`` [B] (0 … 999) and ``y`` [B] (``config.null_label`` for "no class") and returns the
-    predicted noise [B, C, H, W], or [B, 2C, H, W] with ``learn_sigma``. Label dropping is the caller's, not the
-    module's: see :func:`ims3_ray.objectives.diffusion.drop_labels`.
+    Parameter names are those of the DiT release, so its checkpoints load as they are. ``model(z, t, y)`` takes ``z`` [B, C,
+    H, W], ``t`` [B] (0 … 999) and ``y`` [B] (``config.null_label`` for "no class") and returns the predicted noise [B, C, H,
+    W], or [B, 2C, H, W] with ``learn_sigma``. Where P equal parts of the batch share timestep and class each, as in guided
+    sampling, ``t`` and ``y`` may be [P]: the conditions are then embedded and projected once a part. Label dropping is the
+    caller's, not the module's: see :func:`ims3_ray.objectives.diffusion.drop_labels`.
     """
 
     compute_dtype: torch.dtype | None = None
@@ -221,14 +227,18 @@ class DiT(nn.Module):
 
     def forward(self, z_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
         with self._autocast(z_BCHW.device.type):
-            tokens = self.x_embedder["proj"](z_BCHW).flatten(2).transpose(1, 2) + self.pos_embed
-            condition_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
+            tokens = self.x_embedder["proj"](z_BCHW.to(self._dtype)).flatten(2).transpose(1, 2) + self.pos_embed
+            condition_PD = self.t_embedder(t_B.to(z_BCHW.device)) + self.y_embedder(y_B)
             for block in self.blocks:
                 if self.recompute and torch.is_grad_enabled():
-                    tokens = checkpoint(block, tokens, condition_BD, use_reentrant=False)
+                    tokens = checkpoint(block, tokens, condition_PD, use_reentrant=False)
                 else:
-                    tokens = block(tokens, condition_BD)
-            return self._unpatchify(self.final_layer(tokens, condition_BD))
+                    tokens = block(tokens, condition_PD)
+            return self._unpatchify(self.final_layer(tokens, condition_PD))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.x_embedder.parameters()).dtype
 
     def _autocast(self, device: str) -> AbstractContextManager[object]:
         return torch.autocast(device, self.compute_dtype) if self.compute_dtype else nullcontext()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ims3_ray.data.classes import imagenet_wnids
 from ims3_ray.errors import UserError
 from ims3_ray.models.checkpoints import check_fit, load_into, read_metadata, weights_path
 from ims3_ray.models.hub import fetch, is_hub_id
@@ -33,6 +35,8 @@ class EncoderConfig(BaseModel):
     size: int | None = None
     """Height and width to which images are scaled first; as they come when None."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    projection: bool = False
+    """Features are what the head makes of the pooled ones: the image embedding of CLIP, whose head is no classifier."""
 
 
 class Encoder(nn.Module):
@@ -51,7 +55,7 @@ class Encoder(nn.Module):
 
     @property
     def dim(self) -> int:
-        return int(self.network.num_features)
+        return int(self.config.num_classes if self.config.projection else self.network.head_hidden_size)
 
     def _features(self, x_BCHW: Tensor) -> Tensor:
         c = self.config
@@ -64,8 +68,14 @@ class Encoder(nn.Module):
         return self.network.forward_head(self._features(x_BCHW))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        pooled = self.network.forward_head(self._features(x_BCHW), pre_logits=True)
-        return F.normalize(pooled, dim=1)
+        return self.look(x_BCHW)[0]
+
+    def look(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """φ(x) [B, D] and the class scores of :meth:`logits`, from one pass."""
+        found = self._features(x_BCHW)
+        scores = self.network.forward_head(found)
+        features = scores if self.config.projection else self.network.forward_head(found, pre_logits=True)
+        return F.normalize(features, dim=1), scores
 
 
 def encoder_path(reference: str) -> Path:
@@ -96,10 +106,16 @@ def encoder_config(path: Path) -> EncoderConfig:
         mean, std = tuple(2 * m - 1 for m in data["mean"]), tuple(2 * s for s in data["std"])
         return EncoderConfig(
             model=plain["architecture"], model_args=plain.get("model_args", {}), channels=channels,
-            num_classes=plain["num_classes"], mean=mean, std=std, size=size,
+            num_classes=plain["num_classes"], mean=mean, std=std, size=size, interpolation=data.get("interpolation", "bicubic"),
+            projection=_is_clip_tower(plain["architecture"], data.get("tag", "")),
         )  # fmt: skip
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path.parent}/config.json' is none of timm's ({type(error).__name__}: {error})") from error
+
+
+def _is_clip_tower(architecture: str, tag: str) -> bool:
+    """Whether timm's head is CLIP's projection: so it is unless the tower was fine-tuned (``_ft_``) as a classifier."""
+    return "clip" in architecture and not {"ft", "in1k", "in12k"} & set(tag.split("_"))
 
 
 def check_encoder(path: Path) -> None:
@@ -116,3 +132,18 @@ def load_encoder(path: Path) -> Encoder:
     encoder = Encoder(encoder_config(path))
     load_into(encoder.network if _of_timm(path) else encoder, path)
     return encoder.eval().requires_grad_(False)
+
+
+def class_positions(path: Path, class_names: Sequence[str]) -> list[int]:
+    """Index of each class in φ's own classifier, by name; :class:`UserError` if it has none or does not know a class."""
+    if _of_timm(path):
+        shape = encoder_config(path)
+        known = imagenet_wnids() if shape.num_classes == len(imagenet_wnids()) and not shape.projection else ()
+    else:
+        known = tuple(filter(None, read_metadata(path, "encoder").get("classes", "").split("\n")))
+    if unknown := [name for name in class_names if name not in known]:
+        raise UserError(
+            f"encoder '{path}' has no classifier that knows '{unknown[0]}', which select: confidence asks; "
+            "choose an encoder that was trained on these classes, or another select"
+        )
+    return [known.index(name) for name in class_names]

@@ -6,8 +6,6 @@ import json
 import statistics
 from typing import Any
 
-from safetensors.torch import load
-
 from ims3_ray.config import canonical
 from ims3_ray.plan import Plan
 from ims3_ray.report.card import dataset_card
@@ -15,6 +13,7 @@ from ims3_ray.report.html import SHEET_CLASSES, render_report
 from ims3_ray.stages.adapters import Adapters
 from ims3_ray.stages.base import Context, Stage
 from ims3_ray.stages.export import contact_sheet, unpack
+from ims3_ray.stages.select import read_chosen
 
 
 def publish(context: Context, plan: Plan, results: dict[str, Any]) -> None:
@@ -36,7 +35,7 @@ def publish(context: Context, plan: Plan, results: dict[str, Any]) -> None:
 
 
 def _images(context: Context, evaluation: Stage) -> Any:
-    return load(evaluation.inputs["select"].artifact(context.storage).read("images.safetensors"))["pixels"]
+    return read_chosen(evaluation.inputs["select"].artifact(context.storage))[0]
 
 
 def _losses(context: Context, plan: Plan) -> list[dict[str, float]]:

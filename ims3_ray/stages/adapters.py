@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load
 
 from ims3_ray.artifacts import Artifact, Storage
@@ -61,8 +62,11 @@ class Adapters:
 class GroupModels:
     """The pretrained generator, or the fine-tuned one of a class's group. Holds one at a time: classes come in order."""
 
-    def __init__(self, weights: Path, adapters: Adapters | None, device: str) -> None:
+    def __init__(
+        self, weights: Path, adapters: Adapters | None, device: str, dtype: torch.dtype = torch.float32, compiled: bool = False
+    ) -> None:
         self.weights, self.adapters, self.device = weights, adapters, device
+        self.dtype, self.compiled = dtype, compiled
         self.held: tuple[int | None, DiT] | None = None
 
     def of_class(self, label: int) -> DiT:
@@ -72,5 +76,9 @@ class GroupModels:
             model = load_generator(self.weights)
             if self.adapters and group is not None:
                 self.adapters.merge(group, model)
-            self.held = (group, model.to(self.device))
+            model.to(self.device, self.dtype)
+            if self.compiled:
+                for block in model.blocks:
+                    block.compile(dynamic=False)
+            self.held = (group, model)
         return self.held[1]

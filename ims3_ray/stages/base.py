@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +17,17 @@ from ims3_ray.data.classes import ClassTable
 from ims3_ray.stages.weights import Weights
 from ims3_ray.tracking import Tracker
 
+READERS = 16
+"""Shards that a process reads at a time."""
+
 VERSION = {
     "encode": 1,
     "embed": 2,
     "latents": 2,
     "finetune": 2,
     "instability": 1,
-    "generate": 1,
-    "select": 1,
+    "generate": 2,
+    "select": 2,
     "export": 1,
     "evaluate": 1,
 }
@@ -87,11 +91,16 @@ class Context:
     tracker: Tracker
 
 
-def commit_units(artifact: Artifact, units: Mapping[str, Any], seconds: float, **extra: Any) -> None:
-    """Add ``units`` to the artifact's manifest (it may be extended later) with the seconds they took."""
+def commit_units(
+    artifact: Artifact, units: Mapping[str, Any], seconds: float, failed: Mapping[str, str] | None = None, **extra: Any
+) -> None:
+    """Add ``units`` to the artifact's manifest (it may be extended later) with the seconds they took; ``failed`` are those that
+    could not be made, with their errors, until they are."""
     before = artifact.manifest() or {"units": {}, "seconds": 0.0}
     total = float(before["seconds"]) + seconds
-    artifact.commit({**before, **extra, "units": {**before["units"], **units}, "seconds": total, "stage": artifact.stage})
+    made = {**before["units"], **units}
+    errors = {unit: why for unit, why in {**before.get("failed", {}), **(failed or {})}.items() if unit not in made}
+    artifact.commit({**before, **extra, "units": made, "failed": errors, "seconds": total, "stage": artifact.stage})
 
 
 def unit_name(label: int, number: int) -> str:
@@ -113,6 +122,22 @@ def pack_tensors(**tensors: Tensor) -> bytes:
     return save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
 
 
-def read_class(artifact: Artifact, units: list[str], name: str) -> Tensor:
+def read_many(artifact: Artifact, units: Sequence[str], suffix: str) -> Iterator[tuple[str, bytes]]:
+    """(unit, its shard) of many units: object storage answers slowly and takes many questions at a time."""
+    with ThreadPoolExecutor(READERS) as readers:
+        for start in range(0, len(units), 4 * READERS):  # what is read ahead stays small
+            part = units[start : start + 4 * READERS]
+            yield from zip(part, readers.map(lambda unit: artifact.read(f"{unit}.{suffix}"), part), strict=True)
+
+
+def read_class(artifact: Artifact, units: Sequence[str], name: str) -> Tensor:
     """Tensor ``name`` of a class's units, joined in order of their numbers."""
-    return torch.cat([load(artifact.read(f"{unit}.safetensors"))[name] for unit in units])
+    return torch.cat([load(shard)[name] for _, shard in read_many(artifact, units, "safetensors")])
+
+
+def by_class(units: Sequence[str]) -> dict[int, list[str]]:
+    """Label → its units, in their order."""
+    found: dict[int, list[str]] = {}
+    for unit in units:
+        found.setdefault(parse_unit(unit)[0], []).append(unit)
+    return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +19,45 @@ from ims3_ray.data.hub import parquet_bytes
 from ims3_ray.data.transforms import to_signed
 from ims3_ray.models.autoencoder import load_autoencoder
 from ims3_ray.models.encoder import load_encoder
-from ims3_ray.stages.base import pack_tensors
+from ims3_ray.stages.base import Stage, pack_tensors, parse_unit
+from ims3_ray.stages.images import Produced
+from ims3_ray.stages.weights import Weights
 
-Derive = Callable[[Tensor], tuple[str, bytes]]
-"""uint8 pixels [n, C, H, W] → (suffix, content) of the unit's shard."""
+
+@dataclass(frozen=True)
+class Derived:
+    """A unit's shard: the suffix of its name and its content."""
+
+    suffix: str
+    data: bytes
 
 
 class Features:
-    """φ of each image, float32 [n, D], as safetensors."""
+    """φ of each image, float32 [n, D], as safetensors; beside it what φ's own classifier says of the class that the image is
+    of, where that is asked for: ``log_probability`` float32 [n] and ``recognised`` bool [n]."""
 
     batch = 250
 
-    def __init__(self, weights: Path, device: str) -> None:
-        self.encoder, self.device = load_encoder(weights).to(device), device
+    def __init__(self, weights: Path, device: str, heads: Mapping[str, int] | None = None) -> None:
+        self.encoder, self.device, self.heads = load_encoder(weights).to(device), device, heads
+        """``heads``: label of a unit's class, as text, to the index of φ's classifier."""
 
     @torch.inference_mode()
-    def __call__(self, pixels: Tensor) -> tuple[str, bytes]:
-        parts = [self.encoder(to_signed(part)).float().cpu() for part in _batches(pixels, self.batch, self.device)]
-        features = torch.cat(parts) if parts else torch.zeros(0, self.encoder.dim)
-        return "safetensors", pack_tensors(features=features)
+    def __call__(self, unit: str, produced: Produced) -> Derived:
+        """Raises ``ValueError`` naming the first image of which φ gives values that are not finite."""
+        parts = [self.encoder.look(to_signed(part)) for part in _batches(produced.pixels, self.batch, self.device)]
+        found = [features.float().cpu() for features, _ in parts]
+        features = torch.cat(found) if found else torch.zeros(0, self.encoder.dim)
+        if (bad := (~features.isfinite().all(dim=1)).nonzero()).numel():
+            raise ValueError(f"φ gives values that are not finite for {produced.names[int(bad[0])]}")
+        tensors = {"features": features}
+        if self.heads is not None:
+            index = self.heads[str(parse_unit(unit)[0])]
+            scores = [logits.float().cpu() for _, logits in parts] or [torch.zeros(0, index + 1)]
+            log_probability = torch.cat(scores).log_softmax(dim=1)
+            tensors["log_probability"] = log_probability[:, index]
+            tensors["recognised"] = log_probability.argmax(dim=1) == index
+        return Derived("safetensors", pack_tensors(**tensors))
 
 
 class Latents:
@@ -50,15 +72,15 @@ class Latents:
         self.autoencoder, self.device, self.flips = load_autoencoder(weights).to(device), device, flips
 
     @torch.inference_mode()
-    def __call__(self, pixels: Tensor) -> tuple[str, bytes]:
+    def __call__(self, unit: str, produced: Produced) -> Derived:
         parts: dict[str, list[Tensor]] = {"mean": [], "log_variance": []}
-        for part in _batches(pixels, self.batch, self.device):
+        for part in _batches(produced.pixels, self.batch, self.device):
             signed = to_signed(part)
             moments = [self.autoencoder.moments(x) for x in (signed, signed.flip(-1))[: self.flips]]
             for name, tensors in zip(parts, zip(*moments, strict=True), strict=True):
                 parts[name].append(torch.stack(tensors, dim=1).half().cpu())
         columns = {name: _column(torch.cat(found)) for name, found in parts.items() if found}
-        return "parquet", parquet_bytes(pa.table(columns))
+        return Derived("parquet", parquet_bytes(pa.table(columns)))
 
 
 def read_latents(artifact: Artifact, units: list[str]) -> dict[str, Tensor]:
@@ -79,3 +101,21 @@ def _batches(pixels: Tensor, size: int, device: str) -> list[Tensor]:
 
 def _column(tensor: Tensor) -> pa.Array:
     return pa.FixedShapeTensorArray.from_numpy_ndarray(tensor.numpy())
+
+
+Derive = Callable[[str, Produced], Derived]
+
+
+def derive_of(stage: Stage) -> Callable[[str], Derive]:
+    """What an actor builds for itself when it starts, on its device, to derive ``stage`` from images."""
+    if stage.kind == "latents":
+        return partial(_latents, stage.weights["autoencoder"], stage.params["flips"])
+    return partial(_features, stage.weights["encoder"], stage.params.get("heads"))
+
+
+def _latents(weights: Weights, flips: int, device: str) -> Latents:
+    return Latents(weights.path(), device, flips)
+
+
+def _features(weights: Weights, heads: Mapping[str, int] | None, device: str) -> Features:
+    return Features(weights.path(), device, heads)

@@ -9,13 +9,14 @@ from typing import Any
 
 import ray
 import torch
-from safetensors.torch import load
 
 from ims3_ray.artifacts import Artifact
+from ims3_ray.cluster import own_device
 from ims3_ray.config import EvaluationConfig
 from ims3_ray.evaluation import train_student
 from ims3_ray.progress import Progress
-from ims3_ray.stages.base import Context, Stage, commit_units, read_class
+from ims3_ray.stages.base import Context, Stage, by_class, commit_units, read_class
+from ims3_ray.stages.select import read_chosen
 
 
 def unit_of(seed: int) -> str:
@@ -29,13 +30,10 @@ def evaluate_seed(
     config = EvaluationConfig.model_validate(plain)
     torch.set_num_threads(config.threads_per_task)
     began = time.monotonic()
-    images = load(chosen.read("images.safetensors"))
     parts = [read_class(test, units, "pixels") for units in test_units]
     labels = torch.cat([torch.full((len(part),), position) for position, part in enumerate(parts)])
-    device = "cuda" if ray.get_gpu_ids() else "cpu"
-    _, accuracy = train_student(
-        (images["pixels"], images["labels"]), (torch.cat(parts), labels), len(parts), config, seed, device
-    )
+    test_set = torch.cat(parts), labels
+    _, accuracy = train_student(read_chosen(chosen), test_set, len(parts), config, seed, own_device())
     return {**asdict(accuracy), "seconds": time.monotonic() - began}
 
 
@@ -46,9 +44,8 @@ def run_all(context: Context, stages: list[Stage]) -> None:
     running: dict[Any, tuple[Stage, int]] = {}
     for stage in {stage.key(storage): stage for stage in stages}.values():
         chosen, test = stage.inputs["select"].artifact(storage), stage.inputs["test"]
-        test_units = [
-            [unit for unit in test.units if unit.startswith(f"c{label:04d}-")] for label in context.classes.source_labels
-        ]
+        units = by_class(test.units)
+        test_units = [units[label] for label in context.classes.source_labels]
         for seed in config.seeds:
             if unit_of(seed) in stage.missing(storage):
                 ref = task.remote(chosen, test.artifact(storage), test_units, config.model_dump(mode="json"), seed)

@@ -7,7 +7,6 @@ import time
 
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import load
 from torch.nn import functional as F
 
 from ims3_ray.artifacts import Artifact
@@ -15,6 +14,7 @@ from ims3_ray.data.classes import folder_name
 from ims3_ray.data.hub import encode_png, image_table, parquet_bytes
 from ims3_ray.data.transforms import to_pil, to_signed, to_uint8
 from ims3_ray.stages.base import Context, Stage, commit_units
+from ims3_ray.stages.select import read_chosen
 
 PARQUET = "train-00000-of-00001.parquet"
 THUMBNAIL = 96
@@ -24,11 +24,11 @@ THUMBNAIL = 96
 def run(context: Context, stage: Stage) -> None:
     """Commit the distilled set as one Parquet shard."""
     began = time.monotonic()
-    chosen = load(stage.inputs["select"].artifact(context.storage).read("images.safetensors"))
+    pixels, labels = read_chosen(stage.inputs["select"].artifact(context.storage))
     names, k = context.classes.names, context.config.selection.images_per_class
     rows = []
-    for position, (pixels, label) in enumerate(zip(chosen["pixels"], chosen["labels"].tolist(), strict=True)):
-        rows.append((encode_png(to_pil(pixels)), f"{folder_name(names[label])}/{position % k:05d}.png", label))
+    for position, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
+        rows.append((encode_png(to_pil(image)), f"{folder_name(names[label])}/{position % k:05d}.png", label))
     artifact = stage.artifact(context.storage)
     digest = artifact.write(PARQUET, parquet_bytes(image_table(rows, names)))
     commit_units(artifact, {"result": {"sha256": digest, "images": len(rows)}}, time.monotonic() - began)

@@ -1,150 +1,222 @@
-"""Selection: the S3 actor gathers subgroup centroids and minimises Eq. 10; baselines take K images directly."""
+"""Selection: S3 takes one subgroup per class by Eq. 10; other selectors look at one class at a time. Then the chosen images are
+gathered, one shard per class."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ims3_ray.artifacts import Artifact
+from ims3_ray.cluster import own_device
+from ims3_ray.errors import UserError
 from ims3_ray.seeds import generator_for
-from ims3_ray.selection import SELECTORS, ClassImages, SubgroupSelection, select_subgroups
-from ims3_ray.stages.base import Context, Stage, commit_units, pack_tensors, parse_unit, read_class, units_of
+from ims3_ray.selection import SELECTORS, ClassImages, Per
+from ims3_ray.stages.base import Context, Stage, by_class, commit_units, pack_tensors, read_many
+from ims3_ray.stages.images import ImageStore, first_index
+from ims3_ray.stages.s3 import Listener, Part, start_selector, table_of
 
-Sums = dict[int, NDArray[np.float64]]
-"""Subgroup (or 0 for a class's real images) → sum of φ over a unit's images of it [D]."""
-
-
-class S3Selector:
-    """The central actor of Selective Subgroup Sampling.
-
-    A contribution is a put keyed by unit, never an addition, so sending one twice changes nothing. A restarted actor is
-    empty and says so through ``missing``; whoever asks feeds it again from the committed shards.
-    """
-
-    def __init__(self, class_order: dict[str, tuple[int, ...]], units: dict[str, list[str]], groups: int) -> None:
-        self.class_order, self.units, self.groups = class_order, units, groups
-        self.sums: dict[str, dict[str, Sums]] = {pool: {} for pool in units}
-
-    def put(self, pool: str, unit: str, sums: Sums) -> None:
-        self.sums[pool][unit] = sums
-
-    def missing(self) -> list[tuple[str, str]]:
-        return [(pool, unit) for pool, units in self.units.items() for unit in units if unit not in self.sums[pool]]
-
-    def centroids(self, pool: str, groups: int) -> Tensor:
-        """Eq. 8 and 9: ℓ2-normalised means, float64 [C, groups, D]. The sum of a subgroup has the mean's direction."""
-        position = {label: i for i, label in enumerate(self.class_order[pool])}
-        dim = len(next(iter(next(iter(self.sums[pool].values())).values())))
-        total = np.zeros((len(position), groups, dim))
-        for unit in sorted(self.sums[pool]):
-            for group, value in self.sums[pool][unit].items():
-                total[position[parse_unit(unit)[0]], group] += value
-        return normalize(torch.from_numpy(total), dim=-1)
-
-    def select(self, alpha: float, beta: float, coupling: str) -> SubgroupSelection | None:
-        """Eq. 10 over the pool; None while contributions are missing, as they are after a restart."""
-        if self.missing():
-            return None
-        candidates, references = self.centroids("candidates", self.groups), self.centroids("references", 1)[:, 0]
-        return select_subgroups(candidates, references, alpha=alpha, beta=beta, coupling=coupling)  # type: ignore[arg-type]
+CLASSES_PER_TASK = 50
+"""What a task does of a stage that looks at classes one by one; fewer classes in all are no work to send away."""
 
 
-def partial_sums(features_ND: Tensor, first: int, per_group: int, limit: int) -> Sums:
-    """Sums of ℓ2-normalised features over the subgroups that images ``first`` … fall into; images from ``limit`` on are not
-    part of any."""
-    sums: Sums = {}
-    for offset, feature in enumerate(normalize(features_ND.double(), dim=-1).numpy()):
-        index = first + offset
-        if index < limit:
-            group = index // per_group
-            sums[group] = sums.get(group, np.zeros_like(feature)) + feature
-    return sums
+@dataclass(frozen=True)
+class ClassUnits:
+    """A class's units in order, with the index within the class of each one's first image, and how many images there are."""
+
+    label: int
+    first: dict[str, int]
+    count: int
 
 
-@ray.remote(num_cpus=1, max_retries=3)
-def contribute(selector: Any, pool: str, unit: str, artifact: Artifact, unit_size: int, per_group: int, limit: int) -> None:
-    """Read one embedding shard, near which this task may run, and put its part of the centroids."""
-    features = load(artifact.read(f"{unit}.safetensors"))["features"]
-    first = parse_unit(unit)[1] * unit_size
-    ray.get(selector.put.remote(pool, unit, partial_sums(features, first, per_group, limit)))
+def class_units(context: Context, stage: Stage) -> list[ClassUnits]:
+    """Of every class, in order. Real images that could not be decoded do not count; candidates beyond the pool's size are
+    none."""
+    real = stage.kind == "encode"
+    labels = context.classes.source_labels if real else context.classes.generator_labels
+    entries = (stage.manifest(context.storage) or {}).get("units", {})
+    size = context.config.sampling.unit_size
+    units, found = by_class(stage.units), []
+    for label in labels:
+        images = {unit: entries[unit]["images"] if real else size for unit in units[label]}
+        found.append(ClassUnits(label, first_index(units[label], images), sum(images.values())))
+    return found
 
 
-def choose_s3(context: Context, stage: Stage) -> tuple[SubgroupSelection, dict[str, Any]]:
-    """Run the S3 actor over the committed embeddings."""
-    s, storage, classes = context.config.selection, context.storage, context.classes
-    pools = {"candidates": stage.inputs["embed"], "references": stage.inputs["references"]}
-    limits = {"candidates": s.groups * s.images_per_class, "references": s.references_per_class or max(classes.counts)}
-    sizes = {"candidates": context.config.sampling.unit_size, "references": context.config.data.unit_size}
-    per_group = {"candidates": s.images_per_class, "references": limits["references"]}
-    order = {"candidates": classes.generator_labels, "references": classes.source_labels}
-    units = {
-        pool: [unit for label in order[pool] for unit in units_of(label, limits[pool], sizes[pool]) if unit in node.units]
-        for pool, node in pools.items()
-    }
-    key = stage.key(storage)
-    selector = (
-        ray.remote(S3Selector)
-        .options(name=f"s3-{key}", namespace="ims3", get_if_exists=True, num_cpus=0, max_restarts=-1, max_task_retries=-1)
-        .remote(order, units, s.groups)
+# S3
+
+
+def parts_of(context: Context, stage: Stage) -> dict[str, Part]:
+    """What the S3 actor of a selection adds up. Needs the real images to be decoded, but no candidate."""
+    s, storage = context.config.selection, context.storage
+    k, labels = s.images_per_class, context.classes.generator_labels
+    classes = class_units(context, stage.inputs["images"])
+    first = {unit: index for c in classes for unit, index in c.first.items() if index < s.groups * k}
+    counts = {c.label: c.count for c in classes}
+    candidates = Part(stage.inputs["embed"].artifact(storage), labels, first, counts, k, s.groups)
+    references = stage.inputs["references"]
+    if s.references == "real":
+        classes, labels = class_units(context, references.inputs["images"]), context.classes.source_labels
+    counts = {c.label: c.count for c in classes}
+    drawn = Part(
+        references.artifact(storage), labels, {}, counts, s.references_per_class or max(counts.values()), 1, context.config.seed
     )
-    while (selection := ray.get(selector.select.remote(s.alpha, s.beta, s.coupling))) is None:
-        tasks = [
-            contribute.remote(selector, pool, unit, pools[pool].artifact(storage), sizes[pool], per_group[pool], limits[pool])
-            for pool, unit in ray.get(selector.missing.remote())
-        ]
-        ray.get(tasks)
+    first = {}
+    for c in classes:
+        groups, ends = drawn.group_of(c.label), [*list(c.first.values())[1:], c.count]
+        held = [(groups[start:end] >= 0).any() for start, end in zip(c.first.values(), ends, strict=True)]
+        first |= dict(itertools.compress(c.first.items(), held))
+    return {"candidates": candidates, "references": replace(drawn, first=first)}
+
+
+def listen(context: Context, stages: Sequence[Stage]) -> dict[str, list[Listener]]:
+    """Start the S3 actor of each selection that is to come, to be told of every unit while candidates are made: by the title of
+    the stage that embeds them."""
+    storage = context.storage
+    listeners: dict[str, list[Listener]] = {}
+    for stage in stages:
+        if stage.kind != "select" or stage.params["select"] != "s3" or not stage.missing(storage):
+            continue
+        key, parts = stage.key(storage), parts_of(context, stage)
+        assert key is not None
+        selector = start_selector(key, parts, context.config.selection)
+        shared = context.config.selection.references == "generated"
+        heard = ("candidates", "references") if shared else ("candidates",)
+        listeners.setdefault(stage.inputs["embed"].title, []).extend(Listener(selector, name, parts[name]) for name in heard)
+    return listeners
+
+
+def choose_s3(context: Context, stage: Stage) -> tuple[list[Tensor], dict[str, Any]]:
+    """Indices of the chosen subgroup of each class, and the terms of Eq. 10, from the S3 actor."""
+    key, k = stage.key(context.storage), context.config.selection.images_per_class
+    assert key is not None
+    selector = start_selector(key, parts_of(context, stage), context.config.selection)
+    try:
+        if (selection := ray.get(selector.select.remote())) is None:
+            ray.get(selector.refresh.remote())
+            selection = ray.get(selector.select.remote())
+    except ValueError as error:  # of a geometry that has no solution
+        raise UserError(f"{stage.title}: {str(error).splitlines()[-1]} (class and subgroup, from 0)") from error
+    if selection is None:
+        lost = ray.get(selector.missing.remote())
+        raise UserError(f"{stage.title}: {len(lost)} embedding shards are gone from the storage, e.g. {lost[0][1]}")
     ray.kill(selector)
-    table = {
-        "groups": selection.groups.tolist(), "objective": selection.objective, "lower_bound": selection.lower_bound,
-        "proximity": selection.proximity_CG.tolist(), "repulsion": selection.repulsion_CG.tolist(),
-        "score": selection.score_CG.tolist(),
-    }  # fmt: skip
-    return selection, table
+    return [torch.arange(g * k, (g + 1) * k) for g in selection.groups.tolist()], table_of(selection)
+
+
+# Other selectors
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a selector is shown of each class."""
+
+    select: str
+    per: Per
+    k: int
+    seed: int
+    embed: Artifact | None
+    references: Artifact | None
+
+
+def choose_classes(look: Looked, classes: list[tuple[ClassUnits, ClassUnits | None, int]]) -> list[Tensor]:
+    """Chosen indices of some classes, of which the images, the real ones and the number of images to choose among are given."""
+    selector, chosen = SELECTORS[look.select], []
+    for units, real, count in classes:
+        shown: dict[str, Tensor] = {}
+        if look.embed is not None:
+            tensors = [load(shard) for _, shard in read_many(look.embed, list(units.first), "safetensors")]
+            names = ("log_probability", "recognised") if "confidence" in selector.needs else ("features",)
+            shown = {name: torch.cat([part[name] for part in tensors])[:count] for name in names}
+        if look.references is not None and real is not None:
+            shards = read_many(look.references, list(real.first), "safetensors")
+            shown["references"] = torch.cat([load(shard)["features"] for _, shard in shards])
+        for name in shown.keys() & {"features", "references"}:
+            shown[name] = normalize(shown[name].double(), dim=1)
+        rng = generator_for(look.seed, "random-subset", units.label)
+        chosen.append(selector.choose(ClassImages(count, rng, **shown), look.k, look.per).sort().values)
+    return chosen
+
+
+def choose_one_by_one(context: Context, stage: Stage) -> list[Tensor]:
+    """Indices of each class's chosen images, in rising order."""
+    storage, real = context.storage, stage.inputs["images"].kind == "encode"
+    embed, references = stage.inputs.get("embed"), stage.inputs.get("references")
+    look = Looked(
+        stage.params["select"], stage.params["per"], context.config.selection.images_per_class, context.config.seed,
+        embed.artifact(storage) if embed else None, references.artifact(storage) if references else None,
+    )  # fmt: skip
+    units = class_units(context, stage.inputs["images"])
+    others = class_units(context, references.inputs["images"]) if references else [None] * len(units)
+    counts = [c.count if real else stage.params["pool"] for c in units]
+    return _spread(choose_classes, look, list(zip(units, others, counts, strict=True)))
+
+
+def _spread(function: Any, shared: Any, classes: list[Any], **resources: float) -> list[Any]:
+    """``function(shared, classes)``, by tasks that take some classes each if there are many, or if a device is needed."""
+    if len(classes) <= CLASSES_PER_TASK and not resources:
+        return list(function(shared, classes))
+    task = ray.remote(function).options(max_retries=3, **resources)
+    shared_ref = ray.put(shared)
+    parts = [classes[start : start + CLASSES_PER_TASK] for start in range(0, len(classes), CLASSES_PER_TASK)]
+    return [row for rows in ray.get([task.remote(shared_ref, part) for part in parts]) for row in rows]
+
+
+# The images
+
+
+def gather_classes(stores: tuple[ImageStore, Artifact], classes: list[tuple[str, ClassUnits, Tensor]]) -> list[dict[str, Any]]:
+    """Read the chosen images of some classes, decoding only the shards' parts that hold them, and write a shard for each."""
+    store, artifact = stores
+    decoder = store.decoder(own_device())
+    entries = []
+    for name, units, indices in classes:
+        firsts = np.array(list(units.first.values()))
+        inside = np.searchsorted(firsts, indices.numpy(), side="right") - 1
+        pixels = [
+            store.read(unit, decoder, (indices.numpy()[inside == number] - firsts[number]).tolist())
+            for number, unit in enumerate(units.first)
+            if (inside == number).any()
+        ]
+        images = torch.cat(pixels)
+        digest = artifact.write(f"{name}.safetensors", pack_tensors(pixels=images, indices=indices))
+        entries.append(
+            {"sha256": digest, "images": len(images), "content": hashlib.sha256(images.numpy().tobytes()).hexdigest()}
+        )
+    return entries
 
 
 def run(context: Context, stage: Stage) -> None:
-    """Choose K images per class and commit them: ``images.safetensors`` with pixels [C·K, …], labels and indices."""
+    """Choose K images per class and commit them: a shard ``class-NNNN.safetensors`` each with pixels [K, …] and their
+    indices."""
     began = time.monotonic()
-    k, classes = context.config.selection.images_per_class, context.classes
-    pool = stage.inputs["images"]
-    artifact = pool.artifact(context.storage)
-    real = pool.kind == "encode"
     table: dict[str, Any] = {}
-    starts = [0] * len(classes.names)
     if stage.params["select"] == "s3":
-        selection, table = choose_s3(context, stage)
-        starts = [int(g) * k for g in selection.groups]
-    pixels, indices = [], []
-    for position, start in enumerate(starts):
-        label = (classes.source_labels if real else classes.generator_labels)[position]
-        units = [unit for unit in pool.units if parse_unit(unit)[0] == label]
-        images = read_class(artifact, units, "pixels")
-        chosen = torch.arange(start, start + k)
-        if stage.params["select"] == "random":
-            rng = generator_for(context.config.seed, "random-subset", label)
-            chosen = SELECTORS["random"].choose(ClassImages(len(images), rng), k, "image")
-        pixels.append(images[chosen])
-        indices.append(chosen)
-    labels = torch.arange(len(starts)).repeat_interleave(k)
-    packed = pack_tensors(pixels=torch.cat(pixels), labels=labels, indices=torch.cat(indices))
-    digest = stage.artifact(context.storage).write("images.safetensors", packed)
-    extra: Mapping[str, Any] = {"content": content_hash(torch.cat(pixels), labels), "s3": table}
-    entry = {"sha256": digest, "images": len(labels)}
-    commit_units(stage.artifact(context.storage), {"result": entry}, time.monotonic() - began, **extra)
+        chosen, table = choose_s3(context, stage)
+    else:
+        chosen = choose_one_by_one(context, stage)
+    images, artifact = stage.inputs["images"], stage.artifact(context.storage)
+    store = ImageStore.of(images, context.storage)
+    actors = context.config.actors
+    resources = {"num_cpus": actors.cpus, "num_gpus": actors.gpus} if store.form == "latents" else {}
+    classes = list(zip(stage.units, class_units(context, images), chosen, strict=True))
+    entries = dict(zip(stage.units, _spread(gather_classes, (store, artifact), classes, **resources), strict=True))
+    content = hashlib.sha256("".join(entry["content"] for entry in entries.values()).encode()).hexdigest()[:16]
+    commit_units(artifact, entries, time.monotonic() - began, content=content, s3=table)
 
 
-def content_hash(pixels: Tensor, labels: Tensor) -> str:
-    """The identity of a set of labelled images, whatever way it was come by."""
-    digest = hashlib.sha256(str(tuple(pixels.shape)).encode())
-    digest.update(pixels.numpy().tobytes() + labels.numpy().tobytes())
-    return digest.hexdigest()[:16]
+def read_chosen(selected: Artifact) -> tuple[Tensor, Tensor]:
+    """uint8 pixels [C·K, …] of a committed selection, class by class, and their classes' positions [C·K]."""
+    units = sorted((selected.manifest() or {})["units"])
+    parts = [load(shard)["pixels"] for _, shard in read_many(selected, units, "safetensors")]
+    return torch.cat(parts), torch.cat([torch.full((len(part),), position) for position, part in enumerate(parts)])

@@ -75,11 +75,11 @@ def head() -> Iterator[Head]:
 
 
 def test_the_job_runs_to_its_end_and_its_log_shows_it(head: Head, tiny_world: Path, tmp_path: Path):
-    config = write_config(tmp_path / "config.yaml", tiny_values(tiny_world, tmp_path / "runs"))
-    done = head.submit("--config", config)
+    values = tiny_values(tiny_world, tmp_path / "runs", arms={"dit": None, "dit_s3": None})
+    done = head.submit("--config", write_config(tmp_path / "config.yaml", values))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in head.status(done.stdout)
-    for text in ("encode train images: 90 images", "fine-tune: done in", "evaluate: done in", "IMS3"):
+    for text in ("encode train images, encode test images: 120 images", "fine-tune: done in", "evaluate: done in", "IMS3"):
         assert text in done.stdout
     assert f"report: {tmp_path}/runs/tiny/report.html" in done.stdout
     for file in ("report.html", "results.json", "distilled/README.md"):

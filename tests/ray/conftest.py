@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from ims3_ray.cluster import connected
 from ims3_ray.config import ClusterConfig
 from ims3_ray.plan import Plan, make_plan
 from ims3_ray.stages.base import Context, Stage
+from ims3_ray.stages.pool import produce
 from ims3_ray.tracking import Tracker
 from tests.conftest import tiny_values
 
@@ -47,8 +49,21 @@ def tiny_run(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, cluster
     return Run(config, result, make_plan(config), Storage.at(config.storage))
 
 
-def prepare(world: Path, storage: Path, **changes: Any) -> tuple[Context, dict[tuple[str, str], Stage]]:
-    """A run of which nothing has run yet: its context, its stages by (kind, label)."""
+@pytest.fixture(scope="session")
+def encoded(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
+    """A storage with the images of the tiny world, to begin with."""
+    storage = tmp_path_factory.mktemp("encoded")
+    context, stages = prepare(tiny_world, storage)
+    produce(context, {stages["encode", "train"]: [stages["embed", "train"]], stages["encode", "test"]: []})
+    return storage / "artifacts"
+
+
+def prepare(
+    world: Path, storage: Path, encoded: Path | None = None, **changes: Any
+) -> tuple[Context, dict[tuple[str, str], Stage]]:
+    """A run of which nothing has run yet, but for the images where they are given: its context, its stages by (kind, label)."""
+    if encoded is not None:
+        shutil.copytree(encoded, storage / "artifacts", dirs_exist_ok=True)
     config = RunConfig.model_validate(tiny_values(world, storage, **changes))
     plan, place = make_plan(config), Storage.at(config.storage)
     stages = {(stage.kind, stage.label): stage for stage in plan.stages}

@@ -33,6 +33,8 @@ from ims3_ray.seeds import generator_for
 from ims3_ray.selection import centroid, select_subgroups
 from ims3_ray.stages import pool
 from ims3_ray.stages.base import Context, Stage
+from ims3_ray.stages.images import ImageStore
+from ims3_ray.stages.select import read_chosen
 from ims3_ray.tracking import Tracker
 from tests.conftest import CLASSES, tiny_values
 from tests.ray.conftest import Run
@@ -45,14 +47,15 @@ def stage(run: Run, kind: str, label: str) -> Stage:
     return found
 
 
-def tensors(run: Run, kind: str, label: str, name: str) -> torch.Tensor:
-    """A tensor of all units of a pool, in order of class and index."""
+def tensors(run: Run, kind: str, label: str) -> torch.Tensor:
+    """The images of all units of a pool, in order of class and index."""
     node = stage(run, kind, label)
-    return torch.cat([load(node.artifact(run.storage).read(f"{unit}.safetensors"))[name] for unit in node.units])
+    return torch.cat([ImageStore.of(node, run.storage).read(unit) for unit in node.units])
 
 
 def chosen(run: Run, arm: str) -> dict[str, torch.Tensor]:
-    return load(stage(run, "select", arm).artifact(run.storage).read("images.safetensors"))
+    pixels, labels = read_chosen(stage(run, "select", arm).artifact(run.storage))
+    return {"pixels": pixels, "labels": labels}
 
 
 def test_results_have_every_arm_with_seeds_mean_and_std(tiny_run: Run):
@@ -66,7 +69,7 @@ def test_results_have_every_arm_with_seeds_mean_and_std(tiny_run: Run):
 
 
 def test_candidates_are_what_the_sampler_draws_one_by_one(tiny_run: Run):
-    images = tensors(tiny_run, "generate", "pretrained", "pixels").unflatten(0, (len(CLASSES), -1))
+    images = tensors(tiny_run, "generate", "pretrained").unflatten(0, (len(CLASSES), -1))
     model = load_generator(Path(tiny_run.config.generator))
     for label, index in [(0, 0), (1, 5), (2, 3)]:
         predict = guided(model, torch.tensor([label]), len(CLASSES), 2.0)
@@ -85,7 +88,7 @@ def test_s3_chooses_what_eq_10_says_of_features_computed_directly(tiny_run: Run)
             return phi(pixels.float() / 127.5 - 1)
 
     references, candidates = [], []
-    images = tensors(tiny_run, "generate", "fine-tuned", "pixels").unflatten(0, (len(CLASSES), -1))
+    images = tensors(tiny_run, "generate", "fine-tuned").unflatten(0, (len(CLASSES), -1))
     for label in range(len(CLASSES)):
         real = [np.asarray(source.image(int(i)))[None] for i in np.flatnonzero(source.labels == label)]
         references.append(centroid(features(torch.from_numpy(np.stack(real)))))
@@ -101,7 +104,7 @@ def test_s3_chooses_what_eq_10_says_of_features_computed_directly(tiny_run: Run)
 
 
 def test_the_arm_without_selection_takes_the_first_k(tiny_run: Run):
-    images = tensors(tiny_run, "generate", "pretrained", "pixels").unflatten(0, (len(CLASSES), -1))
+    images = tensors(tiny_run, "generate", "pretrained").unflatten(0, (len(CLASSES), -1))
     assert torch.equal(chosen(tiny_run, "dit")["pixels"], images[:, :K].flatten(0, 1))
 
 
@@ -128,9 +131,7 @@ def test_fine_tuning_trained_the_adapter_with_both_losses(tiny_run: Run):
     start = load_generator(Path(tiny_run.config.generator)).state_dict()
     moved = [name for name, value in adapter.items() if name in start and not torch.equal(value, start[name])]
     assert moved
-    assert not torch.equal(
-        tensors(tiny_run, "generate", "pretrained", "pixels"), tensors(tiny_run, "generate", "fine-tuned", "pixels")
-    )
+    assert not torch.equal(tensors(tiny_run, "generate", "pretrained"), tensors(tiny_run, "generate", "fine-tuned"))
 
 
 def test_the_instability_is_eq_12_at_noise_inverted_from_real_images(tiny_run: Run):
@@ -230,10 +231,10 @@ def test_another_phi_embeds_the_same_pool_again_and_keeps_what_it_made_when_inte
     assert not candidates.missing(tiny_run.storage)
     assert embed.missing(tiny_run.storage) == list(embed.units)
     context = Context(config, tiny_run.storage, plan.classes, Tracker(config, tiny_run.storage))
-    pool.produce(context, candidates, embed)
+    pool.produce(context, {candidates: [embed]})
     unit = embed.units[0]
     with torch.inference_mode():
-        pixels = load(candidates.artifact(tiny_run.storage).read(f"{unit}.safetensors"))["pixels"]
+        pixels = ImageStore.of(candidates, tiny_run.storage).read(unit)
         expected = encoder.eval()(pixels.float() / 127.5 - 1)
     features = load(embed.artifact(tiny_run.storage).read(f"{unit}.safetensors"))["features"]
     torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
@@ -245,19 +246,11 @@ def test_another_phi_embeds_the_same_pool_again_and_keeps_what_it_made_when_inte
         file.unlink()
     kept = {file: file.stat().st_mtime_ns for file in (folder / "shards").iterdir()}
     assert kept
-    pool.produce(context, candidates, embed)
+    pool.produce(context, {candidates: [embed]})
     after = embed.manifest(tiny_run.storage) or {}
-    shards = [{name: entry["derived_sha256"] for name, entry in found["units"].items()} for found in (before, after)]
+    shards = [{name: entry["sha256"] for name, entry in found["units"].items()} for found in (before, after)]
     assert shards[0] == shards[1]
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
-
-
-def test_one_actor_makes_the_same_set_as_two(tiny_run: Run, tiny_world: Path, tmp_path: Path):
-    arms = {"dit": {"title": "DiT", "images": "generated"}}
-    sampling = {"steps": 3, "unit_size": 4}
-    config = tiny_values(tiny_world, tmp_path, arms=arms, export="dit", actors={"count": 1}, sampling=sampling)
-    alone = distill(RunConfig.model_validate(config))
-    assert alone.results["arms"]["dit"]["content"] == tiny_run.result.results["arms"]["dit"]["content"]
 
 
 def test_truncated_images_are_counted_and_named_and_the_run_goes_on(tiny_world: Path, tmp_path: Path, cluster: None):

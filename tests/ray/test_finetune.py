@@ -21,7 +21,7 @@ from ims3_ray.finetuning import Finetuner
 from ims3_ray.models.difffit import merge_adapter
 from ims3_ray.models.generator import load_generator
 from ims3_ray.seeds import generator_for, seed_for
-from ims3_ray.stages import finetune, pool, train
+from ims3_ray.stages import finetune, train
 from ims3_ray.stages.adapters import Adapters, GroupModels
 from tests.ray.conftest import prepare
 
@@ -99,13 +99,15 @@ def change(adapter: bytes, world: Path) -> torch.Tensor:
     return torch.cat([(after[name] - before.get(name, torch.ones(()))).flatten() for name in sorted(after)])
 
 
-def test_however_it_is_spread_and_stored_the_same_is_learnt(tiny_world: Path, tmp_path: Path, cluster: None):
+def test_however_it_is_spread_and_stored_the_same_is_learnt(tiny_world: Path, tmp_path: Path, encoded: Path):
     outcomes = {}
     for workers in (1, 2):
         context, stages = prepare(
-            tiny_world, tmp_path / str(workers), finetune={"checkpoint_every": 100, "trainer": {"num_workers": workers}}
+            tiny_world,
+            tmp_path / str(workers),
+            encoded,
+            finetune={"checkpoint_every": 100, "trainer": {"num_workers": workers}},
         )
-        pool.produce(context, stages["encode", "train"], None)
         (group,) = finetune.groups_of(context, stages["finetune", ""])
         arguments = {**group.arguments, "checkpoints": tmp_path / "checkpoints"}
         place = str(tmp_path / str(workers))
@@ -127,11 +129,10 @@ def test_however_it_is_spread_and_stored_the_same_is_learnt(tiny_world: Path, tm
 
 
 def test_all_objectives_run_together_and_add_up_on_as_many_workers_as_there_is_room_for(
-    tiny_world: Path, tmp_path: Path, cluster: None
+    tiny_world: Path, tmp_path: Path, encoded: Path
 ):
     tuning = {"objectives": EVERYTHING, "zero_stage": 0, "batch_size": 7, "trainer": {"num_workers": 1, "max_workers": 2}}
-    context, stages = prepare(tiny_world, tmp_path, finetune=tuning)
-    pool.produce(context, stages["encode", "train"], None)
+    context, stages = prepare(tiny_world, tmp_path, encoded, finetune=tuning)
     finetune.run(context, stages["finetune", ""])
     artifact = stages["finetune", ""].artifact(context.storage)
     rows = json.loads(artifact.read("losses-0.json"))
@@ -147,13 +148,12 @@ def test_all_objectives_run_together_and_add_up_on_as_many_workers_as_there_is_r
 
 
 def test_class_groups_are_tuned_apart_and_each_class_is_sampled_with_its_own(
-    tiny_world: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+    tiny_world: Path, tmp_path: Path, encoded: Path, monkeypatch: pytest.MonkeyPatch
 ):
     asked: list[list[dict[str, float]]] = []
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
     tuning = {"classes_per_group": 2, "steps": None, "epochs": 0.5, "trainer": {"num_workers": 1}}
-    context, stages = prepare(tiny_world, tmp_path, finetune=tuning)
-    pool.produce(context, stages["encode", "train"], None)
+    context, stages = prepare(tiny_world, tmp_path, encoded, finetune=tuning)
     stage = stages["finetune", ""]
     assert stage.units == ("group-0", "group-1")
     finetune.run(context, stage)
@@ -183,10 +183,9 @@ def test_class_groups_are_tuned_apart_and_each_class_is_sampled_with_its_own(
         assert history[0].value > 0
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_good(tiny_world: Path, tmp_path: Path, cluster: None):
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_good(tiny_world: Path, tmp_path: Path, encoded: Path):
     objectives = {"diffusion": {"weight": 1e38}}  # the gradient overflows float32 on the first steps
-    context, stages = prepare(tiny_world, tmp_path, finetune={"objectives": objectives})
-    pool.produce(context, stages["encode", "train"], None)
+    context, stages = prepare(tiny_world, tmp_path, encoded, finetune={"objectives": objectives})
     stage = stages["finetune", ""]
     order = next(batch_indices(90, 8, 0, 1, seed_for(context.config.seed, "finetune-order", 0) % 2**31)).tolist()
     names = ", ".join(f"train-images-idx3-ubyte[{index}]" for index in order)  # classes lie one after the other in the file

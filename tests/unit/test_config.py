@@ -39,7 +39,7 @@ def test_a_file_extends_another_and_overrides_come_last(tmp_path: Path):
         ("selektion.alpha=1", "did you mean 'selection'?"),
         ("alpha=1", "did you mean 'selection.alpha'?"),
         ("selection.groups=0", "selection.groups=0: input should be greater than or equal to 1"),
-        ("selection.pool_per_class=20", "raise it or lower the others"),
+        ("pool.per_class=20", "raise it or lower the others"),
         ("finetune.objectives.inversion_matching.grad_steps=9", "grad_steps=9 exceeds n_steps=2"),
         ("finetune.epochs=8", "set one of steps=120 and epochs=8.0, and the other to null"),
         ("finetune.accumulate=40", "batch_size=32 is too small for 2 workers with accumulate=40"),

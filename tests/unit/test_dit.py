@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from ims3_ray.models.dit import DiT, DiTConfig
+from ims3_ray.models.generator import load_generator
 
 CONFIG = DiTConfig(
     input_size=8, in_channels=4, patch_size=2, hidden_size=32, depth=2, num_heads=4, num_classes=6, learn_sigma=True
@@ -102,3 +105,22 @@ def test_xl2_costs_what_torch_counts():
 def test_an_impossible_shape_is_refused():
     with pytest.raises(ValueError, match="not a multiple of patch_size"):
         DiTConfig(input_size=28, in_channels=1, patch_size=5, hidden_size=32, depth=1, num_heads=4, num_classes=2)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_of_a_batch_that_share_a_condition_give_what_each_sample_alone_does(parts: int):
+    model = randomised(CONFIG)
+    z = torch.randn(4, 4, 8, 8, dtype=torch.float64)
+    t, y = torch.tensor([10, 500, 900, 3])[:parts], torch.tensor([4, 0, 5, 2])[:parts]
+    apart = torch.cat([model(z[b : b + 1], t[b * parts // 4, None], y[b * parts // 4, None]) for b in range(4)])
+    torch.testing.assert_close(model(z, t, y), apart, rtol=1e-10, atol=1e-10)
+
+
+def test_a_model_in_bfloat16_takes_float32_and_stays_near(tiny_world: Path):
+    model = load_generator(tiny_world / "dit.safetensors")
+    z, t, y = torch.randn(3, 1, 8, 8), torch.tensor([5, 400, 990]), torch.tensor([0, 1, 3])
+    with torch.no_grad():
+        exact = model(z, t, y)
+        rounded = model.to(torch.bfloat16)(z, t, y)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).norm() < 0.03 * exact.norm()

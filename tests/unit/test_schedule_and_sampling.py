@@ -11,9 +11,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from ims3_ray.diffusion.sampling import ddim_step, guided, predict_z0, sample
+from ims3_ray.diffusion.sampling import SAMPLERS, ddim_step, guided, predict_z0, sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.seeds import generator_for, seed_for
 
@@ -96,48 +96,125 @@ def test_an_impossible_number_of_steps_is_refused(num_steps: int):
         SCHEDULE.respaced(num_steps)
 
 
+def test_linspace_timesteps_are_those_of_diffusers_and_of_dit():
+    for num_steps in range(2, 1001):
+        theirs = DDPMScheduler(beta_schedule="linear", timestep_spacing="linspace")
+        theirs.set_timesteps(num_steps)
+        assert SCHEDULE.respaced(num_steps, "linspace").flip(0).tolist() == theirs.timesteps.tolist()
+    assert SCHEDULE.respaced(50, "linspace")[[0, 1, 2, 3, -2, -1]].tolist() == [0, 20, 41, 61, 979, 999]
+    assert SCHEDULE.respaced(1, "linspace").tolist() == [999]
+
+
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_every_ddim_step_of_a_trajectory_equals_diffusers(eta: float, clip: bool):
+def test_every_ddim_step_of_a_trajectory_equals_diffusers(clip: bool):
     theirs = ddim(10, clip_sample=clip, clip_sample_range=1.0)
-    generator = torch.Generator().manual_seed(2)
-    ours = expected = 2 * torch.randn(2, *SHAPE, generator=generator, dtype=torch.float64)
+    ours = expected = 2 * torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     levels = [*SCHEDULE.alpha_bar[theirs.timesteps], torch.ones((), dtype=torch.float64)]
     for i, t in enumerate(theirs.timesteps):
-        noise = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
         t_B = t.expand(2)
-        expected = theirs.step(
-            predictor(expected, t_B), int(t), expected, eta=eta, use_clipped_model_output=clip, variance_noise=noise
-        ).prev_sample
-        ours = ddim_step(ours, predictor(ours, t_B), levels[i], levels[i + 1], eta=eta, clip=clip, noise=noise)
+        eps = predictor(expected, t_B)
+        expected = theirs.step(eps, int(t), expected, use_clipped_model_output=clip).prev_sample
+        ours = ddim_step(ours, predictor(ours, t_B), levels[i], levels[i + 1], clip=clip)
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("num_steps", [1, 7, 20])
-def test_sample_equals_the_loop_of_diffusers(num_steps: int, eta: float, clip: bool):
-    actual = sample(predictor, SHAPE, generators(5, 6), SCHEDULE, num_steps, eta=eta, clip=clip)
-    theirs, noises = ddim(num_steps, clip_sample=clip, clip_sample_range=1.0), generators(5, 6)
-    z = torch.stack([torch.randn(SHAPE, generator=g) for g in noises])
+def in_double(sampler: str, predict: Callable[..., torch.Tensor], num_steps: int, clip: bool) -> torch.Tensor:
+    """A sampler on float64 noise of the generators 5 and 6, so that it can be compared to the last digits."""
+    noises = generators(5, 6)
+
+    def draw() -> torch.Tensor:
+        return torch.stack([torch.randn(SHAPE, generator=g, dtype=torch.float64) for g in noises])
+
+    return SAMPLERS[sampler](predict, draw(), draw, SCHEDULE, num_steps, clip)
+
+
+def loop_of_diffusers(theirs: object, predict: Callable[..., torch.Tensor], **options: object) -> torch.Tensor:
+    noises = generators(5, 6)
+    z = torch.stack([torch.randn(SHAPE, generator=g, dtype=torch.float64) for g in noises])
     for t in theirs.timesteps:
-        noise = torch.stack([torch.randn(SHAPE, generator=g) for g in noises])
-        z = theirs.step(
-            predictor(z, t.expand(2)), int(t), z, eta=eta, use_clipped_model_output=clip, variance_noise=noise
-        ).prev_sample
-    assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual, z.float(), rtol=1e-5, atol=1e-5)
+        z = theirs.step(predict(z, t.expand(2)), t, z, **options).prev_sample
+    return z
 
 
-def test_a_clipped_sample_lies_in_the_pixel_range():
-    wild = sample(lambda z, t: -3 * z, SHAPE, generators(1, 2), SCHEDULE, 5, clip=True)
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("num_steps", [1, 7, 20])
+def test_ddim_equals_the_loop_of_diffusers(num_steps: int, clip: bool):
+    theirs = ddim(num_steps, clip_sample=clip, clip_sample_range=1.0)
+    expected = loop_of_diffusers(theirs, predictor, use_clipped_model_output=clip)
+    torch.testing.assert_close(in_double("ddim", predictor, num_steps, clip), expected, rtol=1e-9, atol=1e-9)
+
+
+def with_variance(z: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+    return torch.cat([predictor(z, t_B), torch.cos(z.double() + t_B.double().reshape(-1, 1, 1, 1))], dim=1)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("num_steps", [2, 7, 50])
+@pytest.mark.parametrize(("predict", "variance"), [(predictor, "fixed_small"), (with_variance, "learned_range")])
+def test_ddpm_equals_the_loop_of_diffusers(num_steps: int, clip: bool, predict: Callable[..., torch.Tensor], variance: str):
+    theirs = DDPMScheduler(
+        beta_schedule="linear", timestep_spacing="linspace", variance_type=variance, clip_sample=clip, clip_sample_range=1.0
+    )
+    theirs.alphas_cumprod = SCHEDULE.alpha_bar
+    theirs.one = torch.ones((), dtype=torch.float64)
+    theirs.set_timesteps(num_steps)
+    noises = generators(5, 6)
+    z = torch.stack([torch.randn(SHAPE, generator=g, dtype=torch.float64) for g in noises])
+
+    def their_noise(*_: object, **__: object) -> torch.Tensor:
+        return torch.stack([torch.randn(SHAPE, generator=g, dtype=torch.float64) for g in noises])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", their_noise)
+        for t in theirs.timesteps:
+            z = theirs.step(predict(z, t.expand(2)), int(t), z).prev_sample
+    # diffusers clamps variances at 1e-20 and takes t = 0 for the last step alone, as here
+    torch.testing.assert_close(in_double("ddpm", predict, num_steps, clip), z, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 20])
+def test_dpm_solver_equals_the_loop_of_diffusers(num_steps: int):
+    theirs = DPMSolverMultistepScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", timestep_spacing="linspace", final_sigmas_type="zero",
+        solver_order=2, algorithm_type="dpmsolver++",
+    )  # fmt: skip
+    theirs.set_timesteps(num_steps)
+    expected = loop_of_diffusers(theirs, predictor)  # its table of noise levels is in float32
+    torch.testing.assert_close(in_double("dpm++2m", predictor, num_steps, False), expected, rtol=1e-4, atol=1e-4)
+
+
+def gaussian(mean: float, std: float) -> Callable[..., torch.Tensor]:
+    """The exact ε of data that are N(mean, std²) in every value."""
+
+    def predict(z: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        alpha_bar = SCHEDULE.alpha_bar[t_B].reshape(-1, 1, 1, 1)
+        return (1 - alpha_bar).sqrt() * (z - alpha_bar.sqrt() * mean) / (alpha_bar * std**2 + 1 - alpha_bar)
+
+    return predict
+
+
+def test_dpm_solver_comes_nearer_to_the_exact_flow_than_ddim_with_as_many_calls():
+    start = in_double("ddim", lambda z, t: z * 0, 1, False) * SCHEDULE.alpha_bar[0].sqrt()
+    exact = 0.3 + 0.5 * (start - SCHEDULE.alpha_bar[999].sqrt() * 0.3)
+    errors = {}
+    for sampler in ("ddim", "dpm++2m"):
+        for steps in (10, 20):
+            errors[sampler, steps] = (in_double(sampler, gaussian(0.3, 0.5), steps, False) - exact).abs().mean().item()
+    assert errors["dpm++2m", 20] < 0.5 * errors["ddim", 20]
+    assert errors["dpm++2m", 20] < 0.3 * errors["dpm++2m", 10]  # second order: a quarter
+
+
+def test_ancestral_samples_have_the_moments_of_the_data():
+    drawn = sample(gaussian(0.3, 0.5), (4, 8, 8), generators(*range(64)), SCHEDULE, 1000, sampler="ddpm")
+    assert drawn.mean().item() == pytest.approx(0.3, abs=0.01)
+    assert drawn.std().item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_clipped_sample_lies_in_the_pixel_range(sampler: str):
+    wild = sample(lambda z, t: -3 * z, SHAPE, generators(1, 2), SCHEDULE, 5, sampler=sampler, clip=True)
+    assert wild.dtype == torch.float32
     assert wild.abs().max() == 1
-
-
-def test_eta_without_noise_is_refused():
-    z, a = torch.zeros(1, *SHAPE), SCHEDULE.alpha_bar
-    with pytest.raises(ValueError, match="needs noise"):
-        ddim_step(z, z, a[500], a[400], eta=1.0)
 
 
 def recorder(batches: list[int]) -> Callable[..., torch.Tensor]:
@@ -179,18 +256,39 @@ def test_scale_one_runs_the_conditional_half_alone():
     assert batches == [2]
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_sample_does_not_depend_on_the_others_in_its_batch(eta: float):
-    alone = sample(predictor, SHAPE, generators(7), SCHEDULE, 10, eta=eta)
-    first = sample(predictor, SHAPE, generators(7, 8, 9), SCHEDULE, 10, eta=eta)
-    last = sample(predictor, SHAPE, generators(1, 2, 7), SCHEDULE, 10, eta=eta)
+def test_what_is_predicted_beside_the_noise_is_kept_where_it_is_asked_for():
+    z, y, t = torch.randn(2, 4, 2, 2), torch.tensor([0, 3]), torch.tensor([7, 9])
+    for scale in (1.0, 4.0):
+        alone = guided(recorder([]), y, null_label=5, cfg_scale=scale, cfg_channels=3)(z, t)
+        both = guided(recorder([]), y, null_label=5, cfg_scale=scale, cfg_channels=3, variance=True)(z, t)
+        assert torch.equal(both[:, :4], alone)
+        assert (both[:, 4:] == 1e6).all()
+
+
+def test_outside_its_interval_guidance_is_off_and_costs_nothing():
+    z, y = torch.randn(2, 4, 2, 2), torch.tensor([0, 3])
+    batches: list[int] = []
+    predict = guided(recorder(batches), y, null_label=5, cfg_scale=4.0, cfg_interval=(0.2, 0.5))
+    for t in (150, 200, 400, 499, 600):
+        actual = predict(z, torch.tensor([t]))
+        scale = 4.0 if 0.2 <= t / 999 <= 0.5 else 1.0
+        expected = guided(recorder([]), y, null_label=5, cfg_scale=scale)(z, torch.tensor([t, t]))
+        assert torch.equal(actual, expected)
+    assert batches == [2, 4, 4, 4, 2]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sample_does_not_depend_on_the_others_in_its_batch(sampler: str):
+    alone = sample(predictor, SHAPE, generators(7), SCHEDULE, 10, sampler=sampler)
+    first = sample(predictor, SHAPE, generators(7, 8, 9), SCHEDULE, 10, sampler=sampler)
+    last = sample(predictor, SHAPE, generators(1, 2, 7), SCHEDULE, 10, sampler=sampler)
     torch.testing.assert_close(first[:1], alone, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(last[2:], alone, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(first[1], first[0], atol=1e-2)
 
 
 def test_the_same_batch_gives_the_same_bits():
-    first, second = (sample(predictor, SHAPE, generators(7, 8), SCHEDULE, 10, eta=1.0) for _ in range(2))
+    first, second = (sample(predictor, SHAPE, generators(7, 8), SCHEDULE, 10, sampler="ddpm") for _ in range(2))
     assert torch.equal(first, second)
 
 

@@ -130,6 +130,46 @@ def test_an_encoder_as_timm_saves_it_sees_what_timm_shows_it(tmp_path: Path):
         torch.testing.assert_close(encoder(2 * x - 1), expected / expected.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
 
 
+FAMILIES = {
+    "resnet18": {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)},
+    "resnet50": {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)},
+    "resnet101": {"layers": (1, 1, 2, 1), "channels": (8, 8, 16, 16)},
+    "efficientnet_b0": {},
+    "vit_base_patch32_clip_224": {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 64},
+    "resnet50_clip": {},
+}
+"""Architectures of timm that φ is taken from, with arguments that make them small."""
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("tag", ["", "openai", "openai_ft_in1k"])
+def test_every_family_is_read_with_its_own_preprocessing_and_gives_timms_features(architecture: str, tag: str, tmp_path: Path):
+    import timm
+    from safetensors.torch import save_file
+    from torchvision.transforms import v2
+
+    arguments, size = FAMILIES[architecture], 224 if architecture == "resnet50_clip" else 64
+    torch.manual_seed(5)
+    network = timm.create_model(architecture, num_classes=10, **arguments).eval()
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+    data = {"input_size": [3, size, size], "mean": mean, "std": std, "interpolation": "bilinear", "crop_pct": 0.9, "tag": tag}
+    plain = {"architecture": architecture, "num_classes": 10, "model_args": arguments, "pretrained_cfg": data}
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    path = encoder_path(str(tmp_path))
+    check_encoder(path)
+    encoder = load_encoder(path)
+    x = torch.rand(2, 3, 80, 80, generator=torch.Generator().manual_seed(6))
+    resize = v2.Resize((size, size), interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
+    with torch.no_grad():
+        seen = network.forward_features(v2.functional.normalize(resize(x), mean, std))
+        projected = "clip" in architecture and tag != "openai_ft_in1k"
+        expected = network.forward_head(seen, pre_logits=not projected)
+        features = encoder(2 * x - 1)
+    torch.testing.assert_close(features, torch.nn.functional.normalize(expected, dim=1), rtol=1e-3, atol=1e-4)
+    assert features.shape == (2, encoder.dim)
+
+
 def test_encoders_that_cannot_be_are_told_in_a_line(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"without timm's config\.json"):

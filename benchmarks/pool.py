@@ -1,0 +1,272 @@
+"""Images/s of making candidates, as JSON: batch, precision, compilation, samplers, against the way the published scripts
+sample.
+
+    python benchmarks/pool.py                                  DiT-S/8 on CPUs; DiT-XL/2 on a GPU if there is one
+    python benchmarks/pool.py 'cases=[baseline, unit]'         some of the cases
+    python benchmarks/pool.py actors=2 'cases=[pool]'          the same units through Ray, by so many actors
+
+Weights are random and guidance is on: speed does not depend on what is drawn. A unit is what an actor of the pool makes at a
+time: samples, decoded by Stable Diffusion's autoencoder, seen by ResNet-18, encoded as PNG on threads beside the device.
+`share` is the rate of the generator's, the autoencoder's and φ's own operations over the rate at which the same device
+multiplies large matrices of the same type. `cold` is the first unit, compilation included. `speedup` is over `baseline`: one
+image at a time in float32, guided, as the published scripts do it. `generator alone` leaves out what comes after the samples,
+`launches alone` is a DiT as deep but 64 wide: asking for its kernels takes as long for any width. Each case has a process of
+its own.
+
+Needs torch, diffusers, timm, pydantic, pyarrow, pyyaml, pillow and safetensors; Ray for `pool` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import resource
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from ims3_ray.cli import main
+from ims3_ray.config import SamplingConfig, Section, canonical
+from ims3_ray.cost import decoding_flops, embedding_flops, sampling_flops
+from ims3_ray.errors import UserError
+from ims3_ray.models.checkpoints import pack
+from ims3_ray.models.dit import PUBLISHED, DiT, DiTConfig
+from ims3_ray.models.encoder import Encoder, EncoderConfig
+from ims3_ray.speed import matmul_rate
+
+GPU = torch.cuda.is_available()
+
+
+class BenchmarkConfig(Section):
+    model: Literal["S", "B", "L", "XL"] = "XL" if GPU else "S"
+    patch: Literal[2, 4, 8] = 2 if GPU else 8
+    image_size: int = Field(default=256, multiple_of=64)
+    steps: int = Field(default=50 if GPU else 10, ge=1)
+    """Of the sampler; cost is nearly proportional to it."""
+    batch: int = Field(default=64 if GPU else 8, ge=1)
+    """Images of a unit."""
+    units: int = Field(default=4, ge=1)
+    """Timed units of a case, after one that is not; fewer where `seconds` run out."""
+    seconds: float = Field(default=60, gt=0)
+    actors: int = Field(default=1, ge=1)
+    """Of the case `pool`: a GPU each, or one CPU thread."""
+    cases: tuple[str, ...] = ()
+    """Names of the cases to run; all but `pool` when empty."""
+
+
+@dataclass(frozen=True)
+class Case:
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What differs from DDPM, bf16, guidance on 3 of 4 channels and the config's batch and steps."""
+    whole: bool = True
+    """Decoded, seen by φ and encoded; else samples alone."""
+    width: int | None = None
+    """Of another DiT than the config's."""
+    ray: bool = False
+
+
+def cases(config: BenchmarkConfig) -> dict[str, Case]:
+    return {
+        "baseline": Case({"precision": "fp32", "unit_size": 1}),
+        "one image at a time": Case({"unit_size": 1}),
+        "unit": Case(),
+        "unit, compiled": Case({"compile": True}),
+        "unit, fp32": Case({"precision": "fp32"}),
+        "unit, half the batch": Case({"unit_size": max(1, config.batch // 2)}),
+        "unit, DPM-Solver++ in 20 steps": Case({"sampler": "dpm++2m", "steps": 20}),
+        "unit, guidance on half of the steps": Case({"cfg_interval": (0.25, 0.75)}),
+        "unit, without guidance": Case({"cfg_scale": 1.0}),
+        "generator alone": Case(whole=False),
+        "generator alone, compiled": Case({"compile": True}, whole=False),
+        "launches alone": Case({"unit_size": 1}, whole=False, width=64),
+        "pool": Case(ray=True),
+    }
+
+
+def sampling_of(config: BenchmarkConfig, case: Case) -> SamplingConfig:
+    return SamplingConfig.model_validate(
+        {
+            "sampler": "ddpm", "steps": config.steps, "cfg_scale": 4.0, "cfg_channels": 3, "clip": False, "precision": "bf16",
+            "unit_size": config.batch, **case.settings,
+        }
+    )  # fmt: skip
+
+
+def shape_of(config: BenchmarkConfig, case: Case) -> DiTConfig:
+    changes = {"patch_size": config.patch, "input_size": config.image_size // 8}
+    changes |= {"hidden_size": case.width, "num_heads": 4} if case.width else {}
+    return PUBLISHED[config.model].model_copy(update=changes)
+
+
+def write_models(config: BenchmarkConfig, case: Case, folder: Path) -> None:
+    """Random weights in the formats that a run reads: ``dit.safetensors``, ``vae/``, ``phi.safetensors``."""
+    from diffusers import AutoencoderKL
+
+    shape = shape_of(config, case)
+    (folder / "dit.safetensors").write_bytes(pack(DiT(shape), canonical(shape), "dit"))
+    if not case.whole:
+        return
+    AutoencoderKL(
+        latent_channels=4, block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=config.image_size,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    phi = EncoderConfig(model="resnet18", channels=3, num_classes=1000, mean=0.0, std=0.5, size=224)
+    (folder / "phi.safetensors").write_bytes(pack(Encoder(phi), canonical(phi), "encoder"))
+
+
+def flops_of(config: BenchmarkConfig, case: Case, folder: Path) -> float:
+    from ims3_ray.models.autoencoder import autoencoder_path, empty_autoencoder
+    from ims3_ray.models.encoder import encoder_config
+
+    flops = sampling_flops(shape_of(config, case), sampling_of(config, case))
+    if case.whole:
+        vae = empty_autoencoder(autoencoder_path(str(folder / "vae")))
+        flops += decoding_flops(vae, config.image_size // 8)
+        flops += embedding_flops(encoder_config(folder / "phi.safetensors"), config.image_size)
+    return flops
+
+
+def measure(config: BenchmarkConfig, name: str) -> dict[str, Any]:
+    """Units by one actor's code, without Ray: device work of a unit while the images of the one before are encoded."""
+    from ims3_ray.data.hub import encode_png
+    from ims3_ray.data.transforms import to_pil
+    from ims3_ray.models.autoencoder import autoencoder_path
+    from ims3_ray.stages.derived import Features
+    from ims3_ray.stages.producers import Candidates
+
+    case, device = cases(config)[name], "cuda" if GPU else "cpu"
+    sampling = sampling_of(config, case)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_models(config, case, folder)
+        vae = autoencoder_path(str(folder / "vae")) if case.whole else None
+        produce = Candidates(sampling, folder / "dit.safetensors", None, vae, 0, device)
+        features = Features(folder / "phi.safetensors", device) if case.whole else None
+        flops = flops_of(config, case, folder)
+    behind, waiting = ThreadPoolExecutor(2), []
+
+    def one_unit(number: int) -> None:
+        produced = produce(f"c0000-u{number:05d}")
+        if features is not None:
+            features("c0000-u00000", produced)
+            waiting.extend(
+                behind.submit(lambda image: len(encode_png(to_pil(image))), image) for image in produced.pixels.cpu()
+            )
+        if GPU:
+            torch.cuda.synchronize()
+
+    began = time.perf_counter()
+    one_unit(0)
+    cold = time.perf_counter() - began
+    waiting.clear()
+    began, done = time.perf_counter(), 0
+    while done < config.units and (done == 0 or time.perf_counter() - began < config.seconds):
+        done += 1
+        one_unit(done)
+    for job in waiting:
+        job.result()
+    seconds = (time.perf_counter() - began) / done
+    peak = torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    row = {"case": name, "cold_s": round(cold, 2), "peak_gb": round(peak / 1e9, 2)}
+    if produce.batch < sampling.unit_size:
+        row["batch"] = produce.batch  # what memory sufficed for
+    return row | rates(sampling, seconds, sampling.unit_size, flops, device)
+
+
+def measure_pool(config: BenchmarkConfig, name: str) -> dict[str, Any]:
+    """The same units on a Ray Data actor pool; its start is not counted, the writing of shards is."""
+    from ims3_ray.artifacts import Artifact, Storage
+    from ims3_ray.cluster import connected
+    from ims3_ray.config import ActorsConfig, ClusterConfig
+    from ims3_ray.models.autoencoder import autoencoder_path
+    from ims3_ray.models.encoder import encoder_path
+    from ims3_ray.models.generator import generator_path
+    from ims3_ray.stages.base import Stage
+    from ims3_ray.stages.derived import derive_of
+    from ims3_ray.stages.images import ImageStore
+    from ims3_ray.stages.pool import Work, run_units
+    from ims3_ray.stages.producers import candidates_of
+    from ims3_ray.stages.weights import Weights
+
+    case = cases(config)[name]
+    sampling = sampling_of(config, case)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_models(config, case, folder)
+        weights = {
+            "generator": Weights.of(generator_path, str(folder / "dit.safetensors")),
+            "autoencoder": Weights.of(autoencoder_path, str(folder / "vae")),
+            "encoder": Weights.of(encoder_path, str(folder / "phi.safetensors")),
+        }
+        storage = Storage.at(str(folder / "storage"))
+        images, embedded = Artifact(storage, "generate", "benchmark"), Artifact(storage, "embed", "benchmark")
+        work = Work(
+            candidates_of(sampling, weights, None, 0), ImageStore(images, "png"),
+            derive_of(Stage("embed", "embed", {}, weights=weights)), embedded, images, (), 1, 2,
+        )  # fmt: skip
+        actors = ActorsConfig(count=config.actors, gpus=1 if GPU else 0)
+        needed = {"GPU": float(config.actors)} if GPU else {"CPU": float(config.actors)}
+        with connected(ClusterConfig(), needed):
+            names = [f"c0000-u{number:05d}" for number in range((config.units + 1) * config.actors)]
+            ends = []
+            for unit, entry in run_units(names, work, actors):
+                if "error" in entry:
+                    raise UserError(f"unit {unit} failed: {entry['error']}")
+                ends.append(time.perf_counter())
+        flops = flops_of(config, case, folder)
+    steady = ends[config.actors - 1 :]  # each actor's first unit has warmed it up
+    seconds = (steady[-1] - steady[0]) / (len(steady) - 1)
+    row = {"case": name, "actors": config.actors}
+    return row | rates(sampling, seconds, sampling.unit_size, flops, "cuda" if GPU else "cpu", config.actors if GPU else 1)
+
+
+def rates(sampling: SamplingConfig, seconds: float, images: int, flops: float, device: str, devices: int = 1) -> dict[str, Any]:
+    dtype = torch.bfloat16 if sampling.precision == "bf16" else torch.float32
+    possible = matmul_rate(device, dtype) * devices
+    achieved = images / seconds * flops
+    return {
+        "images_per_s": round(images / seconds, 3), "s_per_unit": round(seconds, 3), "tflop_per_image": round(flops / 1e12, 3),
+        "tflop_per_s": round(achieved / 1e12, 3), "matmul_tflop_per_s": round(possible / 1e12, 3),
+        "share": round(achieved / possible, 3),
+    }  # fmt: skip
+
+
+def run_case(config: BenchmarkConfig, name: str, results: Any) -> None:
+    sys.stdout = sys.stderr
+    try:
+        results.put((measure_pool if cases(config)[name].ray else measure)(config, name))
+    except (torch.OutOfMemoryError, UserError) as error:
+        results.put({"case": name, "error": str(error).splitlines()[0]})
+
+
+def benchmark(config: BenchmarkConfig) -> None:
+    known = cases(config)
+    if unknown := set(config.cases) - known.keys():
+        raise UserError(f"there is no case '{min(unknown)}'; choose from: {'; '.join(known)}")
+    spawn = multiprocessing.get_context("spawn")
+    rows: list[dict[str, Any]] = []
+    for name in config.cases or [name for name, case in known.items() if not case.ray]:
+        results = spawn.SimpleQueue()
+        process = spawn.Process(target=run_case, args=(config, name, results))
+        process.start()
+        process.join()
+        row = {"case": name, "error": f"exit code {process.exitcode}"} if results.empty() else results.get()
+        if rows and rows[0]["case"] == "baseline" and "images_per_s" in row:
+            row["speedup"] = round(row["images_per_s"] / rows[0]["images_per_s"], 2)
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    device = torch.cuda.get_device_name() if GPU else platform.processor() or platform.machine()
+    machine = {"device": device, "torch": torch.__version__} | ({} if GPU else {"threads": torch.get_num_threads()})
+    print(json.dumps({"machine": machine, "model": f"DiT-{config.model}/{config.patch}", "cases": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__ or "", BenchmarkConfig, benchmark))

@@ -1,0 +1,157 @@
+"""What an actor of the pool does with a unit, without Ray."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from ims3_ray.artifacts import Artifact, Storage
+from ims3_ray.config import ActorsConfig, ClusterConfig, SamplingConfig
+from ims3_ray.hardware import hardware, kind
+from ims3_ray.models.dit import DiT
+from ims3_ray.models.encoder import load_encoder
+from ims3_ray.models.generator import load_generator
+from ims3_ray.stages.derived import Features
+from ims3_ray.stages.images import ImageStore, Produced
+from ims3_ray.stages.pool import pool_price
+from ims3_ray.stages.producers import Candidates
+from tests.conftest import write_latent_world
+
+
+def candidates(world: Path, autoencoder: Path | None = None, **changes: Any) -> Candidates:
+    sampling = SamplingConfig.model_validate({"steps": 4, "unit_size": 6, "clip": autoencoder is None, **changes})
+    return Candidates(sampling, world / "dit.safetensors", None, autoencoder, 0, "cpu")
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++2m"])
+def test_an_image_depends_on_its_class_and_index_alone(tiny_world: Path, sampler: str):
+    whole = candidates(tiny_world, sampler=sampler)("c0001-u00000").pixels
+    assert torch.equal(whole, candidates(tiny_world, sampler=sampler)("c0001-u00000").pixels)
+    alone = torch.cat(
+        [candidates(tiny_world, sampler=sampler, unit_size=1)(f"c0001-u{index:05d}").pixels for index in range(6)]
+    )
+    assert (whole.int() - alone.int()).abs().max() <= 1
+    assert (whole[0].int() - whole[1].int()).abs().max() > 1
+    assert not torch.equal(whole, candidates(tiny_world, sampler=sampler)("c0002-u00000").pixels)
+
+
+def test_other_numbers_of_threads_give_the_same_images(tiny_world: Path):
+    before = torch.get_num_threads()
+    drawn = []
+    for threads in (1, 2, 8):
+        torch.set_num_threads(threads)
+        drawn.append(candidates(tiny_world)("c0001-u00000").pixels.int())
+    torch.set_num_threads(before)
+    assert max((drawn[0] - other).abs().max() for other in drawn[1:]) <= 1
+
+
+def test_out_of_memory_the_batch_is_halved_and_that_is_recorded(tiny_world: Path, monkeypatch: pytest.MonkeyPatch):
+    expected, batches, forward = candidates(tiny_world)("c0000-u00001"), [], DiT.forward
+
+    def small(self: DiT, z: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        batches.append(len(z) // 2)
+        if len(z) > 2 * 2:  # two images, conditional and not
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, z, *rest)
+
+    monkeypatch.setattr(DiT, "forward", small)
+    produce = candidates(tiny_world)
+    found = produce("c0000-u00001")
+    assert (expected.batch, found.batch) == (None, 2)
+    assert (found.pixels.int() - expected.pixels.int()).abs().max() <= 1
+    assert batches == [6, 3, *[2] * 4, *[1] * 4, 3, *[2] * 4, *[1] * 4] or max(batches[3:]) <= 3
+    batches.clear()
+    produce("c0000-u00002")
+    assert max(batches) == 2, "the next unit begins with what sufficed"
+
+    def never(self: DiT, *_: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DiT, "forward", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        candidates(tiny_world)("c0000-u00000")
+
+
+def test_bfloat16_changes_an_image_little(tiny_world: Path):
+    exact, rounded = (candidates(tiny_world, precision=precision)("c0001-u00000").pixels for precision in ("fp32", "bf16"))
+    off = (exact.int() - rounded.int()).abs().float()
+    assert 0 < off.mean() < 6
+
+
+@pytest.mark.parametrize("form", ["pixels", "png", "latents"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_shard_gives_back_what_was_put(form: str, channels: int, tmp_path: Path):
+    write_latent_world(tmp_path)
+    made = candidates(tmp_path, tmp_path / "vae" / "diffusion_pytorch_model.safetensors", unit_size=11)
+    produced = made("c0002-u00003")
+    assert produced.names[0] == "c0002/000033"
+    if form != "latents" and channels == 3:
+        produced = Produced(produced.pixels.expand(-1, 3, -1, -1).contiguous(), produced.names)
+    store: Any = ImageStore(Artifact(Storage.at(str(tmp_path)), "generate", "k"), form)
+    store.write("c0002-u00003", produced, ThreadPoolExecutor(2))
+    decoder = made.decoder if form == "latents" else None
+    assert torch.equal(store.read("c0002-u00003", decoder), produced.pixels)
+    assert torch.equal(store.read("c0002-u00003", decoder, [1, 8, 10]), produced.pixels[[1, 8, 10]])
+    if form == "latents":
+        latents = load(store.artifact.read("c0002-u00003.safetensors"))["latents"]
+        assert latents.dtype == torch.float16
+    if form == "png":
+        import pyarrow.parquet as pq
+
+        rows = pq.read_table(tmp_path / store.artifact.folder / "shards" / "c0002-u00003.parquet").to_pylist()
+        assert [row["image"]["path"] for row in rows[:2]] == ["c0002/000033.png", "c0002/000034.png"]
+        assert {row["label"] for row in rows} == {2}
+
+
+def test_features_that_are_not_finite_name_the_image(tiny_world: Path):
+    features = Features(tiny_world / "phi.safetensors", "cpu")
+    produced = candidates(tiny_world)("c0001-u00002")
+    whole = load(features("c0001-u00002", produced).data)["features"]
+
+    class Broken(torch.nn.Module):
+        dim = features.encoder.dim
+
+        def look(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            found = whole.clone()
+            found[4, 0] = float("nan")
+            return found, found
+
+    features.encoder = Broken()
+    with pytest.raises(ValueError, match="φ gives values that are not finite for c0001/000016"):
+        features("c0001-u00002", produced)
+
+
+def test_what_the_classifier_says_lies_beside_the_features(tiny_world: Path):
+    produced = candidates(tiny_world)("c0001-u00000")
+    found = load(Features(tiny_world / "phi.safetensors", "cpu", {"1": 2})("c0001-u00000", produced).data)
+    with torch.inference_mode():
+        logits = load_encoder(tiny_world / "phi.safetensors").logits(produced.pixels.float() / 127.5 - 1)
+    torch.testing.assert_close(found["log_probability"], logits.log_softmax(dim=1)[:, 2])
+    assert torch.equal(found["recognised"], logits.argmax(dim=1) == 2)
+
+
+def test_hardware_has_a_name_and_a_kind():
+    mine = hardware("cpu")
+    assert mine["device"]
+    assert mine["driver"] == ""
+    assert kind(mine) == f"{mine['device']} with torch {torch.__version__}"
+
+
+def test_the_price_of_a_pool_is_that_of_what_its_actors_reserve():
+    actors = ActorsConfig(count=4, cpus=2, gpus=0.5)
+    assert pool_price(actors, ClusterConfig()) == 0
+    assert pool_price(actors, ClusterConfig(gpu_price=3.0)) == pytest.approx(6.0)
+    assert pool_price(actors, ClusterConfig(gpu_price=3.0, cpu_price=0.1)) == pytest.approx(6.8)
+
+
+def test_a_compiled_generator_draws_the_same(tiny_world: Path, monkeypatch: pytest.MonkeyPatch):
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((type(self).__name__, options)))
+    expected, found = (candidates(tiny_world, compile=flag)("c0001-u00000").pixels for flag in (False, True))
+    assert torch.equal(expected, found)
+    assert compiled == [("DiTBlock", {"dynamic": False})] * len(load_generator(tiny_world / "dit.safetensors").blocks)
