@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import platform
 import resource
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from ims3_ray.cli import main
 from ims3_ray.config import SamplingConfig, Section, canonical
 from ims3_ray.cost import decoding_flops, embedding_flops, sampling_flops
 from ims3_ray.errors import UserError
+from ims3_ray.hardware import hardware
 from ims3_ray.models.checkpoints import pack
 from ims3_ray.models.dit import PUBLISHED, DiT, DiTConfig
 from ims3_ray.models.encoder import Encoder, EncoderConfig
@@ -192,9 +192,9 @@ def measure_pool(config: BenchmarkConfig, name: str) -> dict[str, Any]:
     from ims3_ray.stages.base import Stage
     from ims3_ray.stages.derived import derive_of
     from ims3_ray.stages.images import ImageStore
-    from ims3_ray.stages.pool import Work, run_units
     from ims3_ray.stages.producers import candidates_of
     from ims3_ray.stages.weights import Weights
+    from ims3_ray.stages.worker import Derivation, Work, run_units
 
     case = cases(config)[name]
     sampling = sampling_of(config, case)
@@ -208,16 +208,14 @@ def measure_pool(config: BenchmarkConfig, name: str) -> dict[str, Any]:
         }
         storage = Storage.at(str(folder / "storage"))
         images, embedded = Artifact(storage, "generate", "benchmark"), Artifact(storage, "embed", "benchmark")
-        work = Work(
-            candidates_of(sampling, weights, None, 0), ImageStore(images, "png"),
-            derive_of(Stage("embed", "embed", {}, weights=weights)), embedded, images, (), 1, 2,
-        )  # fmt: skip
+        features = Derivation(derive_of(Stage("embed", "embed", {}, weights=weights)), embedded)
+        work = Work(candidates_of(sampling, weights, None, 0), ImageStore(images, "png"), (features,), images)
         actors = ActorsConfig(count=config.actors, gpus=1 if GPU else 0)
         needed = {"GPU": float(config.actors)} if GPU else {"CPU": float(config.actors)}
         with connected(ClusterConfig(), needed):
             names = [f"c0000-u{number:05d}" for number in range((config.units + 1) * config.actors)]
             ends = []
-            for unit, entry in run_units(names, work, actors):
+            for _, unit, entry in run_units([(0, name) for name in names], [work], actors):
                 if "error" in entry:
                     raise UserError(f"unit {unit} failed: {entry['error']}")
                 ends.append(time.perf_counter())
@@ -263,8 +261,7 @@ def benchmark(config: BenchmarkConfig) -> None:
             row["speedup"] = round(row["images_per_s"] / rows[0]["images_per_s"], 2)
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
-    device = torch.cuda.get_device_name() if GPU else platform.processor() or platform.machine()
-    machine = {"device": device, "torch": torch.__version__} | ({} if GPU else {"threads": torch.get_num_threads()})
+    machine: dict[str, Any] = hardware("cuda" if GPU else "cpu") | ({} if GPU else {"threads": torch.get_num_threads()})
     print(json.dumps({"machine": machine, "model": f"DiT-{config.model}/{config.patch}", "cases": rows}, indent=1))
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
-import platform
 import resource
 import sys
 import time
@@ -25,6 +24,7 @@ from pydantic import Field
 
 from ims3_ray.cli import main
 from ims3_ray.config import Section
+from ims3_ray.hardware import hardware
 from ims3_ray.selection import path, select_subgroups
 from ims3_ray.speed import matmul_rate
 
@@ -65,8 +65,7 @@ def benchmark(config: BenchmarkConfig) -> None:
         with multiprocessing.get_context("spawn").Pool(1) as process:
             rows.append(process.apply(measure, (config, *case)))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    device = platform.processor() or platform.machine()
-    machine = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine: dict[str, Any] = {**hardware("cpu"), "threads": torch.get_num_threads()}
     print(json.dumps({"machine": machine, "features": config.features, "cases": rows}, indent=1))
 
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -28,6 +29,16 @@ Bundles = list[dict[str, float]]
 def own_device() -> str:
     """Where a Ray task or actor computes: on the GPU that Ray gave it, if it did."""
     return "cuda" if ray.get_gpu_ids() else "cpu"
+
+
+def results(refs: Any) -> Any:
+    """``ray.get``, but a :class:`UserError` of a task or an actor is raised as itself, which is one line."""
+    try:
+        return ray.get(refs)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from error
+        raise
 
 
 @contextmanager

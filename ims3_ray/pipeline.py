@@ -89,14 +89,20 @@ def check_folder(config: RunConfig, storage: Storage) -> None:
     path = f"{config.name}/config.yaml"
     if not storage.exists(path):
         return
-    mine = {key: value for key, value in canonical(config).items() if key not in ("storage", "cluster", "actors")}
-    theirs = {key: value for key, value in yaml.safe_load(storage.read(path)).items() if key in mine}
+    mine, theirs = _what_matters(canonical(config)), _what_matters(yaml.safe_load(storage.read(path)))
+    theirs = {key: value for key, value in theirs.items() if key in mine}
     if theirs != mine:
         key, old, new = first_difference(theirs, mine)
         raise UserError(
             f"run folder '{storage.address(config.name)}' holds another config ({key}: {old!r} there, {new!r} here); "
             f"choose another name (name={config.name}-2) or delete the folder"
         )
+
+
+def _what_matters(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what may change between two commands that continue one run."""
+    kept = {key: value for key, value in plain.items() if key not in ("storage", "cluster", "actors")}
+    return {**kept, "pool": {key: value for key, value in plain.get("pool", {}).items() if key != "mix_hardware"}}
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any]:

@@ -59,12 +59,12 @@ class _Builder:
         self.test = open_source(test_path, config.data.test_split)
         if missing := set(self.train.class_names) ^ set(self.test.class_names):
             raise UserError(f"train and test split do not hold the same classes: '{min(missing)}' is in one only")
-        self.weights, phi = generator_path(config.generator), encoder_path(config.encoder)
+        self.weights, self.phi_path = generator_path(config.generator), encoder_path(config.encoder)
         vae_path = autoencoder_path(config.autoencoder) if config.autoencoder else None
         self.autoencoder = empty_autoencoder(vae_path) if vae_path else None
-        self.shape, self.phi_shape = generator_config(self.weights), encoder_config(phi)
+        self.shape, self.phi_shape = generator_config(self.weights), encoder_config(self.phi_path)
         check_generator(self.weights)
-        check_encoder(phi)
+        check_encoder(self.phi_path)
         self._check_pixels()
         labels = chosen_labels(self.train.class_names, config.data.classes)
         counts = count_images(self.train.labels, self.train.class_names, labels, config.selection.images_per_class)
@@ -146,9 +146,11 @@ class _Builder:
 
     def embed(self, images: Stage, name: str, title: str) -> Stage:
         params: dict[str, Any] = {"phi": self.phi.digest, "shape": canonical(self.phi_shape)}
-        if any("confidence" in _needs(arm) for arm in self.config.arms.values()):
-            labels = self.classes.source_labels if images.kind == "encode" else self.classes.generator_labels
-            positions = class_positions(encoder_path(self.config.encoder), self.classes.names)
+        real = images.kind == "encode"
+        arms = self._arms_of("real" if real else "generated", images.label == "fine-tuned")
+        if any("confidence" in _needs(arm) for arm in arms):
+            labels = self.classes.source_labels if real else self.classes.generator_labels
+            positions = class_positions(self.phi_path, self.classes.names)
             params["heads"] = {str(label): position for label, position in zip(labels, positions, strict=True)}
         flops = images.images * embedding_flops(self.phi_shape, self.config.data.size)
         return self._once(
@@ -234,14 +236,16 @@ class _Builder:
     def select(self, name: str, arm: ArmConfig) -> Stage:
         s, needs, pool = self.config.selection, _needs(arm), self._pool(arm)
         params: dict[str, Any] = {
-            "select": arm.select, "per": arm.per, "k": s.images_per_class, "classes": list(self.classes.names), "pool": pool,
+            "select": arm.select, "per": arm.per, "k": s.images_per_class, "classes": list(self.classes.names),
             "seed": self.config.seed,
         }  # fmt: skip
+        if arm.select != "s3" or s.references == "generated":
+            params["pool"] = pool
         if arm.images == "real":
             images = self.encode("train")
             inputs = {"images": images}
         else:
-            images = self.generate(arm.finetune, max(self._pool(a) for a in self._arms_like(arm)))
+            images = self.generate(arm.finetune, max(self._pool(a) for a in self._arms_of(arm.images, arm.finetune)))
             inputs = {"images": images}
         real = self.encode("train")
         if needs & {"features", "confidence"}:
@@ -262,15 +266,18 @@ class _Builder:
             Stage("select", f"select ({arm.title})", params, inputs, units=units, images=self._set_size(), label=name),
         )
 
-    def _arms_like(self, arm: ArmConfig) -> list[ArmConfig]:
-        """Those that draw from the same candidates."""
-        return [a for a in self.config.arms.values() if (a.images, a.finetune) == (arm.images, arm.finetune)]
+    def _arms_of(self, images: str, finetune: bool) -> list[ArmConfig]:
+        """Those that draw from the same images."""
+        return [arm for arm in self.config.arms.values() if (arm.images, arm.finetune) == (images, finetune)]
 
     def _pool(self, arm: ArmConfig) -> int:
         """Candidates of each class that an arm chooses among; 0 for real images, which are as many as there are."""
+        s = self.config.selection
         if arm.images == "real":
             return 0
-        return self.config.selection.images_per_class if arm.select == "first" else self.config.pool_size
+        if arm.select == "first":
+            return s.images_per_class
+        return s.groups * s.images_per_class if arm.per == "group" and arm.select != "s3" else self.config.pool_size
 
     def _set_size(self) -> int:
         return self.config.selection.images_per_class * len(self.classes.names)

@@ -20,8 +20,7 @@ def publish(context: Context, plan: Plan, results: dict[str, Any]) -> None:
     """Write ``distilled/``, ``contact_sheet.png``, ``report.html``, the MLflow run, and last ``results.json``."""
     config, storage, name = context.config, context.storage, context.config.name
     k = config.selection.images_per_class
-    shown = k * SHEET_CLASSES
-    sheets = {arm: contact_sheet(_images(context, stage)[:shown], k) for arm, stage in plan.evaluations.items()}
+    sheets = {arm: contact_sheet(_images(context, stage), k) for arm, stage in plan.evaluations.items()}
     unpack(context, plan.export.artifact(storage), f"{name}/distilled")
     card = dataset_card(config, plan.classes, results).encode()
     storage.write(f"{name}/distilled/README.md", card)
@@ -35,7 +34,8 @@ def publish(context: Context, plan: Plan, results: dict[str, Any]) -> None:
 
 
 def _images(context: Context, evaluation: Stage) -> Any:
-    return read_chosen(evaluation.inputs["select"].artifact(context.storage))[0]
+    """Of the classes that the report shows."""
+    return read_chosen(evaluation.inputs["select"].artifact(context.storage), SHEET_CLASSES)[0]
 
 
 def _losses(context: Context, plan: Plan) -> list[dict[str, float]]:

@@ -11,6 +11,9 @@ from torch import Tensor
 TILE = 1024
 """Candidates along each side of the block of pairs that is looked at at a time: its values stay in the processor's cache."""
 
+PAIRS = 2**14
+"""Close pairs whose difference is taken at a time."""
+
 CLOSE = 1e-6
 """Below this 1 − σ is taken from the difference of the vectors, because 1 minus a rounded cosine has lost its digits."""
 
@@ -22,8 +25,9 @@ def log_distance(u_ND: Tensor, v_MD: Tensor) -> Tensor:
     """
     distance = torch.addmm(u_ND.new_ones(1), u_ND, v_MD.T, alpha=-1)
     if distance.numel() and distance.min() < CLOSE:
-        rows, columns = (distance < CLOSE).nonzero(as_tuple=True)
-        distance[rows, columns] = (u_ND[rows] - v_MD[columns]).square().sum(dim=1) / 2
+        for pairs in (distance < CLOSE).nonzero().split(PAIRS):
+            rows, columns = pairs.unbind(dim=1)
+            distance[rows, columns] = (u_ND[rows] - v_MD[columns]).square().sum(dim=1) / 2
     return distance.clamp_(min=torch.finfo(torch.float64).eps).log_()
 
 

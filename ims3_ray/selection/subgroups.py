@@ -69,7 +69,9 @@ def select_subgroups(
     best = score.gather(1, groups[:, None]).sum().item()
     if not coupled:
         return SubgroupSelection(groups, best, best, proximity, repulsion, score)
-    groups, repulsion = descend(normalize(candidates_CGD.double(), dim=-1), pairs, alpha * proximity, beta, groups)
+    total = alpha + beta  # only their ratio matters, and to the descent's tolerance too
+    c = normalize(candidates_CGD.double(), dim=-1)
+    groups, repulsion = descend(c, pairs, alpha / total * proximity, beta / total, groups)
     score = alpha * proximity - beta * repulsion
     objective = score.gather(1, groups[:, None]).sum().item()
     # Every class granted the rivals that suit it best: no choice of one subgroup per class can do better.

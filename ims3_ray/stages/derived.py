@@ -45,7 +45,7 @@ class Features:
     @torch.inference_mode()
     def __call__(self, unit: str, produced: Produced) -> Derived:
         """Raises ``ValueError`` naming the first image of which φ gives values that are not finite."""
-        parts = [self.encoder.look(to_signed(part)) for part in _batches(produced.pixels, self.batch, self.device)]
+        parts = [seen for part in _batches(produced.pixels, self.batch, self.device) for seen in self._look(part)]
         found = [features.float().cpu() for features, _ in parts]
         features = torch.cat(found) if found else torch.zeros(0, self.encoder.dim)
         if (bad := (~features.isfinite().all(dim=1)).nonzero()).numel():
@@ -58,6 +58,17 @@ class Features:
             tensors["log_probability"] = log_probability[:, index]
             tensors["recognised"] = log_probability.argmax(dim=1) == index
         return Derived("safetensors", pack_tensors(**tensors))
+
+    def _look(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Features and class scores, in smaller batches where memory does not suffice: φ's are independent of one another."""
+        try:
+            return [self.encoder.look(to_signed(pixels))]
+        except torch.OutOfMemoryError:
+            if len(pixels) == 1:
+                raise
+        torch.cuda.empty_cache()
+        self.batch = -(-len(pixels) // 2)
+        return [seen for part in pixels.split(self.batch) for seen in self._look(part)]
 
 
 class Latents:

@@ -11,7 +11,7 @@ import ray
 import torch
 
 from ims3_ray.artifacts import Artifact
-from ims3_ray.cluster import own_device
+from ims3_ray.cluster import own_device, results
 from ims3_ray.config import EvaluationConfig
 from ims3_ray.evaluation import train_student
 from ims3_ray.progress import Progress
@@ -54,7 +54,7 @@ def run_all(context: Context, stages: list[Stage]) -> None:
         while running:
             (ref,), _ = ray.wait(list(running), num_returns=1)
             stage, seed = running.pop(ref)
-            outcome = ray.get(ref)
+            outcome = results(ref)
             stage.artifact(storage).write(f"{unit_of(seed)}.json", json.dumps(outcome).encode())
             commit_units(stage.artifact(storage), {unit_of(seed): outcome}, outcome["seconds"])
             progress.advance(1)

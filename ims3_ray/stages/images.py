@@ -79,26 +79,34 @@ class ImageStore:
         """Store a unit; returns the SHA-256 of its shard."""
         if self.form == "latents":
             assert produced.latents is not None
-            return self.artifact.write(f"{unit}.safetensors", pack_tensors(latents=produced.latents))
+            return self.artifact.write(f"{unit}.{self.suffix}", pack_tensors(latents=produced.latents))
         pixels = produced.pixels.cpu()
         if self.form == "pixels":
-            return self.artifact.write(f"{unit}.safetensors", pack_tensors(pixels=pixels))
+            return self.artifact.write(f"{unit}.{self.suffix}", pack_tensors(pixels=pixels))
         encoded = encoders.map(lambda image: encode_png(to_pil(image)), pixels)
         label = int(unit[1:].split("-")[0])
         rows = [(png, f"{name}.png", label) for png, name in zip(encoded, produced.names, strict=True)]
-        return self.artifact.write(f"{unit}.parquet", parquet_bytes(image_table(rows)))
+        return self.artifact.write(f"{unit}.{self.suffix}", parquet_bytes(image_table(rows)))
 
     def decoder(self, device: str) -> Decoder | None:
         """What :meth:`read` needs where latents were stored."""
         return Decoder(self.autoencoder.path(), device, self.precision) if self.form == "latents" and self.autoencoder else None
 
-    def read(self, unit: str, decoder: Decoder | None = None, within: Sequence[int] | None = None) -> Tensor:
-        """uint8 pixels of a unit, or of its images at the offsets ``within``."""
+    @property
+    def suffix(self) -> str:
+        return "parquet" if self.form == "png" else "safetensors"
+
+    def read(self, unit: str, decoder: Decoder | None = None) -> Tensor:
+        """uint8 pixels of a unit."""
+        return self.unpack(self.artifact.read(f"{unit}.{self.suffix}"), decoder)
+
+    def unpack(self, shard: bytes, decoder: Decoder | None = None, within: Sequence[int] | None = None) -> Tensor:
+        """uint8 pixels of a shard, or of its images at the offsets ``within``."""
         if self.form == "png":
-            rows = pq.read_table(io.BytesIO(self.artifact.read(f"{unit}.parquet")), columns=["image"]).column("image")
+            rows = pq.read_table(io.BytesIO(shard), columns=["image"]).column("image")
             chosen = range(len(rows)) if within is None else within
             return torch.stack([_pixels(rows[offset].as_py()["bytes"]) for offset in chosen])
-        tensors = load(self.artifact.read(f"{unit}.safetensors"))
+        tensors = load(shard)
         if decoder is None:
             return tensors["pixels"] if within is None else tensors["pixels"][list(within)]
         chunks = tensors["latents"].split(DECODED_AT_ONCE)

@@ -47,6 +47,8 @@ def produce(context: Context, pools: Mapping[Stage, Sequence[Stage]], listeners:
     """Make what is missing of stages that make images, and of what is derived of each, all in one pass of the actors."""
     tasks = []
     for source, derived in pools.items():
+        for noted in (source, *derived):
+            _commit_noted(context, noted, source, derived)
         new = set(source.missing(context.storage))
         wanted = [(stage, set(stage.missing(context.storage))) for stage in derived]
         groups: dict[tuple[bool, tuple[Stage, ...]], list[str]] = {}
@@ -82,19 +84,15 @@ def run_tasks(context: Context, tasks: Sequence[Task], listeners: Listeners) -> 
         return
     config, storage = context.config, context.storage
     works = [_work(task, storage, listeners) for task in tasks]
-    done = [_already_whole(work, task.units) for work, task in zip(works, tasks, strict=True)]
+    done: list[dict[str, dict[str, Any]]] = [{} for _ in tasks]
     failed: list[dict[str, str]] = [{} for _ in tasks]
-    alike = [
-        None if task.source is None or task.source.kind == "encode" or config.pool.mix_hardware else _kind_of(work.noted, made)
-        for task, work, made in zip(tasks, works, done, strict=True)
-    ]
-    pending = [(number, unit) for number, task in enumerate(tasks) for unit in task.units if unit not in done[number]]
+    alike = [kind_of(context, task.source) for task in tasks]
+    pending = [(number, unit) for number, task in enumerate(tasks) for unit in task.units]
     per_unit = [task.stage.images / len(task.stage.units) for task in tasks]
     title = ", ".join(dict.fromkeys(task.stage.title for task in tasks))
     total = sum(each * len(task.units) for each, task in zip(per_unit, tasks, strict=True))
     began = time.monotonic()
     with Progress(title, round(total), "images", price=pool_price(config.actors, config.cluster)) as progress:
-        progress.at(round(sum(each * len(made) for each, made in zip(per_unit, done, strict=True))))
         for _ in range(config.actors.max_attempts):
             failed = [{} for _ in tasks]
             for number, unit, entry in run_units(pending, works, config.actors) if pending else []:
@@ -106,9 +104,8 @@ def run_tasks(context: Context, tasks: Sequence[Task], listeners: Listeners) -> 
                 progress.advance(entry["images"])
             pending = [(number, unit) for number, errors in enumerate(failed) for unit in errors]
     _commit(tasks, works, done, failed, time.monotonic() - began)
-    for task, errors in zip(tasks, failed, strict=True):
-        if errors:
-            raise IncompletePool(_what_is_missing(context, task.stage, errors))
+    if missing := [_what_is_missing(context, t.stage, errors) for t, errors in zip(tasks, failed, strict=True) if errors]:
+        raise IncompletePool(f"{'; '.join(missing)}; the same command tries again")
 
 
 def _work(task: Task, storage: Storage, listeners: Listeners) -> Work:
@@ -130,8 +127,7 @@ def _commit(
     made: list[tuple[Artifact, dict[str, Any], dict[str, str]]] = []
     for task, work, notes, errors in zip(tasks, works, done, failed, strict=True):
         if task.source:
-            own = {unit: {key: value for key, value in note.items() if key != "derived"} for unit, note in notes.items()}
-            made.append((work.noted, own, errors))
+            made.append((work.noted, {unit: _without_derived(note) for unit, note in notes.items()}, errors))
         for derivation in work.derivations:
             folder = derivation.artifact.folder
             made.append((derivation.artifact, {unit: note["derived"][folder] for unit, note in notes.items()}, errors))
@@ -159,15 +155,16 @@ def _what_is_missing(context: Context, stage: Stage, failed: Mapping[str, str]) 
     unit = min(failed)
     return (
         f"{stage.title}: {len(failed)} of {len(stage.units)} units failed every attempt, images missing: {shown}; {unit}: "
-        f"{failed[unit]}; all errors stand in {stage.artifact(context.storage).address}/manifest.json, and the same command "
-        "tries again"
+        f"{failed[unit]} (all errors: {stage.artifact(context.storage).address}/manifest.json)"
     )
 
 
-def _kind_of(noted: Artifact, done: Mapping[str, dict[str, Any]]) -> str:
-    """What made the units that are there; empty for none."""
-    before = {**(noted.manifest() or {"units": {}})["units"], **done}
-    return next((kind(entry["hardware"]) for entry in before.values()), "")
+def kind_of(context: Context, source: Stage | None) -> str | None:
+    """What made the images that a pool has; empty for none, None where it does not matter."""
+    if source is None or source.kind == "encode" or context.config.pool.mix_hardware:
+        return None
+    units = (source.manifest(context.storage) or {"units": {}})["units"]
+    return next((kind(entry["hardware"]) for entry in units.values()), "")
 
 
 def _check_alike(alike: str | None, noted: Artifact, unit: str, entry: dict[str, Any]) -> str | None:
@@ -185,13 +182,30 @@ def _check_alike(alike: str | None, noted: Artifact, unit: str, entry: dict[str,
     return mine
 
 
-def _already_whole(work: Work, units: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Notes of units that an interrupted run had finished. A note is written after the shards, and says what was derived."""
-    noted = work.noted.shards()
-    there = [unit for unit in units if f"{unit}.json" in noted]
-    for derivation in work.derivations:
-        whole = {name.split(".")[0] for name in derivation.artifact.shards()}
-        there = [unit for unit in there if unit in whole]
-    notes = {unit: json.loads(note) for unit, note in read_many(work.noted, there, "json")}
-    wanted = {derivation.artifact.folder for derivation in work.derivations}
-    return {unit: note for unit, note in notes.items() if wanted <= note["derived"].keys()}
+def _commit_noted(context: Context, noted: Stage, source: Stage, derived: Sequence[Stage]) -> None:
+    """Commit what an interrupted run has finished of ``source`` and of what is ``derived``: a note beside the shards of
+    ``noted``, one of these, was written after all of a unit's shards. Images of another kind of hardware than the pool's are
+    forgotten.
+    """
+    storage, artifact = context.storage, noted.artifact(context.storage)
+    missing = {stage: set(stage.missing(storage)) for stage in (source, *derived)}
+    names = {name.removesuffix(".json") for name in artifact.shards()}
+    there = sorted(names & set().union(*missing.values()))
+    notes = {unit: json.loads(note) for unit, note in read_many(artifact, there, "json")}
+    alike = kind_of(context, source) if noted is source else None
+    for unit, note in list(notes.items()):
+        if alike == "":
+            alike = kind(note["hardware"])
+        if alike not in (None, kind(note["hardware"])):
+            artifact.forget(f"{unit}.json")
+            del notes[unit]
+    for stage, wanted in missing.items():
+        own, folder = stage is noted is source, stage.artifact(storage).folder
+        found = {unit: _without_derived(note) if own else note["derived"].get(folder) for unit, note in notes.items()}
+        if whole := {unit: entry for unit, entry in found.items() if entry and unit in wanted}:
+            seconds = sum(entry["seconds"] for entry in whole.values()) / context.config.actors.count
+            commit_units(stage.artifact(storage), whole, seconds)
+
+
+def _without_derived(note: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in note.items() if key != "derived"}

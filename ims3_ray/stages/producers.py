@@ -63,9 +63,9 @@ class Candidates:
 
     def __call__(self, unit: str) -> Produced:
         label, number = parse_unit(unit)
-        size = self.sampling.unit_size
+        size, step = self.sampling.unit_size, self.batch  # which may be halved on the way
         indices = range(number * size, (number + 1) * size)
-        signed = torch.cat([self._draw(label, indices[start : start + self.batch]) for start in range(0, size, self.batch)])
+        signed = torch.cat([self._draw(label, indices[start : start + step]) for start in range(0, size, step)])
         names = [f"c{label:04d}/{index:06d}" for index in indices]
         batch = self.batch if self.batch < size else None
         if self.decoder is None:

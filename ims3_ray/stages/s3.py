@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ims3_ray.artifacts import Artifact
+from ims3_ray.artifacts import Artifact, Storage
 from ims3_ray.config import SelectionConfig
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection import SubgroupSelection, select_subgroups
@@ -61,7 +62,7 @@ class Part:
         """What a unit adds to the subgroups that its images fall into: sums of ℓ2-normalised features (Eq. 8, 9)."""
         first = self.first[unit]
         groups = self.group_of(parse_unit(unit)[0])[first : first + len(features_ND)]
-        unit_ND = normalize(features_ND.double(), dim=-1).numpy()
+        unit_ND = normalize(features_ND[: len(groups)].double(), dim=-1).numpy()
         return {int(group): unit_ND[groups == group].sum(axis=0) for group in np.unique(groups) if group >= 0}
 
 
@@ -146,8 +147,9 @@ class S3Selector:
 
     def _select(self, classes: list[int]) -> SubgroupSelection:
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # seconds at the end, while the rest waits
-        candidates, references = self.centroids("candidates")[classes], self.centroids("references")[classes, 0]
-        c = self.config
+        candidates, references, c = self.centroids("candidates"), self.centroids("references")[:, 0], self.config
+        if len(classes) < len(candidates):
+            candidates, references = candidates[classes], references[classes]
         return select_subgroups(candidates, references, alpha=c.alpha, beta=c.beta, coupling=c.coupling)
 
 
@@ -160,13 +162,14 @@ def table_of(selection: SubgroupSelection) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def actor_name(key: str) -> str:
+def actor_name(key: str, storage: Storage) -> str:
     """Under which the S3 actor of a selection is found, in the namespace :data:`NAMESPACE`."""
-    return f"s3-{key}"
+    return f"s3-{key}-{zlib.crc32(storage.uri.encode()):08x}"
 
 
 def start_selector(key: str, parts: dict[str, Part], config: SelectionConfig) -> Any:
     """The S3 actor of a selection, which may run already."""
+    name = actor_name(key, parts["candidates"].embeddings.storage)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-    actor = ray.remote(S3Selector).options(name=actor_name(key), namespace=NAMESPACE, get_if_exists=True, **options)
+    actor = ray.remote(S3Selector).options(name=name, namespace=NAMESPACE, get_if_exists=True, **options)
     return actor.remote(parts, config)

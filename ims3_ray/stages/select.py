@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ims3_ray.artifacts import Artifact
-from ims3_ray.cluster import own_device
+from ims3_ray.cluster import own_device, results
 from ims3_ray.errors import UserError
+from ims3_ray.hardware import hardware, kind
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection import SELECTORS, ClassImages, Per
 from ims3_ray.stages.base import Context, Stage, by_class, commit_units, pack_tensors, read_many
 from ims3_ray.stages.images import ImageStore, first_index
-from ims3_ray.stages.s3 import Listener, Part, start_selector, table_of
+from ims3_ray.stages.pool import kind_of
+from ims3_ray.stages.s3 import Listener, Part, actor_name, start_selector, table_of
 
 CLASSES_PER_TASK = 50
 """What a task does of a stage that looks at classes one by one; fewer classes in all are no work to send away."""
@@ -42,14 +44,13 @@ class ClassUnits:
 def class_units(context: Context, stage: Stage) -> list[ClassUnits]:
     """Of every class, in order. Real images that could not be decoded do not count; candidates beyond the pool's size are
     none."""
-    real = stage.kind == "encode"
-    labels = context.classes.source_labels if real else context.classes.generator_labels
-    entries = (stage.manifest(context.storage) or {}).get("units", {})
-    size = context.config.sampling.unit_size
-    units, found = by_class(stage.units), []
+    labels = context.classes.source_labels if stage.kind == "encode" else context.classes.generator_labels
+    size, units, found = context.config.sampling.unit_size, by_class(stage.units), []
+    entries = (stage.manifest(context.storage) or {})["units"] if stage.kind == "encode" else {}
     for label in labels:
-        images = {unit: entries[unit]["images"] if real else size for unit in units[label]}
-        found.append(ClassUnits(label, first_index(units[label], images), sum(images.values())))
+        images = {unit: entries[unit]["images"] if entries else size for unit in units[label]}
+        count = sum(images.values()) if entries else min(sum(images.values()), context.config.pool_size)
+        found.append(ClassUnits(label, first_index(units[label], images), count))
     return found
 
 
@@ -90,6 +91,7 @@ def listen(context: Context, stages: Sequence[Stage]) -> dict[str, list[Listener
         key, parts = stage.key(storage), parts_of(context, stage)
         assert key is not None
         selector = start_selector(key, parts, context.config.selection)
+        print(f"{stage.title}: the S3 actor is {actor_name(key, storage)}", flush=True)
         shared = context.config.selection.references == "generated"
         heard = ("candidates", "references") if shared else ("candidates",)
         listeners.setdefault(stage.inputs["embed"].title, []).extend(Listener(selector, name, parts[name]) for name in heard)
@@ -102,13 +104,13 @@ def choose_s3(context: Context, stage: Stage) -> tuple[list[Tensor], dict[str, A
     assert key is not None
     selector = start_selector(key, parts_of(context, stage), context.config.selection)
     try:
-        if (selection := ray.get(selector.select.remote())) is None:
-            ray.get(selector.refresh.remote())
-            selection = ray.get(selector.select.remote())
+        if (selection := results(selector.select.remote())) is None:
+            results(selector.refresh.remote())
+            selection = results(selector.select.remote())
     except ValueError as error:  # of a geometry that has no solution
         raise UserError(f"{stage.title}: {str(error).splitlines()[-1]} (class and subgroup, from 0)") from error
     if selection is None:
-        lost = ray.get(selector.missing.remote())
+        lost = results(selector.missing.remote())
         raise UserError(f"{stage.title}: {len(lost)} embedding shards are gone from the storage, e.g. {lost[0][1]}")
     ray.kill(selector)
     return [torch.arange(g * k, (g + 1) * k) for g in selection.groups.tolist()], table_of(selection)
@@ -169,27 +171,43 @@ def _spread(function: Any, shared: Any, classes: list[Any], **resources: float) 
     task = ray.remote(function).options(max_retries=3, **resources)
     shared_ref = ray.put(shared)
     parts = [classes[start : start + CLASSES_PER_TASK] for start in range(0, len(classes), CLASSES_PER_TASK)]
-    return [row for rows in ray.get([task.remote(shared_ref, part) for part in parts]) for row in rows]
+    return [row for rows in results([task.remote(shared_ref, part) for part in parts]) for row in rows]
 
 
 # The images
 
 
-def gather_classes(stores: tuple[ImageStore, Artifact], classes: list[tuple[str, ClassUnits, Tensor]]) -> list[dict[str, Any]]:
-    """Read the chosen images of some classes, decoding only the shards' parts that hold them, and write a shard for each."""
-    store, artifact = stores
-    decoder = store.decoder(own_device())
+@dataclass(frozen=True)
+class Gathered:
+    """Where the chosen images are read and written, and how they are decoded if they were stored as latents."""
+
+    store: ImageStore
+    selected: Artifact
+    threads: int
+    alike: str | None
+    """Kind of hardware that made the pool's images; None if another may decode them."""
+
+
+def gather_classes(way: Gathered, classes: list[tuple[str, ClassUnits, Tensor]]) -> list[dict[str, Any]]:
+    """Read the chosen images of some classes, decoding only the parts of shards that hold them, and write a shard for each."""
+    decoder = None
+    if way.store.form == "latents":
+        torch.set_num_threads(way.threads)
+        device = own_device()
+        if way.alike not in (None, kind(hardware(device))):
+            raise UserError(
+                f"the pool's images were made on {way.alike}, and {kind(hardware(device))} would decode them again to others "
+                "in the last bits; use one kind of node, or allow it with pool.mix_hardware=true"
+            )
+        decoder = way.store.decoder(device)
     entries = []
     for name, units, indices in classes:
         firsts = np.array(list(units.first.values()))
         inside = np.searchsorted(firsts, indices.numpy(), side="right") - 1
-        pixels = [
-            store.read(unit, decoder, (indices.numpy()[inside == number] - firsts[number]).tolist())
-            for number, unit in enumerate(units.first)
-            if (inside == number).any()
-        ]
-        images = torch.cat(pixels)
-        digest = artifact.write(f"{name}.safetensors", pack_tensors(pixels=images, indices=indices))
+        offsets = {unit: (indices.numpy()[inside == i] - firsts[i]).tolist() for i, unit in enumerate(units.first)}
+        shards = read_many(way.store.artifact, [unit for unit, within in offsets.items() if within], way.store.suffix)
+        images = torch.cat([way.store.unpack(shard, decoder, offsets[unit]) for unit, shard in shards])
+        digest = way.selected.write(f"{name}.safetensors", pack_tensors(pixels=images, indices=indices))
         entries.append(
             {"sha256": digest, "images": len(images), "content": hashlib.sha256(images.numpy().tobytes()).hexdigest()}
         )
@@ -206,17 +224,18 @@ def run(context: Context, stage: Stage) -> None:
     else:
         chosen = choose_one_by_one(context, stage)
     images, artifact = stage.inputs["images"], stage.artifact(context.storage)
-    store = ImageStore.of(images, context.storage)
     actors = context.config.actors
-    resources = {"num_cpus": actors.cpus, "num_gpus": actors.gpus} if store.form == "latents" else {}
+    way = Gathered(ImageStore.of(images, context.storage), artifact, actors.threads, kind_of(context, images))
+    resources = {"num_cpus": actors.cpus, "num_gpus": actors.gpus} if way.store.form == "latents" else {}
     classes = list(zip(stage.units, class_units(context, images), chosen, strict=True))
-    entries = dict(zip(stage.units, _spread(gather_classes, (store, artifact), classes, **resources), strict=True))
+    entries = dict(zip(stage.units, _spread(gather_classes, way, classes, **resources), strict=True))
     content = hashlib.sha256("".join(entry["content"] for entry in entries.values()).encode()).hexdigest()[:16]
     commit_units(artifact, entries, time.monotonic() - began, content=content, s3=table)
 
 
-def read_chosen(selected: Artifact) -> tuple[Tensor, Tensor]:
-    """uint8 pixels [C·K, …] of a committed selection, class by class, and their classes' positions [C·K]."""
-    units = sorted((selected.manifest() or {})["units"])
+def read_chosen(selected: Artifact, classes: int | None = None) -> tuple[Tensor, Tensor]:
+    """uint8 pixels [C·K, …] of a committed selection, class by class, and their classes' positions [C·K]; of the first
+    ``classes`` alone if so many are asked for."""
+    units = sorted((selected.manifest() or {})["units"])[:classes]
     parts = [load(shard)["pixels"] for _, shard in read_many(selected, units, "safetensors")]
     return torch.cat(parts), torch.cat([torch.full((len(part),), position) for position, part in enumerate(parts)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -58,6 +59,8 @@ class UnitWorker:
         self.works, self.threads, self.device = works, threads, own_device()
         self.built: dict[int, tuple[Producer, list[Derive]]] = {}
         self.busy = threading.Lock()
+        self.unusable = False
+        """Whether the device has failed, after which it fails for every unit: a new process has to take it."""
         self.encoders = ThreadPoolExecutor(encoders)
 
     def __call__(self, row: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
@@ -65,6 +68,7 @@ class UnitWorker:
         try:
             entry = self._make(task, unit)
         except Exception as error:  # one bad unit must not take the job with it; the driver decides what to do
+            self.unusable = isinstance(error, torch.AcceleratorError)
             entry = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
         return {"task": [task], "unit": [unit], "entry": [json.dumps(entry)]}
 
@@ -94,6 +98,8 @@ class UnitWorker:
 
     def _compute(self, task: int, unit: str) -> tuple[Produced, list[Derived], list[float]]:
         """What needs the device, with the seconds of each step."""
+        if self.unusable:
+            os._exit(1)  # not a failure of this unit: Ray starts another actor, which tries it
         if task not in self.built:
             work = self.works[task]
             self.built[task] = work.producer(self.device), [derivation.build(self.device) for derivation in work.derivations]

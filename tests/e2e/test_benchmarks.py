@@ -6,27 +6,60 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.e2e.conftest import ROOT, environment
 
 
-def test_fine_tuning_is_measured_on_a_machine_without_ray(tmp_path: Path):
-    for absent in ("ray", "mlflow", "diffusers"):
+@pytest.fixture
+def without_ray(tmp_path: Path) -> dict[str, str]:
+    """An environment in which Ray and MLflow cannot be imported, as on a bare machine with a GPU."""
+    for absent in ("ray", "mlflow"):
         (tmp_path / f"{absent}.py").write_text("raise ImportError(__name__)\n")
-    command = [sys.executable, "benchmarks/finetune.py", "workers=2", "batch_size=1", "steps=1", "cases=[ZeRO 2, L_Diff alone]"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(PYTHONPATH=str(tmp_path)), capture_output=True, text=True, timeout=200
-    )
+    return environment(PYTHONPATH=str(tmp_path))
+
+
+def report(script: str, *arguments: str, env: dict[str, str]) -> dict[str, Any]:
+    command = [sys.executable, f"benchmarks/{script}.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found["machine"]["torch"]
+    return found
+
+
+def test_fine_tuning_is_measured_on_a_machine_without_ray(without_ray: dict[str, str], tmp_path: Path):
+    (tmp_path / "diffusers.py").write_text("raise ImportError(__name__)\n")
+    cases = "cases=[ZeRO 2, L_Diff alone]"
+    found = report("finetune", "workers=2", "batch_size=1", "steps=1", cases, env=without_ray)
     assert found["model"].startswith("DiT-")
     assert [row["case"] for row in found["cases"]] == ["ZeRO 2", "L_Diff alone"]
     for row in found["cases"]:
         assert row["share"] > 0
         assert row["samples_per_s"] * row["ms_per_step"] / 1e3 == pytest.approx(2, rel=0.02)
         assert row["peak_gb"] > 0.1
+
+
+def test_making_candidates_is_measured_on_a_machine_without_ray(without_ray: dict[str, str]):
+    small = ("model=S", "patch=8", "image_size=64", "batch=2", "units=1", "steps=2")
+    found = report("pool", *small, "cases=[baseline, unit]", env=without_ray)
+    assert [row["case"] for row in found["cases"]] == ["baseline", "unit"]
+    for row, images in zip(found["cases"], (1, 2), strict=True):
+        assert row["images_per_s"] * row["s_per_unit"] == pytest.approx(images, rel=0.05)
+        assert 0 < row["share"] < 1.5
+    assert found["cases"][0]["speedup"] == 1
+
+
+def test_selection_is_measured_on_a_machine_without_ray(without_ray: dict[str, str]):
+    found = report("selection", "classes=[4, 8]", "groups=[3]", "features=16", env=without_ray)
+    assert [(row["C"], row["coupling"]) for row in found["cases"]] == [
+        (4, "pool"), (4, "selected"), (8, "pool"), (8, "selected"),
+    ]  # fmt: skip
+    for row in found["cases"]:
+        assert row["seconds"] > 0
+        assert row["gap"] >= 0
 
 
 def test_a_case_that_does_not_exist_is_named():

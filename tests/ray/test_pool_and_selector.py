@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ims3_ray.selection import SELECTORS, ClassImages, centroid, select_subgroup
 from ims3_ray.stages import pool, select
 from ims3_ray.stages.base import Context, Stage, by_class
 from ims3_ray.stages.images import ImageStore, Produced
-from ims3_ray.stages.pool import Task, _check_alike, _kind_of, run_tasks
+from ims3_ray.stages.pool import Task, _check_alike, run_tasks
 from ims3_ray.stages.s3 import NAMESPACE, Part, S3Selector, actor_name, start_selector
 from tests.conftest import write_latent_world
 from tests.ray.conftest import Run, prepare
@@ -101,19 +102,41 @@ def test_a_larger_pool_makes_only_what_is_missing(tiny_world: Path, tmp_path: Pa
     assert {unit: outcomes[1][unit] for unit in outcomes[0]} == outcomes[0]
 
 
-def test_images_of_another_kind_of_hardware_are_no_part_of_the_pool(tmp_path: Path):
+def test_images_of_another_kind_of_hardware_are_no_part_of_the_pool(tiny_run: Run, tmp_path: Path):
     noted = Artifact(Storage.at(str(tmp_path)), "generate", "mine")
-    entries = [
-        {"hardware": {"device": device, "driver": driver, "torch": "2"}}
-        for device, driver in (("A", "1"), ("A", "2"), ("B", "1"))
-    ]
-    for unit, entry in zip(UNITS, entries, strict=True):
-        noted.write(f"{unit}.json", json.dumps(entry).encode())
-    alike = _kind_of(noted, dict(zip(UNITS[:1], entries, strict=False)))
-    assert _check_alike("", noted, UNITS[0], entries[0]) == alike == _check_alike(alike, noted, UNITS[1], entries[1])
-    with pytest.raises(UserError, match=r"made on B with torch 2, the pool's other images on A .* pool.mix_hardware=true"):
-        _check_alike(alike, noted, UNITS[2], entries[2])
-    assert noted.shards() == {f"{unit}.json" for unit in UNITS[:2]}
+    a, newer, b = ({"hardware": {"device": device, "driver": "1", "torch": torch}} for device, torch in ("A2", "A3", "B2"))
+    noted.write(f"{UNITS[2]}.json", json.dumps(b).encode())
+    assert _check_alike("", noted, UNITS[0], a) == "A with torch 2"
+    assert _check_alike("A with torch 2", noted, UNITS[1], {"hardware": {**a["hardware"], "driver": "7"}}) == "A with torch 2"
+    assert _check_alike(None, noted, UNITS[1], b) is None
+    for other in (newer, b):
+        noted.write(f"{UNITS[2]}.json", json.dumps(other).encode())
+        with pytest.raises(UserError, match=r"the pool's other images on A with torch 2: .* pool.mix_hardware=true"):
+            _check_alike("A with torch 2", noted, UNITS[2], other)
+        assert noted.shards() == set()
+
+
+def test_a_run_that_was_interrupted_keeps_what_it_has_noted_but_for_images_of_other_hardware(tiny_run: Run, tmp_path: Path):
+    shutil.copytree(Path(tiny_run.config.storage) / "artifacts", tmp_path / "artifacts")
+    config = RunConfig.model_validate({**tiny_run.config.model_dump(), "storage": str(tmp_path)})
+    plan, storage = make_plan(config), Storage.at(str(tmp_path))
+    context = Context(config, storage, plan.classes, None)  # type: ignore[arg-type]
+    nodes = {(s.kind, s.label): s for s in plan.stages}
+    generate, embed = nodes["generate", "pretrained"], nodes["embed", "pretrained"]
+    whole = hashes(storage, generate, embed)
+    for stage in (generate, embed):
+        storage.delete_file(f"{stage.artifact(storage).folder}/manifest.json")  # as if it had been killed before the commit
+    foreign = generate.units[4]
+    note = json.loads(generate.artifact(storage).read(f"{foreign}.json"))
+    note["hardware"]["device"] = "Another Processor"
+    generate.artifact(storage).write(f"{foreign}.json", json.dumps(note).encode())
+    shards = tmp_path / generate.artifact(storage).folder / "shards"
+    before = {file: file.stat().st_mtime_ns for file in shards.iterdir() if foreign not in file.name}
+
+    pool.produce(context, {generate: [embed]})
+    assert hashes(storage, generate, embed) == whole
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert json.loads(generate.artifact(storage).read(f"{foreign}.json"))["hardware"] != note["hardware"]
 
 
 def test_a_storage_error_loses_nothing(tiny_world: Path, tmp_path: Path, tiny_run: Run):
@@ -319,7 +342,10 @@ def test_a_selector_that_is_killed_reads_what_is_committed_when_it_comes_back(ti
     actor = start_selector(key, select.parts_of(context, stage), tiny_run.config.selection)
     assert ray.get(actor.missing.remote()) == []
     ray.kill(actor, no_restart=False)
-    assert ray.get(ray.get_actor(actor_name(key), NAMESPACE).progress.remote()) == {"candidates": (6, 6), "references": (9, 9)}
+    assert ray.get(ray.get_actor(actor_name(key, tiny_run.storage), NAMESPACE).progress.remote()) == {
+        "candidates": (6, 6),
+        "references": (9, 9),
+    }
     chosen, table = select.choose_s3(context, stage)
     assert table["groups"] == expected["groups"]
     assert [indices[0] // 2 for indices in chosen] == expected["groups"]

@@ -61,15 +61,16 @@ def test_flops_are_counted_without_weights(world: Path):
         ({"sampling": {"clip": True}}, "set sampling.clip=false"),
         ({"data": {"size": 16}}, r"makes 1×8×8 images; set data\.channels=1 and data\.size=8"),
         ({"generator": "pixels"}, "choose two that belong together"),
+        ({"generator": "pixels", "pool": {"store": "latents"}, "autoencoder": None}, r"set pool\.store=png"),
     ],
 )
 def test_parts_that_do_not_belong_together_are_refused(world: Path, tiny_world: Path, tmp_path: Path, changes, says: str):
     if changes.get("generator") == "pixels":
-        changes = {"generator": str(tiny_world / "dit.safetensors")}
+        changes = {**changes, "generator": str(tiny_world / "dit.safetensors")}
     latent = {"generator": str(world / "dit.safetensors"), "autoencoder": str(world), "sampling": {"clip": False}}
     values = tiny_values(tiny_world, tmp_path, **latent)
     for key, change in changes.items():
-        values[key] = {**values[key], **change} if isinstance(change, dict) else change
+        values[key] = {**values.get(key, {}), **change} if isinstance(change, dict) else change
     with pytest.raises(UserError, match=says):
         make_plan(RunConfig.model_validate(values))
 

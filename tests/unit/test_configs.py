@@ -15,6 +15,7 @@ from ims3_ray.objectives.inversion_matching_released import InversionMatchingRel
 from ims3_ray.objectives.minimax import Minimax
 from ims3_ray.pipeline import describe
 from ims3_ray.plan import make_plan
+from ims3_ray.selection import SELECTORS
 from tests.imagenet import places, write_images, write_weights
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -53,7 +54,17 @@ def test_a_dry_run_shows_the_plan(name: str, overrides: list[str]):
     assert "encode latents" in text
     tuning = config.finetune
     assert (tuning.epochs, tuning.batch_size, tuning.lr, tuning.objectives.inversion_matching.weight) == (8, 8, 1e-3, 0.002)
-    assert (config.sampling.steps, config.sampling.cfg_scale, config.sampling.cfg_channels) == (50, 4.0, 3)
+    s = config.sampling
+    assert (s.sampler, s.steps, s.cfg_scale, s.cfg_channels, s.precision) == ("ddpm", 50, 4.0, 3, "bf16")
+
+
+def test_all_other_selectors_stand_beside_the_default_arms():
+    plan = make_plan(load_config(RunConfig, CONFIGS / "methods" / "selectors.yaml", []))
+    selects = [stage for stage in plan.stages if stage.kind == "select"]
+    assert {stage.params["select"] for stage in selects} == {"s3", *SELECTORS}
+    pools = [stage for stage in plan.stages if stage.kind == "generate"]
+    assert len(pools) == 2  # one of each generator, whatever is chosen from it
+    assert all(stage.inputs["images"] in pools or stage.inputs["images"].kind == "encode" for stage in selects)
 
 
 def test_the_released_reading_of_imagewoof_is_planned_too(overrides: list[str]):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ims3_ray.config import FinetuneConfig
-from ims3_ray.cost import finetune_flops
+from ims3_ray.config import FinetuneConfig, SamplingConfig
+from ims3_ray.cost import finetune_flops, sampling_flops
 from ims3_ray.models.dit import PUBLISHED
 
 DIFFUSION, NONE = {"diffusion": {"weight": 1}}, {"diffusion": {"weight": 0}}
@@ -33,3 +33,11 @@ def test_a_sample_costs_so_many_passes(objectives: dict[str, Any], parameters: s
     config = FinetuneConfig.model_validate({"objectives": objectives, "parameters": parameters})
     assert finetune_flops(PUBLISHED["XL"], config) == passes * PUBLISHED["XL"].forward_flops()
     assert PUBLISHED["XL"].forward_flops() == pytest.approx(237.3e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"), [({}, 100), ({"cfg_scale": 1.0}, 50), ({"cfg_interval": (0.2, 0.7)}, 75), ({"steps": 20}, 40)]
+)
+def test_guidance_costs_a_second_pass_where_it_acts(changes: dict[str, Any], passes: float):
+    sampling = SamplingConfig.model_validate({"steps": 50, "cfg_scale": 4.0, **changes})
+    assert sampling_flops(PUBLISHED["XL"], sampling) == pytest.approx(passes * PUBLISHED["XL"].forward_flops())

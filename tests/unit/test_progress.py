@@ -30,9 +30,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def work(clock: Clock, stream: io.StringIO) -> str:
+def work(clock: Clock, stream: io.StringIO, price: float = 0.0) -> str:
     """A hundred images: 30 s of start-up, then two images a second."""
-    with Progress("generate", 100, "images", stream) as bar:
+    with Progress("generate", 100, "images", stream, price) as bar:
         clock.now += 30
         for _ in range(10):
             bar.advance(10)
@@ -54,6 +54,12 @@ def test_a_terminal_sees_one_line_that_is_rewritten(clock: Clock):
     assert shown.count("\n") == 1
     assert "\r\x1b[2Kgenerate: 50/100 images, 2.0/s, 0:25 left" in shown
     assert shown.endswith("generate: done in 80.0 s, 1.2 images/s\n")
+
+
+def test_with_a_price_it_says_what_was_spent_and_what_is_to_come(clock: Clock):
+    lines = work(clock, io.StringIO(), price=360.0).splitlines()  # 0.1 a second
+    assert lines[2] == "generate: 40/100 images, 2.0/s, 0:30 left, 4.50 spent, 3.00 to come"
+    assert lines[-1] == "generate: done in 80.0 s, 1.2 images/s, 8.00 spent"
 
 
 def test_what_fails_is_said_to_have_stopped(clock: Clock):
