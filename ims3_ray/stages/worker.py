@@ -29,6 +29,8 @@ from ims3_ray.stages.s3 import Listener
 CALLS = 2
 """Units that an actor has in hand: one on the device, one whose images are encoded and written meanwhile."""
 
+GRACE_S = 2.0
+
 
 @dataclass(frozen=True)
 class Derivation:
@@ -68,7 +70,7 @@ class UnitWorker:
         try:
             entry = self._make(task, unit)
         except Exception as error:  # one bad unit must not take the job with it; the driver decides what to do
-            self.unusable = isinstance(error, torch.AcceleratorError)
+            self.unusable |= isinstance(error, torch.AcceleratorError)
             entry = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
         return {"task": [task], "unit": [unit], "entry": [json.dumps(entry)]}
 
@@ -99,6 +101,7 @@ class UnitWorker:
     def _compute(self, task: int, unit: str) -> tuple[Produced, list[Derived], list[float]]:
         """What needs the device, with the seconds of each step."""
         if self.unusable:
+            time.sleep(GRACE_S)  # in which the row of the unit that broke it leaves
             os._exit(1)  # not a failure of this unit: Ray starts another actor, which tries it
         if task not in self.built:
             work = self.works[task]
