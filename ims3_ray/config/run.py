@@ -33,7 +33,7 @@ class SamplingConfig(Section):
 
     sampler: SamplerName = "ddim"
     """`ddim` (Eq. 1, deterministic), `ddpm` (ancestral, as the published baselines: with the learned variance of generators
-    that have one), `dpm++2m` (DPM-Solver++, second order: as good in fewer steps)."""
+    that have one), `dpm++2m` (DPM-Solver++, second order: less error in as many steps)."""
     steps: int = Field(default=25, ge=1, lt=1000)
     """Evenly spaced denoising steps."""
     cfg_scale: float = Field(default=2.0, ge=1)
