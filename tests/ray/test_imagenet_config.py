@@ -96,7 +96,6 @@ def test_candidates_are_decoded_samples_of_the_fine_tuned_model(woof: RunConfig)
     expected = decode(drawn.half())[0]
     pixels = ImageStore.of(generate, storage).read("c0193-u00000")[1]
     off = np.abs(pixels.numpy().astype(int) - expected.numpy().astype(int))
-    print("OFF", off.max(), off.mean())
     assert off.max() <= 1
 
 
