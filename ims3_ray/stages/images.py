@@ -20,7 +20,7 @@ from ims3_ray.artifacts import Artifact, Storage
 from ims3_ray.data.hub import encode_png, image_table, parquet_bytes
 from ims3_ray.data.transforms import to_pil, to_uint8
 from ims3_ray.models.autoencoder import load_autoencoder
-from ims3_ray.stages.base import Stage, pack_tensors
+from ims3_ray.stages.base import Stage, pack_tensors, parse_unit
 from ims3_ray.stages.weights import Weights
 
 DECODED_AT_ONCE = 8
@@ -84,7 +84,7 @@ class ImageStore:
         if self.form == "pixels":
             return self.artifact.write(f"{unit}.{self.suffix}", pack_tensors(pixels=pixels))
         encoded = encoders.map(lambda image: encode_png(to_pil(image)), pixels)
-        label = int(unit[1:].split("-")[0])
+        label = parse_unit(unit)[0]
         rows = [(png, f"{name}.png", label) for png, name in zip(encoded, produced.names, strict=True)]
         return self.artifact.write(f"{unit}.{self.suffix}", parquet_bytes(image_table(rows)))
 
@@ -110,10 +110,9 @@ class ImageStore:
         if decoder is None:
             return tensors["pixels"] if within is None else tensors["pixels"][list(within)]
         chunks = tensors["latents"].split(DECODED_AT_ONCE)
-        if within is None:
-            return torch.cat([decoder(chunk) for chunk in chunks]).cpu()
-        decoded = {number: decoder(chunks[number]) for number in sorted({offset // DECODED_AT_ONCE for offset in within})}
-        return torch.stack([decoded[offset // DECODED_AT_ONCE][offset % DECODED_AT_ONCE] for offset in within]).cpu()
+        chosen = range(len(tensors["latents"])) if within is None else within
+        decoded = {number: decoder(chunks[number]) for number in sorted({offset // DECODED_AT_ONCE for offset in chosen})}
+        return torch.stack([decoded[offset // DECODED_AT_ONCE][offset % DECODED_AT_ONCE] for offset in chosen]).cpu()
 
 
 def first_index(units: Sequence[str], images: Mapping[str, int]) -> dict[str, int]:

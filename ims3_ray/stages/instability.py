@@ -10,6 +10,7 @@ import numpy as np
 import ray
 import torch
 
+from ims3_ray.cluster import own_device, results
 from ims3_ray.config import InstabilityConfig
 from ims3_ray.diffusion.instability import log_instability
 from ims3_ray.diffusion.inversion import invert
@@ -38,7 +39,7 @@ def run(context: Context, stage: Stage) -> None:
     measure = ray.remote(_measure).options(num_cpus=actors.cpus, num_gpus=actors.gpus)
     began = time.monotonic()
     with Progress(stage.title, config.images, "images") as progress:
-        result = ray.get(
+        result = results(
             measure.remote(
                 config, context.config.seed, stage.weights["generator"], Adapters.of(stage.inputs["finetune"], storage),
                 stage.inputs["encode"].artifact(storage), latents.artifact(storage) if latents else None, classes,
@@ -57,7 +58,7 @@ def _measure(
 ) -> dict[str, list[float]]:  # fmt: skip
     """log Ē of each image, ``before`` and ``after``; class by class, since each may have an adapter of its own."""
     torch.set_num_threads(threads)
-    device = "cuda" if ray.get_gpu_ids() else "cpu"
+    device = own_device()
     found: dict[str, list[float]] = {"before": [], "after": []}
     path = weights.path()
     for name, models in (("before", GroupModels(path, None, device)), ("after", GroupModels(path, adapters, device))):

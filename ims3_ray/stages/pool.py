@@ -143,7 +143,7 @@ def pool_price(actors: ActorsConfig, cluster: ClusterConfig) -> float:
 
 def _what_is_missing(context: Context, stage: Stage, failed: Mapping[str, str]) -> str:
     """The images of the failed units by class and index, and the first error of all."""
-    generated = stage.kind == "generate" or stage.label in ("fine-tuned", "pretrained")
+    generated = stage.inputs.get("images", stage).kind == "generate"
     labels = context.classes.generator_labels if generated else context.classes.source_labels
     names = dict(zip(labels, context.classes.names, strict=True))
     size = context.config.sampling.unit_size if generated else context.config.data.unit_size
