@@ -11,20 +11,28 @@ from typing import TYPE_CHECKING, Any
 from ims3_ray import compat
 
 if TYPE_CHECKING:
+    from ims3_ray.config import CompareConfig as CompareConfig
+    from ims3_ray.config import EvaluateConfig as EvaluateConfig
     from ims3_ray.config import RunConfig as RunConfig
     from ims3_ray.errors import UserError as UserError
-    from ims3_ray.pipeline import DistillResult as DistillResult
+    from ims3_ray.pipeline import RunResult as RunResult
+    from ims3_ray.pipeline import compare as compare
     from ims3_ray.pipeline import distill as distill
+    from ims3_ray.pipeline import evaluate as evaluate
 
 compat.install()
 
 _WHERE = {
+    "CompareConfig": "ims3_ray.config",
+    "EvaluateConfig": "ims3_ray.config",
     "RunConfig": "ims3_ray.config",
     "UserError": "ims3_ray.errors",
-    "DistillResult": "ims3_ray.pipeline",
+    "RunResult": "ims3_ray.pipeline",
+    "compare": "ims3_ray.pipeline",
     "distill": "ims3_ray.pipeline",
+    "evaluate": "ims3_ray.pipeline",
 }
-__all__ = ["DistillResult", "RunConfig", "UserError", "distill"]
+__all__ = ["CompareConfig", "EvaluateConfig", "RunConfig", "RunResult", "UserError", "compare", "distill", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ims3_ray.config import DataConfig, EvaluationConfig, FinetuneConfig, InstabilityConfig, SamplingConfig
+from ims3_ray.config import FinetuneConfig, InstabilityConfig, ProtocolConfig, RefineConfig, SamplingConfig
 from ims3_ray.models.autoencoder import Autoencoder
 from ims3_ray.models.dit import DiTConfig
 from ims3_ray.models.encoder import Encoder, EncoderConfig
+from ims3_ray.models.students import forward_flops as student_flops
 
 
 def sampling_flops(shape: DiTConfig, sampling: SamplingConfig) -> float:
     """One image: one forward per step, two where guidance acts."""
     low, high = sampling.cfg_interval
-    return sampling.steps * (1 + (high - low if sampling.cfg_scale > 1 else 0)) * shape.forward_flops()
+    share = sampling.inverted_gaussian.until if sampling.inverted_gaussian.groups else 1.0
+    return share * sampling.steps * (1 + (high - low if sampling.cfg_scale > 1 else 0)) * shape.forward_flops()
 
 
 def finetune_flops(shape: DiTConfig, config: FinetuneConfig) -> float:
@@ -35,14 +37,22 @@ def instability_flops(shape: DiTConfig, config: InstabilityConfig) -> float:
     return 2 * config.steps * (4 + derivatives) * shape.forward_flops()
 
 
-def evaluation_flops(config: EvaluationConfig, data: DataConfig, classes: int, train_images: int, test_images: int) -> float:
-    """One student: three forwards per training image and epoch, one per test image and validation."""
-    forward, channels, size = 0.0, int(data.channels), data.size
-    for _ in range(config.depth):
-        forward += 2 * size**2 * 9 * channels * config.width
-        channels, size = config.width, size // 2
-    forward += 2 * config.width * size**2 * classes
-    return forward * (3 * config.epochs * train_images + config.validations * test_images)
+def inversion_flops(shape: DiTConfig, sampling: SamplingConfig) -> float:
+    """One real image, inverted to where samples start from."""
+    return sampling_flops(shape, sampling)
+
+
+def refine_flops(shape: DiTConfig, config: RefineConfig) -> float:
+    """One image: a forward and the gradient of its input at each step."""
+    return 2.0 * config.steps * shape.forward_flops()
+
+
+def evaluation_flops(
+    protocol: ProtocolConfig, student: str, channels: int, size: int, classes: int, trained: int, tested: int
+) -> float:
+    """One student: three forwards per training image of all epochs, one per test image and validation; no teacher."""
+    forward = student_flops(student, channels, size, classes, protocol.norm, protocol.width)
+    return forward * (3 * trained + protocol.validations * tested)
 
 
 def encoding_flops(autoencoder: Autoencoder, size: int) -> float:

@@ -1,101 +1,218 @@
-"""Training a student on a small labelled set and testing it on real images (ground floor: tensors in, accuracies out)."""
+"""Training a student on a small labelled set and testing it on real images (tensors in, accuracies out).
+
+All images stay on the device and augmentation runs there, a batch at a time.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ims3_ray.config import EvaluationConfig
-from ims3_ray.data.transforms import to_signed
-from ims3_ray.models.students import ConvNet
-from ims3_ray.seeds import seed_for
+from ims3_ray.config import ProtocolConfig
+from ims3_ray.config.evaluation import for_ipc
+from ims3_ray.data.augment import augment, cutmix, resize
+from ims3_ray.models.students import build_student
+from ims3_ray.seeds import generator_for, seed_for
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESIDENT_BYTES = 2**32
+"""Test images that take more stay on the host and are sent in batches."""
+TEST_PIXELS, TEST_BATCH = 2**23, 500
+"""What a batch of test images holds at most."""
+
+Labelled = tuple[Tensor, Tensor]
+"""uint8 images [N, C, H, W] and their classes' positions [N]."""
+
+Teacher = Callable[[Tensor], Tensor]
+"""Images in [0, 1], [B, C, H, W], to logits [B, num_classes]."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A validation: mean training loss since the one before, accuracies in per cent."""
+
+    epoch: int
+    loss: float
+    test: float
+    val: float | None
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Test accuracy in per cent: of the final weights, and of the best of the validations."""
+    """Test accuracies in per cent, of the final weights and of those that two ways of stopping early would have kept."""
 
     last: float
     best: float
-    curve: list[tuple[int, float]]
-    """(epoch, accuracy) of each validation."""
+    """At the epoch that is best on the test split itself: what the papers report."""
+    val: float | None
+    """At the epoch that is best on held-out training images."""
+    curve: list[Check] = field(repr=False)
+    confusion: Tensor = field(repr=False)
+    """Of the final weights, int32 [C, C]: test images of each class (row) by what they were taken for (column)."""
 
 
 class Student(nn.Module):
-    """A ConvNet that takes uint8 images [B, C, H, W] and normalises them as its training images were."""
+    """A network that takes uint8 images [B, C, size, size] and normalises them as the protocol says."""
 
-    def __init__(self, images: Tensor, num_classes: int, config: EvaluationConfig) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, images: Tensor, num_classes: int, protocol: ProtocolConfig) -> None:
         super().__init__()
-        signed = to_signed(images)
-        self.mean, self.std = signed.mean().item(), signed.std().item()
-        self.net = ConvNet(images.shape[1], images.shape[2], num_classes, config.width, config.depth)
+        channels, size = images.shape[1:3]
+        if protocol.normalise == "imagenet":
+            mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        else:
+            scaled = images.float() / 255
+            mean, std = scaled.mean().reshape(1), scaled.std().reshape(1)
+        self.register_buffer("mean", mean.reshape(-1, 1, 1))
+        self.register_buffer("std", std.reshape(-1, 1, 1))
+        self.net = build_student(name, channels, size, num_classes, protocol.norm, protocol.width)
 
-    def normalise(self, pixels: Tensor) -> Tensor:
-        return (to_signed(pixels) - self.mean) / self.std
+    def scores(self, images: Tensor) -> Tensor:
+        """Logits [B, num_classes] of images in [0, 1]."""
+        return self.net((images - self.mean) / self.std)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits [B, num_classes]."""
-        return self.net(self.normalise(pixels))
+        return self.scores(pixels.float() / 255)
 
 
 def train_student(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, config: EvaluationConfig, seed: int,
-    device: str = "cpu",
+    name: str, train: Labelled, test: Labelled, num_classes: int, protocol: ProtocolConfig, seed: int, *, device: str = "cpu",
+    val: Labelled | None = None, teacher: Teacher | None = None,
 ) -> tuple[Student, Accuracy]:  # fmt: skip
-    """Train a ConvNet from scratch on uint8 ``train`` images [N, C, H, W] and test it on ``test``.
+    """Train student ``name`` from scratch on ``train`` as ``protocol`` says, test it on ``test`` and, if given, ``val``.
 
-    SGD with momentum, cosine decay to zero, random shifts (and mirroring if set), hard labels. All images stay on
-    the device. Input is normalised by mean and deviation of the training images.
+    Images per class, by which a protocol may choose epochs and batches, are those of the largest class. ``teacher`` labels
+    every batch where labels are soft. The same seed on the same kind of device gives the same student.
     """
-    generator = torch.Generator().manual_seed(seed_for(seed, "student"))
+    p, size = protocol, protocol.size or train[0].shape[-1]
     torch.manual_seed(seed_for(seed, "student-init"))
-    model = Student(train[0], num_classes, config).to(device)
-    images, labels = model.normalise(train[0].to(device)), train[1].to(device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True
-    )
-    per_epoch = -(-len(labels) // config.batch_size)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * per_epoch)
-    checks = {max(1, round(config.epochs * (i + 1) / config.validations)) for i in range(config.validations)}
-    curve = []
-    for epoch in range(1, config.epochs + 1):
-        model.train()
-        for index in torch.randperm(len(labels), generator=generator).split(config.batch_size):
-            batch = augment(images[index.to(device)], config.max_shift, config.flip, generator)
-            loss = F.cross_entropy(model.net(batch), labels[index.to(device)])
+    images, labels = resident(train[0], size).to(device), train[1].to(device)
+    student = Student(name, images, num_classes, p).to(device)
+    if device != "cpu":
+        student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    tests = {"test": _tests(test, size, p.test_crop, device)}
+    if val is not None and len(val[1]):
+        tests["val"] = _tests(val, size, p.test_crop, device)
+    ipc = int(train[1].bincount().max())
+    epochs, batch_size = for_ipc(p.epochs, ipc), min(for_ipc(p.batch_size, ipc), len(labels))
+    optimizer = _optimizer(student, p)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: _decay(p.decay, epoch / epochs))
+    step = _Step(student, p, teacher, seed, device)
+    checks, curve, losses = validation_epochs(epochs, p.validations, p.validate_from), [], []
+    for epoch in range(1, epochs + 1):
+        student.train()
+        for index in torch.randperm(len(labels), generator=step.cpu_rng).split(batch_size):
+            if len(index) == 1 and batch_size > 1 and p.norm == "batch":
+                continue  # a batch's statistics need more than one image
+            index = index.to(device, non_blocking=True)
+            loss = step.loss(images[index].float() / 255, labels[index], size)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            decay.step()
+            losses.append(loss.detach())
+        decay.step()
         if epoch in checks:
-            curve.append((epoch, accuracy_of(model, test, device)))
-    return model, Accuracy(last=curve[-1][1], best=max(a for _, a in curve), curve=curve)
+            confusions = {split: confusion_of(student, data, num_classes, device) for split, data in tests.items()}
+            shares = {split: 100 * int(table.trace()) / int(table.sum()) for split, table in confusions.items()}
+            curve.append(Check(epoch, torch.stack(losses).mean().item(), shares["test"], shares.get("val")))
+            losses = []
+    chosen = max(curve, key=lambda check: check.val or 0.0)
+    return student, Accuracy(
+        last=curve[-1].test, best=max(check.test for check in curve), val=chosen.test if "val" in tests else None,
+        curve=curve, confusion=confusions["test"].int(),
+    )  # fmt: skip
 
 
-def augment(images: Tensor, max_shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to ``max_shift`` pixels in both directions (edges repeated) and perhaps mirrored."""
-    B, _, H, W = images.shape
-    if max_shift:
-        padded = F.pad(images, (max_shift,) * 4, mode="replicate")
-        offset = torch.randint(2 * max_shift + 1, (2, B), generator=generator).to(images.device)
-        rows = offset[0][:, None] + torch.arange(H, device=images.device)
-        columns = offset[1][:, None] + torch.arange(W, device=images.device)
-        which = torch.arange(B, device=images.device)[:, None, None]
-        images = padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    if flip:
-        mirrored = (torch.rand(B, generator=generator) < 0.5).to(images.device)
-        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-    return images
+class _Step:
+    """The loss of a batch: augmentation, CutMix, labels."""
+
+    def __init__(self, student: Student, protocol: ProtocolConfig, teacher: Teacher | None, seed: int, device: str) -> None:
+        self.student, self.protocol, self.teacher = student, protocol, teacher
+        if protocol.labels == "soft" and teacher is None:
+            raise ValueError("soft labels need a teacher")
+        self.cpu_rng = generator_for(seed, "student")
+        self.rng = torch.Generator(device).manual_seed(seed_for(seed, "student-augment"))
+        self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=protocol.precision == "bf16")
+
+    def loss(self, batch: Tensor, labels: Tensor, size: int) -> Tensor:
+        p = self.protocol
+        batch, order, share = augment(batch, size, self.rng, **dict(p.augment)), None, 1.0
+        if p.cutmix:
+            batch, order, share = cutmix(batch, self.cpu_rng)
+        with self.autocast:
+            logits = self.student.scores(batch)
+        logits = logits.float()
+        if p.labels == "soft":
+            assert self.teacher is not None
+            with torch.no_grad():
+                wanted = self.teacher(batch)
+            return soft_label_loss(logits, wanted, p.temperature)
+        loss = F.cross_entropy(logits, labels)
+        return loss if order is None else share * loss + (1 - share) * F.cross_entropy(logits, labels[order])
+
+
+def soft_label_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(teacher / T) ‖ softmax(student / T)), the mean over the batch, without the factor T² (RDED)."""
+    wanted = (teacher_logits.float() / temperature).softmax(dim=1)
+    return F.kl_div((logits / temperature).log_softmax(dim=1), wanted, reduction="batchmean")
+
+
+def _optimizer(student: nn.Module, p: ProtocolConfig) -> torch.optim.Optimizer:
+    if p.optimizer == "sgd":
+        return torch.optim.SGD(student.parameters(), lr=p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
+    matrices = [parameter for parameter in student.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in student.parameters() if parameter.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": p.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=p.lr, betas=(0.9, 0.999))
+
+
+def _decay(kind: str, done: float) -> float:
+    """Factor of the learning rate after the share ``done`` of the epochs."""
+    if kind == "steps":
+        return 0.2 ** sum(done >= mark for mark in (2 / 3, 5 / 6))
+    return 0.5 * (1 + math.cos(math.pi * done / (2 if kind == "half_cosine" else 1)))
+
+
+def validation_epochs(epochs: int, validations: int, validate_from: float) -> set[int]:
+    """Evenly spaced over the epochs after the share ``validate_from``, the last epoch among them."""
+    first = int(epochs * validate_from)
+    return {max(1, first + round((epochs - first) * (i + 1) / validations)) for i in range(validations)}
+
+
+def resident(pixels: Tensor, size: int, keep: float = 1.0) -> Tensor:
+    """uint8 images [N, C, size, size]: the centre of which the share ``keep`` of the sides is kept, scaled."""
+    whole = pixels.shape[-1]
+    side = round(whole * keep)
+    start = (whole - side) // 2
+    pixels = pixels[..., start : start + side, start : start + side]
+    if side == size:
+        return pixels.contiguous()
+    parts = [(resize(part.float() / 255, size) * 255).round().clamp(0, 255).to(torch.uint8) for part in pixels.split(1000)]
+    return torch.cat(parts)
+
+
+def _tests(data: Labelled, size: int, keep: float, device: str) -> Labelled:
+    pixels = resident(data[0], size, keep)
+    return (pixels.to(device) if pixels.numel() <= RESIDENT_BYTES else pixels), data[1]
 
 
 @torch.inference_mode()
-def accuracy_of(student: Student, test: tuple[Tensor, Tensor], device: str = "cpu") -> float:
-    """Share of ``test`` images, in per cent, that ``student`` labels as they are labelled."""
+def confusion_of(student: Student, data: Labelled, num_classes: int, device: str = "cpu") -> Tensor:
+    """int64 [C, C]: images of each class (row) by what ``student`` takes them for (column)."""
     student.eval()
-    right = 0
-    for pixels, labels in zip(test[0].split(500), test[1].split(500), strict=True):
-        right += int((student(pixels.to(device)).argmax(dim=1).cpu() == labels).sum())
-    return 100 * right / len(test[1])
+    batch = max(1, min(TEST_BATCH, TEST_PIXELS // data[0].shape[-1] ** 2))
+    predicted = torch.cat([student(pixels.to(device)).argmax(dim=1) for pixels in data[0].split(batch)]).cpu()
+    return (data[1] * num_classes + predicted).bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def accuracy_of(student: Student, data: Labelled, num_classes: int, device: str = "cpu") -> float:
+    """Share of images, in per cent, that ``student`` labels as they are labelled."""
+    table = confusion_of(student, data, num_classes, device)
+    return 100 * int(table.trace()) / int(table.sum())

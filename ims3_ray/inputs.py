@@ -4,26 +4,42 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from ims3_ray.config import RunConfig
+from ims3_ray.config import RunConfig, WorkConfig
 from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
 from ims3_ray.data.sources import fingerprint, open_source
 from ims3_ray.errors import UserError
 from ims3_ray.models.autoencoder import autoencoder_path, empty_autoencoder
 from ims3_ray.models.encoder import check_encoder, encoder_config, encoder_path
-from ims3_ray.models.generator import check_generator, class_indices, generator_config, generator_path
+from ims3_ray.models.generator import check_generator, generator_config, generator_path
 from ims3_ray.stages.weights import Weights
 
 
-class Inputs:
-    """Sources and weights, opened and checked against each other; no weights are read. Raises :class:`UserError`."""
+class Data:
+    """The two splits, opened, and the classes that are distilled. Raises :class:`UserError`."""
+
+    def __init__(self, config: WorkConfig, images_per_class: int = 1) -> None:
+        """Every class must have ``images_per_class`` training images."""
+        data = config.data
+        self.train = open_source(data.path, data.train_split)
+        self.test = open_source(data.test_path or data.path, data.test_split)
+        if missing := set(self.train.class_names) ^ set(self.test.class_names):
+            raise UserError(f"train and test split do not hold the same classes: '{min(missing)}' is in one only")
+        labels = chosen_labels(self.train.class_names, data.classes)
+        counts = count_images(self.train.labels, self.train.class_names, labels, images_per_class)
+        names = tuple(self.train.class_names[label] for label in labels)
+        self.classes = ClassTable(names, tuple(labels), tuple(labels), tuple(counts))
+
+    # Large files and folders of millions are looked at once a plan.
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        return {"train": fingerprint(self.train), "test": fingerprint(self.test)}
+
+
+class Models:
+    """The generator, its autoencoder and φ, found and checked against the data and each other. Raises :class:`UserError`."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.train = open_source(config.data.path, config.data.train_split)
-        test_path = config.data.test_path or config.data.path
-        self.test = open_source(test_path, config.data.test_split)
-        if missing := set(self.train.class_names) ^ set(self.test.class_names):
-            raise UserError(f"train and test split do not hold the same classes: '{min(missing)}' is in one only")
         self.weights, self.phi_path = generator_path(config.generator), encoder_path(config.encoder)
         vae_path = autoencoder_path(config.autoencoder) if config.autoencoder else None
         self.autoencoder = empty_autoencoder(vae_path) if vae_path else None
@@ -31,15 +47,6 @@ class Inputs:
         check_generator(self.weights)
         check_encoder(self.phi_path)
         self._check_pixels()
-        labels = chosen_labels(self.train.class_names, config.data.classes)
-        counts = count_images(self.train.labels, self.train.class_names, labels, config.selection.images_per_class)
-        names = tuple(self.train.class_names[label] for label in labels)
-        self.classes = ClassTable(names, tuple(labels), tuple(class_indices(self.weights, names)), tuple(counts))
-
-    # Large files and folders of millions are looked at once a plan.
-    @cached_property
-    def fingerprints(self) -> dict[str, str]:
-        return {"train": fingerprint(self.train), "test": fingerprint(self.test)}
 
     @cached_property
     def generator(self) -> Weights:

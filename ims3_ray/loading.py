@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ims3_ray.config import PretrainConfig, RunConfig, Section, canonical
+from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, Section, canonical, merge
 from ims3_ray.errors import UserError
 
 Tree = TypeVar("Tree", bound=Section)
@@ -32,13 +32,25 @@ def load_config(tree: type[Tree], file: str | Path | None = None, overrides: Ite
 
 def build(tree: type[Tree], values: Mapping[str, Any]) -> Tree:
     """``tree`` from nested mappings, merged over the defaults; errors as in :func:`load_config`."""
-    merged = _merge(_defaults(tree), values)
-    if isinstance(arms := merged.get("arms"), dict):
-        merged["arms"] = {name: arm for name, arm in arms.items() if arm is not None}  # `dit: null` removes an arm
+    merged = merge(_defaults(tree), values)
+    merged = _without_removed(merged)
     try:
         return tree.model_validate(merged)
     except ValidationError as error:
         raise UserError(_one_line(tree, error)) from error
+
+
+NAMED = ("arms", "evaluation.protocols", "sets")
+"""Mappings of names that a config chooses: null removes one."""
+
+
+def _without_removed(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    kept = {}
+    for key, value in values.items():
+        inner = _without_removed(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        if inner is not None or prefix.removesuffix(".") not in NAMED:
+            kept[key] = inner
+    return kept
 
 
 def _defaults(tree: type[Section]) -> dict[str, Any]:
@@ -59,17 +71,8 @@ def _read_yaml(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     parents = values.pop("extends", [])
     merged: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
-        merged = _merge(merged, _read_yaml(file.parent / parent, (*seen, file.resolve())))
-    return _merge(merged, values)
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``base``: mappings merge key by key, all else replaces."""
-    merged = dict(base)
-    for key, value in over.items():
-        inner = merged.get(key)
-        merged[key] = _merge(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
-    return merged
+        merged = merge(merged, _read_yaml(file.parent / parent, (*seen, file.resolve())))
+    return merge(merged, values)
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
@@ -119,10 +122,29 @@ def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
 
 
 def reference() -> str:
-    """``docs/configuration.md``: every key of both trees, its default and its meaning, from the classes themselves."""
+    """``docs/configuration.md``: every key of every tree, its default and its meaning, from the classes themselves."""
+    main = list(_rows(RunConfig(), ""))
+    trees: tuple[tuple[str, str, list[str]], ...] = (
+        ("distill", "", main),
+        ("compare", "The keys of jobs/distill.py, and these.", [row for row in _rows(CompareConfig(), "") if row not in main]),
+        (
+            "evaluate",
+            "Of the keys of jobs/distill.py `storage`, `data`, `actors`, `evaluation`, `tracking` and `cluster`, and these.",
+            [row for row in _rows(EvaluateConfig(), "") if row not in main],
+        ),
+        ("pretrain", "", list(_rows(PretrainConfig(), ""))),
+    )
     parts = [REFERENCE_HEAD]
-    for tree, job in ((RunConfig, "distill"), (PretrainConfig, "pretrain")):
-        parts += [f"## jobs/{job}.py", "", "| key | default | meaning |", "|---|---|---|", *_rows(tree(), ""), ""]
+    for job, note, rows in trees:
+        parts += [
+            f"## jobs/{job}.py",
+            "",
+            *([note, ""] if note else []),
+            "| key | default | meaning |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
     return "\n".join(parts)
 
 
@@ -131,12 +153,21 @@ def _rows(section: BaseModel, prefix: str) -> Iterable[str]:
         value, key = getattr(section, name), prefix + name
         if isinstance(value, BaseModel):
             yield from _rows(value, f"{key}.")
-        elif name == "arms":
-            arms = ", ".join(f"`{arm}`" for arm in value)
-            yield f"| `{key}.NAME` | {arms} | `title`, `images`, `finetune`, `select`; null removes an arm |"
+        elif isinstance(value, dict) and value and all(isinstance(inner, Section) for inner in value.values()):
+            names = ", ".join(f"`{inner}`" for inner in value)
+            yield f"| `{key}.NAME` | {names} | {' '.join((field.description or '').split())} |"
+            yield from _rows(_typical(next(iter(value.values()))), f"{key}.NAME.")
         else:
             shown = yaml.safe_dump(canonical(section)[name], default_flow_style=True, width=10**6).removesuffix("...\n").strip()
             yield f"| `{key}` | `{shown}` | {' '.join((field.description or '').split())} |"
+
+
+def _typical(section: Section) -> Section:
+    """One of its kind with the defaults, if everything has one."""
+    try:
+        return type(section)()
+    except ValidationError:
+        return section
 
 
 REFERENCE_HEAD = """# Configuration

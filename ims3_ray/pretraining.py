@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,21 @@ def pretrain(config: PretrainConfig) -> Path:
     trainer = config.trainer
     needed = {"CPU": trainer.num_workers * trainer.cpus_per_worker, "GPU": trainer.num_workers * trainer.gpus_per_worker}
     with connected(config.cluster, {k: v for k, v in needed.items() if v}):
-        from ims3_ray.stages.pretrain_encoder import encoder_loop
+        from ims3_ray.stages.pretrain_encoder import encoder_loop, source_images
         from ims3_ray.stages.pretrain_generator import generator_loop
         from ims3_ray.stages.train import fit
 
-        loop = generator_loop if config.target == "generator" else encoder_loop
-        outcome = fit(loop, canonical(config), trainer, "train", str(folder))
+        if config.target == "generator":
+            outcome = fit(generator_loop, canonical(config), trainer, "train", str(folder))
+        else:
+            arguments = {
+                "training": canonical(config.encoder), "images": partial(source_images, config.data), "seed": config.seed,
+                "threads": trainer.threads_per_worker,
+            }  # fmt: skip
+            outcome = fit(encoder_loop, arguments, trainer, "train", str(folder))
         path.write_bytes(outcome["weights"])
         judge = judge_generator if config.target == "generator" else judge_encoder
-        threads = config.quality.judge.threads_per_task
+        threads = config.quality.threads
         task = ray.remote(judge).options(num_cpus=min(threads, trainer.cpus_per_worker), num_gpus=trainer.gpus_per_worker)
         quality: Quality = ray.get(task.remote(config, path))
     if quality.samples is not None:
@@ -66,21 +73,21 @@ def judge_generator(config: PretrainConfig, weights: Path) -> Quality:
     from ims3_ray.stages.producers import Candidates
 
     q = config.quality
-    torch.set_num_threads(q.judge.threads_per_task)
+    torch.set_num_threads(q.threads)
     device = own_device()
     train, test, names = _splits(config)
-    student, accuracy = train_student(train, test, len(names), q.judge, q.judge.seeds[0], device)
+    student, accuracy = train_student(q.judge.students[0], train, test, len(names), q.judge, 0, device=device)
     produce = Candidates(q.sampling, weights, None, None, config.seed, device)
     agreed, first = [], []
     for label in range(len(names)):
         units = units_of(label, q.images_per_class, q.sampling.unit_size)
         samples = torch.cat([produce(unit).pixels.cpu() for unit in units])[: q.images_per_class]
-        agreed.append(accuracy_of(student, (samples, torch.full((len(samples),), label)), device))
+        agreed.append(accuracy_of(student, (samples, torch.full((len(samples),), label)), len(names), device))
         first.append(samples[:10])
     s = q.sampling
     return Quality(
         [
-            f"judge: ConvNet-{q.judge.depth} of width {q.judge.width}, {q.judge.epochs} epochs on the real training split, "
+            f"judge: {q.judge.students[0]} of width {q.judge.width}, {q.judge.epochs} epochs on the real training split, "
             f"{accuracy.last:.1f} % on the test split",
             f"the judge names {sum(agreed) / len(agreed):.1f} % of {q.images_per_class} guided samples a class as they were "
             f"asked for ({s.sampler}, {s.steps} steps, guidance {s.cfg_scale:g})",
@@ -92,7 +99,7 @@ def judge_generator(config: PretrainConfig, weights: Path) -> Quality:
 
 def judge_encoder(config: PretrainConfig, weights: Path) -> Quality:
     """Test accuracy of φ's own classification head."""
-    torch.set_num_threads(config.quality.judge.threads_per_task)
+    torch.set_num_threads(config.quality.threads)
     _, (pixels, labels), _ = _splits(config)
     encoder = load_encoder(weights)
     with torch.inference_mode():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ims3_ray.artifacts import Storage
-from ims3_ray.config import RunConfig, canonical
+from ims3_ray.config import WorkConfig, canonical
 from ims3_ray.errors import UserError
 
 BATCH = 1000
@@ -21,7 +21,7 @@ LONGEST_PARAM = 6000
 PARENT = "mlflow.parentRunId"
 
 
-def tracking_uri(config: RunConfig, storage: Storage) -> str:
+def tracking_uri(config: WorkConfig, storage: Storage) -> str:
     """The configured URI, that of ``MLFLOW_TRACKING_URI``, or a sqlite file in the run folder.
 
     Raises :class:`UserError` where none is given and the run folder is remote.
@@ -40,7 +40,7 @@ class Tracker:
     Raises :class:`UserError` if the tracking server does not answer.
     """
 
-    def __init__(self, config: RunConfig, storage: Storage) -> None:
+    def __init__(self, config: WorkConfig, storage: Storage) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         import mlflow
@@ -70,7 +70,7 @@ class Tracker:
             raise UserError(f"MLflow at '{uri}' does not take the run ({reason}); check tracking.uri") from error
         storage.write(note, self.run_id.encode())
 
-    def _experiment(self, config: RunConfig, storage: Storage) -> str:
+    def _experiment(self, config: WorkConfig, storage: Storage) -> str:
         found = self.client.get_experiment_by_name(config.tracking.experiment)
         if found is not None:
             return str(found.experiment_id)

@@ -17,6 +17,7 @@ import sys
 from ims3_ray.cli import main
 from ims3_ray.config import RunConfig
 from ims3_ray.pipeline import describe, distill
+from ims3_ray.plan import make_plan
 from ims3_ray.report.terminal import print_result
 
 
@@ -25,4 +26,4 @@ def run(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or "", RunConfig, run, describe))
+    sys.exit(main(__doc__ or "", RunConfig, run, lambda config: describe(make_plan(config))))

@@ -106,7 +106,11 @@ def tiny_values(world: Path, storage: Path, **changes: Any) -> dict[str, Any]:
         "actors": {"count": 1},
         "selection": {"images_per_class": 2, "groups": 3},
         "instability": {"images": 4, "steps": 3, "exact_up_to": 32},
-        "evaluation": {"width": 8, "epochs": 4, "seeds": [0, 1], "validations": 2},
+        "evaluation": {
+            "protocols": {"hard": {"width": 8, "epochs": 4, "validations": 2}},
+            "seeds": [0, 1],
+            "val_per_class": 5,
+        },
     }
     for key, change in changes.items():
         values[key] = {**values[key], **change} if isinstance(change, dict) and isinstance(values.get(key), dict) else change

@@ -1,6 +1,8 @@
 """The whole run as one typed tree. Read from YAML and the command line by :mod:`ims3_ray.loading`."""
 
-from ims3_ray.config.base import Section, canonical
+from ims3_ray.config.base import Section, canonical, merge
+from ims3_ray.config.candidates import PoolConfig, RefineConfig, SamplingConfig, SelectionConfig
+from ims3_ray.config.evaluation import AugmentConfig, EncoderTraining, EvaluationConfig, ProtocolConfig, TeacherConfig
 from ims3_ray.config.finetune import (
     DiffusionObjective,
     FinetuneConfig,
@@ -10,28 +12,20 @@ from ims3_ray.config.finetune import (
     ReleasedObjective,
     TrainerConfig,
 )
-from ims3_ray.config.pretrain import EncoderTraining, GeneratorTraining, PretrainConfig, QualityConfig
-from ims3_ray.config.run import (
-    ActorsConfig,
-    ArmConfig,
-    ClusterConfig,
-    DataConfig,
-    EvaluationConfig,
-    InstabilityConfig,
-    PoolConfig,
-    RunConfig,
-    SamplingConfig,
-    SelectionConfig,
-    TrackingConfig,
-)
+from ims3_ray.config.pretrain import GeneratorTraining, PretrainConfig, QualityConfig
+from ims3_ray.config.run import ArmConfig, CompareConfig, InstabilityConfig, RunConfig
+from ims3_ray.config.work import ActorsConfig, ClusterConfig, DataConfig, EvaluateConfig, TrackingConfig, WorkConfig
 
 __all__ = [
     "ActorsConfig",
     "ArmConfig",
+    "AugmentConfig",
     "ClusterConfig",
+    "CompareConfig",
     "DataConfig",
     "DiffusionObjective",
     "EncoderTraining",
+    "EvaluateConfig",
     "EvaluationConfig",
     "FinetuneConfig",
     "GeneratorTraining",
@@ -41,13 +35,18 @@ __all__ = [
     "ObjectivesConfig",
     "PoolConfig",
     "PretrainConfig",
+    "ProtocolConfig",
     "QualityConfig",
+    "RefineConfig",
     "ReleasedObjective",
     "RunConfig",
     "SamplingConfig",
     "Section",
     "SelectionConfig",
+    "TeacherConfig",
     "TrackingConfig",
     "TrainerConfig",
+    "WorkConfig",
     "canonical",
+    "merge",
 ]

@@ -100,6 +100,16 @@ class ObjectivesConfig(Section):
         return self
 
     @property
+    def title(self) -> str:
+        """The terms that are on."""
+        minimax = self.minimax.representativeness + self.minimax.diversity
+        terms = {
+            "diffusion": self.diffusion.weight, "IM": self.inversion_matching.weight,
+            "IM as released": self.inversion_matching_released.weight, "minimax": minimax,
+        }  # fmt: skip
+        return " + ".join(name for name, weight in terms.items() if weight)
+
+    @property
     def couple_samples(self) -> bool:
         """Whether a term compares images of a batch with each other, so that it matters how a batch is parted."""
         minimax = self.minimax.representativeness + self.minimax.diversity

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ims3_ray.config.base import Fraction, Section
+from ims3_ray.config.candidates import SamplingConfig
+from ims3_ray.config.evaluation import EncoderTraining, ProtocolConfig
 from ims3_ray.config.finetune import TrainerConfig
-from ims3_ray.config.run import ClusterConfig, DataConfig, EvaluationConfig, SamplingConfig
+from ims3_ray.config.work import ClusterConfig, DataConfig
 
 
 class GeneratorTraining(Section):
@@ -31,28 +33,14 @@ class GeneratorTraining(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
 
 
-class EncoderTraining(Section):
-    """Training of φ: a small timm network as a classifier of the training split."""
-
-    model: str = "resnet18"
-    model_args: dict[str, Any] = Field(default={"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]})
-    epochs: int = Field(default=6, ge=1)
-    batch_size: int = Field(default=256, ge=1)
-    lr: float = Field(default=2e-3, gt=0)
-    weight_decay: float = Field(default=0.05, ge=0)
-    label_smoothing: Fraction = 0.1
-    max_shift: int = Field(default=2, ge=0)
-    flip: bool = False
-
-
 class QualityConfig(Section):
     """How a trained generator is judged: a student of the real training split names its samples."""
 
     images_per_class: int = Field(default=100, ge=1)
     sampling: SamplingConfig = SamplingConfig()
-    judge: EvaluationConfig = EvaluationConfig(
-        width=64, epochs=8, batch_size=128, validations=1, seeds=(0,), threads_per_task=2
-    )
+    judge: ProtocolConfig = ProtocolConfig(width=64, epochs=8, batch_size=128, validations=1)
+    """Its first student is trained on the real training split."""
+    threads: int = Field(default=2, ge=1)
 
 
 class PretrainConfig(Section):

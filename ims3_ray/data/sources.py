@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ims3_ray.errors import UserError
+from ims3_ray.models.hub import fetch, is_hub_id
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 EMBEDDED_PREFIX = "embedded:"
@@ -47,7 +48,7 @@ class ImageSource(Protocol):
 
 
 def open_source(path: str, split: str) -> ImageSource:
-    """The image set at ``path`` (``embedded:NAME``, a folder or a Parquet file), restricted to ``split``.
+    """The image set at ``path`` (``embedded:NAME``, a folder, a Parquet file or a hub id), restricted to ``split``.
 
     Raises :class:`UserError` if nothing readable lies there or it holds no image.
     """
@@ -72,13 +73,15 @@ def _find(path: str, split: str) -> ImageSource:
     if path.startswith(EMBEDDED_PREFIX):
         return _open_embedded(path, split)
     root = Path(path).expanduser()
+    if not root.exists() and is_hub_id(path):
+        root = fetch(path, [f"{split}*.parquet", f"*/{split}*.parquet"], "data source", "dataset")
     if not root.exists():
         raise UserError(f"data source '{path}' does not exist; set data.path to a folder, a Parquet file or embedded:NAME")
     if root.is_file():
         return ParquetSource(path, [root])
     if idx := IdxSource.files_of(root, split):
         return IdxSource(path, *idx)
-    parquet = sorted([*root.glob(f"{split}*.parquet"), *root.glob(f"data/{split}*.parquet")])
+    parquet = sorted([*root.glob(f"{split}*.parquet"), *root.glob(f"*/{split}*.parquet")])
     if parquet:
         return ParquetSource(path, parquet)
     children = {child.name for child in root.iterdir() if child.is_dir()}
@@ -139,25 +142,27 @@ class IdxSource:
 
 
 class ParquetSource:
-    """Parquet files in the Hub's image layout: ``image: {bytes, path}`` and an integer ``label`` with ClassLabel names."""
+    """Parquet files in the Hub's image layout: ``image: {bytes, path}`` (the column may have another name, such as ``img``) and
+    an integer ``label`` with ClassLabel names."""
 
     def __init__(self, location: str, files: Sequence[Path]) -> None:
         self.location, self.files = location, list(files)
         try:
-            tables = [pq.read_table(f, columns=["image", "label"], memory_map=True) for f in self.files]
+            image = _image_column(pq.read_schema(self.files[0]))
+            tables = [pq.read_table(f, columns=[image, "label"], memory_map=True) for f in self.files]
         except Exception as error:  # pyarrow raises many kinds; each means the same to the user
             raise UserError(f"Parquet data source '{location}' cannot be read: {str(error).splitlines()[0]}") from error
         for file, table in zip(self.files, tables, strict=True):
-            image, label = (table.schema.field(name).type for name in ("image", "label"))
-            if not (pa.types.is_struct(image) and image.get_field_index("bytes") >= 0 and pa.types.is_integer(label)):
+            held, label = (table.schema.field(name).type for name in (image, "label"))
+            if not (_holds_images(held) and pa.types.is_integer(label)):
                 raise UserError(
-                    f"Parquet file '{file}' holds image: {image}, label: {label}; what is read is the Hub's image layout, "
+                    f"Parquet file '{file}' holds {image}: {held}, label: {label}; what is read is the Hub's image layout, "
                     "image: struct<bytes, path> and label: an integer"
                 )
             if table["label"].null_count:
                 raise UserError(f"Parquet file '{file}' has {table['label'].null_count} rows without a label; remove them")
         self.labels = np.concatenate([t["label"].to_numpy().astype(np.int64) for t in tables])
-        self._bytes = [t["image"].combine_chunks().field("bytes") for t in tables]
+        self._bytes = [t[image].combine_chunks().field("bytes") for t in tables]
         self._starts = np.cumsum([0, *(t.num_rows for t in tables)])
         self.class_names = class_names_of(tables[0].schema.metadata) or _numbered(self.labels)
         _check_labels(location, self.labels, self.class_names)
@@ -169,6 +174,16 @@ class ParquetSource:
     def identify(self, index: int) -> str:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self.files[part].name} row {index - int(self._starts[part])}"
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+
+def _image_column(schema: pa.Schema) -> str:
+    """``image``, or the first column that holds encoded images."""
+    others = [name for name in schema.names if _holds_images(schema.field(name).type)]
+    return "image" if "image" in schema.names or not others else str(others[0])
 
 
 class FolderSource:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -75,22 +75,32 @@ Draw = Callable[[], Tensor]
 """Standard normal noise of the shape of z, each sample's from a stream of its own."""
 
 
-def ddim(predict: Predictor, z: Tensor, draw: Draw, schedule: NoiseSchedule, num_steps: int, clip: bool) -> Tensor:
-    """Deterministic (η = 0), on DiT's "ddimN" timesteps 0, 1000/N, 2000/N …"""
+Drift = Callable[[Tensor, float], Tensor | None]
+"""(ẑ_0, share of the steps that are left) → what a step adds to z, in units of its deviation σ_t."""
+
+
+def ddim(
+    predict: Predictor, z: Tensor, draw: Draw, schedule: NoiseSchedule, num_steps: int, clip: bool, *, first: int | None = None
+) -> Tensor:  # fmt: skip
+    """Deterministic (η = 0), on DiT's "ddimN" timesteps 0, 1000/N, 2000/N …; from the ``first`` of them, where ``z`` is not
+    pure noise."""
     timesteps = schedule.respaced(num_steps).tolist()
     levels = [1.0, *schedule.alpha_bar[timesteps].tolist()]
-    for i in range(num_steps - 1, -1, -1):
+    for i in range(num_steps - 1 if first is None else first, -1, -1):
         eps = predict(z, torch.tensor(timesteps[i : i + 1]))[:, : z.shape[1]]
         z = ddim_step(z, eps, levels[i + 1], levels[i], clip=clip)
     return z
 
 
-def ddpm(predict: Predictor, z: Tensor, draw: Draw, schedule: NoiseSchedule, num_steps: int, clip: bool) -> Tensor:
+def ddpm(
+    predict: Predictor, z: Tensor, draw: Draw, schedule: NoiseSchedule, num_steps: int, clip: bool,
+    *, drift: Drift | None = None,
+) -> Tensor:  # fmt: skip
     """Ancestral sampling of the process respaced to N of its timesteps (Ho et al. 2020, Alg. 2), as the published baselines do.
 
     Timesteps run from 0 to the last one, DiT's respacing "N" (for 50: 0, 20, 41 … 979, 999). A predicted variance lies between
     that of the posterior and β of the respaced process, on a logarithmic scale (Nichol & Dhariwal 2021, Eq. 15); without one
-    it is the posterior's.
+    it is the posterior's. ``drift`` guides samples beside the noise.
     """
     timesteps = schedule.respaced(num_steps, "linspace").tolist()
     levels = [1.0, *schedule.alpha_bar[timesteps].tolist()]
@@ -108,9 +118,11 @@ def ddpm(predict: Predictor, z: Tensor, draw: Draw, schedule: NoiseSchedule, num
         smallest = math.log(beta * (1 - before) / (1 - now))
         if values.shape[1]:
             share = (values + 1) / 2
-            z = z + (0.5 * (share * math.log(beta) + (1 - share) * smallest)).exp() * draw()
+            sigma: Tensor | float = (0.5 * (share * math.log(beta) + (1 - share) * smallest)).exp()
         else:
-            z = z + math.exp(0.5 * smallest) * draw()
+            sigma = math.exp(0.5 * smallest)
+        push = drift(z0, i / num_steps) if drift is not None else None
+        z = z + sigma * (draw() if push is None else draw() + push)
     return z
 
 
@@ -139,7 +151,7 @@ def dpmpp_2m(predict: Predictor, z: Tensor, draw: Draw, schedule: NoiseSchedule,
     return z
 
 
-SAMPLERS: dict[SamplerName, Callable[[Predictor, Tensor, Draw, NoiseSchedule, int, bool], Tensor]] = {
+SAMPLERS: dict[SamplerName, Callable[..., Tensor]] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "dpm++2m": dpmpp_2m,
@@ -157,13 +169,17 @@ def sample(
     sampler: SamplerName = "ddim",
     clip: bool = False,
     device: torch.device | str = "cpu",
+    start: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """Draw ``len(generators)`` samples of ``shape`` [C, H, W]; sample b uses noise of ``generators[b]`` alone.
 
     Noise is drawn on the CPU, so that it is the same for every device. Ends on the clean latent (ᾱ = 1). Returns float32.
+    ``start`` [B, C, H, W] takes the place of the first noise; ``options`` are those of the sampler (``first``, ``drift``).
     """
 
     def draw() -> Tensor:
         return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(device, non_blocking=True)
 
-    return SAMPLERS[sampler](predict, draw(), draw, schedule, num_steps, clip).float()
+    z = draw() if start is None else start.to(device)
+    return SAMPLERS[sampler](predict, z, draw, schedule, num_steps, clip, **options).float()

@@ -134,16 +134,20 @@ def load_encoder(path: Path) -> Encoder:
     return encoder.eval().requires_grad_(False)
 
 
-def class_positions(path: Path, class_names: Sequence[str]) -> list[int]:
-    """Index of each class in φ's own classifier, by name; :class:`UserError` if it has none or does not know a class."""
+def known_classes(path: Path) -> tuple[str, ...]:
+    """The classes of φ's own classifier by index; empty if it has none or does not name them."""
     if _of_timm(path):
         shape = encoder_config(path)
-        known = imagenet_wnids() if shape.num_classes == len(imagenet_wnids()) and not shape.projection else ()
-    else:
-        known = tuple(filter(None, read_metadata(path, "encoder").get("classes", "").split("\n")))
+        return imagenet_wnids() if shape.num_classes == len(imagenet_wnids()) and not shape.projection else ()
+    return tuple(filter(None, read_metadata(path, "encoder").get("classes", "").split("\n")))
+
+
+def class_positions(path: Path, class_names: Sequence[str], asked_by: str) -> list[int]:
+    """Index of each class in φ's own classifier, by name; :class:`UserError` if it has none or does not know a class."""
+    known = known_classes(path)
     if unknown := [name for name in class_names if name not in known]:
         raise UserError(
-            f"encoder '{path}' has no classifier that knows '{unknown[0]}', which select: confidence asks; "
-            "choose an encoder that was trained on these classes, or another select"
+            f"encoder '{path}' has no classifier that knows '{unknown[0]}', which {asked_by} asks; "
+            "choose one that was trained on these classes, or do without"
         )
     return [known.index(name) for name in class_names]

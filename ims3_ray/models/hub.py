@@ -1,9 +1,10 @@
-"""Weights by their id on the Hugging Face hub."""
+"""Weights and data sets by their id on the Hugging Face hub."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from ims3_ray.errors import UserError
 
@@ -16,13 +17,13 @@ def is_hub_id(reference: str) -> bool:
     return HUB_ID.fullmatch(reference) is not None and Path(reference).suffix not in FILES
 
 
-def fetch(reference: str, patterns: list[str], what: str) -> Path:
+def fetch(reference: str, patterns: list[str], what: str, kind: Literal["model", "dataset"] = "model") -> Path:
     """The folder of the hub's cache that holds the files of ``reference`` that match ``patterns``."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(reference, allow_patterns=patterns))
+        return Path(snapshot_download(reference, repo_type=kind, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{what} '{reference}' is neither a file or folder nor to be had from the hub "

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import yaml
 
 from ims3_ray.config import RunConfig, canonical
 from ims3_ray.data.classes import ClassTable
+from ims3_ray.results import KINDS, Results
 
 
-def accuracy_rows(results: dict[str, Any]) -> list[str]:
-    """Markdown rows: arm, last and best accuracy as mean ± std."""
-    rows = ["| images | last epoch | best epoch |", "|---|---|---|"]
-    for arm in results["arms"].values():
-        best = arm["best"]
-        rows.append(f"| {arm['title']} | {arm['mean']:.1f} ± {arm['std']:.1f} | {best['mean']:.1f} ± {best['std']:.1f} |")
+def accuracy_rows(results: Results) -> list[str]:
+    """Markdown rows: arm and protocol with accuracies as mean ± std."""
+    rows = ["| images | protocol | last | best | val |", "|---|---|---|---|---|"]
+    for found in results["sets"].values():
+        for row, values in found["rows"].items():
+            cells = [f"{v['mean']:.1f} ± {v['std']:.1f}" if (v := values.get(kind)) else "" for kind in KINDS]
+            rows.append(f"| {found['title']} | {row} | {' | '.join(cells)} |")
     return rows
 
 
-def dataset_card(config: RunConfig, classes: ClassTable, results: dict[str, Any]) -> str:
+def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> str:
     """Markdown with the metadata that the Hub's viewer reads."""
-    arm, k = results["arms"][config.export], config.selection.images_per_class
+    assert config.export is not None
+    arm, k = results["sets"][config.export], config.selection.images_per_class
     header = {
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
         "task_categories": ["image-classification"],
         "tags": ["dataset-distillation", "synthetic"],
     }
-    e = config.evaluation
     return "\n".join(
         [
             "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "",
@@ -35,8 +35,9 @@ def dataset_card(config: RunConfig, classes: ClassTable, results: dict[str, Any]
             f"{k * len(classes.names)} images in {len(classes.names)} classes ({', '.join(classes.names)}), made by ims3-ray "
             f"(arm {arm['title']}), content hash `{arm['content']}`. `data/` holds Parquet, `images/` the same as PNG files.",
             "",
-            f"Top-1 test accuracy in % of a ConvNet-{e.depth} of width {e.width} with instance norm, trained from scratch "
-            f"for {e.epochs} epochs on each set (hard labels, SGD, {len(e.seeds)} seeds, mean ± standard deviation):", "",
+            f"{results['metric'].capitalize()}; students are trained from scratch on each set. *last*: final epoch; *best*: "
+            "best epoch on the test split itself; *val*: best epoch on held-out training images. The config has the protocols.",
+            "",
             *accuracy_rows(results), "",
             "The licence of the source images and of the generator's weights applies.", "",
             "## Config", "", "```yaml", yaml.safe_dump(canonical(config), sort_keys=False).strip(), "```", "",

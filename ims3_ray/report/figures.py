@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from html import escape
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 150, 52, 22
+COLOURS = ("#0b6e99", "#d1730f", "#3a8a3a", "#a83232", "#7a5aa6", "#7a5230", "#c05a9e", "#5d6d77", "#9a9a1f", "#1f9a9a")
 
 
 def line_chart(points: Sequence[tuple[float, float]], window: int = 10) -> str:
@@ -32,3 +34,36 @@ def line_chart(points: Sequence[tuple[float, float]], window: int = 10) -> str:
         f'<text x="{LEFT}" y="{HEIGHT - 6}">{xs[0]:g}</text>'
         f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {xs[-1]:g}</text></svg>'
     )
+
+
+def curve_chart(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """A line of (epoch, value) for each name, with a legend."""
+    xs = [x for points in lines.values() for x, _ in points]
+    ys = [y for points in lines.values() for _, y in points]
+    low, high, first, last = min(ys), max(ys), min(xs), max(xs)
+    height = HEIGHT + 14 * len(lines)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img">']
+    floor = HEIGHT - BOTTOM
+    parts.append(f'<path d="M{LEFT} 8V{floor}H{WIDTH - 8}" fill="none" stroke="#888"/>')
+    for number, (name, points) in enumerate(lines.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        placed = [
+            (
+                LEFT + (x - first) / ((last - first) or 1) * (WIDTH - LEFT - 8),
+                8 + (high - y) / ((high - low) or 1) * (floor - 8),
+            )
+            for x, y in points
+        ]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}"/>' for x, y in placed]
+        y = HEIGHT + 14 * number + 10
+        parts.append(f'<rect x="{LEFT}" y="{y - 8}" width="10" height="8" fill="{colour}"/>')
+        parts.append(f'<text x="{LEFT + 16}" y="{y}">{escape(name)}</text>')
+    parts += [
+        f'<text x="{LEFT - 6}" y="14" text-anchor="end">{high:.1f}</text>',
+        f'<text x="{LEFT - 6}" y="{floor}" text-anchor="end">{low:.1f}</text>',
+        f'<text x="{LEFT}" y="{HEIGHT - 8}">{first:g}</text>',
+        f'<text x="{WIDTH - 8}" y="{HEIGHT - 8}" text-anchor="end">epoch {last:g}</text></svg>',
+    ]
+    return "".join(parts)

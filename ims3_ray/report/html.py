@@ -1,21 +1,23 @@
-"""The report: one HTML file with everything inside, figures included."""
+"""The reports: one HTML file each with everything inside, figures included."""
 
 from __future__ import annotations
 
 import base64
 import math
-from importlib import resources
 from typing import Any
 
 import jinja2
 import yaml
 
-from ims3_ray.config import RunConfig, canonical
+from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, WorkConfig, canonical
 from ims3_ray.data.classes import ClassTable
-from ims3_ray.report.figures import line_chart
+from ims3_ray.report.figures import curve_chart, line_chart
+from ims3_ray.results import Results
 
 SHEET_CLASSES = 50
 """The images of so many classes are shown; browsers draw no pictures of tens of thousands of pixels."""
+CONFUSED_CLASSES = 30
+"""Tables of classes are shown for so many; ``confusion.safetensors`` has them for any number."""
 
 TERM_TITLES = {
     "loss_diffusion": "L_Diff",
@@ -26,30 +28,58 @@ TERM_TITLES = {
     "loss_diversity": "diversity",
 }
 
+Table = list[list[float]]
+"""Confusion in per cent of each class's images."""
+
 
 def render_report(
-    config: RunConfig,
-    classes: ClassTable,
-    results: dict[str, Any],
-    sheets: dict[str, bytes],
-    losses: list[dict[str, float]],
-    tables: dict[str, dict[str, Any]],
-) -> str:
-    """HTML of ``report.html``: ``sheets`` are PNGs by arm, ``losses`` the rows of ``losses.json``, ``tables`` S3 terms."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    config: RunConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes], confusions: dict[str, Table],
+    losses: dict[str, list[dict[str, float]]], tables: dict[str, dict[str, Any]],
+) -> str:  # fmt: skip
+    """HTML of a distillation: ``sheets`` are PNGs by arm, ``losses`` the rows of ``losses.json`` by fine-tuning, ``tables`` the
+    terms of S3 by arm."""
+    charts = {
+        f"{title}: {term}" if len(losses) > 1 else term: line_chart([(int(row["step"]), row[key]) for row in rows])
+        for title, rows in losses.items()
+        for key, term in TERM_TITLES.items()
+        if rows and key in rows[0]
+    }
+    return _render("report.html", config, classes, results, sheets=sheets, confusions=confusions, charts=charts, tables=tables)
+
+
+def render_evaluation(
+    config: EvaluateConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes], confusions: dict[str, Table]
+) -> str:  # fmt: skip
+    """HTML of ``jobs/evaluate.py``."""
+    return _render("evaluation.html", config, classes, results, sheets=sheets, confusions=confusions)
+
+
+def render_comparison(config: CompareConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes]) -> str:
+    """HTML of ``jobs/compare.py``."""
+    return _render("comparison.html", config, classes, results, sheets=sheets)
+
+
+def _render(template: str, config: WorkConfig, classes: ClassTable, results: Results, **more: Any) -> str:
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.PackageLoader("ims3_ray", "report")
+    )
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
     environment.filters["exp"] = math.exp
-    template = environment.from_string((resources.files("ims3_ray.report") / "report.html").read_text())
-    charts = {
-        title: line_chart([(int(row["step"]), row[key]) for row in losses])
-        for key, title in TERM_TITLES.items()
-        if losses and key in losses[0]
-    }
-    longest = max(stage["seconds"] for stage in results["stages"]) or 1
-    return template.render(
-        config=config, classes=classes, shown=classes.names[:SHEET_CLASSES], results=results, sheets=sheets, charts=charts,
-        tables=tables, longest=longest,
+    rows = [row for found in results["sets"].values() for row in found["rows"].values()]
+    return environment.get_template(template).render(
+        config=config, classes=classes, shown=classes.names[:SHEET_CLASSES], results=results, curves=_curves(results),
+        longest=max(stage["seconds"] for stage in results["stages"]) or 1,
         total=sum(stage["seconds"] for stage in results["stages"]),
         yaml=yaml.safe_dump(canonical(config), sort_keys=False),
-        scores=max((arm["mean"] + arm["std"] for arm in results["arms"].values()), default=1) or 1,
+        scores=max((row["last"]["mean"] for row in rows), default=1) or 1, **more,
     )  # fmt: skip
+
+
+def _curves(results: Results) -> dict[str, str]:
+    """Row → chart of the test accuracy of every set."""
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for found in results["sets"].values():
+        for row, values in found["rows"].items():
+            points = [(float(check["epoch"]), float(check["test"])) for check in values["curve"]]
+            lines.setdefault(row, {})[found["title"]] = points
+    return {row: curve_chart(sets) for row, sets in lines.items()}

@@ -1,88 +1,166 @@
-"""What a finished run leaves in its folder, and in MLflow."""
+"""What a finished job leaves in its folder, and in MLflow."""
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
-from ims3_ray.config import canonical
-from ims3_ray.plan import Plan
+import torch
+
+from ims3_ray.comparison import comparison_tables, markdown
+from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, canonical
+from ims3_ray.plan import Config, Plan, Scored
 from ims3_ray.report.card import dataset_card
-from ims3_ray.report.html import SHEET_CLASSES, render_report
+from ims3_ray.report.html import CONFUSED_CLASSES, SHEET_CLASSES, Table, render_comparison, render_evaluation, render_report
+from ims3_ray.results import KINDS, Results
 from ims3_ray.stages.adapters import Adapters
-from ims3_ray.stages.base import Context, Stage
+from ims3_ray.stages.base import Context, pack_tensors
+from ims3_ray.stages.evaluate import confusion
 from ims3_ray.stages.export import contact_sheet, unpack
-from ims3_ray.stages.select import read_chosen
+from ims3_ray.stages.sets import read_set
+
+SHEET_IMAGES = 10
+"""A comparison shows the sets of about so many images per class."""
 
 
-def publish(context: Context, plan: Plan, results: dict[str, Any]) -> None:
-    """Write ``distilled/``, ``contact_sheet.png``, ``report.html``, the MLflow run, and last ``results.json``."""
-    config, storage, name = context.config, context.storage, context.config.name
-    k = config.selection.images_per_class
-    sheets = {arm: contact_sheet(_images(context, stage), k) for arm, stage in plan.evaluations.items()}
-    unpack(context, plan.export.artifact(storage), f"{name}/distilled")
-    card = dataset_card(config, plan.classes, results).encode()
-    storage.write(f"{name}/distilled/README.md", card)
-    storage.write(f"{name}/contact_sheet.png", sheets[config.export])
-    losses = _losses(context, plan)
-    report = render_report(config, plan.classes, results, sheets, losses, s3_tables(context, plan)).encode()
-    storage.write(f"{name}/report.html", report)
-    results["mlflow_run"] = context.tracker.run_id
-    _track(context, plan, results, {"report.html": report, "README.md": card}, sheets)
+def publish(context: Context, plan: Plan[RunConfig], results: Results) -> None:
+    """Of a distillation: ``distilled/``, ``contact_sheet.png``, ``report.html``, the MLflow run, and last ``results.json``."""
+    config, storage, name = plan.config, context.storage, plan.config.name
+    k, tracker = config.selection.images_per_class, context.tracker
+    sheets = {arm: contact_sheet(_images(context, scored), k) for arm, scored in plan.sets.items()}
+    files = {}
+    if plan.export is not None and config.export is not None:
+        unpack(context, plan.export.artifact(storage), f"{name}/distilled")
+        files["README.md"] = dataset_card(config, plan.classes, results).encode()
+        storage.write(f"{name}/distilled/README.md", files["README.md"])
+        storage.write(f"{name}/contact_sheet.png", sheets[config.export])
+    tables = s3_tables(context, plan)
+    report = render_report(
+        config, plan.classes, results, sheets=sheets, confusions=_confusions(context, plan), losses=_losses(context, plan),
+        tables=tables,
+    )  # fmt: skip
+    for arm, table in tables.items():
+        tracker.metrics({f"s3/{arm}/objective": table["objective"], f"s3/{arm}/lower_bound": table["lower_bound"]})
+        for position, group in enumerate(table["groups"]):
+            terms = {term: table[term][position][group] for term in ("proximity", "repulsion", "score")}
+            tracker.metrics({f"s3/{arm}/{term}": value for term, value in terms.items()}, step=position)
+    for measured, value in results.get("instability", {}).items():
+        tracker.metrics({f"instability/{measured}": value["coefficient"]})
+    files |= {f"contact_sheet_{arm}.png": sheet for arm, sheet in sheets.items()}
+    params = {arm: {"arm": arm, **canonical(config.arms[arm])} for arm in plan.sets}
+    _finish(context, plan, results, report, files, params)
+
+
+def publish_scores(context: Context, plan: Plan[EvaluateConfig], results: Results) -> None:
+    """Of the scoring of sets: ``report.html``, the MLflow run, and last ``results.json``."""
+    sheets = {}
+    for title, scored in plan.sets.items():
+        images = _images(context, scored)
+        columns = max(1, len(images) // min(len(plan.classes.names), SHEET_CLASSES))
+        sheets[title] = contact_sheet(images, columns)
+    confusions = _confusions(context, plan)
+    report = render_evaluation(plan.config, plan.classes, results, sheets=sheets, confusions=confusions)
+    _finish(context, plan, results, report, {}, {title: {"path": path} for title, path in plan.config.sets.items()})
+
+
+def publish_comparison(context: Context, plan: Plan[CompareConfig], results: Results) -> None:
+    """Of a comparison: ``table.md``, ``report.html``, the MLflow run, and last ``results.json`` with the tables."""
+    config = plan.config
+    results["tables"] = comparison_tables(plan, results)
+    table = markdown(config, results["tables"]).encode()
+    context.storage.write(f"{config.name}/table.md", table)
+    shown = min(config.budgets, key=lambda k: abs(k - SHEET_IMAGES))
+    sheets = {
+        f"{scored.title}, {shown} a class": contact_sheet(_images(context, scored), shown)
+        for scored in plan.sets.values()
+        if (scored.draw, scored.ipc) == (config.draws[0], shown)
+    }
+    report = render_comparison(config, plan.classes, results, sheets=sheets)
+    params = {
+        name: {"arm": scored.arm, "images_per_class": scored.ipc, "draw": scored.draw, **canonical(config.arms[scored.arm])}
+        for name, scored in plan.sets.items()
+    }  # fmt: skip
+    _finish(context, plan, results, report, {"table.md": table}, params)
+
+
+def _finish(
+    context: Context, plan: Plan[Config], results: Results, report: str, files: Mapping[str, bytes],
+    params: Mapping[str, Mapping[str, Any]],
+) -> None:  # fmt: skip
+    """Files of every kind of job; in MLflow a child run per set with its accuracies and its students' curves."""
+    storage, tracker, name = context.storage, context.tracker, plan.config.name
+    storage.write(f"{name}/confusion.safetensors", pack_tensors(**_counts(context, plan)))
+    storage.write(f"{name}/report.html", report.encode())
+    for key, scored in plan.sets.items():
+        found = results["sets"][key]
+        metrics: dict[str, float] = {}
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for row, stage in scored.rows.items():
+            values = found["rows"][row]
+            metrics |= {
+                f"{row}/{kind}_{m}": values[kind][m] for kind in KINDS if kind in values for m in ("mean", "std", "sem")
+            }
+            units = (stage.manifest(context.storage) or {})["units"]
+            for unit in stage.units:
+                checks = units[unit]["curve"]
+                for value in ("loss", "test", "val"):
+                    points = [(check["epoch"], check[value]) for check in checks if check[value] is not None]
+                    curves[f"{row}/{value}/{unit}"] = points
+        tracker.child(_run_name(key, scored), {"content": found["content"], **params[key]}, metrics, curves)
+    for file, data in {"report.html": report.encode(), **files}.items():
+        tracker.file(file, data)
+    results["mlflow_run"] = tracker.run_id
     storage.write(f"{name}/results.json", json.dumps(results, indent=1).encode())
 
 
-def _images(context: Context, evaluation: Stage) -> Any:
+def _run_name(key: str, scored: Scored) -> str:
+    """What MLflow calls a set: its title, and what follows the arm's name in the plan (images per class, draw)."""
+    return scored.title.replace("+", "and") + key.removeprefix(scored.arm or key)
+
+
+def _images(context: Context, scored: Scored) -> torch.Tensor:
     """Of the classes that the report shows."""
-    return read_chosen(evaluation.inputs["select"].artifact(context.storage), SHEET_CLASSES)[0]
+    return read_set(scored.images.artifact(context.storage), SHEET_CLASSES)[0]
 
 
-def _losses(context: Context, plan: Plan) -> list[dict[str, float]]:
-    """The rows of the fine-tuning's steps, the mean over class groups where there are several; none without one."""
+def _counts(context: Context, plan: Plan[Config]) -> dict[str, torch.Tensor]:
+    """``SET/ROW`` → confusion of the final weights, the sum over students, int64 [C, C]."""
+    return {
+        f"{name}/{row}": confusion(stage.artifact(context.storage), stage.units)
+        for name, scored in plan.sets.items()
+        for row, stage in scored.rows.items()
+    }
+
+
+def _confusions(context: Context, plan: Plan[Config]) -> dict[str, Table]:
+    if len(plan.classes.names) > CONFUSED_CLASSES:
+        return {}
+    counts = _counts(context, plan)
+    shares = {title: 100 * table / table.sum(dim=1, keepdim=True) for title, table in counts.items()}
+    return {title: table.tolist() for title, table in shares.items()}
+
+
+def _losses(context: Context, plan: Plan[RunConfig]) -> dict[str, list[dict[str, float]]]:
+    """The rows of each fine-tuning's steps, the mean over class groups where there are several."""
+    found = {}
     for stage in plan.stages:
         if stage.kind == "finetune":
             adapters = Adapters.of(stage, context.storage)
             groups = [adapters.losses(group) for group in range(len(adapters.groups))]
             steps = range(max(map(len, groups)))
             at_step = [[rows[step] for rows in groups if step < len(rows)] for step in steps]
-            return [{key: statistics.fmean(row[key] for row in rows) for key in rows[0]} for rows in at_step]
-    return []
+            found[stage.title] = [{key: statistics.fmean(row[key] for row in rows) for key in rows[0]} for rows in at_step]
+    return found
 
 
-def s3_tables(context: Context, plan: Plan) -> dict[str, dict[str, Any]]:
+def s3_tables(context: Context, plan: Plan[RunConfig]) -> dict[str, dict[str, Any]]:
     """Arm → the terms of Eq. 10 of every candidate subgroup, for arms that selected by S3."""
     tables = {}
-    for name, stage in plan.evaluations.items():
-        manifest = stage.inputs["select"].manifest(context.storage) or {}
+    for name, scored in plan.sets.items():
+        selected = scored.images.inputs["set"] if scored.images.kind == "refine" else scored.images
+        manifest = selected.manifest(context.storage) or {}
         if manifest.get("s3"):
             tables[name] = manifest["s3"]
     return tables
-
-
-def _track(
-    context: Context, plan: Plan, results: dict[str, Any], files: dict[str, bytes], sheets: dict[str, bytes]
-) -> None:  # fmt: skip
-    """What the stages have not logged while they ran: S3 terms, one child run per arm, files."""
-    config, tracker = context.config, context.tracker
-    for name, table in s3_tables(context, plan).items():
-        tracker.metrics({f"s3/{name}/objective": table["objective"], f"s3/{name}/lower_bound": table["lower_bound"]})
-        for position, group in enumerate(table["groups"]):
-            terms = {term: table[term][position][group] for term in ("proximity", "repulsion", "score")}
-            tracker.metrics({f"s3/{name}/{term}": value for term, value in terms.items()}, step=position)
-    for name, value in results.get("instability", {}).items():
-        tracker.metrics({f"instability/{name}": value["coefficient"]})
-    for name, arm in results["arms"].items():
-        stage = plan.evaluations[name]
-        students = (stage.manifest(context.storage) or {})["units"]
-        tracker.child(
-            arm["title"].replace("+", "and"),
-            {"arm": name, "content": arm["content"], **canonical(config.arms[name])},
-            {"accuracy_last_mean": arm["mean"], "accuracy_last_std": arm["std"],
-             "accuracy_best_mean": arm["best"]["mean"], "accuracy_best_std": arm["best"]["std"]},
-            {f"accuracy/{unit}": students[unit]["curve"] for unit in stage.units},
-        )  # fmt: skip
-    for file, data in files.items():
-        tracker.file(file, data)
-    for name, sheet in sheets.items():
-        tracker.file(f"contact_sheet_{name}.png", sheet)

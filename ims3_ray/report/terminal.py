@@ -1,24 +1,58 @@
-"""The table that a run ends with."""
+"""The tables that jobs end with."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ims3_ray.pipeline import DistillResult
+from ims3_ray.pipeline import RunResult
+from ims3_ray.results import KINDS
 
 
-def print_result(result: DistillResult, console: Console | None = None) -> None:
-    """Arms with mean ± std, then where the report lies."""
+def print_result(result: RunResult, console: Console | None = None) -> None:
+    """A line per set and row with mean ± std, then where the report lies."""
     console = console or Console(highlight=False)
-    table = Table()
-    for column in ("images", "last epoch", "best epoch"):
-        table.add_column(column, justify="left" if column == "images" else "right")
-    for arm in result.results["arms"].values():
-        best = arm["best"]
-        table.add_row(arm["title"], f"{arm['mean']:.1f} ± {arm['std']:.1f}", f"{best['mean']:.1f} ± {best['std']:.1f}")
-    console.print(result.results["metric"])
+    sets = result.results["sets"].values()
+    several = any(len(found["rows"]) > 1 for found in sets)
+    table = _table("images", *(["protocol"] if several else []), *KINDS)
+    for found in sets:
+        for row, values in found["rows"].items():
+            table.add_row(found["title"], *([row] if several else []), *(_spread(values.get(kind)) for kind in KINDS))
+    console.print(result.results["metric"], soft_wrap=True)
     console.print(table)
     if skipped := result.results["skipped_images"]:
         console.print(f"{len(skipped)} images could not be decoded and were left out; the report names them")
     console.print(f"report: {result.report}", soft_wrap=True)
+
+
+def print_comparison(result: RunResult, console: Console | None = None) -> None:
+    """A table per number of images per class and protocol."""
+    console = console or Console(highlight=False)
+    console.print(result.results["metric"], soft_wrap=True)
+    for found in result.results["tables"]:
+        table = _table("method", *KINDS, "difference", *(["published"] if found["published"] else []))
+        table.title = f"{found['images_per_class']} a class, {found['row']}"
+        for line in found["lines"]:
+            d = line["difference"]
+            cells = [
+                line["title"],
+                *(_spread(line.get(kind)) for kind in KINDS),
+                f"{d['mean']:+.1f} ± {d['sem']:.1f}" if d else "",
+            ]
+            table.add_row(*cells, *([line["published"] or ""] if found["published"] else []))
+        console.print(table)
+    console.print(f"report: {result.report}", soft_wrap=True)
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table()
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _spread(value: dict[str, Any] | None) -> str:
+    return f"{value['mean']:.1f} ± {value['std']:.1f}" if value else ""

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ims3_ray.artifacts import Artifact, Storage, key_of
-from ims3_ray.config import RunConfig
+from ims3_ray.config import RunConfig, WorkConfig
 from ims3_ray.data.classes import ClassTable
 from ims3_ray.stages.weights import Weights
 from ims3_ray.tracking import Tracker
@@ -24,14 +24,23 @@ VERSION = {
     "encode": 1,
     "embed": 2,
     "latents": 2,
+    "inverted": 1,
+    "modes": 1,
+    "teacher": 1,
     "finetune": 2,
     "instability": 1,
     "generate": 2,
     "select": 2,
+    "refine": 1,
+    "given": 1,
     "export": 1,
-    "evaluate": 1,
+    "evaluate": 2,
 }
 """Raised when a stage's output changes for the same input: old artifacts are then no longer taken for new ones."""
+
+
+SETS = ("select", "refine", "given")
+"""Stages of which the output is a set of images to train on; later stages know it by its content."""
 
 
 @dataclass(eq=False)
@@ -52,6 +61,14 @@ class Stage:
     """The arm or split it belongs to, where a kind occurs more than once."""
     weights: Mapping[str, Weights] = field(default_factory=dict)
     """``generator``, ``encoder``, ``autoencoder``: those it needs; ``params`` hold their hashes."""
+    config: RunConfig | None = None
+    """As the arm has it that the stage was made for; none where nothing is distilled."""
+
+    @property
+    def run(self) -> RunConfig:
+        """The config of a stage that is part of a distillation."""
+        assert self.config is not None
+        return self.config
 
     def key(self, storage: Storage) -> str | None:
         """Hash of params and inputs; None while an input that is known by its content is not there yet."""
@@ -60,9 +77,9 @@ class Stage:
         return key_of(self.kind, VERSION[self.kind], self.params, known) if len(known) == len(inputs) else None
 
     def identity(self, storage: Storage) -> str | None:
-        """How a later stage's key names this one: a selection by the images it chose, all else by key."""
+        """How a later stage's key names this one: a set of images by these, all else by key."""
         key = self.key(storage)
-        if self.kind != "select" or key is None:
+        if self.kind not in SETS or key is None:
             return key
         manifest = Artifact(storage, self.kind, key).manifest()
         return manifest["content"] if manifest else None
@@ -85,7 +102,7 @@ class Stage:
 class Context:
     """What every stage is given."""
 
-    config: RunConfig
+    config: WorkConfig
     storage: Storage
     classes: ClassTable
     tracker: Tracker

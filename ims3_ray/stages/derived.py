@@ -1,4 +1,4 @@
-"""What an actor of the pool computes from a unit's images: features of φ, or moments of latents."""
+"""What an actor of the pool computes from a unit's images: features of φ, moments of latents, sums over inverted images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +18,12 @@ from torch import Tensor
 from ims3_ray.artifacts import Artifact
 from ims3_ray.data.hub import parquet_bytes
 from ims3_ray.data.transforms import to_signed
+from ims3_ray.diffusion.inverted_gaussian import invert_to_start
+from ims3_ray.diffusion.sampling import guided
+from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.models.autoencoder import load_autoencoder
 from ims3_ray.models.encoder import load_encoder
+from ims3_ray.models.generator import load_generator
 from ims3_ray.stages.base import Stage, pack_tensors, parse_unit
 from ims3_ray.stages.images import Produced
 from ims3_ray.stages.weights import Weights
@@ -94,6 +99,37 @@ class Latents:
         return Derived("parquet", parquet_bytes(pa.table(columns)))
 
 
+class Inverted:
+    """Sums over a unit's real images, inverted by the generator to where samples shall start (D3HR): ``total`` and ``squares``
+    float64 [C, h, w], ``count`` int64, as safetensors."""
+
+    batch = 50
+
+    def __init__(self, weights: Mapping[str, Weights], device: str, params: Mapping[str, Any]) -> None:
+        self.params, self.device, self.schedule = params, device, NoiseSchedule()
+        dtype = torch.bfloat16 if params["precision"] == "bf16" else torch.float32
+        self.model = load_generator(weights["generator"].path()).to(device, dtype)
+        self.autoencoder = load_autoencoder(weights["autoencoder"].path()).to(device) if "autoencoder" in weights else None
+
+    @torch.inference_mode()
+    def __call__(self, unit: str, produced: Produced) -> Derived:
+        p, model = self.params, self.model
+        label = torch.tensor([p["labels"][str(parse_unit(unit)[0])]], device=self.device)
+        shape = (model.config.in_channels, model.config.input_size, model.config.input_size)
+        total, squares = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+        for part in _batches(produced.pixels, self.batch, self.device):
+            signed = to_signed(part)
+            z0 = signed if self.autoencoder is None else self.autoencoder.moments(signed)[0]
+            predict = guided(
+                model, label.expand(len(z0)), model.config.null_label, p["cfg_scale"], p["cfg_channels"],
+                cfg_interval=tuple(p["cfg_interval"]),
+            )  # fmt: skip
+            z = invert_to_start(predict, z0, self.schedule, p["steps"], p["until"]).double().cpu()
+            total, squares = total + z.sum(dim=0), squares + z.square().sum(dim=0)
+        count = torch.tensor(len(produced.pixels))
+        return Derived("safetensors", pack_tensors(total=total, squares=squares, count=count))
+
+
 def read_latents(artifact: Artifact, units: list[str]) -> dict[str, Tensor]:
     """``mean`` and ``log_variance``, float16 [n, flips, C, h, w], of a class's units in order of their numbers."""
     found: dict[str, list[Tensor]] = {"mean": [], "log_variance": []}
@@ -119,6 +155,8 @@ Derive = Callable[[str, Produced], Derived]
 
 def derive_of(stage: Stage) -> Callable[[str], Derive]:
     """What an actor builds for itself when it starts, on its device, to derive ``stage`` from images."""
+    if stage.kind == "inverted":
+        return partial(_inverted, stage.weights, stage.params)
     if stage.kind == "latents":
         return partial(_latents, stage.weights["autoencoder"], stage.params["flips"])
     return partial(_features, stage.weights["encoder"], stage.params.get("heads"))
@@ -126,6 +164,10 @@ def derive_of(stage: Stage) -> Callable[[str], Derive]:
 
 def _latents(weights: Weights, flips: int, device: str) -> Latents:
     return Latents(weights.path(), device, flips)
+
+
+def _inverted(weights: Mapping[str, Weights], params: Mapping[str, Any], device: str) -> Inverted:
+    return Inverted(weights, device, params)
 
 
 def _features(weights: Weights, heads: Mapping[str, int] | None, device: str) -> Features:

@@ -14,7 +14,7 @@ from ims3_ray.data.classes import folder_name
 from ims3_ray.data.hub import encode_png, image_table, parquet_bytes
 from ims3_ray.data.transforms import to_pil, to_signed, to_uint8
 from ims3_ray.stages.base import Context, Stage, commit_units
-from ims3_ray.stages.select import read_chosen
+from ims3_ray.stages.sets import read_set
 
 PARQUET = "train-00000-of-00001.parquet"
 THUMBNAIL = 96
@@ -24,8 +24,8 @@ THUMBNAIL = 96
 def run(context: Context, stage: Stage) -> None:
     """Commit the distilled set as one Parquet shard."""
     began = time.monotonic()
-    pixels, labels = read_chosen(stage.inputs["select"].artifact(context.storage))
-    names, k = context.classes.names, context.config.selection.images_per_class
+    pixels, labels = read_set(stage.inputs["select"].artifact(context.storage))
+    names, k = context.classes.names, stage.run.selection.images_per_class
     rows = []
     for position, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
         rows.append((encode_png(to_pil(image)), f"{folder_name(names[label])}/{position % k:05d}.png", label))

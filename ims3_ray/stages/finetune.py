@@ -167,7 +167,7 @@ def groups_of(context: Context, stage: Stage) -> list[Group]:
     groups, board = [], ray.remote(num_cpus=0, scheduling_strategy=here)(LossBoard).remote()
     for number, labels in enumerate(stage.params["groups"]):
         arguments = {
-            "config": canonical(context.config.finetune), "seed": context.config.seed, "group": number,
+            "config": canonical(stage.run.finetune), "seed": stage.run.seed, "group": number,
             "images": encode.artifact(context.storage),
             "weights": stage.weights["generator"],
             "latents": latents.artifact(context.storage) if latents else None,
@@ -179,16 +179,17 @@ def groups_of(context: Context, stage: Stage) -> list[Group]:
     return groups
 
 
-def run(context: Context, stage: Stage) -> None:
-    """Fine-tune the groups that are not committed yet, as many at a time as the cluster has room for."""
-    config, storage = context.config.finetune, context.storage
+def run(context: Context, stage: Stage, prefix: str = "") -> None:
+    """Fine-tune the groups that are not committed yet, as many at a time as the cluster has room for. ``prefix`` goes before
+    the names of the losses that are logged."""
+    config, storage = stage.run.finetune, context.storage
     adapters, missing = Adapters.of(stage, storage), stage.missing(storage)
     waiting = [group for group in groups_of(context, stage) if group_unit(group.number) in missing]
     steps = {group.number: config.total_steps(group.images) for group in waiting}
     with Progress(stage.title, sum(steps.values()), "steps") as progress:
         done, committed = dict.fromkeys(steps, 0), time.monotonic()
         for group, rows, outcome in _side_by_side(waiting, config.trainer, storage.address(adapters.artifact.folder)):
-            context.tracker.losses(rows, f"{group_unit(group.number)}/" if len(stage.units) > 1 else "")
+            context.tracker.losses(rows, prefix + (f"{group_unit(group.number)}/" if len(stage.units) > 1 else ""))
             if outcome is not None and "diverged" in outcome:
                 raise UserError(_diverged(outcome, image_names(context, stage.inputs["encode"], group)))
             if outcome is not None:

@@ -28,7 +28,7 @@ SHARD = "instability.json"
 
 def run(context: Context, stage: Stage) -> None:
     """Measure both generators at the same images and commit log Ē of each."""
-    config, actors, storage = context.config.instability, context.config.actors, context.storage
+    config, actors, storage = stage.run.instability, context.config.actors, context.storage
     latents = stage.inputs.get("latents")
     chosen = np.linspace(0, len(context.classes.names) - 1, min(config.images, len(context.classes.names))).round().astype(int)
     counts = np.bincount(np.arange(config.images) % len(chosen))
@@ -41,7 +41,7 @@ def run(context: Context, stage: Stage) -> None:
     with Progress(stage.title, config.images, "images") as progress:
         result = results(
             measure.remote(
-                config, context.config.seed, stage.weights["generator"], Adapters.of(stage.inputs["finetune"], storage),
+                config, stage.run.seed, stage.weights["generator"], Adapters.of(stage.inputs["finetune"], storage),
                 stage.inputs["encode"].artifact(storage), latents.artifact(storage) if latents else None, classes,
                 actors.threads,
             )

@@ -25,8 +25,8 @@ from ims3_ray.stages.producers import Producer, Stored, producer_of
 from ims3_ray.stages.s3 import Listener
 from ims3_ray.stages.worker import Derivation, Work, run_units
 
-Listeners = Mapping[str, Sequence[Listener]]
-"""Title of a stage that embeds → the selections that want to hear of its units."""
+Listeners = Mapping[Stage, Sequence[Listener]]
+"""A stage that embeds → the selections that want to hear of its units."""
 
 
 @dataclass
@@ -62,9 +62,8 @@ def produce(context: Context, pools: Mapping[Stage, Sequence[Stage]], listeners:
     run_tasks(context, tasks, listeners or {})
 
 
-def check_decoded(context: Context, encode: Stage) -> None:
-    """:class:`UserError` for a class of which too few images could be decoded."""
-    needed = context.config.selection.images_per_class if encode.label == "train" else 1
+def check_decoded(context: Context, encode: Stage, needed: int) -> None:
+    """:class:`UserError` for a class of which fewer images than ``needed`` could be decoded."""
     units = (encode.manifest(context.storage) or {})["units"]
     decoded, broken = (dict.fromkeys(context.classes.source_labels, 0) for _ in range(2))
     for unit, entry in units.items():
@@ -89,7 +88,8 @@ def run_tasks(context: Context, tasks: Sequence[Task], listeners: Listeners) -> 
     alike = [kind_of(context, task.source) for task in tasks]
     pending = [(number, unit) for number, task in enumerate(tasks) for unit in task.units]
     per_unit = [task.stage.images / len(task.stage.units) for task in tasks]
-    title = ", ".join(dict.fromkeys(task.stage.title for task in tasks))
+    titles = list(dict.fromkeys(task.stage.title for task in tasks))
+    title = ", ".join(titles[:3]) + (f" and {len(titles) - 3} more" if len(titles) > 3 else "")
     total = sum(each * len(task.units) for each, task in zip(per_unit, tasks, strict=True))
     began = time.monotonic()
     with Progress(title, round(total), "images", price=pool_price(config.actors, config.cluster)) as progress:
@@ -110,7 +110,7 @@ def run_tasks(context: Context, tasks: Sequence[Task], listeners: Listeners) -> 
 
 def _work(task: Task, storage: Storage, listeners: Listeners) -> Work:
     derivations = tuple(
-        Derivation(derive_of(stage), stage.artifact(storage), tuple(listeners.get(stage.title, ()))) for stage in task.derived
+        Derivation(derive_of(stage), stage.artifact(storage), tuple(listeners.get(stage, ()))) for stage in task.derived
     )
     store = ImageStore.of(task.source, storage) if task.source else None
     return Work(task.producer, store, derivations, task.stage.artifact(storage))
@@ -143,10 +143,11 @@ def pool_price(actors: ActorsConfig, cluster: ClusterConfig) -> float:
 
 def _what_is_missing(context: Context, stage: Stage, failed: Mapping[str, str]) -> str:
     """The images of the failed units by class and index, and the first error of all."""
-    generated = stage.inputs.get("images", stage).kind == "generate"
+    made = stage.inputs.get("images", stage)
+    generated = made.kind == "generate"
     labels = context.classes.generator_labels if generated else context.classes.source_labels
     names = dict(zip(labels, context.classes.names, strict=True))
-    size = context.config.sampling.unit_size if generated else context.config.data.unit_size
+    size = made.run.sampling.unit_size if generated else context.config.data.unit_size
     places = []
     for unit in sorted(failed):
         label, number = parse_unit(unit)
@@ -161,7 +162,7 @@ def _what_is_missing(context: Context, stage: Stage, failed: Mapping[str, str]) 
 
 def kind_of(context: Context, source: Stage | None) -> str | None:
     """What made the images that a pool has; empty for none, None where it does not matter."""
-    if source is None or source.kind == "encode" or context.config.pool.mix_hardware:
+    if source is None or source.kind == "encode" or source.run.pool.mix_hardware:
         return None
     units = (source.manifest(context.storage) or {"units": {}})["units"]
     return next((kind(entry["hardware"]) for entry in units.values()), "")

@@ -1,4 +1,4 @@
-"""Pretraining of φ on Ray Train: a timm network as a classifier of the training split."""
+"""Training of a timm network as a classifier of the training split, on Ray Train: φ, or a teacher."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ray.train.torch import prepare_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ims3_ray.config import PretrainConfig, canonical
+from ims3_ray.config import DataConfig, EncoderTraining, canonical
+from ims3_ray.data.augment import augment
 from ims3_ray.data.batches import batch_indices, load_pixels
 from ims3_ray.data.sources import open_source
 from ims3_ray.data.transforms import to_signed
-from ims3_ray.evaluation import augment
 from ims3_ray.models.checkpoints import pack
 from ims3_ray.models.encoder import Encoder, EncoderConfig
-from ims3_ray.seeds import generator_for, seed_for
+from ims3_ray.seeds import seed_for
 
 
 class Classifier(nn.Module):
@@ -36,25 +36,36 @@ class Classifier(nn.Module):
         return self.encoder.logits(x_BCHW)
 
 
-def encoder_config(config: PretrainConfig, pixels: Tensor, num_classes: int) -> EncoderConfig:
+Images = tuple[Tensor, Tensor, tuple[str, ...]]
+"""uint8 pixels [N, C, H, W], labels [N], class names."""
+
+
+def encoder_config(training: EncoderTraining, pixels: Tensor, num_classes: int) -> EncoderConfig:
     signed = to_signed(pixels)
     return EncoderConfig(
-        model=config.encoder.model, model_args=config.encoder.model_args, channels=config.data.channels,
-        num_classes=num_classes, mean=round(signed.mean().item(), 4), std=round(signed.std().item(), 4),
+        model=training.model, model_args=training.model_args, channels=pixels.shape[1], num_classes=num_classes,
+        mean=round(signed.mean().item(), 4), std=round(signed.std().item(), 4),
     )  # fmt: skip
 
 
+def source_images(data: DataConfig) -> Images:
+    """The training split of a source, decoded."""
+    source = open_source(data.path, data.train_split)
+    pixels, labels, _ = load_pixels(source, data.size, data.channels)
+    return pixels, labels, source.class_names
+
+
 def encoder_loop(plain: dict[str, Any]) -> dict[str, Any]:
-    """One worker of φ's pretraining. Returns (rank 0) the packed weights, the losses and the seconds."""
-    config = PretrainConfig.model_validate(plain)
-    e, context = config.encoder, ray.train.get_context()
+    """One worker: ``training`` (:class:`EncoderTraining`, plain), ``images`` (a function), ``seed``, ``threads``. Returns
+    (rank 0) the packed weights, the losses and the seconds."""
+    e, seed = EncoderTraining.model_validate(plain["training"]), int(plain["seed"])
+    context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(config.trainer.threads_per_worker)
+    torch.set_num_threads(plain["threads"])
     device = ray.train.torch.get_device()
-    source = open_source(config.data.path, config.data.train_split)
-    pixels, labels, _ = load_pixels(source, config.data.size, config.data.channels)
-    torch.manual_seed(seed_for(config.seed, "encoder-init"))
-    encoder = Encoder(encoder_config(config, pixels, len(source.class_names)))
+    pixels, labels, names = plain["images"]()
+    torch.manual_seed(seed_for(seed, "encoder-init"))
+    encoder = Encoder(encoder_config(e, pixels, len(names)))
     wrapped: nn.Module = prepare_model(Classifier(encoder))
     per_epoch = -(-len(labels) // e.batch_size)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=e.lr, weight_decay=e.weight_decay, fused=True)
@@ -68,13 +79,13 @@ def encoder_loop(plain: dict[str, Any]) -> dict[str, Any]:
         optimizer.load_state_dict(state["optimizer"])
         decay.load_state_dict(state["decay"])
         step, seconds, losses = state["step"], state["seconds"], state["losses"]
-    batches = batch_indices(len(labels), e.batch_size, rank, world, config.seed, first_step=step)
+    batches = batch_indices(len(labels), e.batch_size, rank, world, seed, first_step=step)
     began = time.monotonic() - seconds
     wrapped.train()
     while step < e.epochs * per_epoch:
         index = next(batches)
-        rng = generator_for(config.seed, "encoder", step, rank)
-        batch = augment(to_signed(pixels[index].to(device)), e.max_shift, e.flip, rng)
+        rng = torch.Generator(device).manual_seed(seed_for(seed, "encoder", step, rank))
+        batch = 2 * augment(pixels[index].to(device).float() / 255, pixels.shape[-1], rng, **dict(e.augment)) - 1
         loss = F.cross_entropy(wrapped(batch), labels[index].to(device), label_smoothing=e.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -96,7 +107,7 @@ def encoder_loop(plain: dict[str, Any]) -> dict[str, Any]:
                 torch.save(state, Path(folder, "state.pt"))
                 ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
     return {
-        "weights": pack(encoder, canonical(encoder.config), "encoder", torch.float16, classes="\n".join(source.class_names)),
+        "weights": pack(encoder, canonical(encoder.config), "encoder", torch.float16, classes="\n".join(names)),
         "losses": losses,
         "seconds": seconds,
         "images": len(labels),

@@ -3,7 +3,6 @@ gathered, one shard per class."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections.abc import Sequence
@@ -23,10 +22,14 @@ from ims3_ray.errors import UserError
 from ims3_ray.hardware import hardware, kind
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection import SELECTORS, ClassImages, Per
-from ims3_ray.stages.base import Context, Stage, by_class, commit_units, pack_tensors, read_many
+from ims3_ray.stages.base import Context, Stage, by_class, read_many
 from ims3_ray.stages.images import ImageStore, first_index
 from ims3_ray.stages.pool import kind_of
 from ims3_ray.stages.s3 import Listener, Part, actor_name, start_selector, table_of
+from ims3_ray.stages.sets import commit_set, spread, write_class
+
+LISTENING = 4
+"""S3 actors, a process each, that listen while candidates are made."""
 
 CLASSES_PER_TASK = 50
 """What a task does of a stage that looks at classes one by one; fewer classes in all are no work to send away."""
@@ -41,15 +44,15 @@ class ClassUnits:
     count: int
 
 
-def class_units(context: Context, stage: Stage) -> list[ClassUnits]:
-    """Of every class, in order. Real images that could not be decoded do not count; candidates beyond the pool's size are
-    none."""
-    labels = context.classes.source_labels if stage.kind == "encode" else context.classes.generator_labels
-    size, units, found = context.config.sampling.unit_size, by_class(stage.units), []
-    entries = (stage.manifest(context.storage) or {})["units"] if stage.kind == "encode" else {}
+def class_units(context: Context, stage: Stage, pool_size: int) -> list[ClassUnits]:
+    """Of every class, in order. Broken real images do not count; candidates beyond ``pool_size`` are none."""
+    real = stage.kind == "encode"
+    labels = context.classes.source_labels if real else context.classes.generator_labels
+    size, units, found = 0 if real else stage.run.sampling.unit_size, by_class(stage.units), []
+    entries = (stage.manifest(context.storage) or {})["units"] if real else {}
     for label in labels:
-        images = {unit: entries[unit]["images"] if entries else size for unit in units[label]}
-        count = sum(images.values()) if entries else min(sum(images.values()), context.config.pool_size)
+        images = {unit: entries[unit]["images"] if real else size for unit in units[label]}
+        count = sum(images.values()) if real else min(sum(images.values()), pool_size)
         found.append(ClassUnits(label, first_index(units[label], images), count))
     return found
 
@@ -59,18 +62,18 @@ def class_units(context: Context, stage: Stage) -> list[ClassUnits]:
 
 def parts_of(context: Context, stage: Stage) -> dict[str, Part]:
     """What the S3 actor of a selection adds up. Needs the real images to be decoded, but no candidate."""
-    s, storage = context.config.selection, context.storage
+    s, storage = stage.run.selection, context.storage
     k, labels = s.images_per_class, context.classes.generator_labels
-    classes = class_units(context, stage.inputs["images"])
+    classes = class_units(context, stage.inputs["images"], stage.run.pool_size)
     first = {unit: index for c in classes for unit, index in c.first.items() if index < s.groups * k}
     counts = {c.label: c.count for c in classes}
     candidates = Part(stage.inputs["embed"].artifact(storage), labels, first, counts, k, s.groups)
     references = stage.inputs["references"]
     if s.references == "real":
-        classes, labels = class_units(context, references.inputs["images"]), context.classes.source_labels
+        classes, labels = class_units(context, references.inputs["images"], 0), context.classes.source_labels
     counts = {c.label: c.count for c in classes}
     drawn = Part(
-        references.artifact(storage), labels, {}, counts, s.references_per_class or max(counts.values()), 1, context.config.seed
+        references.artifact(storage), labels, {}, counts, s.references_per_class or max(counts.values()), 1, stage.run.seed
     )
     first = {}
     for c in classes:
@@ -80,29 +83,28 @@ def parts_of(context: Context, stage: Stage) -> dict[str, Part]:
     return {"candidates": candidates, "references": replace(drawn, first=first)}
 
 
-def listen(context: Context, stages: Sequence[Stage]) -> dict[str, list[Listener]]:
-    """Start the S3 actor of each selection that is to come, to be told of every unit while candidates are made: by the title of
-    the stage that embeds them."""
+def listen(context: Context, stages: Sequence[Stage]) -> dict[Stage, list[Listener]]:
+    """Start the S3 actor of selections that are to come, to be told of every unit while candidates are made: by the stage that
+    embeds them. Beyond a few the selections read what is committed when it is their turn."""
     storage = context.storage
-    listeners: dict[str, list[Listener]] = {}
-    for stage in stages:
-        if stage.kind != "select" or stage.params["select"] != "s3" or not stage.missing(storage):
-            continue
+    listeners: dict[Stage, list[Listener]] = {}
+    coming = [s for s in stages if s.kind == "select" and s.params["select"] == "s3" and s.missing(storage)]
+    for stage in [s for s in coming if s.inputs["embed"].missing(storage)][:LISTENING]:
         key, parts = stage.key(storage), parts_of(context, stage)
         assert key is not None
-        selector = start_selector(key, parts, context.config.selection)
+        selector = start_selector(key, parts, stage.run.selection)
         print(f"{stage.title}: the S3 actor is {actor_name(key, storage)}", flush=True)
-        shared = context.config.selection.references == "generated"
+        shared = stage.run.selection.references == "generated"
         heard = ("candidates", "references") if shared else ("candidates",)
-        listeners.setdefault(stage.inputs["embed"].title, []).extend(Listener(selector, name, parts[name]) for name in heard)
+        listeners.setdefault(stage.inputs["embed"], []).extend(Listener(selector, name, parts[name]) for name in heard)
     return listeners
 
 
 def choose_s3(context: Context, stage: Stage) -> tuple[list[Tensor], dict[str, Any]]:
     """Indices of the chosen subgroup of each class, and the terms of Eq. 10, from the S3 actor."""
-    key, k = stage.key(context.storage), context.config.selection.images_per_class
+    key, k = stage.key(context.storage), stage.run.selection.images_per_class
     assert key is not None
-    selector = start_selector(key, parts_of(context, stage), context.config.selection)
+    selector = start_selector(key, parts_of(context, stage), stage.run.selection)
     try:
         if (selection := results(selector.select.remote())) is None:
             results(selector.refresh.remote())
@@ -155,23 +157,13 @@ def choose_one_by_one(context: Context, stage: Stage) -> list[Tensor]:
     storage, real = context.storage, stage.inputs["images"].kind == "encode"
     embed, references = stage.inputs.get("embed"), stage.inputs.get("references")
     look = Looked(
-        stage.params["select"], stage.params["per"], context.config.selection.images_per_class, context.config.seed,
+        stage.params["select"], stage.params["per"], stage.params["k"], stage.run.seed,
         embed.artifact(storage) if embed else None, references.artifact(storage) if references else None,
     )  # fmt: skip
-    units = class_units(context, stage.inputs["images"])
-    others = class_units(context, references.inputs["images"]) if references else [None] * len(units)
+    units = class_units(context, stage.inputs["images"], stage.run.pool_size)
+    others = class_units(context, references.inputs["images"], 0) if references else [None] * len(units)
     counts = [c.count if real else stage.params["pool"] for c in units]
-    return _spread(choose_classes, look, list(zip(units, others, counts, strict=True)))
-
-
-def _spread(function: Any, shared: Any, classes: list[Any], **resources: float) -> list[Any]:
-    """``function(shared, classes)``, by tasks that take some classes each if there are many, or if a device is needed."""
-    if len(classes) <= CLASSES_PER_TASK and not resources:
-        return list(function(shared, classes))
-    task = ray.remote(function).options(max_retries=3, **resources)
-    shared_ref = ray.put(shared)
-    parts = [classes[start : start + CLASSES_PER_TASK] for start in range(0, len(classes), CLASSES_PER_TASK)]
-    return [row for rows in results([task.remote(shared_ref, part) for part in parts]) for row in rows]
+    return spread(choose_classes, look, list(zip(units, others, counts, strict=True)), CLASSES_PER_TASK)
 
 
 # The images
@@ -207,10 +199,7 @@ def gather_classes(way: Gathered, classes: list[tuple[str, ClassUnits, Tensor]])
         offsets = {unit: (indices.numpy()[inside == i] - firsts[i]).tolist() for i, unit in enumerate(units.first)}
         shards = read_many(way.store.artifact, [unit for unit, within in offsets.items() if within], way.store.suffix)
         images = torch.cat([way.store.unpack(shard, decoder, offsets[unit]) for unit, shard in shards])
-        digest = way.selected.write(f"{name}.safetensors", pack_tensors(pixels=images, indices=indices))
-        entries.append(
-            {"sha256": digest, "images": len(images), "content": hashlib.sha256(images.numpy().tobytes()).hexdigest()}
-        )
+        entries.append(write_class(way.selected, name, images, indices=indices))
     return entries
 
 
@@ -227,15 +216,7 @@ def run(context: Context, stage: Stage) -> None:
     actors = context.config.actors
     way = Gathered(ImageStore.of(images, context.storage), artifact, actors.threads, kind_of(context, images))
     resources = {"num_cpus": actors.cpus, "num_gpus": actors.gpus} if way.store.form == "latents" else {}
-    classes = list(zip(stage.units, class_units(context, images), chosen, strict=True))
-    entries = dict(zip(stage.units, _spread(gather_classes, way, classes, **resources), strict=True))
-    content = hashlib.sha256("".join(entry["content"] for entry in entries.values()).encode()).hexdigest()[:16]
-    commit_units(artifact, entries, time.monotonic() - began, content=content, s3=table)
-
-
-def read_chosen(selected: Artifact, classes: int | None = None) -> tuple[Tensor, Tensor]:
-    """uint8 pixels [C·K, …] of a committed selection, class by class, and their classes' positions [C·K]; of the first
-    ``classes`` alone if so many are asked for."""
-    units = sorted((selected.manifest() or {})["units"])[:classes]
-    parts = [load(shard)["pixels"] for _, shard in read_many(selected, units, "safetensors")]
-    return torch.cat(parts), torch.cat([torch.full((len(part),), position) for position, part in enumerate(parts)])
+    classes = list(zip(stage.units, class_units(context, images, stage.run.pool_size), chosen, strict=True))
+    made = spread(gather_classes, way, classes, CLASSES_PER_TASK, **resources)
+    entries = dict(zip(stage.units, made, strict=True))
+    commit_set(artifact, entries, time.monotonic() - began, s3=table)

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 
 from tests.e2e.conftest import run_job
 
-QUICK = ("finetune.steps=2", "finetune.batch_size=4", "sampling.steps=2", "evaluation.epochs=2", "evaluation.validations=1",
-         "evaluation.width=8", "selection.groups=2", "instability={images: 1, steps: 2, lanczos_steps: 2}")  # fmt: skip
+QUICK = ("finetune.steps=2", "finetune.batch_size=4", "sampling.steps=2", "selection.groups=2",
+         "evaluation.protocols.hard={epochs: 2, validations: 1, width: 8}",
+         "instability={images: 1, steps: 2, lanczos_steps: 2}")  # fmt: skip
 
 
 def test_no_arguments_but_less_work(tmp_path: Path):
@@ -21,6 +22,7 @@ def test_no_arguments_but_less_work(tmp_path: Path):
     for title in ("Random real", "DiT + S3", "IMS3"):
         assert any(title in line for line in lines)
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert all(len(arm["seeds"]) == 3 for arm in results["arms"].values())
+    rows = [row for found in results["sets"].values() for row in found["rows"].values()]
+    assert [len(row["last"]["seeds"]) for row in rows] == [3, 3, 3, 3]
     assert pq.read_table(tmp_path / "demo" / "distilled" / "data").num_rows == 100
     assert len(list((tmp_path / "demo" / "distilled" / "images").glob("*/*.png"))) == 100

@@ -26,7 +26,8 @@ UNITS = 30
 def config(world: Path, storage: Path, actors: int) -> str:
     values = tiny_values(
         world, storage, arms=ARMS, export="dit_s3", sampling={"steps": 200, "unit_size": 4}, selection={"groups": 20},
-        actors={"count": actors, "max_attempts": 1}, evaluation={"epochs": 1, "validations": 1},
+        actors={"count": actors, "max_attempts": 1},
+        evaluation={"protocols": {"hard": {"width": 8, "epochs": 1, "validations": 1}}},
         tracking={"uri": f"sqlite:///{storage}.db"},
     )  # fmt: skip
     return write_config(storage.with_suffix(".yaml"), values)
@@ -55,7 +56,7 @@ def wait_for(storage: Path, units: int, driver: subprocess.Popen[str]) -> None:
 
 def content(storage: Path) -> str:
     results = json.loads((storage / "tiny" / "results.json").read_text())
-    return str(results["arms"]["dit_s3"]["content"])
+    return str(results["sets"]["dit_s3"]["content"])
 
 
 def pool(storage: Path) -> dict[str, str]:

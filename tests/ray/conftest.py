@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from ims3_ray import DistillResult, RunConfig, distill
+from ims3_ray import RunConfig, RunResult, distill
 from ims3_ray.artifacts import Storage
 from ims3_ray.cluster import connected
 from ims3_ray.config import ClusterConfig
@@ -32,7 +32,7 @@ def cluster() -> Iterator[None]:
 @dataclass(frozen=True)
 class Run:
     config: RunConfig
-    result: DistillResult
+    result: RunResult
     plan: Plan
     storage: Storage
 

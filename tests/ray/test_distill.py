@@ -34,7 +34,7 @@ from ims3_ray.selection import centroid, select_subgroups
 from ims3_ray.stages import pool
 from ims3_ray.stages.base import Context, Stage
 from ims3_ray.stages.images import ImageStore
-from ims3_ray.stages.select import read_chosen
+from ims3_ray.stages.sets import read_set
 from ims3_ray.tracking import Tracker
 from tests.conftest import CLASSES, tiny_values
 from tests.ray.conftest import Run
@@ -54,18 +54,33 @@ def tensors(run: Run, kind: str, label: str) -> torch.Tensor:
 
 
 def chosen(run: Run, arm: str) -> dict[str, torch.Tensor]:
-    pixels, labels = read_chosen(stage(run, "select", arm).artifact(run.storage))
+    pixels, labels = read_set(stage(run, "select", arm).artifact(run.storage))
     return {"pixels": pixels, "labels": labels}
 
 
 def test_results_have_every_arm_with_seeds_mean_and_std(tiny_run: Run):
     results = json.loads((tiny_run.folder / "results.json").read_text())
-    assert list(results["arms"]) == ["random_real", "dit", "dit_s3", "ims3"]
-    for arm in results["arms"].values():
-        assert len(arm["seeds"]) == 2
-        assert arm["mean"] == pytest.approx(np.mean(arm["seeds"]))
-        assert arm["std"] == pytest.approx(np.std(arm["seeds"], ddof=1))
-        assert arm["best"]["mean"] >= arm["mean"]
+    assert list(results["sets"]) == ["random_real", "dit", "dit_s3", "ims3"]
+    for found in results["sets"].values():
+        (row,) = found["rows"].values()
+        last = row["last"]
+        assert len(last["seeds"]) == 2
+        assert last["mean"] == pytest.approx(np.mean(last["seeds"]))
+        assert last["std"] == pytest.approx(np.std(last["seeds"], ddof=1))
+        assert last["sem"] == pytest.approx(last["std"] / math.sqrt(2))
+        assert row["best"]["mean"] >= max(last["mean"], row["val"]["mean"])
+        assert np.mean(row["per_class"]) == pytest.approx(last["mean"], abs=0.01)
+        assert [check["epoch"] for check in row["curve"]] == [2, 4]
+    assert tiny_run.result.accuracy("ims3") == results["sets"]["ims3"]["rows"]["hard/convnet-3"]["last"]["mean"]
+
+
+def test_confusion_counts_every_test_image_of_every_student(tiny_run: Run):
+    tables = load((tiny_run.folder / "confusion.safetensors").read_bytes())
+    assert set(tables) == {f"{arm}/hard/convnet-3" for arm in ("random_real", "dit", "dit_s3", "ims3")}
+    for name, table in tables.items():
+        assert table.sum(dim=1).tolist() == [20, 20, 20]  # ten images a class, two students
+        share = 100 * table.trace().item() / table.sum().item()
+        assert share == pytest.approx(tiny_run.result.accuracy(name.partition("/")[0]))
 
 
 def test_candidates_are_what_the_sampler_draws_one_by_one(tiny_run: Run):
@@ -197,8 +212,10 @@ def test_mlflow_has_config_losses_terms_rates_children_and_files(tiny_run: Run):
     children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
     assert {c.info.run_name for c in children} == {"Random real", "DiT", "DiT and S3", "IMS3"}
     for child in children:
-        arm = tiny_run.result.results["arms"][child.data.params["arm"]]
-        assert child.data.metrics["accuracy_last_mean"] == pytest.approx(arm["mean"])
+        mean = tiny_run.result.accuracy(child.data.params["arm"])
+        assert child.data.metrics["hard/convnet-3/last_mean"] == pytest.approx(mean)
+        curve = client.get_metric_history(child.info.run_id, "hard/convnet-3/test/seed-0")
+        assert sorted(m.step for m in curve) == [2, 4]
     files = {file.path for file in client.list_artifacts(run_id)}
     assert {"report.html", "README.md", "contact_sheet_ims3.png"} <= files
     assert run.info.artifact_uri.startswith(f"file://{tiny_run.folder}/mlflow/")

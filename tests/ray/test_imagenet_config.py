@@ -40,8 +40,9 @@ def small(world: Path) -> list[str]:
     return [
         *places(world), "name=woof", "finetune.trainer.gpus_per_worker=0", "actors.gpus=0", "evaluation.gpus_per_task=0",
         "selection.images_per_class=1", "selection.groups=2", "sampling.unit_size=2", "sampling.steps=2",
-        "instability={images: 1, steps: 1, lanczos_steps: 1}", "evaluation={width: 2, epochs: 1, seeds: [0], validations: 1}",
-        "arms={random_real: null, dit: null, dit_s3: null}",
+        "instability={images: 1, steps: 1, lanczos_steps: 1}", "evaluation.seeds=[0]",
+        "evaluation.protocols.paper={students: [convnet-6], width: 2, epochs: 1, validations: 1}", "evaluation.val_per_class=1",
+        "arms.random_real=null", "arms.dit=null", "arms.dit_s3=null",
     ]  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def test_every_class_has_its_image_and_the_tuning_its_epochs(woof: RunConfig):
     assert len(rows) == 20  # 8 epochs of 20 images in batches of 8
     folder = Path(storage.address(woof.name))
     assert sorted(path.name for path in (folder / "distilled" / "images").iterdir()) == sorted(woof.data.classes or ())
-    assert json.loads((folder / "results.json").read_text())["arms"]["ims3"]["seeds"]
+    assert json.loads((folder / "results.json").read_text())["sets"]["ims3"]["rows"]["paper/convnet-6"]["last"]["seeds"]
 
 
 def test_latents_are_those_of_both_flips_of_every_image(woof: RunConfig):

@@ -26,6 +26,7 @@ from ims3_ray.stages.base import Context, Stage, by_class
 from ims3_ray.stages.images import ImageStore, Produced
 from ims3_ray.stages.pool import Task, _check_alike, run_tasks
 from ims3_ray.stages.s3 import NAMESPACE, Part, S3Selector, actor_name, start_selector
+from ims3_ray.stages.sets import read_set
 from tests.conftest import write_latent_world
 from tests.ray.conftest import Run, prepare
 
@@ -181,7 +182,7 @@ def test_latents_are_decoded_again_to_the_very_images_that_were_seen(tiny_world:
         found = {}
         for label in arms:
             select.run(context, stages["select", label])
-            found[label] = select.read_chosen(stages["select", label].artifact(storage))[0]
+            found[label] = read_set(stages["select", label].artifact(storage))[0]
         shards = [embed.artifact(storage).read(f"{unit}.safetensors") for unit in embed.units]
         outcomes.append((found, shards, {label: stages["select", label].identity(storage) for label in found}))
     assert outcomes[0][1:] == outcomes[1][1:]
@@ -303,11 +304,9 @@ def test_every_selector_chooses_from_the_same_pool_and_from_real_images(tiny_run
                 }
     other = tiny_run.config.model_dump() | {"name": "selectors", "arms": arms, "export": "first-image-real"}
     plan = make_plan(RunConfig.model_validate(other))
-    assert {stage.kind for stage in plan.stages if stage.missing(tiny_run.storage)} == {"embed", "select", "evaluate", "export"}
+    assert {stage.kind for stage in plan.stages if stage.missing(tiny_run.storage)} == {"select", "evaluate", "export"}
     context: Any = Context(plan.config, tiny_run.storage, plan.classes, None)
     nodes = {(s.kind, s.label): s for s in plan.stages}
-    for label, images in (("train", nodes["encode", "train"]), ("pretrained", nodes["generate", "pretrained"])):
-        pool.produce(context, {images: [nodes["embed", label]]})  # again, because φ's own classifier is asked now
     monkeypatch.setattr(select, "CLASSES_PER_TASK", 2)  # so that tasks do it
     for arm in arms:
         select.run(context, nodes["select", arm])
@@ -330,7 +329,7 @@ def test_every_selector_chooses_from_the_same_pool_and_from_real_images(tiny_run
                     shown["recognised"][:count],
                 )  # fmt: skip
                 expected = pixels[selector.choose(it, 2, per).sort().values]
-                mine = select.read_chosen(nodes["select", f"{name}-{per}-{label}"].artifact(tiny_run.storage))[0][2:4]
+                mine = read_set(nodes["select", f"{name}-{per}-{label}"].artifact(tiny_run.storage))[0][2:4]
                 assert torch.equal(mine, expected), (name, per, label)
 
 

@@ -23,7 +23,7 @@ QUICK: dict[str, Any] = {
     "encoder": {"epochs": 2, "batch_size": 8, "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}},
     "quality": {
         "images_per_class": 3, "sampling": {"steps": 2, "unit_size": 3},
-        "judge": {"width": 4, "epochs": 2, "batch_size": 16, "validations": 1, "seeds": [0]},
+        "judge": {"width": 4, "epochs": 2, "batch_size": 16, "validations": 1}, "threads": 1,
     },
 }  # fmt: skip
 

@@ -49,11 +49,14 @@ def test_a_dry_run_shows_the_plan(name: str, overrides: list[str]):
     assert [len(group) for group in finetune.params["groups"]] == [min(20, len(plan.classes.names))] * max(
         1, len(plan.classes.names) // 20
     )
-    text = describe(config)
+    text = describe(plan)
     assert "fine-tune" in text
     assert "encode latents" in text
     tuning = config.finetune
     assert (tuning.epochs, tuning.batch_size, tuning.lr, tuning.objectives.inversion_matching.weight) == (8, 8, 1e-3, 0.002)
+    (protocol,) = config.evaluation.protocols.values()
+    assert protocol.students[-1] == "resnet-18"
+    assert (protocol.size, protocol.epochs, protocol.decay, protocol.cutmix) == (224, 300, "cosine", True)
     s = config.sampling
     assert (s.sampler, s.steps, s.cfg_scale, s.cfg_channels, s.precision) == ("ddpm", 50, 4.0, 3, "bf16")
 
@@ -73,6 +76,8 @@ def test_the_released_reading_of_imagewoof_is_planned_too(overrides: list[str]):
     assert list(plan.classes.generator_labels) == LABELS["imagewoof"]
     (finetune,) = [stage for stage in plan.stages if stage.kind == "finetune"]
     assert finetune.images == 8000 * 8
+    assert list(config.arms) == ["ims3_released"]
+    config = config.of_arm("ims3_released")
     objectives = objectives_of(config.finetune.objectives)
     assert [type(objective) for objective in objectives] == [Diffusion, InversionMatchingReleased, Minimax]
     weights = {name: weight for objective in objectives for name, weight in objective.weights.items()}
@@ -82,4 +87,3 @@ def test_the_released_reading_of_imagewoof_is_planned_too(overrides: list[str]):
     }  # fmt: skip
     assert config.selection.coupling == "selected"
     assert config.selection.beta / (len(plan.classes.names) - 1) * 2 == pytest.approx(0.9)
-    assert list(config.arms) == ["ims3"]

@@ -1,0 +1,93 @@
+"""The table of a comparison: methods against each other at equal numbers of images, with what the differences are worth."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from ims3_ray.config import CompareConfig
+from ims3_ray.plan import Plan
+from ims3_ray.results import KINDS, Results, spread
+
+
+def comparison_tables(plan: Plan[CompareConfig], results: Results) -> list[dict[str, Any]]:
+    """One table per number of images per class and row, a line per arm: accuracies, the difference of ``last`` from that of the
+    arm ``against``, what is published, the hash of each set."""
+    config, tables = plan.config, []
+    for k in config.budgets:
+        for row in config.evaluation.rows:
+            lines = [_line(plan, results, arm, k, row) for arm in config.arms]
+            base = next(line for line in lines if line["arm"] == config.base)
+            for line in lines:
+                line["difference"] = None if line is base else difference(line["last"], base["last"])
+            published = any(line["published"] for line in lines)
+            tables.append({"images_per_class": k, "row": row, "published": published, "lines": lines})
+    return tables
+
+
+def _line(plan: Plan[CompareConfig], results: Results, arm: str, k: int, row: str) -> dict[str, Any]:
+    names = [name for name, scored in plan.sets.items() if (scored.arm, scored.ipc) == (arm, k)]
+    found = [results["sets"][name] for name in names]
+    kinds = [kind for kind in KINDS if kind in found[0]["rows"][row]]
+    return {
+        "arm": arm, "title": found[0]["title"], "content": [each["content"] for each in found],
+        **{kind: pooled([each["rows"][row][kind]["seeds"] for each in found]) for kind in kinds},
+        "published": plan.config.published.get(arm, {}).get(row, {}).get(k),
+    }  # fmt: skip
+
+
+def pooled(draws: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Mean and deviation over the students of all draws of a set; the standard error of the mean is over draws if there are
+    several, since students of one set share its luck."""
+    whole = spread([value for students in draws for value in students])
+    if len(draws) > 1:
+        whole["sem"] = statistics.stdev(statistics.fmean(students) for students in draws) / math.sqrt(len(draws))
+    return whole
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """Of two means, with its standard error: the two are independent."""
+    return {"mean": one["mean"] - other["mean"], "sem": math.hypot(one["sem"], other["sem"])}
+
+
+def markdown(config: CompareConfig, tables: Sequence[dict[str, Any]]) -> str:
+    """The tables as Markdown, with the protocol, the seeds and the hash of every set."""
+    against = config.arms[config.base].title
+    several = len(config.draws) > 1
+    parts = [
+        f"# {config.name}", "",
+        f"Top-1 accuracy in % on the real test split of {config.data.path}; student seeds {_listed(config.evaluation.seeds)}, "
+        f"run seed{'s' if several else ''} {_listed(config.draws)}; ± is one standard deviation over all students. *last*: "
+        "final epoch; *best*: best epoch on the test split itself; *val*: best epoch on held-out training images. Differences "
+        f"from {against} are of *last*, ± their standard error, "
+        + ("over sets of several run seeds." if several else "over students of one set each: another set may differ by more."),
+        "",
+    ]  # fmt: skip
+    for table in tables:
+        parts += [f"## {table['images_per_class']} a class, {table['row']}", ""]
+        head = ["method", *KINDS, f"− {against}", *(["published"] if table["published"] else []), "sets"]
+        parts += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for line in table["lines"]:
+            cells = [line["title"], *(_spread(line.get(kind)) for kind in KINDS), _difference(line["difference"])]
+            cells += [line["published"] or ""] if table["published"] else []
+            parts.append(f"| {' | '.join([*cells, ' '.join(f'`{content}`' for content in line['content'])])} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def _spread(value: dict[str, Any] | None) -> str:
+    return f"{value['mean']:.1f} ± {value['std']:.1f}" if value else ""
+
+
+def _difference(value: dict[str, float] | None) -> str:
+    """In bold where it exceeds twice its standard error."""
+    if value is None:
+        return ""
+    text = f"{value['mean']:+.1f} ± {value['sem']:.1f}"
+    return f"**{text}**" if abs(value["mean"]) > 2 * value["sem"] else text

@@ -1,0 +1,88 @@
+"""What every job has in common: data, where results go, the cluster and what of it is used."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from ims3_ray.config.base import Section
+from ims3_ray.config.evaluation import EvaluationConfig
+
+
+class DataConfig(Section):
+    path: str = "embedded:fashion-mnist"
+    """`embedded:NAME`, a folder (IDX files, Parquet, or a folder per class), a Parquet file or a hub id (`uoft-cs/cifar10`)."""
+    train_split: str = "train"
+    test_path: str | None = None
+    """Where the test split lies if not under `path`."""
+    test_split: str = "test"
+    size: int = Field(default=28, gt=0)
+    """Height and width to which images are scaled and cropped."""
+    channels: Literal[1, 3] = 1
+    classes: tuple[str, ...] | None = Field(default=None, min_length=2)
+    """Names of the classes to distil; all of them when unset."""
+    unit_size: int = Field(default=500, ge=1)
+    """Images per shard of the encoded data set."""
+
+
+class ActorsConfig(Section):
+    """The Ray Data actor pool that decodes, generates and embeds images."""
+
+    count: int = Field(default=2, ge=1)
+    cpus: float = Field(default=1, gt=0)
+    """CPUs reserved for each actor."""
+    gpus: float = Field(default=0, ge=0)
+    threads: int = Field(default=1, ge=1)
+    """PyTorch threads of each actor."""
+    encoders: int = Field(default=2, ge=1)
+    """Threads of each actor that encode and write images while its device works on the next unit."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Passes over units of work that failed before the stage gives up."""
+
+
+class TrackingConfig(Section):
+    uri: str | None = None
+    """MLflow tracking URI; a sqlite file in the run folder when unset."""
+    experiment: str = "ims3-ray"
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """Ray address; unset joins the cluster of `RAY_ADDRESS` or of the job, or starts Ray on this machine."""
+    wait_s: float = Field(default=0, ge=0)
+    """How long to wait for an autoscaling cluster to grow to what the plan needs."""
+    gpu_price: float | None = Field(default=None, ge=0)
+    """What a GPU costs an hour: progress then says what was spent and what is to come. In any currency."""
+    cpu_price: float | None = Field(default=None, ge=0)
+    """What a CPU costs an hour, beside GPUs."""
+
+
+class WorkConfig(Section):
+    """What is computed in stages and ends in a table of accuracies."""
+
+    name: str = Field(default="demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Results go to `{storage}/{name}`."""
+    storage: str = "runs"
+    """Folder or URI (`s3://…`, `gs://…`) that holds results and the artifacts shared by all runs."""
+    data: DataConfig = DataConfig()
+    actors: ActorsConfig = ActorsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _free(cls, name: str) -> str:
+        if name == "artifacts":
+            raise ValueError("name 'artifacts' is taken by the shared artifacts; choose another")
+        return name
+
+
+class EvaluateConfig(WorkConfig):
+    """Scores sets of images that lie somewhere (`jobs/evaluate.py`)."""
+
+    name: str = Field(default="evaluate", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Results go to `{storage}/{name}`."""
+    sets: dict[str, str] = Field(default={})
+    """Title → a folder of images per class, Parquet in the Hub's layout, or a hub id; classes are those of `data`, by name."""

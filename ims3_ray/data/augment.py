@@ -1,0 +1,170 @@
+"""Augmentation of whole batches on the device that holds them: every image draws its own parameters.
+
+Images are float [B, C, H, W] in [0, 1], ``rng`` is a generator of their device. Distributions are those of torchvision's
+transforms of the same names, which do one image at a time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+CROP_RATIO = (3 / 4, 4 / 3)
+CROP_TRIES = 10
+LUMA = (0.299, 0.587, 0.114)
+EIGENVALUES = (0.2175, 0.0188, 0.0045)
+EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+"""Principal components of ImageNet's colours, in [0, 1] (Krizhevsky et al. 2012); a row per colour."""
+ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+
+
+def augment(
+    images: Tensor, size: int, rng: Generator, *, shuffle_patches: int = 1, crop: tuple[float, float] | None = None,
+    max_shift: int = 0, flip: bool = False, jitter: float = 0.0, lighting: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """All that is asked for, in this order (the keys of ``augment`` in a config); the result is [B, C, size, size]."""
+    if shuffle_patches > 1:
+        images = shuffled_patches(images, shuffle_patches, rng)
+    if crop is not None:
+        images = random_resized_crop(images, size, crop, rng)
+    images = resize(images, size)
+    if max_shift:
+        images = shifted(images, max_shift, rng)
+    if flip:
+        images = mirrored(images, rng)
+    if jitter:
+        images = jittered(images, jitter, rng)
+    if lighting:
+        images = lit(images, lighting, rng)
+    return images
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Square images, scaled with antialiasing if they are of another size."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+def uniform(count: int, low: float, high: float, rng: Generator) -> Tensor:
+    return torch.rand(count, generator=rng, device=rng.device) * (high - low) + low
+
+
+def shuffled_patches(images: Tensor, parts: int, rng: Generator) -> Tensor:
+    """Each image cut into parts × parts patches that change places at random; what does not divide evenly is resampled."""
+    B, C, H, _ = images.shape
+    side = -(-H // parts)
+    images = F.interpolate(images, (side * parts, side * parts), mode="bilinear") if side * parts != H else images
+    tiles = images.reshape(B, C, parts, side, parts, side).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    order = torch.rand(B, parts * parts, generator=rng, device=rng.device).argsort(dim=1)
+    tiles = tiles[torch.arange(B, device=order.device)[:, None], order]
+    return tiles.unflatten(1, (parts, parts)).permute(0, 3, 1, 4, 2, 5).reshape(B, C, side * parts, side * parts)
+
+
+def crop_boxes(count: int, height: int, width: int, scale: tuple[float, float], rng: Generator) -> Tensor:
+    """RandomResizedCrop's boxes, whole pixels, int64 [count, 4]: top, left, height, width."""
+    shape = (CROP_TRIES, count)
+    low, high = map(math.log, CROP_RATIO)
+    area = uniform(CROP_TRIES * count, *scale, rng).reshape(shape) * height * width
+    ratio = uniform(CROP_TRIES * count, low, high, rng).reshape(shape).exp()
+    w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.float().argmax(dim=0)  # the first try that fits
+    found = fits.any(dim=0)
+    pick = torch.arange(count, device=rng.device)
+    # Where none fits: the largest box of an allowed ratio, in the centre. The images are square, so it is all of them.
+    h, w = torch.where(found, h[first, pick], height), torch.where(found, w[first, pick], width)
+    top = (torch.rand(count, generator=rng, device=rng.device) * (height - h + 1)).long()
+    left = (torch.rand(count, generator=rng, device=rng.device) * (width - w + 1)).long()
+    return torch.stack([top, left, h, w], dim=1)
+
+
+def random_resized_crop(images: Tensor, size: int, scale: tuple[float, float], rng: Generator) -> Tensor:
+    """A random box of each image, scaled (bilinear) to ``size`` × ``size``."""
+    B, _, H, W = images.shape
+    return cropped(images, crop_boxes(B, H, W, scale, rng), size)
+
+
+def cropped(images: Tensor, boxes_B4: Tensor, size: int) -> Tensor:
+    """Each image's own box (top, left, height, width) of it, scaled (bilinear, edges repeated) to ``size`` × ``size``."""
+    H, W = images.shape[-2:]
+    top, left, h, w = boxes_B4.to(images.dtype).unbind(dim=1)
+    centre = (torch.arange(size, device=images.device, dtype=images.dtype) + 0.5) / size
+
+    def inside(first: Tensor, length: Tensor, whole: int) -> Tensor:
+        """Where output pixels lie in the box, clamped to its own pixels' centres, in grid_sample's −1 … 1."""
+        at = first[:, None] + (centre * length[:, None]).clamp(min=0.5).minimum(length[:, None] - 0.5)
+        return 2 * at / whole - 1
+
+    y, x = inside(top, h, H), inside(left, w, W)
+    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def shifted(images: Tensor, max_shift: int, rng: Generator) -> Tensor:
+    """Each image shifted by up to ``max_shift`` pixels in both directions, edges repeated."""
+    B, _, H, W = images.shape
+    padded = F.pad(images, (max_shift,) * 4, mode="replicate")
+    offset = torch.randint(2 * max_shift + 1, (2, B), generator=rng, device=rng.device)
+    rows = offset[0][:, None] + torch.arange(H, device=images.device)
+    columns = offset[1][:, None] + torch.arange(W, device=images.device)
+    which = torch.arange(B, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def mirrored(images: Tensor, rng: Generator) -> Tensor:
+    """Each image mirrored or not."""
+    chosen = torch.rand(len(images), generator=rng, device=rng.device) < 0.5
+    return torch.where(chosen[:, None, None, None], images.flip(3), images)
+
+
+def jittered(images: Tensor, strength: float, rng: Generator) -> Tensor:
+    """Brightness, contrast and saturation of each image, by factors from 1 ± ``strength``, in an order of its own.
+
+    Each is a blend with a degenerate image: black, the mean grey, the image in grey.
+    """
+    B, C = images.shape[:2]
+    factors = uniform(3 * B, 1 - strength, 1 + strength, rng).reshape(3, B, 1, 1, 1).to(images.dtype)
+    orders = torch.tensor(ORDERS, device=images.device)[torch.randint(len(ORDERS), (B,), generator=rng, device=rng.device)]
+    for turn in orders.T:
+        which = turn[:, None, None, None]
+        factor = factors[turn, torch.arange(B, device=images.device)]
+        luma = grey(images)
+        degenerate = torch.where(which == 0, 0.0, torch.where(which == 1, luma.mean(dim=(2, 3), keepdim=True), luma))
+        images = (factor * images + (1 - factor) * degenerate.expand(-1, C, -1, -1)).clamp(0, 1)
+    return images
+
+
+def grey(images: Tensor) -> Tensor:
+    """Luminance [B, 1, H, W]."""
+    if images.shape[1] == 1:
+        return images
+    return (images * images.new_tensor(LUMA).reshape(3, 1, 1)).sum(dim=1, keepdim=True)
+
+
+def lit(images: Tensor, std: float, rng: Generator) -> Tensor:
+    """AlexNet's colour noise: a normal multiple of each principal component of ImageNet's colours, one draw per image."""
+    alpha = torch.randn(len(images), 3, generator=rng, device=rng.device) * std
+    components = images.new_tensor(EIGENVECTORS) * images.new_tensor(EIGENVALUES)
+    return images + (alpha.to(images.dtype) @ components.T)[:, :, None, None]
+
+
+def cutmix(images: Tensor, rng: Generator) -> tuple[Tensor, Tensor, float]:
+    """CutMix (Yun et al. 2019) with one box and one permutation for the batch, the box's share from Beta(1, 1).
+
+    Returns the mixed images, the permutation [B] that the box came from, and the share of each image that is still its own.
+    ``rng`` is of the CPU: nothing here waits for the device.
+    """
+    B, _, H, W = images.shape
+    lam, y, x = torch.rand(3, generator=rng).tolist()
+    side = math.sqrt(1 - lam)
+    half_h, half_w, cy, cx = int(H * side) // 2, int(W * side) // 2, int(y * H), int(x * W)
+    top, bottom = max(cy - half_h, 0), min(cy + half_h, H)
+    left, right = max(cx - half_w, 0), min(cx + half_w, W)
+    order = torch.randperm(B, generator=rng).to(images.device, non_blocking=True)
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images[order, :, top:bottom, left:right]
+    return mixed, order, 1 - (bottom - top) * (right - left) / (H * W)

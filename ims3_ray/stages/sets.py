@@ -1,0 +1,76 @@
+"""Sets of images to train on, a shard per class, and tasks that work through classes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from ims3_ray.artifacts import Artifact
+from ims3_ray.cluster import results
+from ims3_ray.progress import Progress
+from ims3_ray.stages.base import Context, Stage, commit_units, pack_tensors, read_many
+
+
+def write_class(artifact: Artifact, unit: str, pixels: Tensor, **more: Tensor) -> dict[str, Any]:
+    """Write a class's uint8 images [K, C, H, W]; returns its entry for the manifest."""
+    digest = artifact.write(f"{unit}.safetensors", pack_tensors(pixels=pixels, **more))
+    return {"sha256": digest, "images": len(pixels), "content": hashlib.sha256(pixels.numpy().tobytes()).hexdigest()}
+
+
+def commit_set(artifact: Artifact, entries: Mapping[str, dict[str, Any]], seconds: float, **extra: Any) -> None:
+    """Commit all classes, given in their order; ``content`` is the hash of the images by which later stages know the set."""
+    content = hashlib.sha256("".join(entry["content"] for entry in entries.values()).encode()).hexdigest()[:16]
+    commit_units(artifact, entries, seconds, content=content, **extra)
+
+
+def read_set(images: Artifact, classes: int | None = None) -> tuple[Tensor, Tensor]:
+    """uint8 pixels [N, …] of a committed set, class by class, and their classes' positions [N]; of the first ``classes``
+    alone if so many are asked for."""
+    units = sorted((images.manifest() or {})["units"])[:classes]
+    parts = [load(shard)["pixels"] for _, shard in read_many(images, units, "safetensors")]
+    return torch.cat(parts), torch.cat([torch.full((len(part),), position) for position, part in enumerate(parts)])
+
+
+def spread(function: Any, shared: Any, classes: Sequence[Any], per_task: int, **resources: float) -> list[Any]:
+    """``function(shared, classes)``, by tasks that take some classes each if there are many, or if a device is needed."""
+    if len(classes) <= per_task and not resources:
+        return list(function(shared, classes))
+    task = ray.remote(function).options(max_retries=3, **resources)
+    shared_ref = ray.put(shared)
+    parts = [classes[start : start + per_task] for start in range(0, len(classes), per_task)]
+    return [row for rows in results([task.remote(shared_ref, part) for part in parts]) for row in rows]
+
+
+def each_class(
+    context: Context, stage: Stage, function: Callable[[Any, Sequence[tuple[str, Any]]], None], shared: Any,
+    rows: Sequence[Any], **resources: float,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Entries of all classes of ``stage``, in order. ``function(shared, [(unit, row), …])`` makes those that are not there yet,
+    in tasks, and leaves each one's entry with :func:`note`, so that nothing is made twice after an interruption."""
+    artifact = stage.artifact(context.storage)
+    there = artifact.shards()
+    todo = [(unit, row) for unit, row in zip(stage.units, rows, strict=True) if f"{unit}.json" not in there]
+    task, shared_ref = ray.remote(function).options(max_retries=3, **resources), ray.put(shared)
+    at_once = max(1, min(25, -(-len(todo) // (2 * context.config.actors.count))))
+    running = {
+        task.remote(shared_ref, todo[start : start + at_once]): len(todo[start : start + at_once])
+        for start in range(0, len(todo), at_once)
+    }
+    with Progress(stage.title, len(todo), "classes") as progress:
+        while running:
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            results(done)
+            progress.advance(running.pop(done))
+    return {unit: json.loads(note) for unit, note in read_many(artifact, stage.units, "json")}
+
+
+def note(artifact: Artifact, unit: str, entry: Mapping[str, Any]) -> None:
+    """Leave a class's entry beside its shard: its presence says that the shard is whole."""
+    artifact.write(f"{unit}.json", json.dumps(entry).encode())

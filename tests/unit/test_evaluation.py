@@ -1,0 +1,228 @@
+"""Students and their training: shapes, schedules, losses, what is counted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ims3_ray.config import ProtocolConfig
+from ims3_ray.config.evaluation import for_ipc
+from ims3_ray.evaluation import (
+    Student,
+    _decay,
+    _optimizer,
+    accuracy_of,
+    confusion_of,
+    resident,
+    soft_label_loss,
+    train_student,
+    validation_epochs,
+)
+from ims3_ray.models.students import build_student, check_student, forward_flops
+
+PUBLISHED = {
+    ("convnet-3", 28): 0, ("convnet-6", 224): 754_570, ("convnet-6", 256): 763_530, ("resnetap-10", 224): 4_910_922,
+    ("resnet-18", 224): 11_181_642, ("resnet-50", 224): 23_528_522, ("resnet-101", 224): 42_520_650,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "size"), PUBLISHED)
+def test_students_have_the_published_parameters_and_give_logits(name: str, size: int):
+    with torch.device("meta"):
+        student = build_student(name, 3, size, 10)
+        assert student(torch.zeros(2, 3, size, size)).shape == (2, 10)
+    if expected := PUBLISHED[name, size]:
+        assert sum(p.numel() for p in student.parameters()) == expected
+
+
+@pytest.mark.parametrize("size", [28, 32, 64, 128, 256])
+@pytest.mark.parametrize("name", ["convnet-3", "resnetap-10", "resnet-18", "resnet-50", "timm/vit_tiny_patch16_224"])
+def test_students_take_images_of_every_size(name: str, size: int):
+    if name.startswith("timm") and size == 28:
+        size = 48
+    with torch.device("meta"):
+        assert build_student(name, 1, size, 7)(torch.zeros(2, 1, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["resnet-18", "resnet-50"])
+def test_resnets_are_torchvisions(name: str):
+    import torchvision
+
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, name.replace("-", ""))(num_classes=5).eval()
+    mine = build_student(name, 3, 160, 5, norm="batch").eval()
+    mine.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(mine(x), theirs(x))
+
+
+def test_resnetap_pools_where_resnet_strides():
+    student = build_student("resnetap-10", 3, 256, 10)
+    assert all(m.stride == (1, 1) for m in student.modules() if isinstance(m, nn.Conv2d))
+    assert [m.kernel_size for m in student.modules() if isinstance(m, nn.AvgPool2d)] == [4] + [2] * 6
+    with torch.no_grad():
+        assert student.layer4(student.layer3(student.layer2(student.layer1(torch.zeros(1, 64, 32, 32))))).shape[-1] == 4
+
+
+def test_the_flops_of_a_convnet_are_those_of_its_convolutions():
+    expected = 2 * (28**2 * 9 * 1 * 32 + 14**2 * 9 * 32 * 32 + 7**2 * 9 * 32 * 32 + 32 * 9 * 10)
+    assert forward_flops("convnet-3", 1, 28, 10, "instance", 32) == expected
+
+
+def test_an_unknown_student_is_refused():
+    for name in ("resnet-19", "convnet", "timm/no_such_net"):
+        with pytest.raises(ValueError, match="there is convnet-DEPTH"):
+            check_student(name)
+
+
+def test_tables_by_images_per_class():
+    table = {1: 3000, 10: 2000, 50: 1500}
+    assert [for_ipc(table, ipc) for ipc in (1, 2, 10, 11, 50, 51, 500)] == [3000, 2000, 2000, 1500, 1500, 1500, 1500]
+    assert for_ipc(7, 50) == 7
+
+
+def test_the_learning_rate_follows_torchs_schedulers():
+    epochs = 30
+    weight = [nn.Parameter(torch.zeros(1))]
+    for kind, build in (
+        ("cosine", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, epochs)),
+        ("steps", lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2 * epochs // 3, 5 * epochs // 6], 0.2)),
+    ):
+        optimizer = torch.optim.SGD(weight, lr=1.0)
+        scheduler = build(optimizer)
+        for epoch in range(epochs):
+            assert _decay(kind, epoch / epochs) == pytest.approx(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+    assert [_decay("half_cosine", e) for e in (0, 0.5, 1)] == pytest.approx([1, 0.5 * (1 + math.cos(math.pi / 4)), 0.5])
+
+
+def test_validations_are_evenly_spaced_and_end_with_the_last_epoch():
+    assert validation_epochs(10, 5, 0.0) == {2, 4, 6, 8, 10}
+    assert validation_epochs(300, 6, 0.8) == {250, 260, 270, 280, 290, 300}
+    assert validation_epochs(2, 100, 0.0) == {1, 2}
+
+
+def test_soft_labels_lose_the_divergence_of_the_softened_classes():
+    torch.manual_seed(0)
+    student, teacher, T = torch.randn(4, 6), torch.randn(4, 6), 20.0
+    expected = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        q = [math.exp(v / T) for v in s]
+        p = [math.exp(v / T) for v in t]
+        q, p = [v / sum(q) for v in q], [v / sum(p) for v in p]
+        expected += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / len(student)
+    assert soft_label_loss(student, teacher, T).item() == pytest.approx(expected, rel=1e-4)
+    assert soft_label_loss(teacher, teacher, T).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_adamw_decays_matrices_only():
+    student = Student("convnet-1", torch.zeros(1, 1, 8, 8, dtype=torch.uint8), 3, ProtocolConfig(optimizer="adamw"))
+    decayed, free = _optimizer(student, ProtocolConfig(optimizer="adamw", weight_decay=0.01)).param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.01, 0)
+    assert {p.dim() for p in free["params"]} == {1}
+    assert {p.dim() for p in decayed["params"]} == {2, 4}
+
+
+def test_test_images_are_cropped_and_scaled_once():
+    pixels = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8)
+    assert (resident(pixels, 8) == pixels).all()
+    assert (resident(pixels, 4, 0.5) == pixels[..., 2:6, 2:6]).all()
+    flat = torch.full((1, 3, 8, 8), 77, dtype=torch.uint8)
+    assert (resident(flat, 5) == 77).all()
+
+
+def bars(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three classes of 8×8 images, told apart by where they are bright."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.arange(3).repeat(count)
+    images = torch.randint(0, 80, (len(labels), 1, 8, 8), generator=rng)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        image[:, :, 2 * label : 2 * label + 3] += 120
+    return images.to(torch.uint8), labels
+
+
+def quick(**changes: Any) -> ProtocolConfig:
+    return ProtocolConfig(**{"width": 16, "epochs": 30, "validations": 3, "lr": 0.05, "augment": {}, **changes})
+
+
+def test_a_student_learns_what_can_be_learnt_and_the_same_seed_learns_the_same():
+    train, test, val = bars(4, 1), bars(20, 2), bars(5, 3)
+    student, accuracy = train_student("convnet-2", train, test, 3, quick(), 0, val=val)
+    assert accuracy.last > 80
+    assert accuracy.last == accuracy.curve[-1].test == pytest.approx(accuracy_of(student, test, 3))
+    assert accuracy.best == max(check.test for check in accuracy.curve)
+    chosen = max(accuracy.curve, key=lambda check: check.val)
+    assert accuracy.val == chosen.test
+    assert [check.epoch for check in accuracy.curve] == [10, 20, 30]
+    assert accuracy.confusion.sum(dim=1).tolist() == [20, 20, 20]
+    assert 100 * accuracy.confusion.trace().item() / 60 == pytest.approx(accuracy.last)
+    assert accuracy.curve[-1].loss < accuracy.curve[0].loss
+    again = train_student("convnet-2", train, test, 3, quick(), 0, val=val)[1]
+    assert again.curve == accuracy.curve
+    assert train_student("convnet-2", train, test, 3, quick(), 1)[1].curve != accuracy.curve
+
+
+def test_without_held_out_images_nothing_is_chosen_by_them():
+    accuracy = train_student("convnet-1", bars(1, 1), bars(1, 2), 3, quick(epochs=1, validations=1), 0)[1]
+    assert accuracy.val is None
+    assert accuracy.curve[0].val is None
+
+
+def test_the_whole_of_the_published_protocols_runs_on_colour_images():
+    pixels, labels = bars(2, 1)
+    colour = pixels.expand(-1, 3, -1, -1).contiguous(), labels
+    everything = {"crop": (0.5, 1), "flip": True, "jitter": 0.4, "lighting": 0.1}
+    protocol = quick(
+        normalise="imagenet", augment=everything, cutmix=True, decay="steps", size=16, batch_size={1: 2, 10: 4},
+        test_crop=0.875, epochs=3, norm="batch", precision="bf16",
+    )  # fmt: skip
+    accuracy = train_student("resnetap-10", colour, colour, 3, protocol, 0)[1]
+    assert all(math.isfinite(check.loss) for check in accuracy.curve)
+
+
+def test_a_teacher_labels_each_batch_as_the_student_sees_it():
+    train, test = bars(4, 1), bars(20, 2)
+    seen = []
+
+    def teacher(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return 50 * torch.stack([images[:, :, :, 2 * c : 2 * c + 3].mean(dim=(1, 2, 3)) for c in range(3)], dim=1)
+
+    wrong = torch.zeros_like(train[1])  # which hard labels would learn
+    protocol = quick(labels="soft", temperature=1.0, cutmix=True)
+    accuracy = train_student("convnet-2", (train[0], wrong), test, 3, protocol, 0, teacher=teacher)[1]
+    assert accuracy.last > 70
+    assert all(images.min() >= 0 and images.max() <= 1 for images in seen)
+    assert not any((F.interpolate(images, 8) == train[0][:1] / 255).all() for images in seen)
+
+
+def test_soft_labels_without_a_teacher_are_refused():
+    with pytest.raises(ValueError, match="need a teacher"):
+        train_student("convnet-1", bars(1, 1), bars(1, 2), 3, quick(labels="soft"), 0)
+
+
+def test_a_last_batch_of_one_image_does_not_stop_batch_norm():
+    pixels, labels = bars(3, 1)  # nine images in batches of four
+    accuracy = train_student(
+        "convnet-3", (pixels, labels), (pixels, labels), 3, quick(norm="batch", batch_size=4, epochs=2), 0
+    )[1]
+    assert math.isfinite(accuracy.curve[-1].loss)
+
+
+def test_confusion_counts_images_by_class_and_answer():
+    class Brightest(Student):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels.float().flatten(1)[:, :3]
+
+    student = Brightest("convnet-1", torch.zeros(1, 1, 8, 8, dtype=torch.uint8), 3, quick())
+    pixels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    for image, answer in zip(pixels, (0, 2, 2, 1), strict=True):
+        image[0, 0, answer] = 9
+    assert confusion_of(student, (pixels, torch.tensor([0, 0, 2, 1])), 3).tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
