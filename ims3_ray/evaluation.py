@@ -82,42 +82,83 @@ class Student(nn.Module):
         return self.scores(pixels.float() / 255)
 
 
+class Training:
+    """A student in training. ``teacher`` labels every batch where labels are soft."""
+
+    def __init__(
+        self, name: str, train: Labelled, num_classes: int, protocol: ProtocolConfig, seed: int, device: str = "cpu",
+        teacher: Teacher | None = None,
+    ) -> None:  # fmt: skip
+        if protocol.labels == "soft" and teacher is None:
+            raise ValueError("soft labels need a teacher")
+        self.protocol, self.device, self.teacher = protocol, device, teacher
+        self.size = protocol.size or train[0].shape[-1]
+        torch.manual_seed(seed_for(seed, "student-init"))
+        self.images, self.labels = resident(train[0], self.size).to(device), train[1].to(device)
+        self.student = Student(name, self.images, num_classes, protocol).to(device)
+        if device != "cpu":
+            self.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        ipc = int(train[1].bincount().max())
+        self.epochs = for_ipc(protocol.epochs, ipc)
+        self.batch_size = min(for_ipc(protocol.batch_size, ipc), len(self.labels))
+        self.optimizer = _optimizer(self.student, protocol)
+        self.decay = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda epoch: _decay(protocol.decay, epoch / self.epochs)
+        )
+        self.cpu_rng = generator_for(seed, "student")
+        self.rng = torch.Generator(device).manual_seed(seed_for(seed, "student-augment"))
+        self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=protocol.precision == "bf16")
+
+    def epoch(self) -> Tensor:
+        """Train on every image once; returns the mean loss of the batches, still on the device."""
+        self.student.train()
+        losses = []
+        for index in torch.randperm(len(self.labels), generator=self.cpu_rng).split(self.batch_size):
+            if len(index) == 1 and self.batch_size > 1 and self.protocol.norm == "batch":
+                continue  # a batch's statistics need more than one image
+            index = index.to(self.device, non_blocking=True)
+            loss = self._loss(self.images[index].float() / 255, self.labels[index])
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.detach())
+        self.decay.step()
+        return torch.stack(losses).mean()
+
+    def _loss(self, batch: Tensor, labels: Tensor) -> Tensor:
+        p = self.protocol
+        batch, order, share = augment(batch, self.size, self.rng, **dict(p.augment)), None, 1.0
+        if p.cutmix:
+            batch, order, share = cutmix(batch, self.cpu_rng)
+        with self.autocast:
+            logits = self.student.scores(batch)
+        logits = logits.float()
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = self.teacher(batch)
+            return soft_label_loss(logits, wanted, p.temperature)
+        loss = F.cross_entropy(logits, labels)
+        return loss if order is None else share * loss + (1 - share) * F.cross_entropy(logits, labels[order])
+
+
 def train_student(
     name: str, train: Labelled, test: Labelled, num_classes: int, protocol: ProtocolConfig, seed: int, *, device: str = "cpu",
     val: Labelled | None = None, teacher: Teacher | None = None,
 ) -> tuple[Student, Accuracy]:  # fmt: skip
     """Train student ``name`` from scratch on ``train`` as ``protocol`` says, test it on ``test`` and, if given, ``val``.
 
-    Images per class, by which a protocol may choose epochs and batches, are those of the largest class. ``teacher`` labels
-    every batch where labels are soft. The same seed on the same kind of device gives the same student.
+    Images per class, by which a protocol may choose epochs and batches, are those of the largest class. The same seed on the
+    same kind of device gives the same student. Raises ``ValueError`` for soft labels without a ``teacher``.
     """
-    p, size = protocol, protocol.size or train[0].shape[-1]
-    torch.manual_seed(seed_for(seed, "student-init"))
-    images, labels = resident(train[0], size).to(device), train[1].to(device)
-    student = Student(name, images, num_classes, p).to(device)
-    if device != "cpu":
-        student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    tests = {"test": _tests(test, size, p.test_crop, device)}
+    training = Training(name, train, num_classes, protocol, seed, device, teacher if protocol.labels == "soft" else None)
+    student, keep = training.student, protocol.test_crop
+    tests = {"test": _tests(test, training.size, keep, device)}
     if val is not None and len(val[1]):
-        tests["val"] = _tests(val, size, p.test_crop, device)
-    ipc = int(train[1].bincount().max())
-    epochs, batch_size = for_ipc(p.epochs, ipc), min(for_ipc(p.batch_size, ipc), len(labels))
-    optimizer = _optimizer(student, p)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: _decay(p.decay, epoch / epochs))
-    step = _Step(student, p, teacher, seed, device)
-    checks, curve, losses = validation_epochs(epochs, p.validations, p.validate_from), [], []
-    for epoch in range(1, epochs + 1):
-        student.train()
-        for index in torch.randperm(len(labels), generator=step.cpu_rng).split(batch_size):
-            if len(index) == 1 and batch_size > 1 and p.norm == "batch":
-                continue  # a batch's statistics need more than one image
-            index = index.to(device, non_blocking=True)
-            loss = step.loss(images[index].float() / 255, labels[index], size)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        decay.step()
+        tests["val"] = _tests(val, training.size, keep, device)
+    checks = validation_epochs(training.epochs, protocol.validations, protocol.validate_from)
+    curve, losses, confusions = [], [], {}
+    for epoch in range(1, training.epochs + 1):
+        losses.append(training.epoch())
         if epoch in checks:
             confusions = {split: confusion_of(student, data, num_classes, device) for split, data in tests.items()}
             shares = {split: 100 * int(table.trace()) / int(table.sum()) for split, table in confusions.items()}
@@ -128,34 +169,6 @@ def train_student(
         last=curve[-1].test, best=max(check.test for check in curve), val=chosen.test if "val" in tests else None,
         curve=curve, confusion=confusions["test"].int(),
     )  # fmt: skip
-
-
-class _Step:
-    """The loss of a batch: augmentation, CutMix, labels."""
-
-    def __init__(self, student: Student, protocol: ProtocolConfig, teacher: Teacher | None, seed: int, device: str) -> None:
-        self.student, self.protocol, self.teacher = student, protocol, teacher
-        if protocol.labels == "soft" and teacher is None:
-            raise ValueError("soft labels need a teacher")
-        self.cpu_rng = generator_for(seed, "student")
-        self.rng = torch.Generator(device).manual_seed(seed_for(seed, "student-augment"))
-        self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=protocol.precision == "bf16")
-
-    def loss(self, batch: Tensor, labels: Tensor, size: int) -> Tensor:
-        p = self.protocol
-        batch, order, share = augment(batch, size, self.rng, **dict(p.augment)), None, 1.0
-        if p.cutmix:
-            batch, order, share = cutmix(batch, self.cpu_rng)
-        with self.autocast:
-            logits = self.student.scores(batch)
-        logits = logits.float()
-        if p.labels == "soft":
-            assert self.teacher is not None
-            with torch.no_grad():
-                wanted = self.teacher(batch)
-            return soft_label_loss(logits, wanted, p.temperature)
-        loss = F.cross_entropy(logits, labels)
-        return loss if order is None else share * loss + (1 - share) * F.cross_entropy(logits, labels[order])
 
 
 def soft_label_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

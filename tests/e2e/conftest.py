@@ -19,11 +19,14 @@ def environment(**more: str) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in foreign} | more
 
 
+def run_script(job: str, *arguments: str, timeout: float = 300, **more: str) -> subprocess.CompletedProcess[str]:
+    """``python jobs/JOB.py …`` from the root of the repository."""
+    command = [sys.executable, f"jobs/{job}.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=timeout)
+
+
 def run_job(*arguments: str, timeout: float = 300, **more: str) -> subprocess.CompletedProcess[str]:
-    """``python jobs/distill.py …`` from the root of the repository."""
-    return subprocess.run(
-        [*DISTILL, *arguments], cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=timeout
-    )
+    return run_script("distill", *arguments, timeout=timeout, **more)
 
 
 def write_config(path: Path, values: dict[str, object]) -> str:

@@ -62,6 +62,15 @@ def test_selection_is_measured_on_a_machine_without_ray(without_ray: dict[str, s
         assert row["gap"] >= 0
 
 
+def test_evaluation_is_measured_on_a_machine_without_ray(without_ray: dict[str, str]):
+    small = ("seconds=0.1", "images_per_class=1", "width=4", "workers=1")
+    found = report("evaluation", *small, "cases=[DataLoader, device]", env=without_ray)
+    assert [row["case"] for row in found["cases"]] == ["DataLoader", "device"]
+    for row in found["cases"]:
+        assert row["speedup"] * found["cases"][0]["epochs_per_s"] == pytest.approx(row["epochs_per_s"], rel=0.02)
+        assert 0 < row["share"] < 1
+
+
 def test_a_case_that_does_not_exist_is_named():
     done = subprocess.run(
         [sys.executable, "benchmarks/finetune.py", "cases=[ZeRO 4]"],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from tests.e2e.conftest import run_job
+from tests.e2e.conftest import run_job, run_script
 
 QUICK = ("finetune.steps=2", "finetune.batch_size=4", "sampling.steps=2", "selection.groups=2",
          "evaluation.protocols.hard={epochs: 2, validations: 1, width: 8}",
@@ -26,3 +26,9 @@ def test_no_arguments_but_less_work(tmp_path: Path):
     assert [len(row["last"]["seeds"]) for row in rows] == [3, 3, 3, 3]
     assert pq.read_table(tmp_path / "demo" / "distilled" / "data").num_rows == 100
     assert len(list((tmp_path / "demo" / "distilled" / "images").glob("*/*.png"))) == 100
+    scored = run_script("evaluate", f"storage={tmp_path}", f"sets.mine={tmp_path}/demo/distilled", QUICK[4])
+    assert scored.returncode == 0, scored.stderr
+    assert "evaluate: " not in scored.stdout  # every student of that very set is there already
+    assert scored.stdout.splitlines()[-1] == f"report: {tmp_path}/evaluate/report.html"
+    again = json.loads((tmp_path / "evaluate" / "results.json").read_text())
+    assert again["sets"]["mine"]["rows"] == results["sets"]["ims3"]["rows"]

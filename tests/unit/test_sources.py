@@ -130,6 +130,28 @@ def test_parquet_in_row_groups_gives_the_same_images(tmp_path: Path):
     assert all(np.array_equal(np.asarray(source.image(i)), PIXELS[i]) for i in range(5))
 
 
+def test_a_hub_id_is_read_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """CIFAR-10 as the hub has it: shards in a folder named after the configuration, images in a column `img`."""
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "datasets--uoft-cs--cifar10" / "snapshots" / ("0" * 40)
+    (snapshot / "plain_text").mkdir(parents=True)
+    (tmp_path / "datasets--uoft-cs--cifar10" / "refs").mkdir()
+    (tmp_path / "datasets--uoft-cs--cifar10" / "refs" / "main").write_text("0" * 40)
+    table = image_table(rows(), NAMES)
+    table = table.rename_columns(["img", "label"]).replace_schema_metadata(table.schema.metadata)
+    for split in ("train", "test"):
+        pq.write_table(table, snapshot / "plain_text" / f"{split}-00000-of-00001.parquet")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    source = open_source("uoft-cs/cifar10", "train")
+    assert (source.class_names, source.labels.tolist()) == (tuple(NAMES), LABELS)
+    assert np.array_equal(np.asarray(source.image(3)), PIXELS[3])
+    assert fingerprint(source) == fingerprint(open_source(str(snapshot), "train"))
+    with pytest.raises(UserError, match="data source 'nobody/nothing' is neither a file or folder nor to be had from the hub"):
+        open_source("nobody/nothing", "train")
+
+
 def test_folders_are_searched_to_any_depth_for_images_only(tmp_path: Path):
     write_folder(tmp_path)
     deep = tmp_path / "train" / "dog" / "more" / "x.PNG"

@@ -1,0 +1,219 @@
+"""Sets that lie somewhere, soft labels, and the comparison of all methods, on the artifacts of the tiny run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load
+
+from ims3_ray import CompareConfig, EvaluateConfig, RunResult, UserError, compare, evaluate
+from ims3_ray.artifacts import Storage
+from ims3_ray.data.transforms import to_signed
+from ims3_ray.diffusion.inverted_gaussian import Gaussian, invert_to_start
+from ims3_ray.diffusion.mode_guidance import find_modes
+from ims3_ray.diffusion.sampling import guided
+from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.loading import load_config
+from ims3_ray.models.encoder import load_encoder
+from ims3_ray.models.generator import load_generator
+from ims3_ray.plan import Plan, make_comparison, make_evaluation
+from ims3_ray.seeds import seed_for
+from ims3_ray.stages.base import Stage
+from ims3_ray.stages.evaluate import Exam, Split, held_out, teacher_of
+from ims3_ray.stages.sets import read_set
+from tests.conftest import CLASSES, tiny_values
+from tests.e2e.conftest import ROOT, write_config
+from tests.ray.conftest import Run
+
+SOFT = {"labels": "soft", "width": 8, "epochs": 4, "validations": 2}
+TEACHER = {"training": {"epochs": 2, "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}}}
+
+
+def scoring(run: Run, sets: dict[str, str], **changes: Any) -> EvaluateConfig:
+    """Of ``sets`` with the data and the storage of a run."""
+    values = {key: run.config.model_dump()[key] for key in ("storage", "data", "actors", "evaluation")}
+    for key, change in changes.items():
+        values[key] = {**values[key], **change} if isinstance(change, dict) else change
+    return EvaluateConfig.model_validate({"name": "scores", **values, "sets": sets})
+
+
+def test_a_set_that_was_exported_is_known_again_and_not_trained_on_twice(tiny_run: Run):
+    distilled = tiny_run.folder / "distilled"
+    config = scoring(tiny_run, {"parquet": str(distilled), "folder": str(distilled / "images")})
+    result = evaluate(config)
+    exported = tiny_run.result.results["sets"]["ims3"]
+    for found in result.results["sets"].values():
+        assert found["content"] == exported["content"]
+        assert found["rows"] == exported["rows"]
+    keys = {row["key"] for row in tiny_run.result.results["stages"]}
+    assert all(row["key"] in keys for row in result.results["stages"] if row["stage"] == "evaluate")
+    html = Path(result.report).read_text()
+    for text in ("parquet", "folder", "hard/convnet-3", "Learning curves", "confusion:", *CLASSES):
+        assert text in html
+
+
+def test_soft_labels_come_from_a_teacher_that_the_project_trains(tiny_run: Run):
+    protocols = {**tiny_run.config.model_dump()["evaluation"]["protocols"], "soft": SOFT}
+    evaluation = {"protocols": protocols, "teacher": TEACHER, "seeds": [0]}
+    config = scoring(tiny_run, {"mine": str(tiny_run.folder / "distilled")}, name="soft", evaluation=evaluation)
+    result = evaluate(config)
+    rows = result.results["sets"]["mine"]["rows"]
+    assert list(rows) == ["hard/convnet-3", "soft/convnet-3"]
+    assert rows["soft/convnet-3"]["curve"][-1]["loss"] < 0.1  # a divergence at T = 20, no cross entropy
+    storage = Storage.at(config.storage)
+    (teacher,) = [stage for stage in make_evaluation(config).stages if stage.kind == "teacher"]
+    manifest = teacher.manifest(storage) or {}
+    assert manifest["units"]["result"]["images"] == 2 * 90
+    exam = Exam(config.evaluation.protocols["soft"], teacher.artifact(storage), Split(teacher.artifact(storage), ()), None,
+                teacher.artifact(storage), CLASSES, 1)  # fmt: skip
+    images = torch.rand(4, 1, 8, 8)
+    assert teacher_of(exam, "cpu")(images).shape == (4, 3)
+    given = scoring(
+        tiny_run, {"mine": str(tiny_run.folder / "distilled")}, name="given",
+        evaluation={**evaluation, "teacher": {"weights": tiny_run.config.encoder}},
+    )  # fmt: skip
+    stages = make_evaluation(given).stages
+    assert not [stage for stage in stages if stage.kind == "teacher"]
+    weights = next(stage.weights["teacher"] for stage in stages if "teacher" in stage.weights)
+    asked = Exam(exam.protocol, exam.images, exam.test, None, weights, CLASSES[::-1], 1)
+    with torch.no_grad():
+        expected = load_encoder(Path(tiny_run.config.encoder)).logits(2 * images - 1).flip(1)
+        torch.testing.assert_close(teacher_of(asked, "cpu")(images), expected)
+
+
+def test_images_of_the_set_do_not_choose_its_epoch():
+    pixels = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1)
+    kept, labels = held_out((pixels, torch.arange(5)), (pixels[[1, 3]], torch.tensor([0, 0])))
+    assert kept.flatten().tolist() == labels.tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda folder: shutil.rmtree(folder / "left"), "has no class 'left'; it has middle, right"),
+        (lambda folder: (folder / "up").mkdir(), "has a class 'up' that the real data do not have"),
+        (lambda folder: [file.unlink() for file in (folder / "left").iterdir()], "has no image of class 'left'"),
+        (lambda folder: next((folder / "right").iterdir()).write_bytes(b"no image"), "cannot be decoded"),
+    ],
+)
+def test_a_set_that_does_not_fit_is_refused_in_one_line(spoil: Any, says: str, tiny_run: Run, tmp_path: Path):
+    folder = tmp_path / "set"
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((9, 7), np.uint8)).save(folder / name / "0.png")
+    spoil(folder)
+    with pytest.raises(UserError, match=says):
+        evaluate(scoring(tiny_run, {"bad": str(folder)}, name=f"bad-{tmp_path.name}"))
+
+
+# All methods
+
+
+@pytest.fixture(scope="module")
+def comparison(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[CompareConfig, RunResult]:
+    """Every method at one and two images a class, from the pools and the fine-tuning that the tiny run has made."""
+    folder = tmp_path_factory.mktemp("comparison")
+    values = tiny_values(Path(tiny_run.config.generator).parent, Path(tiny_run.config.storage), actors={"count": 2})
+    values |= {
+        "extends": [str(ROOT / f"configs/methods/{name}.yaml") for name in ("all", "cao2-least")], "name": "comparison",
+        "budgets": [1, 2], "against": "dit", "instability": {"images": 0},
+        "arms": {
+            "d3hr": {"overrides": {"sampling": {"inverted_gaussian": {"groups": 50, "images_per_class": 10}}}},
+            "cao2": {"overrides": {"refine": {"steps": 3}}}, "cao2_least": {"overrides": {"refine": {"steps": 3}}},
+        },
+        "published": {"ims3": {"hard/convnet-3": {2: "99.9 ± 0.1"}}},
+    }  # fmt: skip
+    config = load_config(CompareConfig, write_config(folder / "compare.yaml", values))
+    return config, compare(config)
+
+
+@pytest.fixture(scope="module")
+def plan(comparison: tuple[CompareConfig, RunResult]) -> Plan[CompareConfig]:
+    return make_comparison(comparison[0])
+
+
+def one(plan: Plan[CompareConfig], kind: str, contains: str = "") -> Stage:
+    (found,) = [stage for stage in plan.stages if stage.kind == kind and contains in stage.title]
+    return found
+
+
+def test_every_method_has_its_line_and_its_difference(comparison: tuple[CompareConfig, RunResult]):
+    config, result = comparison
+    tables = result.results["tables"]
+    assert [(table["images_per_class"], table["row"]) for table in tables] == [(1, "hard/convnet-3"), (2, "hard/convnet-3")]
+    for table in tables:
+        assert [line["arm"] for line in table["lines"]] == list(config.arms)
+        base = next(line for line in table["lines"] if line["arm"] == "dit")
+        assert base["difference"] is None
+        for line in table["lines"]:
+            if line is not base:
+                assert line["difference"]["mean"] == pytest.approx(line["last"]["mean"] - base["last"]["mean"])
+    folder = Path(result.folder)
+    text = (folder / "table.md").read_text()
+    assert "99.9 ± 0.1" in text
+    assert "99.9 ± 0.1" in (folder / "report.html").read_text()
+    for found in result.results["sets"].values():
+        assert found["content"] in text
+    assert json.loads((folder / "results.json").read_text())["tables"] == tables
+
+
+def test_methods_share_what_they_have_in_common(plan: Plan[CompareConfig], tiny_run: Run):
+    assert len([stage for stage in plan.stages if stage.kind == "finetune"]) == 3  # IM, Minimax, as released
+    assert one(plan, "generate", "(pretrained)").units == tuple(
+        sorted(next(s for s in tiny_run.plan.stages if (s.kind, s.label) == ("generate", "pretrained")).units)
+    )
+    sets = {name: scored.images for name, scored in plan.sets.items()}
+    for k in (1, 2):
+        assert sets[f"ims3 K={k}"].inputs["images"] is sets[f"ims3_selected K={k}"].inputs["images"]
+        assert sets[f"dit K={k}"].inputs["images"] is sets[f"dit_s3 K={k}"].inputs["images"]
+    finetune = one(plan, "finetune", "diffusion + minimax").run.finetune.objectives
+    assert (finetune.inversion_matching.weight, finetune.minimax.diversity) == (0, 0.008)
+
+
+def test_modes_are_those_of_the_real_images_of_each_class(plan: Plan[CompareConfig], tiny_run: Run):
+    storage = tiny_run.storage
+    modes = one(plan, "modes", "2 modes")
+    for position, unit in enumerate(modes.units):
+        shards = [u for u in modes.inputs["images"].units if u.startswith(f"c{position:04d}")]
+        pixels = torch.cat([load(modes.inputs["images"].artifact(storage).read(f"{u}.safetensors"))["pixels"] for u in shards])
+        expected = find_modes(to_signed(pixels), 2, seed_for(0, "modes", position))
+        assert torch.equal(load(modes.artifact(storage).read(f"{unit}.safetensors"))["modes"], expected)
+
+
+def test_inverted_images_are_summed_up_unit_by_unit(plan: Plan[CompareConfig], tiny_run: Run):
+    storage, inverted = tiny_run.storage, one(plan, "inverted")
+    assert inverted.units == ("c0000-u00000", "c0001-u00000", "c0002-u00000")  # ten of thirty images are a unit of twelve
+    model = load_generator(Path(tiny_run.config.generator))
+    pixels = load(inverted.inputs["images"].artifact(storage).read("c0001-u00000.safetensors"))["pixels"]
+    predict = guided(model, torch.ones(len(pixels), dtype=torch.long), 3, 2.0)
+    with torch.no_grad():
+        z = invert_to_start(predict, to_signed(pixels), NoiseSchedule(), 3, 0.6).double()
+    found = load(inverted.artifact(storage).read("c0001-u00000.safetensors"))
+    gaussian = Gaussian.of(found["total"], found["squares"], int(found["count"]))
+    torch.testing.assert_close(gaussian.mean, z.mean(dim=0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gaussian.std, z.std(dim=0, correction=0), rtol=1e-3, atol=1e-3)
+
+
+def test_guided_started_and_refined_images_differ_from_plain_ones(plan: Plan[CompareConfig], tiny_run: Run):
+    pixels = {name: read_set(scored.images.artifact(tiny_run.storage))[0] for name, scored in plan.sets.items()}
+    for name in ("mgd3 K=2", "d3hr K=2", "cao2 K=2"):
+        assert pixels[name].shape == pixels["dit K=2"].shape == (6, 1, 8, 8)
+        assert not torch.equal(pixels[name], pixels["dit K=2"])
+    refined = plan.sets["cao2 K=2"].images
+    chosen = read_set(refined.inputs["set"].artifact(tiny_run.storage))[0]
+    moved = (pixels["cao2 K=2"].int() - chosen.int()).abs()
+    assert refined.kind == "refine"
+    assert 0 <= moved.max() <= 3  # three steps of 6e-4 in [−1, 1]
+
+
+def test_each_number_of_images_takes_the_first_subgroups_of_the_same_pool(plan: Plan[CompareConfig], tiny_run: Run):
+    for name in ("dit", "dit_im", "minimax"):
+        small, large = (read_set(plan.sets[f"{name} K={k}"].images.artifact(tiny_run.storage))[0] for k in (1, 2))
+        assert torch.equal(small, large[::2])

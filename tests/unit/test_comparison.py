@@ -1,0 +1,109 @@
+"""What a comparison says of accuracies: pooled spreads, differences, the table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ims3_ray.comparison import comparison_tables, difference, markdown, pooled
+from ims3_ray.config import CompareConfig
+from ims3_ray.errors import UserError
+from ims3_ray.loading import load_config
+from ims3_ray.plan import Plan, make_comparison
+from ims3_ray.results import spread
+from tests.conftest import tiny_values
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_the_spread_of_values_is_numpys():
+    found = spread([70.0, 71.0, 75.0])
+    assert found["mean"] == pytest.approx(72)
+    assert found["std"] == pytest.approx(math.sqrt(7))
+    assert found["sem"] == pytest.approx(math.sqrt(7 / 3))
+    assert spread([70.0])["sem"] == 0
+
+
+def test_the_error_of_a_mean_over_several_sets_is_that_of_their_means():
+    draws = [[70.0, 71.0], [80.0, 81.0], [75.0, 75.5]]
+    found = pooled(draws)
+    values = [value for students in draws for value in students]
+    assert found["mean"] == pytest.approx(statistics.fmean(values))
+    assert found["std"] == pytest.approx(statistics.stdev(values))
+    assert found["sem"] == pytest.approx(statistics.stdev([70.5, 80.5, 75.25]) / math.sqrt(3))
+    assert pooled([[70.0, 72.0]])["sem"] == pytest.approx(1.0)
+
+
+def test_errors_of_independent_means_add_in_squares():
+    found = difference({"mean": 72.0, "sem": 0.3}, {"mean": 71.0, "sem": 0.4})
+    assert found == {"mean": 1.0, "sem": pytest.approx(0.5)}
+
+
+def results_of(config: CompareConfig, accuracy: dict[tuple[str, int, int], list[float]]) -> tuple[Plan[Any], dict[str, Any]]:
+    """A plan's sets without stages, and results with accuracies by (arm, K, draw)."""
+    sets, found = {}, {}
+    for (arm, k, draw), values in accuracy.items():
+        name = f"{arm}-{k}-{draw}"
+        sets[name] = SimpleNamespace(arm=arm, ipc=k, draw=draw)
+        row = {"last": spread(values), "best": spread(values)}
+        found[name] = {"title": config.arms[arm].title, "content": f"hash{name}", "rows": {"hard/convnet-3": row}}
+    return SimpleNamespace(config=config, sets=sets), {"sets": found}  # type: ignore[return-value]
+
+
+def test_the_table_marks_differences_of_more_than_two_errors():
+    overrides = ["budgets=[10]", "draws=[0, 1]", "published.ims3={hard/convnet-3: {10: 41.8 ± 0.3}}"]
+    arms = ["dit", "ims3", "random"]
+    config = load_config(CompareConfig, CONFIGS / "methods" / "all.yaml", [*overrides, "against=dit"])
+    config = config.model_copy(
+        update={"arms": {name: config.arms[name] for name in config.arms if name in (*arms, "random_real")}}
+    )
+    accuracy = {
+        ("random_real", 10, 0): [60.0, 61.0], ("random_real", 10, 1): [60.2, 60.4],
+        ("dit", 10, 0): [70.0, 70.4], ("dit", 10, 1): [70.2, 70.0],
+        ("ims3", 10, 0): [70.1, 70.5], ("ims3", 10, 1): [70.0, 70.2],
+    }  # fmt: skip
+    (table,) = comparison_tables(*results_of(config, accuracy))
+    text = markdown(config, [table])
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    assert "| **-9.8 ± " in lines["Random real"]
+    assert "| +0.0 ± " in lines["IMS3"] or "| +0.1 ± " in lines["IMS3"]
+    assert "41.8 ± 0.3" in lines["IMS3"]
+    assert "`hashims3-10-0` `hashims3-10-1`" in lines["IMS3"]
+    assert "sets of several run seeds" in text
+    assert "student seeds 0, 1, 2" in text
+
+
+def test_draws_are_runs_of_other_seeds_and_budgets_share_pools(tiny_world: Path, tmp_path: Path):
+    values = {**tiny_values(tiny_world, tmp_path), "name": "c", "budgets": [1, 2], "draws": [0, 5], "against": "dit"}
+    methods = load_config(CompareConfig, CONFIGS / "methods" / "all.yaml").arms
+    values["arms"] = {name: arm.model_dump() for name, arm in methods.items() if name in ("dit", "ims3", "random_real")}
+    plan = make_comparison(CompareConfig.model_validate(values))
+    assert len(plan.sets) == 3 * 2 * 2
+    for kind, count in (("encode", 2), ("finetune", 2), ("generate", 4), ("select", 12), ("evaluate", 12)):
+        assert sum(stage.kind == kind for stage in plan.stages) == count, kind
+    seeds = {stage.params["seed"] for stage in plan.stages if stage.kind in ("generate", "finetune")}
+    assert seeds == {0, 5}
+    pools = [stage for stage in plan.stages if stage.kind == "generate" and "finetune" in stage.inputs]
+    assert all(len(stage.units) == 3 * 2 for stage in pools)  # three subgroups of two images, in units of four
+    embeds = [stage for stage in plan.stages if stage.kind == "embed" and stage.inputs["images"] in pools]
+    assert all(stage.units == stage.inputs["images"].units for stage in embeds)
+
+
+def test_a_comparison_of_nothing_is_refused(tiny_world: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="there is no arm"):
+        make_comparison(CompareConfig.model_validate({**tiny_values(tiny_world, tmp_path), "name": "c"}))
+
+
+@pytest.mark.parametrize("name", ["imagewoof", "imagenette", "imageidc"])
+def test_the_papers_figures_stand_beside_rows_that_exist(name: str):
+    config = load_config(CompareConfig, CONFIGS / "compare" / f"{name}.yaml")
+    assert set(config.published) <= set(config.arms)
+    for rows in config.published.values():
+        assert set(rows) <= set(config.evaluation.rows)
+        assert all(set(figures) <= set(config.budgets) for figures in rows.values())
+    assert "ims3" in config.published
