@@ -24,7 +24,9 @@ def main(
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, e.g. selection.alpha=0.4")
-    parser.add_argument("--config", metavar="FILE", help="YAML config (may name others under 'extends')")
+    parser.add_argument(
+        "--config", metavar="FILE", action="append", help="YAML config (may name others under 'extends'); several add up"
+    )
     if plan is not None:
         parser.add_argument("--dry-run", action="store_true", help="print the plan and stop: nothing is computed or written")
     args = parser.parse_intermixed_args(arguments)

@@ -30,26 +30,35 @@ def comparison_tables(plan: Plan[CompareConfig], results: Results) -> list[dict[
 def _line(plan: Plan[CompareConfig], results: Results, arm: str, k: int, row: str) -> dict[str, Any]:
     names = [name for name, scored in plan.sets.items() if (scored.arm, scored.ipc) == (arm, k)]
     found = [results["sets"][name] for name in names]
+    distinct = list({each["content"]: each for each in found}.values())  # some methods choose the same, whatever the seed
     kinds = [kind for kind in KINDS if kind in found[0]["rows"][row]]
     return {
-        "arm": arm, "title": found[0]["title"], "content": [each["content"] for each in found],
-        **{kind: pooled([each["rows"][row][kind]["seeds"] for each in found]) for kind in kinds},
+        "arm": arm, "title": found[0]["title"], "content": [each["content"] for each in distinct],
+        **{kind: pooled([each["rows"][row][kind]["seeds"] for each in distinct]) for kind in kinds},
         "published": plan.config.published.get(arm, {}).get(row, {}).get(k),
     }  # fmt: skip
 
 
 def pooled(draws: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Mean and deviation over the students of all draws of a set; the standard error of the mean is over draws if there are
-    several, since students of one set share its luck."""
+    """Mean and deviation over the students of all sets that were drawn; the standard error of the mean is over sets if there
+    are several, since students of one set share its luck."""
     whole = spread([value for students in draws for value in students])
     if len(draws) > 1:
         whole["sem"] = statistics.stdev(statistics.fmean(students) for students in draws) / math.sqrt(len(draws))
     return whole
 
 
-def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    """Of two means, with its standard error: the two are independent."""
-    return {"mean": one["mean"] - other["mean"], "sem": math.hypot(one["sem"], other["sem"])}
+def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Of two means, with its standard error as if the two were independent (equal seeds make it smaller, if anything); none
+    where one of them is a single value."""
+    known = one["sem"] is not None and other["sem"] is not None
+    sem = math.hypot(one["sem"], other["sem"]) if known else None
+    return {"mean": one["mean"] - other["mean"], "sem": sem}
+
+
+def significant(found: dict[str, Any]) -> bool:
+    """Whether a difference exceeds twice its standard error."""
+    return found["sem"] is not None and abs(found["mean"]) > 2 * found["sem"]
 
 
 def markdown(config: CompareConfig, tables: Sequence[dict[str, Any]]) -> str:
@@ -85,9 +94,14 @@ def _spread(value: dict[str, Any] | None) -> str:
     return f"{value['mean']:.1f} ± {value['std']:.1f}" if value else ""
 
 
-def _difference(value: dict[str, float] | None) -> str:
-    """In bold where it exceeds twice its standard error."""
+def difference_text(value: dict[str, Any] | None) -> str:
+    """As in ``+1.2 ± 0.4``."""
     if value is None:
         return ""
-    text = f"{value['mean']:+.1f} ± {value['sem']:.1f}"
-    return f"**{text}**" if abs(value["mean"]) > 2 * value["sem"] else text
+    return f"{value['mean']:+.1f}" + ("" if value["sem"] is None else f" ± {value['sem']:.1f}")
+
+
+def _difference(value: dict[str, Any] | None) -> str:
+    """In bold where it is significant."""
+    text = difference_text(value)
+    return f"**{text}**" if value is not None and significant(value) else text

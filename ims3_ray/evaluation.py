@@ -5,9 +5,12 @@ All images stay on the device and augmentation runs there, a batch at a time.
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from ims3_ray.models.students import build_student
 from ims3_ray.seeds import generator_for, seed_for
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SAVE_EVERY_S = 60.0
 RESIDENT_BYTES = 2**32
 """Test images that take more stay on the host and are sent in batches."""
 TEST_PIXELS, TEST_BATCH = 2**23, 500
@@ -125,6 +129,19 @@ class Training:
         self.decay.step()
         return torch.stack(losses).mean()
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that a training needs to go on elsewhere."""
+        return {
+            "student": self.student.state_dict(), "optimizer": self.optimizer.state_dict(), "decay": self.decay.state_dict(),
+            "cpu_rng": self.cpu_rng.get_state(), "rng": self.rng.get_state(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in ("student", "optimizer", "decay"):
+            getattr(self, name).load_state_dict(state[name])
+        for name in ("cpu_rng", "rng"):
+            getattr(self, name).set_state(state[name])
+
     def _loss(self, batch: Tensor, labels: Tensor) -> Tensor:
         p = self.protocol
         batch, order, share = augment(batch, self.size, self.rng, **dict(p.augment)), None, 1.0
@@ -143,12 +160,16 @@ class Training:
 
 def train_student(
     name: str, train: Labelled, test: Labelled, num_classes: int, protocol: ProtocolConfig, seed: int, *, device: str = "cpu",
-    val: Labelled | None = None, teacher: Teacher | None = None,
+    val: Labelled | None = None, teacher: Teacher | None = None, resume: bytes | None = None,
+    save: Callable[[bytes], object] | None = None,
 ) -> tuple[Student, Accuracy]:  # fmt: skip
     """Train student ``name`` from scratch on ``train`` as ``protocol`` says, test it on ``test`` and, if given, ``val``.
 
     Images per class, by which a protocol may choose epochs and batches, are those of the largest class. The same seed on the
     same kind of device gives the same student. Raises ``ValueError`` for soft labels without a ``teacher``.
+
+    ``save`` is given the state of the training after a validation, at most every :data:`SAVE_EVERY_S`; with one of these as
+    ``resume`` training goes on from there, to the same student.
     """
     training = Training(name, train, num_classes, protocol, seed, device, teacher if protocol.labels == "soft" else None)
     student, keep = training.student, protocol.test_crop
@@ -157,13 +178,23 @@ def train_student(
         tests["val"] = _tests(val, training.size, keep, device)
     checks = validation_epochs(training.epochs, protocol.validations, protocol.validate_from)
     curve, losses, confusions = [], [], {}
-    for epoch in range(1, training.epochs + 1):
+    if resume is not None:
+        state = torch.load(io.BytesIO(resume), map_location="cpu", weights_only=True)
+        training.load_state_dict(state["training"])
+        curve = [Check(*check) for check in state["curve"]]
+    saved = time.monotonic()
+    for epoch in range(curve[-1].epoch + 1 if curve else 1, training.epochs + 1):
         losses.append(training.epoch())
         if epoch in checks:
             confusions = {split: confusion_of(student, data, num_classes, device) for split, data in tests.items()}
             shares = {split: 100 * int(table.trace()) / int(table.sum()) for split, table in confusions.items()}
             curve.append(Check(epoch, torch.stack(losses).mean().item(), shares["test"], shares.get("val")))
             losses = []
+            if save is not None and epoch < training.epochs and time.monotonic() - saved >= SAVE_EVERY_S:
+                buffer = io.BytesIO()
+                torch.save({"training": training.state_dict(), "curve": [astuple(check) for check in curve]}, buffer)
+                save(buffer.getvalue())
+                saved = time.monotonic()
     chosen = max(curve, key=lambda check: check.val or 0.0)
     return student, Accuracy(
         last=curve[-1].test, best=max(check.test for check in curve), val=chosen.test if "val" in tests else None,

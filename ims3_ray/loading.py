@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +16,15 @@ from ims3_ray.errors import UserError
 Tree = TypeVar("Tree", bound=Section)
 
 
-def load_config(tree: type[Tree], file: str | Path | None = None, overrides: Iterable[str] = ()) -> Tree:
-    """Build ``tree`` from a YAML file (or the defaults) and ``dotted.key=value`` overrides.
+def load_config(tree: type[Tree], file: str | Path | Sequence[str] | None = None, overrides: Iterable[str] = ()) -> Tree:
+    """Build ``tree`` from YAML files, each laid on the one before (or the defaults), and ``dotted.key=value`` overrides.
 
     Raises :class:`UserError` with one line for an unreadable file, an unknown key or an impossible value.
     """
-    values = _read_yaml(Path(file), ()) if file is not None else {}
+    files: Sequence[str | Path] = [file] if isinstance(file, str | Path) else file or []
+    values: dict[str, Any] = {}
+    for each in files:
+        values = merge(values, _read_yaml(Path(each), ()))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:

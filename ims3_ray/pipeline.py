@@ -120,10 +120,16 @@ def check_folder(config: WorkConfig, storage: Storage) -> None:
         )
 
 
+DETAILS = {"pool": ("mix_hardware",), "evaluation": ("cpus_per_task", "gpus_per_task", "threads_per_task")}
+"""Keys of sections that say where and how fast a run runs."""
+
+
 def _what_matters(plain: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what may change between two commands that continue one run."""
     kept = {key: value for key, value in plain.items() if key not in ("storage", "cluster", "actors")}
-    return {**kept, "pool": {key: value for key, value in plain.get("pool", {}).items() if key != "mix_hardware"}}
+    for section, details in DETAILS.items():
+        kept[section] = {key: value for key, value in plain.get(section, {}).items() if key not in details}
+    return kept
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any]:
@@ -139,12 +145,12 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
 
 def run_stages(context: Context, stages: list[Stage]) -> None:
     """Run every stage that is not complete, in order; the evaluations, which depend on all else, at once in the end."""
-    from ims3_ray.stages import evaluate, export, finetune, given, instability, modes, refine, select, teacher
+    from ims3_ray.stages import evaluate, export, finetune, instability, modes, picked, refine, select, teacher
     from ims3_ray.stages.pool import check_decoded, produce
 
     single = {
-        "modes": modes.run, "teacher": teacher.run, "instability": instability.run, "given": given.run, "select": select.run,
-        "refine": refine.run, "export": export.run,
+        "modes": modes.run, "teacher": teacher.run, "instability": instability.run, "given": picked.run_given,
+        "held_out": picked.run_held_out, "select": select.run, "refine": refine.run, "export": export.run,
     }  # fmt: skip
     storage = context.storage
     several = sum(stage.kind == "finetune" for stage in stages) > 1

@@ -68,9 +68,11 @@ def _row(stage: Stage, storage: Storage) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """The values with their mean, sample standard deviation and standard error of the mean (0 for one value)."""
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"seeds": list(values), "mean": statistics.fmean(values), "std": std, "sem": std / math.sqrt(len(values))}
+    """The values with their mean, sample standard deviation (0 for one value) and standard error of the mean (none for one)."""
+    several = len(values) > 1
+    std = statistics.stdev(values) if several else 0.0
+    sem = std / math.sqrt(len(values)) if several else None
+    return {"seeds": list(values), "mean": statistics.fmean(values), "std": std, "sem": sem}
 
 
 def stage_row(stage: Stage, storage: Storage) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Score sets of images, whoever made them: what do classifiers learn from them that is right on the real test split?
 
     python jobs/evaluate.py sets.mine=runs/demo/distilled sets.theirs=other/images
-    python jobs/evaluate.py --config configs/protocols/minimax.yaml sets.mine=distilled data.path=/data/imagenet data.size=256
+    python jobs/evaluate.py --config configs/data/imagewoof.yaml --config configs/protocols/minimax.yaml sets.mine=distilled
 
 A set is a folder with one folder of images per class, Parquet in the Hub's layout, or a hub id; the real data are those of
 `data`, and classes are matched by name. Protocols and students: docs/evaluation.md. What was trained once is not trained again.

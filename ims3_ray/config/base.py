@@ -24,9 +24,11 @@ def canonical(section: BaseModel) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``base``: mappings merge key by key, all else replaces."""
+    """``over`` laid on ``base``: mappings merge key by key, all else replaces, tables by number (of epochs, say) too."""
     merged = dict(base)
     for key, value in over.items():
         inner = merged.get(key)
-        merged[key] = merge(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
+        numbered = isinstance(value, Mapping) and any(isinstance(name, int) for name in value)
+        both = isinstance(value, Mapping) and isinstance(inner, Mapping) and not numbered
+        merged[key] = merge(inner or {}, value) if both else value
     return merged

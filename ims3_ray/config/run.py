@@ -90,12 +90,6 @@ class RunConfig(WorkConfig):
     def _arms_exist(self) -> RunConfig:
         if self.export is not None and self.export not in self.arms:
             raise ValueError(f"export='{self.export}' is no arm; there is: {', '.join(self.arms)}")
-        s, drawn = self.selection, self.pool.per_class
-        if drawn is not None and drawn < s.groups * s.images_per_class:
-            raise ValueError(
-                f"pool.per_class={drawn} holds fewer than selection.groups·images_per_class = "
-                f"{s.groups}·{s.images_per_class} = {s.groups * s.images_per_class} images; raise it or lower the others"
-            )
         for name, arm in self.arms.items():
             for section in arm.overrides:
                 try:
@@ -104,7 +98,22 @@ class RunConfig(WorkConfig):
                     first = error.errors()[0]
                     where = ".".join(["arms", name, "overrides", section, *map(str, first["loc"])])
                     raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
+        for config in (self, *map(self.of_arm, self.arms)):
+            config._check_pool(max(self._sizes))
         return self
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        """Numbers of images per class that are chosen."""
+        return (self.selection.images_per_class,)
+
+    def _check_pool(self, k: int) -> None:
+        drawn, groups = self.pool.per_class, self.selection.groups
+        if drawn is not None and drawn < groups * k:
+            raise ValueError(
+                f"pool.per_class={drawn} holds fewer than selection.groups·images_per_class = {groups}·{k} = {groups * k} "
+                "images; raise it or lower the others"
+            )
 
     def _overridden(self, arm: ArmConfig, key: Overridable) -> Section:
         section: Section = getattr(self, key)
@@ -144,6 +153,10 @@ class CompareConfig(RunConfig):
         if self.against is not None and self.against not in self.arms:
             raise ValueError(f"against='{self.against}' is no arm; there is: {', '.join(self.arms)}")
         return self
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return self.budgets
 
     @property
     def base(self) -> str:

@@ -7,6 +7,8 @@ transforms of the same names, which do one image at a time.
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -47,6 +49,12 @@ def resize(images: Tensor, size: int) -> Tensor:
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+@cache
+def constant(table: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A table of numbers, sent to the device once: sending makes the host wait."""
+    return torch.tensor(table, device=device, dtype=dtype)
 
 
 def uniform(count: int, low: float, high: float, rng: Generator) -> Tensor:
@@ -128,7 +136,7 @@ def jittered(images: Tensor, strength: float, rng: Generator) -> Tensor:
     """
     B, C = images.shape[:2]
     factors = uniform(3 * B, 1 - strength, 1 + strength, rng).reshape(3, B, 1, 1, 1).to(images.dtype)
-    orders = torch.tensor(ORDERS, device=images.device)[torch.randint(len(ORDERS), (B,), generator=rng, device=rng.device)]
+    orders = constant(ORDERS, images.device, torch.int64)[torch.randint(len(ORDERS), (B,), generator=rng, device=rng.device)]
     for turn in orders.T:
         which = turn[:, None, None, None]
         factor = factors[turn, torch.arange(B, device=images.device)]
@@ -142,14 +150,14 @@ def grey(images: Tensor) -> Tensor:
     """Luminance [B, 1, H, W]."""
     if images.shape[1] == 1:
         return images
-    return (images * images.new_tensor(LUMA).reshape(3, 1, 1)).sum(dim=1, keepdim=True)
+    return (images * constant(LUMA, images.device, images.dtype).reshape(3, 1, 1)).sum(dim=1, keepdim=True)
 
 
 def lit(images: Tensor, std: float, rng: Generator) -> Tensor:
     """AlexNet's colour noise: a normal multiple of each principal component of ImageNet's colours, one draw per image."""
     alpha = torch.randn(len(images), 3, generator=rng, device=rng.device) * std
-    components = images.new_tensor(EIGENVECTORS) * images.new_tensor(EIGENVALUES)
-    return images + (alpha.to(images.dtype) @ components.T)[:, :, None, None]
+    vectors, values = (constant(table, images.device, images.dtype) for table in (EIGENVECTORS, EIGENVALUES))
+    return images + (alpha.to(images.dtype) @ (vectors * values).T)[:, :, None, None]
 
 
 def cutmix(images: Tensor, rng: Generator) -> tuple[Tensor, Tensor, float]:

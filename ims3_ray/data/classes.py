@@ -48,6 +48,26 @@ def count_images(labels: NDArray[np.int64], class_names: Sequence[str], chosen: 
     return [int(counts[label]) for label in chosen]
 
 
+def match_classes(wanted: Sequence[str], found: Sequence[str], where: str) -> list[int]:
+    """Position in ``found`` of each class that is ``wanted``: by name, or by the name that its folder has.
+
+    Raises :class:`UserError` for one that is missing and one that is too many.
+    """
+    positions = {name: position for position, name in enumerate(found)}
+    labels = []
+    for name in wanted:
+        label = positions.get(name, positions.get(folder_name(name)))
+        if label is None:
+            there = ", ".join(found[:10]) + (" …" if len(found) > 10 else "")
+            raise UserError(f"set '{where}' has no class '{name}'; it has {there}")
+        labels.append(label)
+    if extra := set(found) - {found[label] for label in labels}:
+        raise UserError(
+            f"set '{where}' has a class '{min(extra)}' that the real data do not have; remove it or set data.classes"
+        )
+    return labels
+
+
 def class_groups(labels: Sequence[int], at_most: int | None) -> list[list[int]]:
     """``labels`` cut into as few groups as hold ``at_most`` each (one group when None), in order, sizes differing by one."""
     count = -(-len(labels) // at_most) if at_most else 1

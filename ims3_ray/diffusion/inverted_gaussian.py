@@ -43,20 +43,21 @@ class Gaussian:
         return cls(mean, (squares / count - mean.square()).clamp(min=0).sqrt())
 
 
-def draw_group(gaussian: Gaussian, k: int, groups: int, skewness: float, rng: Generator) -> Tensor:
+def draw_group(gaussian: Gaussian, k: int, groups: int, skewness: float, rng: Generator, device: str = "cpu") -> Tensor:
     """The one of ``groups`` draws of K starts with the best moments, float32 [K, C, H, W].
 
     Cost of a group S: ``‖μ_S − μ‖ + ‖σ_S − σ‖ + w·‖γ_S‖``, mean, deviation and skewness over its K starts, value by value; a
-    normal has skewness 0. (The released code takes the skewness over the values of each start.)
+    normal has skewness 0. (The released code takes the skewness over the values of each start.) The CPU draws, so that every
+    ``device`` is given the same to judge.
     """
     size = (k, *gaussian.mean.shape)
-    best, found = float("inf"), torch.zeros(size)
+    best, found, std = float("inf"), torch.zeros(size), gaussian.std.float().to(device)
     at_once = max(1, DRAWN_AT_ONCE // (k * gaussian.mean.numel()))
     for start in range(0, groups, at_once):
         unit = torch.randn(min(at_once, groups - start), *size, generator=rng)
-        cost = _cost(unit, gaussian.std, skewness)
+        cost = _cost(unit.to(device), std, skewness)
         if (lowest := cost.min().item()) < best:
-            best, found = lowest, unit[cost.argmin()]
+            best, found = lowest, unit[int(cost.argmin())]
     return (gaussian.mean + gaussian.std * found).float()
 
 
@@ -66,5 +67,4 @@ def _cost(unit_GKCHW: Tensor, std: Tensor, skewness: float) -> Tensor:
     centred = unit_GKCHW - mean
     deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
     skew = (centred.pow(3).mean(dim=1, keepdim=True) / deviation.clamp(min=1e-12).pow(3)).flatten(1)
-    std = std.float()
     return (std * mean).flatten(1).norm(dim=1) + (std * (deviation - 1)).flatten(1).norm(dim=1) + skewness * skew.norm(dim=1)

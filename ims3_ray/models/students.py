@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -198,6 +198,7 @@ RESNETS = {
 }
 
 
+@cache
 def forward_flops(name: str, channels: int, size: int, num_classes: int, norm: Norm, width: int) -> float:
     """Floating-point operations of one image, counted on a network without weights."""
     from torch.utils.flop_counter import FlopCounterMode

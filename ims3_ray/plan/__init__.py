@@ -19,8 +19,8 @@ DERIVED = ("embed", "latents", "inverted")
 """Stages that run together with the images they look at."""
 
 ORDER = (
-    "encode", *DERIVED, "modes", "teacher", "finetune", "instability", "generate", "given", "select", "refine", "export",
-    "evaluate",
+    "encode", *DERIVED, "held_out", "given", "modes", "teacher", "finetune", "instability", "generate", "select", "refine",
+    "export", "evaluate",
 )  # fmt: skip
 
 

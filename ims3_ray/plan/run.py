@@ -182,8 +182,9 @@ class RunBuilder(Builder):
         s, needs = config.selection, _needs(arm)
         params: dict[str, Any] = {
             "select": arm.select, "per": arm.per, "k": s.images_per_class, "classes": list(self.classes.names),
-            "seed": config.seed,
         }  # fmt: skip
+        if s.references_per_class if arm.select == "s3" else SELECTORS[arm.select].draws:
+            params["seed"] = config.seed
         if arm.select != "s3" or s.references == "generated":
             params["pool"] = self._pool(arm, config)
         images = self.encode("train") if arm.images == "real" else self.generate(arm, config)

@@ -7,11 +7,12 @@ from typing import Any
 
 from ims3_ray.config import ProtocolConfig, WorkConfig, canonical
 from ims3_ray.config.evaluation import for_ipc
-from ims3_ray.cost import evaluation_flops
+from ims3_ray.cost import embedding_flops, evaluation_flops
+from ims3_ray.data.classes import match_classes
 from ims3_ray.data.sources import fingerprint, open_source
 from ims3_ray.errors import UserError
 from ims3_ray.inputs import Data
-from ims3_ray.models.encoder import check_encoder, class_positions, encoder_config, encoder_path
+from ims3_ray.models.encoder import EncoderConfig, check_encoder, class_positions, encoder_config, encoder_path
 from ims3_ray.stages.base import Stage, units_of
 from ims3_ray.stages.weights import Weights
 
@@ -61,25 +62,51 @@ class Builder(Data):
 
     def given(self, title: str, path: str) -> Stage:
         """Images that lie at ``path``, which were made by somebody else."""
-        source, data = open_source(path, "train"), self.work.data
+        source, data, names = open_source(path, "train"), self.work.data, self.classes.names
+        for name, label in zip(names, match_classes(names, source.class_names, path), strict=True):
+            if not (source.labels == label).any():
+                raise UserError(f"set '{path}' has no image of class '{name}'; add some, or leave it out of data.classes")
         params = {
-            "source": fingerprint(source), "names": list(source.class_names), "classes": list(self.classes.names),
+            "source": fingerprint(source), "names": list(source.class_names), "classes": list(names),
             "size": data.size, "channels": data.channels,
         }  # fmt: skip
         return self._once(
             Stage(
-                "given", f"read {title}", params, units=self.class_units(), images=len(source.labels), places={"path": path},
+                "given", f"read {title}", params, units=self.class_units(), images=len(source.labels),
+                places={"path": path, "split": "train"},
                 label=title,
+            )
+        )  # fmt: skip
+
+    def held_out(self) -> Stage:
+        """The real training images that choose the epoch of ``val``."""
+        data, per_class = self.work.data, self.work.evaluation.val_per_class
+        params = {
+            "source": self.fingerprints["train"], "split": data.train_split, "size": data.size, "channels": data.channels,
+            "classes": list(self.classes.names), "per_class": per_class,
+        }  # fmt: skip
+        return self._once(
+            Stage(
+                "held_out", "hold out train images", params, units=self.class_units(),
+                images=per_class * len(self.classes.names), places={"path": data.path, "split": data.train_split},
             )
         )  # fmt: skip
 
     def teacher(self) -> Stage:
         """The teacher of soft labels, trained on the real training split."""
-        e, images = self.work.evaluation.teacher, self.encode("train")
-        params = {**canonical(e.training), "classes": list(self.classes.names)}
+        training, data, images = self.work.evaluation.teacher.training, self.work.data, self.encode("train")
+        params = {**canonical(training), "classes": list(self.classes.names)}
+        shape = EncoderConfig(
+            model=training.model, model_args=training.model_args, channels=data.channels,
+            num_classes=len(self.classes.names), mean=0.0, std=1.0,
+        )  # fmt: skip
+        count = images.images * training.epochs
         return self._once(
-            Stage("teacher", "train the teacher", params, {"images": images}, images=images.images * e.training.epochs)
-        )
+            Stage(
+                "teacher", "train the teacher", params, {"images": images, "test": self.encode("test")}, images=count,
+                flops=3 * count * embedding_flops(shape, data.size),
+            )
+        )  # fmt: skip
 
     def evaluate(self, title: str, images: Stage, ipc: int) -> dict[str, Stage]:
         """Row of the table → the stage that trains its students on a set."""
@@ -91,10 +118,11 @@ class Builder(Data):
 
     def _evaluate(self, title: str, images: Stage, protocol: ProtocolConfig, student: str, ipc: int, row: str) -> Stage:
         config, teacher = self.work.evaluation, self.work.evaluation.teacher
-        params: dict[str, Any] = {**canonical(protocol), "students": [student], "val_per_class": config.val_per_class}
+        params: dict[str, Any] = {**canonical(protocol), "students": [student]}
+        params["classes"] = list(self.classes.names)  # a set is known by its images alone
         inputs, weights = {"set": images, "test": self.encode("test")}, {}
         if config.val_per_class:
-            inputs["val"] = self.encode("train")
+            inputs["val"] = self.held_out()
         if protocol.labels == "soft" and teacher.weights is None:
             inputs["teacher"] = self.teacher()
         elif protocol.labels == "soft":
@@ -102,7 +130,7 @@ class Builder(Data):
             weights["teacher"] = Weights.of(encoder_path, teacher.weights)
             params["teacher"] = weights["teacher"].digest
         size, classes = protocol.size or self.work.data.size, len(self.classes.names)
-        tested = len(self.test.labels) + classes * config.val_per_class
+        tested = inputs["test"].images + classes * config.val_per_class
         flops = evaluation_flops(
             protocol, student, self.work.data.channels, size, classes, for_ipc(protocol.epochs, ipc) * ipc * classes, tested
         )

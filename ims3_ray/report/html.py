@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from ims3_ray.comparison import difference_text, significant
 from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, WorkConfig, canonical
 from ims3_ray.data.classes import ClassTable
 from ims3_ray.report.figures import curve_chart, line_chart
@@ -44,14 +45,24 @@ def render_report(
         for key, term in TERM_TITLES.items()
         if rows and key in rows[0]
     }
-    return _render("report.html", config, classes, results, sheets=sheets, confusions=confusions, charts=charts, tables=tables)
+    return _render(
+        "report.html",
+        config,
+        classes,
+        results,
+        sheets=sheets,
+        curves=_curves(results),
+        confusions=confusions,
+        charts=charts,
+        tables=tables,
+    )
 
 
 def render_evaluation(
     config: EvaluateConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes], confusions: dict[str, Table]
 ) -> str:  # fmt: skip
     """HTML of ``jobs/evaluate.py``."""
-    return _render("evaluation.html", config, classes, results, sheets=sheets, confusions=confusions)
+    return _render("evaluation.html", config, classes, results, sheets=sheets, curves=_curves(results), confusions=confusions)
 
 
 def render_comparison(config: CompareConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes]) -> str:
@@ -64,10 +75,10 @@ def _render(template: str, config: WorkConfig, classes: ClassTable, results: Res
         autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.PackageLoader("ims3_ray", "report")
     )
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
-    environment.filters["exp"] = math.exp
+    environment.filters |= {"exp": math.exp, "significant": significant, "difference": difference_text}
     rows = [row for found in results["sets"].values() for row in found["rows"].values()]
     return environment.get_template(template).render(
-        config=config, classes=classes, shown=classes.names[:SHEET_CLASSES], results=results, curves=_curves(results),
+        config=config, classes=classes, shown=classes.names[:SHEET_CLASSES], results=results,
         longest=max(stage["seconds"] for stage in results["stages"]) or 1,
         total=sum(stage["seconds"] for stage in results["stages"]),
         yaml=yaml.safe_dump(canonical(config), sort_keys=False),

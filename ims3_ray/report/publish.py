@@ -22,7 +22,7 @@ from ims3_ray.stages.export import contact_sheet, unpack
 from ims3_ray.stages.sets import read_set
 
 SHEET_IMAGES = 10
-"""A comparison shows the sets of about so many images per class."""
+"""Of a class that are shown: a comparison shows the sets of about so many, a scored set the first ones."""
 
 
 def publish(context: Context, plan: Plan[RunConfig], results: Results) -> None:
@@ -57,9 +57,10 @@ def publish_scores(context: Context, plan: Plan[EvaluateConfig], results: Result
     """Of the scoring of sets: ``report.html``, the MLflow run, and last ``results.json``."""
     sheets = {}
     for title, scored in plan.sets.items():
-        images = _images(context, scored)
-        columns = max(1, len(images) // min(len(plan.classes.names), SHEET_CLASSES))
-        sheets[title] = contact_sheet(images, columns)
+        images, labels = read_set(scored.images.artifact(context.storage), SHEET_CLASSES)
+        columns = min(SHEET_IMAGES, int(labels.bincount().min()))
+        first = [(labels == position).nonzero()[:columns, 0] for position in labels.unique()]
+        sheets[title] = contact_sheet(images[torch.cat(first)], columns)
     confusions = _confusions(context, plan)
     report = render_evaluation(plan.config, plan.classes, results, sheets=sheets, confusions=confusions)
     _finish(context, plan, results, report, {}, {title: {"path": path} for title, path in plan.config.sets.items()})
@@ -99,9 +100,9 @@ def _finish(
         curves: dict[str, list[tuple[int, float]]] = {}
         for row, stage in scored.rows.items():
             values = found["rows"][row]
-            metrics |= {
-                f"{row}/{kind}_{m}": values[kind][m] for kind in KINDS if kind in values for m in ("mean", "std", "sem")
-            }
+            for kind in set(KINDS) & set(values):
+                known = {m: values[kind][m] for m in ("mean", "std", "sem") if values[kind][m] is not None}
+                metrics |= {f"{row}/{kind}_{m}": value for m, value in known.items()}
             units = (stage.manifest(context.storage) or {})["units"]
             for unit in stage.units:
                 checks = units[unit]["curve"]

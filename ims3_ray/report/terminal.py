@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ims3_ray.comparison import difference_text
 from ims3_ray.pipeline import RunResult
 from ims3_ray.results import KINDS
 
@@ -35,11 +36,10 @@ def print_comparison(result: RunResult, console: Console | None = None) -> None:
         table = _table("method", *KINDS, "difference", *(["published"] if found["published"] else []))
         table.title = f"{found['images_per_class']} a class, {found['row']}"
         for line in found["lines"]:
-            d = line["difference"]
             cells = [
                 line["title"],
                 *(_spread(line.get(kind)) for kind in KINDS),
-                f"{d['mean']:+.1f} ± {d['sem']:.1f}" if d else "",
+                difference_text(line["difference"]),
             ]
             table.add_row(*cells, *([line["published"] or ""] if found["published"] else []))
         console.print(table)

@@ -47,6 +47,8 @@ class Selector(ABC):
     """A way to choose K of N images of a class. Ties go to the lowest index."""
 
     needs: frozenset[Need] = frozenset()
+    draws = False
+    """Whether it draws at random."""
 
     @abstractmethod
     def images(self, images: ClassImages, k: int) -> Tensor:

@@ -20,6 +20,7 @@ SKEWNESS_WEIGHT = 0.1
 
 class MomentMatching(Selector):
     needs = frozenset({"features", "references"})
+    draws = True
 
     def images(self, images: ClassImages, k: int) -> Tensor:
         sets_SK = torch.stack([torch.randperm(images.count, generator=images.rng)[:k] for _ in range(DRAWS)])

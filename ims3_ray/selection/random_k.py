@@ -9,6 +9,8 @@ from ims3_ray.selection.base import ClassImages, Selector
 
 
 class RandomK(Selector):
+    draws = True
+
     def images(self, images: ClassImages, k: int) -> Tensor:
         return torch.randperm(images.count, generator=images.rng)[:k]
 

@@ -33,14 +33,15 @@ VERSION = {
     "select": 2,
     "refine": 1,
     "given": 1,
+    "held_out": 1,
     "export": 1,
-    "evaluate": 2,
+    "evaluate": 3,
 }
 """Raised when a stage's output changes for the same input: old artifacts are then no longer taken for new ones."""
 
 
 SETS = ("select", "refine", "given")
-"""Stages of which the output is a set of images to train on; later stages know it by its content."""
+"""Stages of which the output is a set of images to train on: later stages know it by its content."""
 
 
 @dataclass(eq=False)

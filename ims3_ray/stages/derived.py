@@ -118,16 +118,29 @@ class Inverted:
         shape = (model.config.in_channels, model.config.input_size, model.config.input_size)
         total, squares = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         for part in _batches(produced.pixels, self.batch, self.device):
-            signed = to_signed(part)
-            z0 = signed if self.autoencoder is None else self.autoencoder.moments(signed)[0]
+            z = self._invert(to_signed(part), label).double().cpu()
+            total, squares = total + z.sum(dim=0), squares + z.square().sum(dim=0)
+        count = torch.tensor(len(produced.pixels))
+        return Derived("safetensors", pack_tensors(total=total, squares=squares, count=count))
+
+    def _invert(self, signed: Tensor, label: Tensor) -> Tensor:
+        """In smaller batches where memory does not suffice: images are inverted independently of one another."""
+        p, model = self.params, self.model
+        try:
+            z0 = signed
+            if self.autoencoder is not None:
+                z0 = torch.cat([self.autoencoder.moments(part)[0] for part in signed.split(Latents.batch)])
             predict = guided(
                 model, label.expand(len(z0)), model.config.null_label, p["cfg_scale"], p["cfg_channels"],
                 cfg_interval=tuple(p["cfg_interval"]),
             )  # fmt: skip
-            z = invert_to_start(predict, z0, self.schedule, p["steps"], p["until"]).double().cpu()
-            total, squares = total + z.sum(dim=0), squares + z.square().sum(dim=0)
-        count = torch.tensor(len(produced.pixels))
-        return Derived("safetensors", pack_tensors(total=total, squares=squares, count=count))
+            return invert_to_start(predict, z0, self.schedule, p["steps"], p["until"])
+        except torch.OutOfMemoryError:
+            if len(signed) == 1:
+                raise
+        torch.cuda.empty_cache()
+        self.batch = -(-len(signed) // 2)
+        return torch.cat([self._invert(part, label) for part in signed.split(self.batch)])
 
 
 def read_latents(artifact: Artifact, units: list[str]) -> dict[str, Tensor]:

@@ -7,43 +7,27 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from safetensors.torch import load
 from torch import Tensor
 
 from ims3_ray.artifacts import Artifact
 from ims3_ray.cluster import own_device, results
 from ims3_ray.config import ProtocolConfig
+from ims3_ray.errors import IncompletePool
 from ims3_ray.evaluation import Labelled, Teacher, train_student
-from ims3_ray.models.encoder import class_positions, load_encoder
+from ims3_ray.models.encoder import Encoder, class_positions, load_encoder
 from ims3_ray.progress import Progress
-from ims3_ray.seeds import generator_for
-from ims3_ray.stages.base import Context, Stage, by_class, commit_units, pack_tensors, read_class
-from ims3_ray.stages.sets import read_set
+from ims3_ray.stages.base import Context, Stage, commit_units, pack_tensors, read_many
+from ims3_ray.stages.sets import Split, note, read_set
 from ims3_ray.stages.weights import Weights
 
-
-@dataclass(frozen=True)
-class Split:
-    """Encoded real images: units of each class in order, of which ``per_class`` are taken at random (all when None)."""
-
-    artifact: Artifact
-    units: tuple[tuple[str, ...], ...]
-    per_class: int | None = None
-
-    def read(self) -> Labelled:
-        parts = [read_class(self.artifact, units, "pixels") for units in self.units]
-        if self.per_class is not None:
-            parts = [part[_drawn(len(part), self.per_class, position)] for position, part in enumerate(parts)]
-        return torch.cat(parts), torch.cat([torch.full((len(part),), position) for position, part in enumerate(parts)])
-
-
-def _drawn(count: int, wanted: int, position: int) -> Tensor:
-    """The same for every run, so that equal sets are worth the same."""
-    return torch.randperm(count, generator=generator_for(0, "validation", position))[:wanted]
+TEACHER_SHARD = "teacher.safetensors"
 
 
 @dataclass(frozen=True)
@@ -60,19 +44,29 @@ class Exam:
     threads: int
 
 
-def sit(exam: Exam, seed: int) -> tuple[dict[str, Any], bytes]:
-    """Train one student and test it: its accuracies, and its confusion matrix as safetensors."""
+def sit(exam: Exam, seed: int, found: Artifact) -> dict[str, Any]:
+    """Train one student and test it; its accuracies, which lie in ``found`` too, beside its confusion matrix.
+
+    A training that was interrupted goes on from its last state.
+    """
     torch.set_num_threads(exam.threads)
     began, device, train = time.monotonic(), own_device(), read_set(exam.images)
     val = held_out(exam.val.read(), train) if exam.val else None
-    classes = len(exam.class_names)
+    classes, unit = len(exam.class_names), unit_of(seed)
+    state = f"{unit}.state"
     _, accuracy = train_student(
         exam.protocol.students[0], train, exam.test.read(), classes, exam.protocol, seed, device=device, val=val,
         teacher=teacher_of(exam, device) if exam.protocol.labels == "soft" else None,
+        resume=found.read(state) if state in found.shards() else None, save=partial(found.write, state),
     )  # fmt: skip
     plain = asdict(replace(accuracy, confusion=torch.empty(0)))
     plain.pop("confusion")
-    return {**plain, "seconds": time.monotonic() - began}, pack_tensors(confusion=accuracy.confusion)
+    outcome = {**plain, "seconds": time.monotonic() - began}
+    found.write(f"{unit}.safetensors", pack_tensors(confusion=accuracy.confusion))
+    note(found, unit, outcome)
+    if state in found.shards():
+        found.forget(state)
+    return outcome
 
 
 def held_out(val: Labelled, train: Labelled) -> Labelled:
@@ -85,10 +79,7 @@ def held_out(val: Labelled, train: Labelled) -> Labelled:
 def teacher_of(exam: Exam, device: str) -> Teacher:
     """The teacher on a device, asked for the classes of the set in their order."""
     if isinstance(exam.teacher, Artifact):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "teacher.safetensors")
-            path.write_bytes(exam.teacher.read(path.name))
-            encoder, positions = load_encoder(path), list(range(len(exam.class_names)))
+        encoder, positions = read_teacher(exam.teacher), list(range(len(exam.class_names)))
     else:
         assert exam.teacher is not None
         path = exam.teacher.path()
@@ -98,51 +89,60 @@ def teacher_of(exam: Exam, device: str) -> Teacher:
     return lambda images: encoder.logits(2 * images - 1)[:, order]
 
 
+def read_teacher(teacher: Artifact) -> Encoder:
+    """The network that the teacher's stage has written."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, TEACHER_SHARD)
+        path.write_bytes(teacher.read(TEACHER_SHARD))
+        return load_encoder(path)
+
+
 def unit_of(seed: int) -> str:
     return f"seed-{seed}"
 
 
 def run_all(context: Context, stages: Sequence[Stage]) -> None:
-    """Run every missing (stage, seed) at once; each result is stored as it arrives."""
+    """Train every missing (stage, seed) at once. Each student is stored when it is finished, whatever becomes of the driver;
+    one that fails on every attempt stops no other and is named in the end by :class:`IncompletePool`."""
     config, storage = context.config.evaluation, context.storage
     task = ray.remote(sit).options(num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task, max_retries=3)
-    running: dict[Any, tuple[Stage, int]] = {}
+    running: dict[Any, tuple[Stage, Artifact, str]] = {}
     for stage in {stage.key(storage): stage for stage in stages}.values():
-        exam = _exam(context, stage)
+        exam, artifact, missing = _exam(context, stage), stage.artifact(storage), stage.missing(storage)
+        noted = [unit for unit in missing if f"{unit}.json" in artifact.shards()]
+        if noted:  # an interrupted run has not committed them
+            outcomes = {unit: json.loads(shard) for unit, shard in read_many(artifact, noted, "json")}
+            commit_units(artifact, outcomes, sum(outcome["seconds"] for outcome in outcomes.values()))
         for seed in config.seeds:
-            if unit_of(seed) in stage.missing(storage):
-                running[task.remote(exam, seed)] = (stage, seed)
+            if unit_of(seed) in set(missing) - set(noted):
+                running[task.remote(exam, seed, artifact)] = (stage, artifact, unit_of(seed))
+    failed: list[str] = []
     with Progress("evaluate", len(running), "students") as progress:
         while running:
             (ref,), _ = ray.wait(list(running), num_returns=1)
-            stage, seed = running.pop(ref)
-            outcome, confusion = results(ref)
-            artifact = stage.artifact(storage)
-            artifact.write(f"{unit_of(seed)}.json", json.dumps(outcome).encode())
-            artifact.write(f"{unit_of(seed)}.safetensors", confusion)
-            commit_units(artifact, {unit_of(seed): outcome}, outcome["seconds"])
+            stage, artifact, unit = running.pop(ref)
+            try:
+                outcome = results(ref)
+            except ray.exceptions.RayError as error:
+                failed.append(f"{stage.title}, {unit}: {str(error).strip().splitlines()[-1]}")
+                continue
+            commit_units(artifact, {unit: outcome}, outcome["seconds"])
             progress.advance(1)
+    if failed:
+        raise IncompletePool(f"{len(failed)} students failed every attempt, e.g. {failed[0]}; the same command tries again")
 
 
 def _exam(context: Context, stage: Stage) -> Exam:
-    storage, config = context.storage, context.config.evaluation
-
-    def split(name: str, per_class: int | None = None) -> Split:
-        units = by_class(stage.inputs[name].units)
-        ordered = tuple(tuple(units[label]) for label in context.classes.source_labels)
-        return Split(stage.inputs[name].artifact(storage), ordered, per_class)
-
+    storage, val = context.storage, stage.inputs.get("val")
     plain = {key: value for key, value in stage.params.items() if key in ProtocolConfig.model_fields}
     teacher = stage.inputs["teacher"].artifact(storage) if "teacher" in stage.inputs else stage.weights.get("teacher")
-    val = split("val", stage.params["val_per_class"]) if "val" in stage.inputs else None
     return Exam(
-        ProtocolConfig.model_validate(plain), stage.inputs["set"].artifact(storage), split("test"), val, teacher,
-        context.classes.names, config.threads_per_task,
+        ProtocolConfig.model_validate(plain), stage.inputs["set"].artifact(storage), Split.of(context, stage.inputs["test"]),
+        Split(val.artifact(storage), tuple((unit,) for unit in val.units)) if val else None, teacher, context.classes.names,
+        context.config.evaluation.threads_per_task,
     )  # fmt: skip
 
 
 def confusion(artifact: Artifact, units: Sequence[str]) -> Tensor:
     """int64 [C, C], the sum over some students of a row (see :class:`ims3_ray.evaluation.Accuracy`)."""
-    from safetensors.torch import load
-
     return torch.stack([load(artifact.read(f"{unit}.safetensors"))["confusion"] for unit in units]).sum(dim=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,10 @@ class Guides:
         return Gaussian.of(total, squares, int(count))  # type: ignore[arg-type]
 
 
+HELD = 64
+"""Groups of starts, or classes' modes, that are kept for the next unit."""
+
+
 class Candidates:
     """Samples the generator. Image ``index`` of a class starts from noise seeded by (run seed, class, index) alone.
 
@@ -85,7 +89,7 @@ class Candidates:
         self, sampling: SamplingConfig, weights: Path, adapters: Adapters | None, autoencoder: Path | None, seed: int,
         device: str, guides: Guides | None = None,
     ) -> None:  # fmt: skip
-        self.guides, self.held = guides, cache(self._held)
+        self.guides, self.held = guides, lru_cache(HELD)(self._held)
         self.sampling, self.seed, self.device, self.batch = sampling, seed, device, sampling.unit_size
         self.models = GroupModels(weights, adapters, device, DTYPES[sampling.precision], sampling.compile)
         self.decoder = Decoder(autoencoder, device, sampling.precision) if autoencoder is not None else None
@@ -144,7 +148,7 @@ class Candidates:
         if self.guides.modes is not None:
             return self.guides.modes_of(label)
         g, rng = self.sampling.inverted_gaussian, generator_for(self.seed, "starts", label, group)
-        return draw_group(self.guides.gaussian_of(label), self.guides.k, g.groups, g.skewness, rng)
+        return draw_group(self.guides.gaussian_of(label), self.guides.k, g.groups, g.skewness, rng, self.device)
 
 
 class Stored:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from ims3_ray.artifacts import Artifact
 from ims3_ray.cluster import results
+from ims3_ray.evaluation import Labelled
 from ims3_ray.progress import Progress
-from ims3_ray.stages.base import Context, Stage, commit_units, pack_tensors, read_many
+from ims3_ray.stages.base import Context, Stage, by_class, commit_units, pack_tensors, read_class, read_many
 
 
 def write_class(artifact: Artifact, unit: str, pixels: Tensor, **more: Tensor) -> dict[str, Any]:
@@ -36,6 +38,23 @@ def read_set(images: Artifact, classes: int | None = None) -> tuple[Tensor, Tens
     units = sorted((images.manifest() or {})["units"])[:classes]
     parts = [load(shard)["pixels"] for _, shard in read_many(images, units, "safetensors")]
     return torch.cat(parts), torch.cat([torch.full((len(part),), position) for position, part in enumerate(parts)])
+
+
+@dataclass(frozen=True)
+class Split:
+    """Real images: the shards of each class in order."""
+
+    artifact: Artifact
+    units: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, context: Context, encode: Stage) -> Split:
+        units = by_class(encode.units)
+        return cls(encode.artifact(context.storage), tuple(tuple(units[label]) for label in context.classes.source_labels))
+
+    def read(self) -> Labelled:
+        parts = [read_class(self.artifact, units, "pixels") for units in self.units]
+        return torch.cat(parts), torch.cat([torch.full((len(part),), position) for position, part in enumerate(parts)])
 
 
 def spread(function: Any, shared: Any, classes: Sequence[Any], per_task: int, **resources: float) -> list[Any]:

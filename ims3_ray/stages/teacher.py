@@ -4,32 +4,49 @@ from __future__ import annotations
 
 from functools import partial
 
-from ims3_ray.config import canonical
-from ims3_ray.stages.base import Context, Stage, by_class, commit_units
-from ims3_ray.stages.evaluate import Split
-from ims3_ray.stages.pretrain_encoder import Images, encoder_loop
-from ims3_ray.stages.train import fit
+import ray
+import torch
 
-SHARD = "teacher.safetensors"
+from ims3_ray.artifacts import Artifact
+from ims3_ray.cluster import own_device, results
+from ims3_ray.config import canonical
+from ims3_ray.data.transforms import to_signed
+from ims3_ray.stages.base import Context, Stage, commit_units
+from ims3_ray.stages.evaluate import TEACHER_SHARD, read_teacher
+from ims3_ray.stages.pretrain_encoder import Images, encoder_loop
+from ims3_ray.stages.sets import Split
+from ims3_ray.stages.train import fit
 
 
 def run(context: Context, stage: Stage) -> None:
-    """Train and commit it; a run that was interrupted continues from the last epoch."""
+    """Train, test and commit it; a run that was interrupted continues from the last epoch."""
     config, storage, artifact = context.config.evaluation.teacher, context.storage, stage.artifact(context.storage)
-    encode = stage.inputs["images"]
-    units = by_class(encode.units)
-    images = Split(encode.artifact(storage), tuple(tuple(units[label]) for label in context.classes.source_labels))
+    images, trainer = Split.of(context, stage.inputs["images"]), config.trainer
     checkpoints = f"{artifact.folder}/train"
     arguments = {
-        "training": canonical(config.training), "threads": config.trainer.threads_per_worker, "seed": 0,
+        "training": canonical(config.training), "threads": trainer.threads_per_worker, "seed": 0,
         "images": partial(_with_names, images, context.classes.names),
     }  # fmt: skip
-    print(f"{stage.title}: {config.training.epochs} epochs of {encode.images} images", flush=True)
-    outcome = fit(encoder_loop, arguments, config.trainer, "teacher", storage.address(checkpoints))
-    digest = artifact.write(SHARD, outcome["weights"])
-    entry = {"sha256": digest, "images": outcome["images"] * config.training.epochs, "loss": outcome["losses"][-1]}
+    print(f"{stage.title}: {config.training.epochs} epochs of {stage.inputs['images'].images} images", flush=True)
+    outcome = fit(encoder_loop, arguments, trainer, "teacher", storage.address(checkpoints))
+    digest = artifact.write(TEACHER_SHARD, outcome["weights"])
+    judge = ray.remote(judged).options(num_cpus=trainer.cpus_per_worker, num_gpus=trainer.gpus_per_worker)
+    accuracy = results(judge.remote(artifact, Split.of(context, stage.inputs["test"]), trainer.threads_per_worker))
+    print(f"{stage.title}: {accuracy:.1f} % on the test split", flush=True)
+    images_seen = outcome["images"] * config.training.epochs
+    entry = {"sha256": digest, "images": images_seen, "loss": outcome["losses"][-1], "test_accuracy": accuracy}
     commit_units(artifact, {"result": entry}, outcome["seconds"])
     storage.delete(checkpoints)
+
+
+def judged(teacher: Artifact, test: Split, threads: int) -> float:
+    """Test accuracy in per cent: a teacher whose classes are in another order teaches nothing."""
+    torch.set_num_threads(threads)
+    device = own_device()
+    encoder, (pixels, labels) = read_teacher(teacher).to(device), test.read()
+    with torch.inference_mode():
+        predicted = torch.cat([encoder.logits(to_signed(part.to(device))).argmax(dim=1).cpu() for part in pixels.split(100)])
+    return 100 * (predicted == labels).double().mean().item()
 
 
 def _with_names(images: Split, names: tuple[str, ...]) -> Images:

@@ -60,6 +60,7 @@ class UnitWorker:
     def __init__(self, works: Sequence[Work], threads: int, encoders: int) -> None:
         self.works, self.threads, self.device = works, threads, own_device()
         self.built: dict[int, tuple[Producer, list[Derive]]] = {}
+        """Of the task at hand alone: its models go before the next one's come."""
         self.busy = threading.Lock()
         self.unusable = False
         """Whether the device has failed, after which it fails for every unit: a new process has to take it."""
@@ -104,6 +105,7 @@ class UnitWorker:
             time.sleep(GRACE_S)  # in which the row of the unit that broke it leaves
             os._exit(1)  # not a failure of this unit: Ray starts another actor, which tries it
         if task not in self.built:
+            self.built.clear()
             work = self.works[task]
             self.built[task] = work.producer(self.device), [derivation.build(self.device) for derivation in work.derivations]
         produce, derivers = self.built[task]

@@ -25,9 +25,10 @@ from ims3_ray.models.encoder import load_encoder
 from ims3_ray.models.generator import load_generator
 from ims3_ray.plan import Plan, make_comparison, make_evaluation
 from ims3_ray.seeds import seed_for
-from ims3_ray.stages.base import Stage
-from ims3_ray.stages.evaluate import Exam, Split, held_out, teacher_of
-from ims3_ray.stages.sets import read_set
+from ims3_ray.stages import modes, refine
+from ims3_ray.stages.base import Context, Stage
+from ims3_ray.stages.evaluate import Exam, held_out, run_all, teacher_of
+from ims3_ray.stages.sets import Split, read_set
 from tests.conftest import CLASSES, tiny_values
 from tests.e2e.conftest import ROOT, write_config
 from tests.ray.conftest import Run
@@ -69,8 +70,9 @@ def test_soft_labels_come_from_a_teacher_that_the_project_trains(tiny_run: Run):
     assert rows["soft/convnet-3"]["curve"][-1]["loss"] < 0.1  # a divergence at T = 20, no cross entropy
     storage = Storage.at(config.storage)
     (teacher,) = [stage for stage in make_evaluation(config).stages if stage.kind == "teacher"]
-    manifest = teacher.manifest(storage) or {}
-    assert manifest["units"]["result"]["images"] == 2 * 90
+    entry = (teacher.manifest(storage) or {})["units"]["result"]
+    assert entry["images"] == 2 * 90
+    assert 0 <= entry["test_accuracy"] <= 100
     exam = Exam(config.evaluation.protocols["soft"], teacher.artifact(storage), Split(teacher.artifact(storage), ()), None,
                 teacher.artifact(storage), CLASSES, 1)  # fmt: skip
     images = torch.rand(4, 1, 8, 8)
@@ -217,3 +219,31 @@ def test_each_number_of_images_takes_the_first_subgroups_of_the_same_pool(plan: 
     for name in ("dit", "dit_im", "minimax"):
         small, large = (read_set(plan.sets[f"{name} K={k}"].images.artifact(tiny_run.storage))[0] for k in (1, 2))
         assert torch.equal(small, large[::2])
+
+
+def test_students_and_classes_that_were_finished_are_kept(plan: Plan[CompareConfig], tiny_run: Run):
+    """As if the run had been killed with one student and one class of each stage to go."""
+    storage = tiny_run.storage
+    context: Any = Context(plan.config, storage, plan.classes, None)
+    scored = plan.sets["cao2 K=2"]
+    students = scored.rows["hard/convnet-3"]
+    for stage, run in ((one(plan, "modes", "2 modes"), modes.run), (scored.images, refine.run), (students, None)):
+        artifact, before = stage.artifact(storage), stage.manifest(storage) or {}
+        folder = Path(artifact.address)
+        lost = stage.units[-1]
+        if run is None:
+            units = {unit: entry for unit, entry in before["units"].items() if unit != lost}
+            artifact.commit({**before, "units": units})
+        else:
+            (folder / "manifest.json").unlink()
+        for file in (folder / "shards").glob(f"{lost}*"):
+            file.unlink()
+        kept = {file: file.stat().st_mtime_ns for file in (folder / "shards").iterdir()}
+        assert kept
+        run(context, stage) if run else run_all(context, [stage])
+        assert {file: file.stat().st_mtime_ns for file in kept} == kept
+        after = stage.manifest(storage) or {}
+        assert before.get("content") == after.get("content")
+        for unit in stage.units:
+            first, second = ({k: v for k, v in m["units"][unit].items() if k != "seconds"} for m in (before, after))
+            assert first == second

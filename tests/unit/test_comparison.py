@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ims3_ray.comparison import comparison_tables, difference, markdown, pooled
+from ims3_ray.comparison import comparison_tables, difference, difference_text, markdown, pooled, significant
 from ims3_ray.config import CompareConfig
 from ims3_ray.errors import UserError
 from ims3_ray.loading import load_config
@@ -26,7 +26,7 @@ def test_the_spread_of_values_is_numpys():
     assert found["mean"] == pytest.approx(72)
     assert found["std"] == pytest.approx(math.sqrt(7))
     assert found["sem"] == pytest.approx(math.sqrt(7 / 3))
-    assert spread([70.0])["sem"] == 0
+    assert spread([70.0])["sem"] is None
 
 
 def test_the_error_of_a_mean_over_several_sets_is_that_of_their_means():
@@ -42,6 +42,15 @@ def test_the_error_of_a_mean_over_several_sets_is_that_of_their_means():
 def test_errors_of_independent_means_add_in_squares():
     found = difference({"mean": 72.0, "sem": 0.3}, {"mean": 71.0, "sem": 0.4})
     assert found == {"mean": 1.0, "sem": pytest.approx(0.5)}
+
+
+def test_a_difference_of_single_values_is_never_significant():
+    found = difference(spread([72.0]), spread([70.0, 70.2]))
+    assert found == {"mean": pytest.approx(1.9), "sem": None}
+    assert not significant(found)
+    assert difference_text(found) == "+1.9"
+    assert significant({"mean": -1.0, "sem": 0.4})
+    assert not significant({"mean": -1.0, "sem": 0.6})
 
 
 def results_of(config: CompareConfig, accuracy: dict[tuple[str, int, int], list[float]]) -> tuple[Plan[Any], dict[str, Any]]:
@@ -75,6 +84,15 @@ def test_the_table_marks_differences_of_more_than_two_errors():
     assert "41.8 ± 0.3" in lines["IMS3"]
     assert "`hashims3-10-0` `hashims3-10-1`" in lines["IMS3"]
     assert "sets of several run seeds" in text
+    herding = [70.0, 71.0, 72.0]
+    same, found = results_of(config.model_copy(update={"arms": {"dit": config.arms["dit"]}}), {
+        ("dit", 10, 0): herding, ("dit", 10, 1): herding,
+    })  # fmt: skip
+    for each in found["sets"].values():
+        each["content"] = "the same"  # what chooses without chance chooses the same whatever the seed
+    ((line,),) = ([table["lines"][0]] for table in comparison_tables(same, found))
+    assert line["content"] == ["the same"]
+    assert line["last"] == spread(herding)
     assert "student seeds 0, 1, 2" in text
 
 

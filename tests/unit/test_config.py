@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ims3_ray.config import PretrainConfig, RunConfig
+from ims3_ray.config import CompareConfig, PretrainConfig, RunConfig
 from ims3_ray.errors import UserError
 from ims3_ray.loading import load_config
 
@@ -30,6 +30,23 @@ def test_a_file_extends_another_and_overrides_come_last(tmp_path: Path):
     config = load_config(RunConfig, tmp_path / "run.yaml", ["selection.beta=0.5"])
     assert (config.selection.groups, config.selection.alpha, config.selection.beta) == (7, 0.2, 0.5)
     assert list(config.arms) == ["random_real", "dit_s3", "ims3"]
+
+
+def test_several_files_add_up_and_tables_by_number_replace_each_other(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("evaluation: {protocols: {hard: {epochs: {1: 3000, 10: 2000}, lr: 0.1}}}\n")
+    (tmp_path / "b.yaml").write_text("evaluation: {protocols: {hard: {epochs: {50: 7}}}}\n")
+    config = load_config(RunConfig, [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")])
+    assert config.evaluation.protocols["hard"].epochs == {50: 7}
+    assert config.evaluation.protocols["hard"].lr == 0.1
+
+
+def test_a_pool_must_suffice_for_every_arm_and_every_budget():
+    arms = "arms.x={title: X, images: generated, overrides: {selection: {groups: 20}}}"
+    with pytest.raises(UserError, match="20·10 = 200 images"):
+        load_config(RunConfig, None, ["pool.per_class=50", arms])
+    load_config(CompareConfig, None, ["pool.per_class=20", "selection.groups=20", "budgets=[1]"])
+    with pytest.raises(UserError, match="5·50 = 250 images"):
+        load_config(CompareConfig, None, ["pool.per_class=50", "budgets=[1, 50]"])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ims3_ray import evaluation
 from ims3_ray.config import ProtocolConfig
 from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.evaluation import (
@@ -167,6 +168,21 @@ def test_a_student_learns_what_can_be_learnt_and_the_same_seed_learns_the_same()
     again = train_student("convnet-2", train, test, 3, quick(), 0, val=val)[1]
     assert again.curve == accuracy.curve
     assert train_student("convnet-2", train, test, 3, quick(), 1)[1].curve != accuracy.curve
+
+
+def test_an_interrupted_training_goes_on_to_the_same_student(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(evaluation, "SAVE_EVERY_S", 0.0)
+    train, test, val = bars(4, 1), bars(5, 2), bars(2, 3)
+    protocol = quick(optimizer="adamw", lr=0.01, augment={"max_shift": 1, "flip": True}, cutmix=True, norm="batch")
+    saved: list[bytes] = []
+    student, accuracy = train_student("convnet-2", train, test, 3, protocol, 0, val=val, save=saved.append)
+    assert len(saved) == 2  # after the first and the second of three validations
+    for state in saved:
+        again, same = train_student("convnet-2", train, test, 3, protocol, 0, val=val, resume=state)
+        assert same.curve == accuracy.curve
+        assert torch.equal(same.confusion, accuracy.confusion)
+        for mine, other in zip(again.parameters(), student.parameters(), strict=True):
+            assert torch.equal(mine, other)
 
 
 def test_without_held_out_images_nothing_is_chosen_by_them():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ims3_ray.config import CompareConfig, PretrainConfig, RunConfig
+from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig
 from ims3_ray.data.sources import open_source
 from ims3_ray.loading import load_config, reference
 from ims3_ray.models.checkpoints import check_fit, weights_path
@@ -22,8 +22,17 @@ CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_config_loads(file: Path):
-    trees = {"pretrain": PretrainConfig, "compare": CompareConfig}
+    trees = {"pretrain": PretrainConfig, "compare": CompareConfig, "data": EvaluateConfig}
     load_config(trees.get(file.parent.name, RunConfig), file)
+
+
+def test_a_data_set_and_a_protocol_are_enough_to_score_sets():
+    files = [str(ROOT / "configs" / f"{name}.yaml") for name in ("data/imagewoof", "protocols/minimax", "protocols/rded")]
+    config = load_config(EvaluateConfig, files, ["sets.mine=distilled"])
+    assert (config.data.size, len(config.data.classes or ())) == (256, 10)
+    assert list(config.evaluation.rows) == [
+        "minimax/convnet-6", "minimax/resnetap-10", "minimax/resnet-18", "rded/resnet-18", "rded/resnet-50", "rded/resnet-101",
+    ]  # fmt: skip
 
 
 def test_the_demo_config_is_the_default():
