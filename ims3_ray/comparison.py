@@ -9,7 +9,7 @@ from typing import Any
 
 from ims3_ray.config import CompareConfig
 from ims3_ray.plan import Plan
-from ims3_ray.results import KINDS, Results, spread
+from ims3_ray.results import KINDS, Results, spread, spread_text
 
 
 def comparison_tables(plan: Plan[CompareConfig], results: Results) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ def markdown(config: CompareConfig, tables: Sequence[dict[str, Any]]) -> str:
         head = ["method", *KINDS, f"− {against}", *(["published"] if table["published"] else []), "sets"]
         parts += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for line in table["lines"]:
-            cells = [line["title"], *(_spread(line.get(kind)) for kind in KINDS), _difference(line["difference"])]
+            cells = [line["title"], *(spread_text(line.get(kind)) for kind in KINDS), _difference(line["difference"])]
             cells += [line["published"] or ""] if table["published"] else []
             parts.append(f"| {' | '.join([*cells, ' '.join(f'`{content}`' for content in line['content'])])} |")
         parts.append("")
@@ -88,10 +88,6 @@ def markdown(config: CompareConfig, tables: Sequence[dict[str, Any]]) -> str:
 
 def _listed(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
-
-
-def _spread(value: dict[str, Any] | None) -> str:
-    return f"{value['mean']:.1f} ± {value['std']:.1f}" if value else ""
 
 
 def difference_text(value: dict[str, Any] | None) -> str:

@@ -75,6 +75,11 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"seeds": list(values), "mean": statistics.fmean(values), "std": std, "sem": sem}
 
 
+def spread_text(value: Mapping[str, Any] | None) -> str:
+    """As in ``72.2 ± 0.9``; empty for none."""
+    return f"{value['mean']:.1f} ± {value['std']:.1f}" if value else ""
+
+
 def stage_row(stage: Stage, storage: Storage) -> dict[str, Any]:
     """Title, key, seconds and images of a committed stage."""
     manifest = stage.manifest(storage) or {}

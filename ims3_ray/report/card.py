@@ -6,7 +6,7 @@ import yaml
 
 from ims3_ray.config import RunConfig, canonical
 from ims3_ray.data.classes import ClassTable
-from ims3_ray.results import KINDS, Results
+from ims3_ray.results import KINDS, Results, spread_text
 
 
 def accuracy_rows(results: Results) -> list[str]:
@@ -14,8 +14,8 @@ def accuracy_rows(results: Results) -> list[str]:
     rows = ["| images | protocol | last | best | val |", "|---|---|---|---|---|"]
     for found in results["sets"].values():
         for row, values in found["rows"].items():
-            cells = [f"{v['mean']:.1f} ± {v['std']:.1f}" if (v := values.get(kind)) else "" for kind in KINDS]
-            rows.append(f"| {found['title']} | {row} | {' | '.join(cells)} |")
+            cells = [found["title"], row, *(spread_text(values.get(kind)) for kind in KINDS)]
+            rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 

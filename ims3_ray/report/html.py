@@ -13,7 +13,7 @@ from ims3_ray.comparison import difference_text, significant
 from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, WorkConfig, canonical
 from ims3_ray.data.classes import ClassTable
 from ims3_ray.report.figures import curve_chart, line_chart
-from ims3_ray.results import Results
+from ims3_ray.results import Results, spread_text
 
 SHEET_CLASSES = 50
 """The images of so many classes are shown; browsers draw no pictures of tens of thousands of pixels."""
@@ -75,7 +75,7 @@ def _render(template: str, config: WorkConfig, classes: ClassTable, results: Res
         autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.PackageLoader("ims3_ray", "report")
     )
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
-    environment.filters |= {"exp": math.exp, "significant": significant, "difference": difference_text}
+    environment.filters |= {"exp": math.exp, "significant": significant, "difference": difference_text, "spread": spread_text}
     rows = [row for found in results["sets"].values() for row in found["rows"].values()]
     return environment.get_template(template).render(
         config=config, classes=classes, shown=classes.names[:SHEET_CLASSES], results=results,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Console
 from rich.table import Table
 
 from ims3_ray.comparison import difference_text
 from ims3_ray.pipeline import RunResult
-from ims3_ray.results import KINDS
+from ims3_ray.results import KINDS, spread_text
 
 
 def print_result(result: RunResult, console: Console | None = None) -> None:
@@ -20,7 +18,7 @@ def print_result(result: RunResult, console: Console | None = None) -> None:
     table = _table("images", *(["protocol"] if several else []), *KINDS)
     for found in sets:
         for row, values in found["rows"].items():
-            table.add_row(found["title"], *([row] if several else []), *(_spread(values.get(kind)) for kind in KINDS))
+            table.add_row(found["title"], *([row] if several else []), *(spread_text(values.get(kind)) for kind in KINDS))
     console.print(result.results["metric"], soft_wrap=True)
     console.print(table)
     if skipped := result.results["skipped_images"]:
@@ -38,7 +36,7 @@ def print_comparison(result: RunResult, console: Console | None = None) -> None:
         for line in found["lines"]:
             cells = [
                 line["title"],
-                *(_spread(line.get(kind)) for kind in KINDS),
+                *(spread_text(line.get(kind)) for kind in KINDS),
                 difference_text(line["difference"]),
             ]
             table.add_row(*cells, *([line["published"] or ""] if found["published"] else []))
@@ -52,7 +50,3 @@ def _table(first: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
-
-
-def _spread(value: dict[str, Any] | None) -> str:
-    return f"{value['mean']:.1f} ± {value['std']:.1f}" if value else ""

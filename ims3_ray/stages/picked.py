@@ -21,8 +21,6 @@ from ims3_ray.seeds import generator_for
 from ims3_ray.stages.base import Context, Stage
 from ims3_ray.stages.sets import commit_set, spread, write_class
 
-CLASSES_PER_TASK = 50
-
 
 @dataclass(frozen=True)
 class Source:
@@ -57,7 +55,7 @@ def run_held_out(context: Context, stage: Stage) -> None:
 def _pick(context: Context, stage: Stage, indices: Sequence[list[int]], whole: bool) -> None:
     began, artifact = time.monotonic(), stage.artifact(context.storage)
     way = Source(context.config.data, stage.places["path"], stage.places["split"], artifact, whole)
-    entries = spread(pick_classes, way, list(zip(stage.units, indices, strict=True)), CLASSES_PER_TASK)
+    entries = spread(pick_classes, way, list(zip(stage.units, indices, strict=True)))
     commit_set(artifact, dict(zip(stage.units, entries, strict=True)), time.monotonic() - began)
 
 

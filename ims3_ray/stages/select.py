@@ -31,9 +31,6 @@ from ims3_ray.stages.sets import commit_set, spread, write_class
 LISTENING = 4
 """S3 actors, a process each, that listen while candidates are made."""
 
-CLASSES_PER_TASK = 50
-"""What a task does of a stage that looks at classes one by one; fewer classes in all are no work to send away."""
-
 
 @dataclass(frozen=True)
 class ClassUnits:
@@ -163,7 +160,7 @@ def choose_one_by_one(context: Context, stage: Stage) -> list[Tensor]:
     units = class_units(context, stage.inputs["images"], stage.run.pool_size)
     others = class_units(context, references.inputs["images"], 0) if references else [None] * len(units)
     counts = [c.count if real else stage.params["pool"] for c in units]
-    return spread(choose_classes, look, list(zip(units, others, counts, strict=True)), CLASSES_PER_TASK)
+    return spread(choose_classes, look, list(zip(units, others, counts, strict=True)))
 
 
 # The images
@@ -217,6 +214,6 @@ def run(context: Context, stage: Stage) -> None:
     way = Gathered(ImageStore.of(images, context.storage), artifact, actors.threads, kind_of(context, images))
     resources = {"num_cpus": actors.cpus, "num_gpus": actors.gpus} if way.store.form == "latents" else {}
     classes = list(zip(stage.units, class_units(context, images, stage.run.pool_size), chosen, strict=True))
-    made = spread(gather_classes, way, classes, CLASSES_PER_TASK, **resources)
+    made = spread(gather_classes, way, classes, **resources)
     entries = dict(zip(stage.units, made, strict=True))
     commit_set(artifact, entries, time.monotonic() - began, s3=table)

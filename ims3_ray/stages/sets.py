@@ -40,6 +40,10 @@ def read_set(images: Artifact, classes: int | None = None) -> tuple[Tensor, Tens
     return torch.cat(parts), torch.cat([torch.full((len(part),), position) for position, part in enumerate(parts)])
 
 
+CLASSES_PER_TASK = 50
+"""What a task does of a stage that looks at classes one by one; fewer classes in all are no work to send away."""
+
+
 @dataclass(frozen=True)
 class Split:
     """Real images: the shards of each class in order."""
@@ -57,13 +61,13 @@ class Split:
         return torch.cat(parts), torch.cat([torch.full((len(part),), position) for position, part in enumerate(parts)])
 
 
-def spread(function: Any, shared: Any, classes: Sequence[Any], per_task: int, **resources: float) -> list[Any]:
+def spread(function: Any, shared: Any, classes: Sequence[Any], **resources: float) -> list[Any]:
     """``function(shared, classes)``, by tasks that take some classes each if there are many, or if a device is needed."""
-    if len(classes) <= per_task and not resources:
+    if len(classes) <= CLASSES_PER_TASK and not resources:
         return list(function(shared, classes))
     task = ray.remote(function).options(max_retries=3, **resources)
     shared_ref = ray.put(shared)
-    parts = [classes[start : start + per_task] for start in range(0, len(classes), per_task)]
+    parts = [classes[start : start + CLASSES_PER_TASK] for start in range(0, len(classes), CLASSES_PER_TASK)]
     return [row for rows in results([task.remote(shared_ref, part) for part in parts]) for row in rows]
 
 

@@ -21,7 +21,7 @@ from ims3_ray.errors import IncompletePool
 from ims3_ray.plan import make_plan
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection import SELECTORS, ClassImages, centroid, select_subgroups
-from ims3_ray.stages import pool, select
+from ims3_ray.stages import pool, select, sets
 from ims3_ray.stages.base import Context, Stage, by_class
 from ims3_ray.stages.images import ImageStore, Produced
 from ims3_ray.stages.pool import Task, _check_alike, run_tasks
@@ -307,7 +307,7 @@ def test_every_selector_chooses_from_the_same_pool_and_from_real_images(tiny_run
     assert {stage.kind for stage in plan.stages if stage.missing(tiny_run.storage)} == {"select", "evaluate", "export"}
     context: Any = Context(plan.config, tiny_run.storage, plan.classes, None)
     nodes = {(s.kind, s.label): s for s in plan.stages}
-    monkeypatch.setattr(select, "CLASSES_PER_TASK", 2)  # so that tasks do it
+    monkeypatch.setattr(sets, "CLASSES_PER_TASK", 2)  # so that tasks do it
     for arm in arms:
         select.run(context, nodes["select", arm])
     for name, selector in SELECTORS.items():
