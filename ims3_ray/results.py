@@ -76,8 +76,10 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def spread_text(value: Mapping[str, Any] | None) -> str:
-    """As in ``72.2 ± 0.9``; empty for none."""
-    return f"{value['mean']:.1f} ± {value['std']:.1f}" if value else ""
+    """As in ``72.2 ± 0.9``, without deviation for a single value; empty for none."""
+    if not value:
+        return ""
+    return f"{value['mean']:.1f}" + ("" if value["sem"] is None else f" ± {value['std']:.1f}")
 
 
 def stage_row(stage: Stage, storage: Storage) -> dict[str, Any]:

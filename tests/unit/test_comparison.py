@@ -15,7 +15,7 @@ from ims3_ray.config import CompareConfig
 from ims3_ray.errors import UserError
 from ims3_ray.loading import load_config
 from ims3_ray.plan import Plan, make_comparison
-from ims3_ray.results import spread
+from ims3_ray.results import spread, spread_text
 from tests.conftest import tiny_values
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -27,6 +27,7 @@ def test_the_spread_of_values_is_numpys():
     assert found["std"] == pytest.approx(math.sqrt(7))
     assert found["sem"] == pytest.approx(math.sqrt(7 / 3))
     assert spread([70.0])["sem"] is None
+    assert [spread_text(value) for value in (found, spread([70.0]), None)] == ["72.0 ± 2.6", "70.0", ""]
 
 
 def test_the_error_of_a_mean_over_several_sets_is_that_of_their_means():
