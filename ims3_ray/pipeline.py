@@ -15,7 +15,7 @@ from ims3_ray.cluster import connected
 from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, WorkConfig, canonical
 from ims3_ray.errors import UserError
 from ims3_ray.plan import DERIVED, Config, Plan, make_comparison, make_evaluation, make_plan
-from ims3_ray.results import Results, gather, slug, stage_metrics, stage_row
+from ims3_ray.results import Results, gather, stage_metrics, stage_row
 from ims3_ray.stages.base import Context, Stage
 from ims3_ray.stages.s3 import Listener
 from ims3_ray.tracking import Tracker
@@ -153,14 +153,13 @@ def run_stages(context: Context, stages: list[Stage]) -> None:
         "held_out": picked.run_held_out, "select": select.run, "refine": refine.run, "export": export.run,
     }  # fmt: skip
     storage = context.storage
-    several = sum(stage.kind == "finetune" for stage in stages) > 1
     listeners: dict[Stage, list[Listener]] = {}  # held until the end, and with them the S3 actors
     for stage in stages:
         done = [stage]
+        alike = [s for s in stages if s.kind == stage.kind]
+        if stage.kind in ("encode", "generate", "finetune") and stage is not alike[-1]:
+            continue  # those of a kind depend on nothing of each other: one pass makes them all
         if stage.kind in ("encode", "generate"):
-            alike = [s for s in stages if s.kind == stage.kind]
-            if stage is not alike[-1]:  # those of a kind depend on nothing of each other: one pass makes them all
-                continue
             derived = {s: [d for d in stages if d.kind in DERIVED and d.inputs["images"] is s] for s in alike}
             if stage.kind == "generate":
                 listeners = select.listen(context, stages)
@@ -170,8 +169,9 @@ def run_stages(context: Context, stages: list[Stage]) -> None:
                 check_decoded(context, encoded, _needed(stages) if encoded.label == "train" else 1)
         elif stage.kind in DERIVED or stage.kind == "evaluate":
             continue
-        elif stage.kind == "finetune" and stage.missing(storage):
-            finetune.run(context, stage, f"{slug(stage.title)}/" if several else "")
+        elif stage.kind == "finetune":
+            finetune.run(context, alike)
+            done = alike
         elif stage.missing(storage):
             single[stage.kind](context, stage)
         _log(context, done)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from ims3_ray.artifacts import Storage
 from ims3_ray.plan import Config, Plan, Scored
 from ims3_ray.stages.base import Stage
 from ims3_ray.stages.evaluate import confusion
+from ims3_ray.tracking import slug
 
 Results = dict[str, Any]
 """The content of ``results.json``."""
@@ -97,11 +97,6 @@ def stage_metrics(row: Mapping[str, Any]) -> dict[str, float]:
     label = slug(row["title"])
     rate = {f"images_per_s/{label}": row["images"] / row["seconds"]} if row["seconds"] and row["images"] else {}
     return {f"seconds/{label}": row["seconds"], **rate}
-
-
-def slug(title: str) -> str:
-    """A title as MLflow takes it in names."""
-    return re.sub(r"\W+", "_", title.replace("+", "and")).strip("_")
 
 
 def _instability(plan: Plan[Config], storage: Storage) -> dict[str, Any]:

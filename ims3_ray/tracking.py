@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,11 @@ BATCH = 1000
 LONGEST_PARAM = 6000
 """Characters that MLflow keeps of a parameter's value."""
 PARENT = "mlflow.parentRunId"
+
+
+def slug(title: str) -> str:
+    """A title as MLflow takes it in names."""
+    return re.sub(r"\W+", "_", title.replace("+", "and")).strip("_")
 
 
 def tracking_uri(config: WorkConfig, storage: Storage) -> str:

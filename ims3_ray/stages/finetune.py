@@ -18,7 +18,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ims3_ray.artifacts import Artifact
+from ims3_ray.artifacts import Artifact, Storage
 from ims3_ray.cluster import growing
 from ims3_ray.config import FinetuneConfig, TrainerConfig, canonical
 from ims3_ray.cost import finetune_flops
@@ -35,6 +35,7 @@ from ims3_ray.stages.adapters import Adapters, group_checkpoints, group_unit
 from ims3_ray.stages.base import Context, Stage, parse_unit, read_class
 from ims3_ray.stages.derived import read_latents
 from ims3_ray.stages.train import fit
+from ims3_ray.tracking import slug
 
 POST_EVERY = 5
 
@@ -139,6 +140,7 @@ def _checkpoint(tuner: Finetuner, history: list[Row]) -> None:
 class Group:
     """Classes that are fine-tuned together."""
 
+    stage: Stage
     number: int
     names: list[str]
     arguments: dict[str, Any]
@@ -175,30 +177,40 @@ def groups_of(context: Context, stage: Stage) -> list[Group]:
             "board": board,
         }  # fmt: skip
         names = [table[label][0] for label in labels]
-        groups.append(Group(number, names, arguments, sum(counts[table[label][1]] for label in labels)))
+        groups.append(Group(stage, number, names, arguments, sum(counts[table[label][1]] for label in labels)))
     return groups
 
 
-def run(context: Context, stage: Stage, prefix: str = "") -> None:
-    """Fine-tune the groups that are not committed yet, as many at a time as the cluster has room for. ``prefix`` goes before
-    the names of the losses that are logged."""
-    config, storage = stage.run.finetune, context.storage
-    adapters, missing = Adapters.of(stage, storage), stage.missing(storage)
-    waiting = [group for group in groups_of(context, stage) if group_unit(group.number) in missing]
-    steps = {group.number: config.total_steps(group.images) for group in waiting}
-    with Progress(stage.title, sum(steps.values()), "steps") as progress:
+def run(context: Context, stages: Sequence[Stage]) -> None:
+    """Fine-tune the groups of all stages that are not committed yet, as many at a time as the cluster has room for."""
+    storage, missing = context.storage, {stage: stage.missing(context.storage) for stage in stages}
+    open_stages = [stage for stage in stages if missing[stage]]
+    if not open_stages:
+        return
+    waiting = [g for stage in open_stages for g in groups_of(context, stage) if group_unit(g.number) in missing[stage]]
+    steps = {id(group): group.stage.run.finetune.total_steps(group.images) for group in waiting}
+    title = ", ".join(stage.title for stage in open_stages)
+    with Progress(title, sum(steps.values()), "steps") as progress:
         done, committed = dict.fromkeys(steps, 0), time.monotonic()
-        for group, rows, outcome in _side_by_side(waiting, config.trainer, storage.address(adapters.artifact.folder)):
-            context.tracker.losses(rows, prefix + (f"{group_unit(group.number)}/" if len(stage.units) > 1 else ""))
+        for group, rows, outcome in _side_by_side(waiting, storage):
+            stage, own = group.stage, steps[id(group)]
+            context.tracker.losses(rows, series(stage, group.number, len(stages) > 1))
             if outcome is not None and "diverged" in outcome:
                 raise UserError(_diverged(outcome, image_names(context, stage.inputs["encode"], group)))
             if outcome is not None:
-                adapters.commit(group.number, outcome, steps[group.number] * config.batch_size, time.monotonic() - committed)
+                images = own * stage.run.finetune.batch_size
+                Adapters.of(stage, storage).commit(group.number, outcome, images, time.monotonic() - committed)
                 committed = time.monotonic()
             if rows:
-                done[group.number] = int(rows[-1]["step"])
+                done[id(group)] = int(rows[-1]["step"])
                 progress.at(sum(done.values()), _note(rows))
         progress.done = sum(steps.values())
+
+
+def series(stage: Stage, group: int, several: bool) -> str:
+    """What goes before the names of a group's losses, where there are several groups or fine-tunings."""
+    name = slug(stage.title) if several else ""
+    return "".join(f"{part}/" for part in (name, group_unit(group) if len(stage.units) > 1 else "") if part)
 
 
 def _note(rows: Sequence[Row]) -> str:
@@ -206,17 +218,17 @@ def _note(rows: Sequence[Row]) -> str:
     return f"loss {rows[-1]['loss']:.4f}" + (f", {shares[-1]:.1%} of the device's rate" if shares else "")
 
 
-def _side_by_side(
-    groups: list[Group], trainer: TrainerConfig, folder: str
-) -> Iterator[tuple[Group, list[Row], dict[str, Any] | None]]:
+def _side_by_side(groups: list[Group], storage: Storage) -> Iterator[tuple[Group, list[Row], dict[str, Any] | None]]:
     """Yields (group, its new rows, its outcome once there) about every second for each that runs."""
-    waiting, running, seen = list(groups), dict[Any, Group](), dict.fromkeys((group.number for group in groups), 0)
+    waiting, running, seen = list(groups), dict[Any, Group](), dict.fromkeys(map(id, groups), 0)
     with growing() as ask:
         while waiting or running:
-            room = _room(trainer)
-            ask([trainer.worker_resources] * trainer.num_workers * min(room + 1, len(waiting) + len(running)))
+            wanted = [*running.values(), *waiting]
+            room = _room(max((group.stage.run.finetune.trainer for group in wanted), key=lambda trainer: trainer.num_workers))
+            ask([bundle for group in wanted[: room + 1] for bundle in _bundles(group.stage.run.finetune.trainer)])
             while waiting and len(running) < room:
                 group = waiting.pop(0)
+                folder = storage.address(group.stage.artifact(storage).folder)
                 running[_fit_task.remote(group.arguments, folder)] = group
             finished, _ = ray.wait(list(running), timeout=1.0)
             for task, group in list(running.items()):
@@ -224,9 +236,13 @@ def _side_by_side(
                 if task in finished:
                     del running[task]
                     outcome = ray.get(task)
-                rows: list[Row] = ray.get(group.arguments["board"].read.remote(group.number, seen[group.number]))
-                seen[group.number] = max([seen[group.number], *(int(row["step"]) for row in rows)])
+                rows: list[Row] = ray.get(group.arguments["board"].read.remote(group.number, seen[id(group)]))
+                seen[id(group)] = max([seen[id(group)], *(int(row["step"]) for row in rows)])
                 yield group, rows, outcome
+
+
+def _bundles(trainer: TrainerConfig) -> list[dict[str, float]]:
+    return [trainer.worker_resources] * trainer.num_workers
 
 
 def _room(trainer: TrainerConfig) -> int:

@@ -133,7 +133,7 @@ def test_all_objectives_run_together_and_add_up_on_as_many_workers_as_there_is_r
 ):
     tuning = {"objectives": EVERYTHING, "zero_stage": 0, "batch_size": 7, "trainer": {"num_workers": 1, "max_workers": 2}}
     context, stages = prepare(tiny_world, tmp_path, encoded, finetune=tuning)
-    finetune.run(context, stages["finetune", ""])
+    finetune.run(context, [stages["finetune", ""]])
     artifact = stages["finetune", ""].artifact(context.storage)
     rows = json.loads(artifact.read("losses-0.json"))
     assert all(value.isfinite().all() for value in load(artifact.read("adapter-0.safetensors")).values())
@@ -156,7 +156,7 @@ def test_class_groups_are_tuned_apart_and_each_class_is_sampled_with_its_own(
     context, stages = prepare(tiny_world, tmp_path, encoded, finetune=tuning)
     stage = stages["finetune", ""]
     assert stage.units == ("group-0", "group-1")
-    finetune.run(context, stage)
+    finetune.run(context, [stage])
     assert asked[0] == [{"CPU": 1}, {"CPU": 1}]  # a cluster that can grow does so for both at once
     assert asked[-1] == []
     adapters = Adapters.of(stage, context.storage)
@@ -190,6 +190,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_good(tiny_wor
     order = next(batch_indices(90, 8, 0, 1, seed_for(context.config.seed, "finetune-order", 0) % 2**31)).tolist()
     names = ", ".join(f"train-images-idx3-ubyte[{index}]" for index in order)  # classes lie one after the other in the file
     with pytest.raises(UserError, match=rf"diverged at step 1 \(.*\) on images {re.escape(names)}; .*; lower finetune.lr"):
-        finetune.run(context, stage)
+        finetune.run(context, [stage])
     assert stage.missing(context.storage)
     assert not context.storage.exists(f"{stage.artifact(context.storage).folder}/shards/adapter-0.safetensors")

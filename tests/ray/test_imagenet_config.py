@@ -24,25 +24,26 @@ from ims3_ray.models.difffit import merge_adapter
 from ims3_ray.models.generator import generator_path, load_generator
 from ims3_ray.plan import make_plan
 from ims3_ray.seeds import generator_for
-from ims3_ray.stages import finetune
 from ims3_ray.stages.adapters import Adapters
-from ims3_ray.stages.base import Context, Stage
+from ims3_ray.stages.base import Stage
 from ims3_ray.stages.derived import read_latents
 from ims3_ray.stages.images import Decoder, ImageStore
-from ims3_ray.tracking import Tracker
 from tests.imagenet import places, write_images, write_weights
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def small(world: Path) -> list[str]:
-    """Overrides that leave a config as shipped but for sizes, places and GPUs: IMS3 alone, one of two images a class."""
+    """Overrides that leave a config as shipped but for sizes, places and GPUs: IMS3 in both readings, one of two images a
+    class."""
     return [
         *places(world), "name=woof", "finetune.trainer.gpus_per_worker=0", "actors.gpus=0", "evaluation.gpus_per_task=0",
         "selection.images_per_class=1", "selection.groups=2", "sampling.unit_size=2", "sampling.steps=2",
         "instability={images: 1, steps: 1, lanczos_steps: 1}", "evaluation.seeds=[0]",
         "evaluation.protocols.paper={students: [convnet-6], width: 2, epochs: 1, validations: 1}", "evaluation.val_per_class=1",
         "arms.random_real=null", "arms.dit=null", "arms.dit_s3=null",
+        "arms.ims3_released.overrides.finetune.objectives.diffusion.variance=true",
+        "arms.ims3_released.overrides.finetune.steps=6", "arms.ims3_released.overrides.finetune.epochs=null",
     ]  # fmt: skip
 
 
@@ -52,13 +53,17 @@ def woof(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> RunConfig:
     world = tmp_path_factory.mktemp("imagewoof")
     write_images(world / "images", load_config(RunConfig, CONFIGS / "imagewoof.yaml").data.classes or (), 2)
     write_weights(world)
-    config = load_config(RunConfig, CONFIGS / "imagewoof.yaml", small(world))
+    files = [str(CONFIGS / "imagewoof.yaml"), str(CONFIGS / "methods" / "ims3-released.yaml")]
+    config = load_config(RunConfig, files, small(world))
     distill(config)
     return config
 
 
-def stages_of(config: RunConfig) -> dict[str, Stage]:
-    return {stage.kind: stage for stage in make_plan(config).stages if stage.label != "test"}
+def stages_of(config: RunConfig, released: bool = False) -> dict[str, Stage]:
+    """By kind: those that both readings share, and the ones of either."""
+    stages = [stage for stage in make_plan(config).stages if stage.label != "test"]
+    own = [s for s in stages if s.kind not in ("finetune", "generate") or released == ("released" in s.title)]
+    return {stage.kind: stage for stage in own}
 
 
 def test_every_class_has_its_image_and_the_tuning_its_epochs(woof: RunConfig):
@@ -101,12 +106,8 @@ def test_candidates_are_decoded_samples_of_the_fine_tuned_model(woof: RunConfig)
 
 
 def test_the_released_reading_tunes_on_the_same_latents(woof: RunConfig):
-    file, world = CONFIGS / "imagewoof-released.yaml", Path(woof.storage).parent
-    config = load_config(RunConfig, file, [*small(world), "name=released", "finetune.steps=6"])
-    plan, storage = make_plan(config), Storage.at(config.storage)
-    stages = {stage.kind: stage for stage in plan.stages if stage.label != "test"}
-    assert not stages["latents"].missing(storage)
-    finetune.run(Context(config, storage, plan.classes, Tracker(config, storage)), stages["finetune"])
+    storage, stages = Storage.at(woof.storage), stages_of(woof, released=True)
+    assert stages["finetune"].inputs["latents"] is stages["latents"]
     rows = Adapters.of(stages["finetune"], storage).losses(0)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     weights = {

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load
 
@@ -125,6 +126,7 @@ def comparison(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple
     values = tiny_values(Path(tiny_run.config.generator).parent, Path(tiny_run.config.storage), actors={"count": 2})
     values |= {
         "extends": [str(ROOT / f"configs/methods/{name}.yaml") for name in ("all", "cao2-least")], "name": "comparison",
+        "finetune": {**values["finetune"], "trainer": {"num_workers": 1}},  # what is trained does not depend on it
         "budgets": [1, 2], "against": "dit", "instability": {"images": 0},
         "arms": {
             "d3hr": {"overrides": {"sampling": {"inverted_gaussian": {"groups": 50, "images_per_class": 10}}}},
@@ -158,6 +160,10 @@ def test_every_method_has_its_line_and_its_difference(comparison: tuple[CompareC
             if line is not base:
                 assert line["difference"]["mean"] == pytest.approx(line["last"]["mean"] - base["last"]["mean"])
     folder = Path(result.folder)
+    logged = MlflowClient(f"sqlite:///{folder}/mlflow.db").get_run(result.results["mlflow_run"]).data.metrics
+    assert (
+        "fine_tune_with_diffusion_and_minimax/loss_diversity" in logged
+    )  # fine-tunings side by side, each with its own series
     text = (folder / "table.md").read_text()
     assert "99.9 ± 0.1" in text
     assert "99.9 ± 0.1" in (folder / "report.html").read_text()
