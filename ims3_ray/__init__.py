@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from ims3_ray.config import CompareConfig as CompareConfig
     from ims3_ray.config import EvaluateConfig as EvaluateConfig
     from ims3_ray.config import RunConfig as RunConfig
+    from ims3_ray.config import SweepConfig as SweepConfig
     from ims3_ray.errors import UserError as UserError
     from ims3_ray.pipeline import RunResult as RunResult
     from ims3_ray.pipeline import compare as compare
     from ims3_ray.pipeline import distill as distill
     from ims3_ray.pipeline import evaluate as evaluate
+    from ims3_ray.search.driver import sweep as sweep
 
 compat.install()
 
@@ -26,13 +28,26 @@ _WHERE = {
     "CompareConfig": "ims3_ray.config",
     "EvaluateConfig": "ims3_ray.config",
     "RunConfig": "ims3_ray.config",
+    "SweepConfig": "ims3_ray.config",
     "UserError": "ims3_ray.errors",
     "RunResult": "ims3_ray.pipeline",
     "compare": "ims3_ray.pipeline",
     "distill": "ims3_ray.pipeline",
     "evaluate": "ims3_ray.pipeline",
+    "sweep": "ims3_ray.search.driver",
 }
-__all__ = ["CompareConfig", "EvaluateConfig", "RunConfig", "RunResult", "UserError", "compare", "distill", "evaluate"]
+__all__ = [
+    "CompareConfig",
+    "EvaluateConfig",
+    "RunConfig",
+    "RunResult",
+    "SweepConfig",
+    "UserError",
+    "compare",
+    "distill",
+    "evaluate",
+    "sweep",
+]
 
 
 def __getattr__(name: str) -> Any:

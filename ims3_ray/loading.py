@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, Section, canonical, merge
+from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, Section, SweepConfig, canonical, merge
 from ims3_ray.errors import UserError
 
 Tree = TypeVar("Tree", bound=Section)
@@ -36,6 +36,7 @@ def load_config(tree: type[Tree], file: str | Path | Sequence[str] | None = None
 def build(tree: type[Tree], values: Mapping[str, Any]) -> Tree:
     """``tree`` from nested mappings, merged over the defaults; errors as in :func:`load_config`."""
     merged = merge(_defaults(tree), values)
+    merged |= {key: values[key] for key in WHOLE if key in values}
     merged = _without_removed(merged)
     try:
         return tree.model_validate(merged)
@@ -45,6 +46,29 @@ def build(tree: type[Tree], values: Mapping[str, Any]) -> Tree:
 
 NAMED = ("arms", "evaluation.protocols", "sets")
 """Mappings of names that a config chooses: null removes one."""
+
+
+WHOLE = ("space",)
+"""What replaces the default as a whole."""
+
+
+def as_yaml(config: Section) -> str:
+    """What a config says otherwise than the defaults: :func:`load_config` makes the same of it."""
+    changed = _changes(canonical(config), _defaults(type(config)))
+    return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
+
+
+def _changes(plain: Mapping[str, Any], default: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    for key, value in plain.items():
+        inner = default.get(key)
+        if isinstance(value, dict) and isinstance(inner, dict):
+            if found := _changes(value, inner, f"{prefix}{key}."):
+                changed[key] = found
+        elif key not in default or value != inner:
+            changed[key] = value
+    removed = [key for key in default if key not in plain] if prefix.removesuffix(".") in NAMED else []
+    return changed | dict.fromkeys(removed)
 
 
 def _without_removed(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -129,6 +153,7 @@ def reference() -> str:
     main = list(_rows(RunConfig(), ""))
     trees: tuple[tuple[str, str, list[str]], ...] = (
         ("distill", "", main),
+        ("sweep", "The keys of jobs/distill.py, and these.", [row for row in _rows(SweepConfig(), "") if row not in main]),
         ("compare", "The keys of jobs/distill.py, and these.", [row for row in _rows(CompareConfig(), "") if row not in main]),
         (
             "evaluate",

@@ -65,7 +65,7 @@ def compare(config: CompareConfig) -> RunResult:
     return _complete(make_comparison(config), publish_comparison)
 
 
-Publish = Callable[[Context, Plan[Any], Results], None]
+Publish = Callable[[Context, Plan[Any], Results, Tracker], None]
 
 
 def _complete(plan: Plan[Config], publish: Publish) -> RunResult:
@@ -74,7 +74,7 @@ def _complete(plan: Plan[Config], publish: Publish) -> RunResult:
     check_folder(config, storage)
     if not is_finished(plan, storage):
         if any(stage.missing(storage) for stage in plan.stages):
-            _warn_if_lost_with_job(config)
+            warn_if_lost_with_job(config)
             with connected(config.cluster, plan.needed()):
                 _run(plan, storage, publish)
         else:
@@ -83,26 +83,27 @@ def _complete(plan: Plan[Config], publish: Publish) -> RunResult:
 
 
 def is_finished(plan: Plan[Config], storage: Storage) -> bool:
-    """Whether the run folder holds the results of these very stages: of the same images, weights and code."""
+    """Whether the run folder holds the results of these very stages (of the same images, weights and code), and MLflow too."""
     name = plan.config.name
     if not (storage.exists(f"{name}/results.json") and storage.exists(f"{name}/report.html")):
         return False
-    rows = json.loads(storage.read(f"{name}/results.json"))["stages"]
-    return [row["key"] for row in rows] == [stage.key(storage) for stage in plan.stages]
+    results = json.loads(storage.read(f"{name}/results.json"))
+    same = [row["key"] for row in results["stages"]] == [stage.key(storage) for stage in plan.stages]
+    return same and bool(results["mlflow"]["complete"])
 
 
 def _run(plan: Plan[Config], storage: Storage, publish: Publish) -> None:
     """Take the run folder, run what is missing, publish; MLflow knows how it ended."""
     config = plan.config
-    context = Context(config, storage, plan.classes, Tracker(config, storage))
+    tracker = Tracker(config, storage)
+    context = Context(config, storage, plan.classes, tracker)
     storage.write(f"{config.name}/config.yaml", yaml.safe_dump(canonical(config), sort_keys=False).encode())
     try:
         run_stages(context, plan.stages)
-        publish(context, plan, gather(plan, storage))
+        publish(context, plan, gather(plan, storage), tracker)
     except BaseException as error:
-        context.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    context.tracker.finish("FINISHED")
 
 
 def check_folder(config: WorkConfig, storage: Storage) -> None:
@@ -211,7 +212,7 @@ def describe(plan: Plan[Config]) -> str:
     return "\n".join(lines)
 
 
-def _warn_if_lost_with_job(config: WorkConfig) -> None:
+def warn_if_lost_with_job(config: WorkConfig) -> None:
     if "://" not in config.storage and not os.path.isabs(config.storage) and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         print(
             f"warning: storage '{config.storage}' is relative, so results stay in the job's temporary folder on the head node; "

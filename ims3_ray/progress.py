@@ -25,7 +25,7 @@ class Progress:
         self._first: tuple[float, float] | None = None
 
     def __enter__(self) -> Progress:
-        self._show(f"{self.title} …") if self._terminal else self._line(f"{self.title}: {self.total:g} {self.unit}")
+        self._show(f"{self.title} …") if self._terminal else self.line(f"{self.title}: {self.total:g} {self.unit}")
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -33,7 +33,7 @@ class Progress:
         rate = f", {_rate(self.done / seconds)} {self.unit}/s" if self.done and seconds else ""
         verb = "done" if kind is None else "stopped"
         spent = f", {self._cost(seconds)} spent" if self.price else ""
-        self._line(f"{self.title}: {verb} in {seconds:.1f} s{rate}{spent}")
+        self.line(f"{self.title}: {verb} in {seconds:.1f} s{rate}{spent}")
 
     @property
     def seconds(self) -> float:
@@ -59,7 +59,7 @@ class Progress:
             if self.price:
                 text += f", {self._cost(now - self._began)} spent, {self._cost(left)} to come"
         text += note and f", {note}"
-        self._show(text) if self._terminal else self._line(text)
+        self._show(text) if self._terminal else self.line(text)
 
     def _cost(self, seconds: float) -> str:
         return f"{seconds / 3600 * self.price:.2f}"
@@ -68,7 +68,8 @@ class Progress:
         self._stream.write(f"\r\x1b[2K{text}")
         self._stream.flush()
 
-    def _line(self, text: str) -> None:
+    def line(self, text: str) -> None:
+        """A line that stays."""
         self._stream.write(f"\r\x1b[2K{text}\n" if self._terminal else f"{text}\n")
         self._stream.flush()
 

@@ -1,13 +1,19 @@
-"""MLflow: one run per distillation, one child run per arm. The driver is the only writer."""
+"""MLflow: one run per job, a child run below it per set or point. One thread of the driver is the only writer.
+
+All that is tracked lies on the storage too: a server that is lost holds nothing up, and the same command tells it the rest.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import queue
 import re
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,16 @@ BATCH = 1000
 LONGEST_PARAM = 6000
 """Characters that MLflow keeps of a parameter's value."""
 PARENT = "mlflow.parentRunId"
+WAIT_S = (1.0, 30.0)
+"""Between attempts to reach a lost server: at first, at most."""
+CLIENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the thread tries again itself
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+"""Metric → (step, value)."""
 
 
 def slug(title: str) -> str:
@@ -40,101 +56,231 @@ def tracking_uri(config: WorkConfig, storage: Storage) -> str:
     return f"sqlite:///{local}"
 
 
-class Tracker:
+class Untracked:
+    """What stages may tell while they run, where nobody listens: a sweep's driver logs later what they left on storage."""
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Single values."""
+
+    def losses(self, history: Sequence[Mapping[str, float]], prefix: str = "") -> None:
+        """Rows of a fine-tuning as metrics ``{prefix}NAME``; steps that are there already are left alone."""
+
+
+class Tracker(Untracked):
     """The MLflow run of a run folder, created at first and continued after an interruption.
 
-    Raises :class:`UserError` if the tracking server does not answer.
+    Its methods return at once. Raises :class:`UserError` if a server does not take a run that is new; one that is lost later is
+    tried again and again, and in the end :attr:`complete` says whether it has everything.
     """
 
     def __init__(self, config: WorkConfig, storage: Storage) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT.items()})
         import mlflow
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
 
         for noisy in ("mlflow", "alembic"):  # the creation of a fresh database is no news
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        self.logged: dict[str, int] = {}
+        self.config, self.storage, self.uri = config, storage, tracking_uri(config, storage)
+        self.complete, self.run_id, self.experiment_id = True, "", ""
+        self._connect = partial(mlflow.MlflowClient, self.uri)  # not set_tracking_uri, which reaches into later runs
+        self._client: Any = None
+        self._logged: dict[str, int] = {}
         """The last step that MLflow has of a series of losses."""
-        uri = tracking_uri(config, storage)
-        if uri.startswith("sqlite"):
+        self._children: dict[str, tuple[str, str]] | None = None
+        self._note = f"{config.name}/mlflow_run_id"
+        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._warned, self._away, self._leaving = False, False, threading.Event()
+        if self.uri.startswith("sqlite"):
             storage.make_folder(config.name)
-        note = f"{config.name}/mlflow_run_id"
-        try:
-            self.client = mlflow.MlflowClient(uri)  # not set_tracking_uri, which would reach into later runs of this process
-            if storage.exists(note):
-                self.run_id = storage.read(note).decode()
-                self.experiment_id = self.client.get_run(self.run_id).info.experiment_id
-                self.client.update_run(self.run_id, status="RUNNING")
-                return
-            self.experiment_id = self._experiment(config, storage)
-            self.run_id = self.client.create_run(self.experiment_id, run_name=config.name).info.run_id
-            self.params(dict(_flat(canonical(config))))
-        except (MlflowException, SQLAlchemyError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(f"MLflow at '{uri}' does not take the run ({reason}); check tracking.uri") from error
-        storage.write(note, self.run_id.encode())
+        if not self._ours and not storage.exists(self._note):
+            try:
+                self._begin()
+            except Exception as error:
+                raise UserError(
+                    f"MLflow at '{self.uri}' does not take the run ({_reason(error)}); check tracking.uri"
+                ) from error
+        self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
+        self._thread.start()
 
-    def _experiment(self, config: WorkConfig, storage: Storage) -> str:
-        found = self.client.get_experiment_by_name(config.tracking.experiment)
+    @property
+    def _ours(self) -> bool:
+        """Whether the database is the run folder's own: creating it takes seconds and does not fail."""
+        return self.config.tracking.uri is None and "MLFLOW_TRACKING_URI" not in os.environ
+
+    @property
+    def client(self) -> Any:
+        """MLflow's own; waits until all that was told is there."""
+        self._calls.join()
+        return self._client
+
+    # What can be told
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        self._tell(partial(self._log, None, {name: [(step, value)] for name, value in values.items()}))
+
+    def losses(self, history: Sequence[Mapping[str, float]], prefix: str = "") -> None:
+        self._tell(partial(self._log_losses, list(history), prefix))
+
+    def child(
+        self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], curves: Curves, *, failed: str = ""
+    ) -> None:
+        """A finished (or ``failed``: why) child run, curves as stepped metrics; nothing if it is there and as well."""
+        self._tell(partial(self._log_child, name, dict(params), dict(metrics), dict(curves), failed))
+
+    def forget_child(self, name: str) -> None:
+        """Delete a child run, if there is one of that name."""
+        self._tell(partial(self._forget_child, name))
+
+    def file(self, name: str, data: bytes) -> None:
+        self._tell(partial(self._log_file, name, data))
+
+    def finish(self, status: str) -> None:
+        """``status``: FINISHED, FAILED or KILLED. Waits until all is told; a server that is away is asked once more."""
+        self._tell(lambda: self._client.set_terminated(self.run_id, status))
+        self._leaving.set()
+        self._calls.put(None)
+        self._thread.join()
+        if not self.complete:
+            print(
+                f"warning: MLflow at '{self.uri}' has not taken everything; nothing is lost, and the same command tells it the "
+                "rest",
+                flush=True,
+            )
+
+    def _tell(self, call: Callable[[], None]) -> None:
+        self._calls.put(call)
+
+    # The thread
+
+    def _write(self) -> None:
+        self._try(self._begin)
+        while (call := self._calls.get()) is not None:
+            if self.run_id and not self._away:
+                self._try(call)
+            self._calls.task_done()
+
+    def _try(self, call: Callable[[], None]) -> None:
+        """Until the server has taken or refused it; once more only if the job has ended."""
+        wait, most = WAIT_S
+        while True:
+            try:
+                call()
+                return
+            except Exception as error:
+                refused = _refused(error)
+                if not self._warned:
+                    how = "refuses an entry" if refused else "does not answer"
+                    print(f"warning: MLflow at '{self.uri}' {how} ({_reason(error)}); the run goes on", flush=True)
+                self._warned = True
+                if refused or self._leaving.wait(wait):
+                    self.complete, self._away = False, not refused
+                    return
+                wait = min(2 * wait, most)
+
+    def _begin(self) -> None:
+        """Take up the run of an interrupted job, or create one."""
+        if self.run_id:
+            return
+        from mlflow.exceptions import MlflowException
+
+        self._client = self._connect()
+        if self.storage.exists(self._note):
+            known = self.storage.read(self._note).decode()
+            try:
+                self.experiment_id = self._client.get_run(known).info.experiment_id
+                self._client.update_run(known, status="RUNNING")
+                self.run_id = known
+                return
+            except MlflowException as error:
+                if not _refused(error):
+                    raise
+                # another server, or one that has lost its database: it is told everything anew
+        self.experiment_id = self._experiment()
+        self.run_id = self._client.create_run(self.experiment_id, run_name=self.config.name).info.run_id
+        self._log_params(self.run_id, dict(_flat(canonical(self.config))))
+        self.storage.write(self._note, self.run_id.encode())
+
+    def _experiment(self) -> str:
+        config = self.config
+        found = self._client.get_experiment_by_name(config.tracking.experiment)
         if found is not None:
             return str(found.experiment_id)
-        local = storage.local_path(f"{config.name}/mlflow")
-        own = config.tracking.uri is None and "MLFLOW_TRACKING_URI" not in os.environ
-        place = local.as_uri() if own and local is not None else None
-        return str(self.client.create_experiment(config.tracking.experiment, artifact_location=place))
+        local = self.storage.local_path(f"{config.name}/mlflow")
+        place = local.as_uri() if self._ours and local is not None else None
+        return str(self._client.create_experiment(config.tracking.experiment, artifact_location=place))
 
-    def params(self, values: Mapping[str, Any], run_id: str | None = None) -> None:
+    def _log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
         params = [Param(key, str(value)[:LONGEST_PARAM]) for key, value in values.items()]
         for start in range(0, len(params), 100):
-            self.client.log_batch(run_id or self.run_id, params=params[start : start + 100])
+            self._client.log_batch(run_id, params=params[start : start + 100])
 
-    def metrics(self, values: Mapping[str, float], step: int = 0, run_id: str | None = None) -> None:
-        self.series([(step, values)], run_id)
-
-    def series(self, rows: Iterable[tuple[int, Mapping[str, float]]], run_id: str | None = None) -> None:
-        """Metrics of many steps."""
+    def _log(self, run_id: str | None, curves: Curves) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        entries = [Metric(key, value, now, step) for step, row in rows for key, value in row.items()]
+        entries = [Metric(key, value, now, step) for key, curve in curves.items() for step, value in curve]
         for start in range(0, len(entries), BATCH):
-            self.client.log_batch(run_id or self.run_id, metrics=entries[start : start + BATCH])
+            self._client.log_batch(run_id or self.run_id, metrics=entries[start : start + BATCH])
 
-    def losses(self, history: Sequence[Mapping[str, float]], prefix: str = "") -> None:
-        """Rows of a fine-tuning as metrics ``{prefix}NAME``; steps that are there already are left alone."""
+    def _log_losses(self, history: Sequence[Mapping[str, float]], prefix: str) -> None:
         key = f"{prefix}loss"
-        if key not in self.logged:  # an interrupted run may have logged some
-            found = self.client.get_metric_history(self.run_id, key)
-            self.logged[key] = max((metric.step for metric in found), default=0)
-        rows = [row for row in history if row["step"] > self.logged[key]]
-        self.series((int(row["step"]), {prefix + name: row[name] for name in row if name != "step"}) for row in rows)
-        self.logged[key] = max([self.logged[key], *(int(row["step"]) for row in rows)])
+        if key not in self._logged:  # an interrupted run may have logged some
+            found = self._client.get_metric_history(self.run_id, key)
+            self._logged[key] = max((metric.step for metric in found), default=0)
+        rows = [row for row in history if row["step"] > self._logged[key]]
+        names = {name for row in rows for name in row if name != "step"}
+        self._log(None, {prefix + name: [(int(row["step"]), row[name]) for row in rows if name in row] for name in names})
+        self._logged[key] = max([self._logged[key], *(int(row["step"]) for row in rows)])
 
-    def child(self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], curves: Mapping[str, Any]) -> None:
-        """A finished child run, with the accuracy curves of its students as stepped metrics; nothing if it is there."""
-        own = f"tags.`{PARENT}` = '{self.run_id}' and attributes.run_name = '{name}' and attributes.status = 'FINISHED'"
-        if self.client.search_runs([self.experiment_id], own, max_results=1):
+    def _log_child(
+        self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], curves: Curves, failed: str
+    ) -> None:
+        status = "FAILED" if failed else "FINISHED"
+        if self._known_children().get(name, ("", ""))[1] == status == "FINISHED":
             return
-        run_id = self.client.create_run(self.experiment_id, run_name=name, tags={PARENT: self.run_id}).info.run_id
-        self.params(params, run_id)
-        self.metrics(metrics, run_id=run_id)
-        for key, curve in curves.items():
-            self.series([(step, {key: value}) for step, value in curve], run_id)
-        self.client.set_terminated(run_id)
+        self._forget_child(name)  # told in part, or failed then
+        tags = {PARENT: self.run_id} | ({"error": failed} if failed else {})
+        run_id = self._client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
+        self._known_children()[name] = (run_id, "RUNNING")
+        self._log_params(run_id, params)
+        self._log(run_id, {**{key: [(0, value)] for key, value in metrics.items()}, **curves})
+        self._client.set_terminated(run_id, status)
+        self._known_children()[name] = (run_id, status)
 
-    def file(self, name: str, data: bytes) -> None:
+    def _forget_child(self, name: str) -> None:
+        if name in self._known_children():
+            self._client.delete_run(self._known_children()[name][0])
+            del self._known_children()[name]
+
+    def _known_children(self) -> dict[str, tuple[str, str]]:
+        """Name → (id, status) of the child runs that are there."""
+        if self._children is None:
+            found: dict[str, tuple[str, str]] = {}
+            page: str | None = None
+            while page != "":
+                own = f"tags.`{PARENT}` = '{self.run_id}'"
+                runs = self._client.search_runs([self.experiment_id], own, max_results=1000, page_token=page)
+                found |= {run.info.run_name: (run.info.run_id, run.info.status) for run in runs}
+                page = runs.token or ""
+            self._children = found
+        return self._children
+
+    def _log_file(self, name: str, data: bytes) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, name)
             path.write_bytes(data)
-            self.client.log_artifact(self.run_id, str(path))
+            self._client.log_artifact(self.run_id, str(path))
 
-    def finish(self, status: str) -> None:
-        """``status``: FINISHED, FAILED or KILLED."""
-        self.client.set_terminated(self.run_id, status)
+
+def _refused(error: Exception) -> bool:
+    """Whether trying again leads nowhere: the server answers, and says no."""
+    status = getattr(error, "get_http_status_code", lambda: 500)()
+    return isinstance(error, TypeError | ValueError | PermissionError) or 400 <= status < 500
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

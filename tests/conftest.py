@@ -31,13 +31,13 @@ def write_idx_split(folder: Path, prefix: str, per_class: int, seed: int) -> Non
     (folder / "classes.txt").write_text("\n".join(CLASSES))
 
 
-def write_tiny_weights(folder: Path) -> None:
+def write_tiny_weights(folder: Path, seed: int = 0) -> None:
     from ims3_ray.config import canonical
     from ims3_ray.models.checkpoints import pack
     from ims3_ray.models.dit import DiT, DiTConfig
     from ims3_ray.models.encoder import Encoder, EncoderConfig
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     shape = DiTConfig(input_size=8, in_channels=1, patch_size=4, hidden_size=32, depth=2, num_heads=2, num_classes=len(CLASSES))
     generator = DiT(shape)
     with torch.no_grad():  # a fresh DiT predicts zero noise: give its zero-initialised layers something to say

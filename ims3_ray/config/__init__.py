@@ -14,6 +14,7 @@ from ims3_ray.config.finetune import (
 )
 from ims3_ray.config.pretrain import GeneratorTraining, PretrainConfig, QualityConfig
 from ims3_ray.config.run import ArmConfig, CompareConfig, InstabilityConfig, RunConfig
+from ims3_ray.config.sweep import Range, SearchConfig, SweepConfig
 from ims3_ray.config.work import ActorsConfig, ClusterConfig, DataConfig, EvaluateConfig, TrackingConfig, WorkConfig
 
 __all__ = [
@@ -37,12 +38,15 @@ __all__ = [
     "PretrainConfig",
     "ProtocolConfig",
     "QualityConfig",
+    "Range",
     "RefineConfig",
     "ReleasedObjective",
     "RunConfig",
     "SamplingConfig",
+    "SearchConfig",
     "Section",
     "SelectionConfig",
+    "SweepConfig",
     "TeacherConfig",
     "TrackingConfig",
     "TrainerConfig",

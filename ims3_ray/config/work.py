@@ -56,6 +56,10 @@ class ClusterConfig(Section):
     """What a GPU costs an hour: progress then says what was spent and what is to come. In any currency."""
     cpu_price: float | None = Field(default=None, ge=0)
     """What a CPU costs an hour, beside GPUs."""
+    gpu_tflops: float = Field(default=60, gt=0)
+    """What a GPU sustains, for estimates."""
+    core_gflops: float = Field(default=20, gt=0)
+    """What a CPU core sustains, for estimates where no GPU is asked for."""
 
 
 class WorkConfig(Section):

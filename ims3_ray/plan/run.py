@@ -31,14 +31,17 @@ class RunBuilder(Builder):
 
     def __init__(self, config: RunConfig, images_per_class: int) -> None:
         self.models, self.base = Models(config), config
+        self._by_encoder = {config.encoder: self.models}
         super().__init__(config, images_per_class)
         c = self.classes
         labels = class_indices(self.models.weights, c.names)
         self.classes = ClassTable(c.names, c.source_labels, tuple(labels), c.counts)
 
-    def embed(self, images: Stage, asked_by: str | None = None) -> Stage:
+    def embed(self, images: Stage, config: RunConfig, asked_by: str | None = None) -> Stage:
         """φ of images, with the scores of its own classifier where it knows the classes; it must if ``asked_by`` something."""
-        m = self.models
+        if config.encoder not in self._by_encoder:
+            self._by_encoder[config.encoder] = Models(config)
+        m = self._by_encoder[config.encoder]
         params: dict[str, Any] = {"phi": m.phi.digest, "shape": canonical(m.phi_shape)}
         if asked_by or set(self.classes.names) <= set(known_classes(m.phi_path)):
             labels = self.classes.source_labels if images.kind == "encode" else self.classes.generator_labels
@@ -46,6 +49,7 @@ class RunBuilder(Builder):
             params["heads"] = {str(label): position for label, position in zip(labels, positions, strict=True)}
         flops = images.images * embedding_flops(m.phi_shape, self.work.data.size)
         title = "embed train images" if images.kind == "encode" else f"embed ({images.label})"
+        title += "" if config.encoder == self.base.encoder else f" by {config.encoder}"
         return self._derived("embed", title, params, images, flops, {"encoder": m.phi}, label=images.label)
 
     def latents(self, config: RunConfig) -> Stage | None:
@@ -190,11 +194,11 @@ class RunBuilder(Builder):
         images = self.encode("train") if arm.images == "real" else self.generate(arm, config)
         inputs = {"images": images}
         if needs & {"features", "confidence"}:
-            inputs["embed"] = self.embed(images, f"select: {arm.select}" if "confidence" in needs else None)
+            inputs["embed"] = self.embed(images, config, f"select: {arm.select}" if "confidence" in needs else None)
         if arm.select == "s3" and s.references == "generated":
             inputs["references"] = inputs["embed"]
         elif "references" in needs:
-            inputs["references"] = self.embed(self.encode("train"))
+            inputs["references"] = self.embed(self.encode("train"), config)
         if arm.select == "s3":
             params |= {
                 "alpha_beta": [s.alpha, s.beta], "groups": s.groups, "coupling": s.coupling, "references": s.references,

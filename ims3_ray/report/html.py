@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
 import yaml
 
 from ims3_ray.comparison import difference_text, significant
-from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, WorkConfig, canonical
+from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, SweepConfig, WorkConfig, canonical
+from ims3_ray.config.sweep import title_of
 from ims3_ray.data.classes import ClassTable
 from ims3_ray.report.figures import curve_chart, line_chart
 from ims3_ray.results import Results, spread_text
@@ -19,6 +21,9 @@ SHEET_CLASSES = 50
 """The images of so many classes are shown; browsers draw no pictures of tens of thousands of pixels."""
 CONFUSED_CLASSES = 30
 """Tables of classes are shown for so many; ``confusion.safetensors`` has them for any number."""
+
+SHOWN_SELECTIONS = 20
+"""The best of a search are shown; ``points.csv`` has all points."""
 
 TERM_TITLES = {
     "loss_diffusion": "L_Diff",
@@ -68,6 +73,22 @@ def render_evaluation(
 def render_comparison(config: CompareConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes]) -> str:
     """HTML of ``jobs/compare.py``."""
     return _render("comparison.html", config, classes, results, sheets=sheets)
+
+
+def render_sweep(
+    config: SweepConfig, classes: ClassTable, results: Results, figures: Mapping[str, Mapping[str, bytes]]
+) -> str:  # fmt: skip
+    """HTML of ``jobs/sweep.py``; ``figures`` by name and format."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # points that choose the same images
+    for point in results["points"]:
+        if point["objective"] is not None:
+            alike.setdefault((point["trial"], point["objective"], point["score"], *point["content"]), []).append(point)
+    ranked = sorted(alike.values(), key=lambda points: -points[0]["objective"])
+    svgs = {name: forms["svg"].decode().partition("<svg")[2] for name, forms in figures.items()}
+    return _render(
+        "sweep.html", config, classes, results, figures={name: f"<svg{text}" for name, text in svgs.items()}, title=title_of,
+        ranked=ranked[:SHOWN_SELECTIONS],
+    )  # fmt: skip
 
 
 def _render(template: str, config: WorkConfig, classes: ClassTable, results: Results, **more: Any) -> str:

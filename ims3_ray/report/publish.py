@@ -9,26 +9,28 @@ from typing import Any
 
 import torch
 
+from ims3_ray.artifacts import Storage
 from ims3_ray.comparison import comparison_tables, markdown
 from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, canonical
 from ims3_ray.plan import Config, Plan, Scored
 from ims3_ray.report.card import dataset_card
 from ims3_ray.report.html import CONFUSED_CLASSES, SHEET_CLASSES, Table, render_comparison, render_evaluation, render_report
 from ims3_ray.results import KINDS, Results
-from ims3_ray.stages.adapters import Adapters
+from ims3_ray.stages.adapters import Adapters, series
 from ims3_ray.stages.base import Context, pack_tensors
 from ims3_ray.stages.evaluate import confusion
 from ims3_ray.stages.export import contact_sheet, unpack
 from ims3_ray.stages.sets import read_set
+from ims3_ray.tracking import Tracker
 
 SHEET_IMAGES = 10
 """Of a class that are shown: a comparison shows the sets of about so many, a scored set the first ones."""
 
 
-def publish(context: Context, plan: Plan[RunConfig], results: Results) -> None:
+def publish(context: Context, plan: Plan[RunConfig], results: Results, tracker: Tracker) -> None:
     """Of a distillation: ``distilled/``, ``contact_sheet.png``, ``report.html``, the MLflow run, and last ``results.json``."""
     config, storage, name = plan.config, context.storage, plan.config.name
-    k, tracker = config.selection.images_per_class, context.tracker
+    k = config.selection.images_per_class
     sheets = {arm: contact_sheet(_images(context, scored), k) for arm, scored in plan.sets.items()}
     files = {}
     if plan.export is not None and config.export is not None:
@@ -50,10 +52,10 @@ def publish(context: Context, plan: Plan[RunConfig], results: Results) -> None:
         tracker.metrics({f"instability/{measured}": value["coefficient"]})
     files |= {f"contact_sheet_{arm}.png": sheet for arm, sheet in sheets.items()}
     params = {arm: {"arm": arm, **canonical(config.arms[arm])} for arm in plan.sets}
-    _finish(context, plan, results, report, files, params)
+    _finish(context, plan, results, tracker, report, files, params)
 
 
-def publish_scores(context: Context, plan: Plan[EvaluateConfig], results: Results) -> None:
+def publish_scores(context: Context, plan: Plan[EvaluateConfig], results: Results, tracker: Tracker) -> None:
     """Of the scoring of sets: ``report.html``, the MLflow run, and last ``results.json``."""
     sheets = {}
     for title, scored in plan.sets.items():
@@ -63,10 +65,10 @@ def publish_scores(context: Context, plan: Plan[EvaluateConfig], results: Result
         sheets[title] = contact_sheet(images[torch.cat(first)], columns)
     confusions = _confusions(context, plan)
     report = render_evaluation(plan.config, plan.classes, results, sheets=sheets, confusions=confusions)
-    _finish(context, plan, results, report, {}, {title: {"path": path} for title, path in plan.config.sets.items()})
+    _finish(context, plan, results, tracker, report, {}, {title: {"path": path} for title, path in plan.config.sets.items()})
 
 
-def publish_comparison(context: Context, plan: Plan[CompareConfig], results: Results) -> None:
+def publish_comparison(context: Context, plan: Plan[CompareConfig], results: Results, tracker: Tracker) -> None:
     """Of a comparison: ``table.md``, ``report.html``, the MLflow run, and last ``results.json`` with the tables."""
     config = plan.config
     results["tables"] = comparison_tables(plan, results)
@@ -83,15 +85,15 @@ def publish_comparison(context: Context, plan: Plan[CompareConfig], results: Res
         name: {"arm": scored.arm, "images_per_class": scored.ipc, "draw": scored.draw, **canonical(config.arms[scored.arm])}
         for name, scored in plan.sets.items()
     }  # fmt: skip
-    _finish(context, plan, results, report, {"table.md": table}, params)
+    _finish(context, plan, results, tracker, report, {"table.md": table}, params)
 
 
 def _finish(
-    context: Context, plan: Plan[Config], results: Results, report: str, files: Mapping[str, bytes],
+    context: Context, plan: Plan[Config], results: Results, tracker: Tracker, report: str, files: Mapping[str, bytes],
     params: Mapping[str, Mapping[str, Any]],
 ) -> None:  # fmt: skip
     """Files of every kind of job; in MLflow a child run per set with its accuracies and its students' curves."""
-    storage, tracker, name = context.storage, context.tracker, plan.config.name
+    storage, name = context.storage, plan.config.name
     storage.write(f"{name}/confusion.safetensors", pack_tensors(**_counts(context, plan)))
     storage.write(f"{name}/report.html", report.encode())
     for key, scored in plan.sets.items():
@@ -110,10 +112,21 @@ def _finish(
                     points = [(check["epoch"], check[value]) for check in checks if check[value] is not None]
                     curves[f"{row}/{value}/{unit}"] = points
         tracker.child(_run_name(key, scored), {"content": found["content"], **params[key]}, metrics, curves)
+    _tell_losses(plan, storage, tracker)
     for file, data in {"report.html": report.encode(), **files}.items():
         tracker.file(file, data)
-    results["mlflow_run"] = tracker.run_id
+    tracker.finish("FINISHED")
+    results["mlflow"] = {"run": tracker.run_id, "complete": tracker.complete}
     storage.write(f"{name}/results.json", json.dumps(results, indent=1).encode())
+
+
+def _tell_losses(plan: Plan[Config], storage: Storage, tracker: Tracker) -> None:
+    """Those that were told while they came are known; others are of another run, or the server was away."""
+    finetunes = [stage for stage in plan.stages if stage.kind == "finetune"]
+    for stage in finetunes:
+        adapters = Adapters.of(stage, storage)
+        for group in range(len(adapters.groups)):
+            tracker.losses(adapters.losses(group), series(stage, group, len(finetunes) > 1))
 
 
 def _run_name(key: str, scored: Scored) -> str:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ims3_ray.comparison import difference_text
+from ims3_ray.config.sweep import title_of
 from ims3_ray.pipeline import RunResult
 from ims3_ray.results import KINDS, spread_text
 
@@ -41,6 +42,33 @@ def print_comparison(result: RunResult, console: Console | None = None) -> None:
             ]
             table.add_row(*cells, *([line["published"] or ""] if found["published"] else []))
         console.print(table)
+    console.print(f"report: {result.report}", soft_wrap=True)
+
+
+def print_sweep(result: RunResult, console: Console | None = None) -> None:
+    """What was made, a line per trial, the best point and where it lies."""
+    console, found = console or Console(highlight=False), result.results
+    made = found["counts"]
+    table = _table("trial", "status", "distinct selections", "best objective", "at")
+    for trial in found["trials"]:
+        best = {key: value for key, value in (trial["best"] or {}).items() if key not in trial["settings"]}
+        objective = "" if trial["objective"] is None else f"{trial['objective']:.2f}"
+        distinct = ", ".join(map(str, trial["selections"]))
+        table.add_row(title_of(trial["settings"]) or "all", trial["status"], distinct, objective, title_of(best))
+    console.print(table)
+    console.print(
+        f"{made['points']:,} points from {made['fine_tunes']} fine-tunes and {made['pools']} pools: "
+        f"{made['distinct_selections']} distinct selections, {made['evaluations']} evaluated with {made['students']} students",
+        soft_wrap=True,
+    )
+    console.print(found["metric"], soft_wrap=True)
+    if best := found["best"]:
+        rows = [
+            f"{row}: held-out {spread_text(v.get('held_out'))}, test {spread_text(v['last'])}"
+            for row, v in best["rows"].items()
+        ]
+        console.print("; ".join([f"best: {title_of(best['settings'])}", *rows]), soft_wrap=True)
+        console.print(f"as a config: {result.folder}/best.yaml", soft_wrap=True)
     console.print(f"report: {result.report}", soft_wrap=True)
 
 

@@ -15,6 +15,7 @@ from ims3_ray.models.difffit import merge_adapter
 from ims3_ray.models.dit import DiT
 from ims3_ray.models.generator import load_generator
 from ims3_ray.stages.base import Stage, commit_units
+from ims3_ray.tracking import slug
 
 
 def group_unit(group: int) -> str:
@@ -25,6 +26,12 @@ def group_unit(group: int) -> str:
 def group_checkpoints(group: int) -> str:
     """Folder of the artifact in which a class group's checkpoints lie until it is committed."""
     return f"train-{group}"
+
+
+def series(stage: Stage, group: int, several: bool) -> str:
+    """What goes before the names of a group's losses, where there are several groups or fine-tunings."""
+    name = slug(stage.title) if several else ""
+    return "".join(f"{part}/" for part in (name, group_unit(group) if len(stage.units) > 1 else "") if part)
 
 
 @dataclass(frozen=True)

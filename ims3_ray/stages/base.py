@@ -15,7 +15,7 @@ from ims3_ray.artifacts import Artifact, Storage, key_of
 from ims3_ray.config import RunConfig, WorkConfig
 from ims3_ray.data.classes import ClassTable
 from ims3_ray.stages.weights import Weights
-from ims3_ray.tracking import Tracker
+from ims3_ray.tracking import Untracked
 
 READERS = 16
 """Shards that a process reads at a time."""
@@ -106,7 +106,7 @@ class Context:
     config: WorkConfig
     storage: Storage
     classes: ClassTable
-    tracker: Tracker
+    tracker: Untracked
 
 
 def commit_units(

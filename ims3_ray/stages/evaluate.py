@@ -101,24 +101,28 @@ def unit_of(seed: int) -> str:
     return f"seed-{seed}"
 
 
-def run_all(context: Context, stages: Sequence[Stage]) -> None:
-    """Train every missing (stage, seed) at once. Each student is stored when it is finished, whatever becomes of the driver;
-    one that fails on every attempt stops no other and is named in the end by :class:`IncompletePool`."""
+def run_all(context: Context, stages: Sequence[Stage], at_once: int | None = None) -> None:
+    """Train every missing (stage, seed), all at once or so many at a time. Each student is stored when it is finished,
+    whatever becomes of the driver; one that fails on every attempt stops no other and is named in the end by
+    :class:`IncompletePool`."""
     config, storage = context.config.evaluation, context.storage
     task = ray.remote(sit).options(num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task, max_retries=3)
-    running: dict[Any, tuple[Stage, Artifact, str]] = {}
+    waiting: list[tuple[Stage, Exam, Artifact, int]] = []
     for stage in {stage.key(storage): stage for stage in stages}.values():
         exam, artifact, missing = _exam(context, stage), stage.artifact(storage), stage.missing(storage)
         noted = [unit for unit in missing if f"{unit}.json" in artifact.shards()]
         if noted:  # an interrupted run has not committed them
             outcomes = {unit: json.loads(shard) for unit, shard in read_many(artifact, noted, "json")}
             commit_units(artifact, outcomes, sum(outcome["seconds"] for outcome in outcomes.values()))
-        for seed in config.seeds:
-            if unit_of(seed) in set(missing) - set(noted):
-                running[task.remote(exam, seed, artifact)] = (stage, artifact, unit_of(seed))
+        left = set(missing) - set(noted)
+        waiting += [(stage, exam, artifact, seed) for seed in config.seeds if unit_of(seed) in left]
+    running: dict[Any, tuple[Stage, Artifact, str]] = {}
     failed: list[str] = []
-    with Progress("evaluate", len(running), "students") as progress:
-        while running:
+    with Progress("evaluate", len(waiting), "students") as progress:
+        while running or waiting:
+            while waiting and (at_once is None or len(running) < at_once):
+                stage, exam, artifact, seed = waiting.pop(0)
+                running[task.remote(exam, seed, artifact)] = (stage, artifact, unit_of(seed))
             (ref,), _ = ray.wait(list(running), num_returns=1)
             stage, artifact, unit = running.pop(ref)
             try:

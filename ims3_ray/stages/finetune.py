@@ -31,11 +31,10 @@ from ims3_ray.models.generator import load_generator
 from ims3_ray.progress import Progress
 from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.speed import matmul_rate
-from ims3_ray.stages.adapters import Adapters, group_checkpoints, group_unit
+from ims3_ray.stages.adapters import Adapters, group_checkpoints, group_unit, series
 from ims3_ray.stages.base import Context, Stage, parse_unit, read_class
 from ims3_ray.stages.derived import read_latents
 from ims3_ray.stages.train import fit
-from ims3_ray.tracking import slug
 
 POST_EVERY = 5
 
@@ -205,12 +204,6 @@ def run(context: Context, stages: Sequence[Stage]) -> None:
                 done[id(group)] = int(rows[-1]["step"])
                 progress.at(sum(done.values()), _note(rows))
         progress.done = sum(steps.values())
-
-
-def series(stage: Stage, group: int, several: bool) -> str:
-    """What goes before the names of a group's losses, where there are several groups or fine-tunings."""
-    name = slug(stage.title) if several else ""
-    return "".join(f"{part}/" for part in (name, group_unit(group) if len(stage.units) > 1 else "") if part)
 
 
 def _note(rows: Sequence[Row]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from ims3_ray.artifacts import Artifact, Storage
 from ims3_ray.config import SelectionConfig
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection import SubgroupSelection, select_subgroups
+from ims3_ray.selection.grid import Weighed, Weighing, select_grid, terms_of
 from ims3_ray.stages.base import parse_unit, read_many
 
 NAMESPACE = "ims3"
@@ -129,9 +130,18 @@ class S3Selector:
         ]
         return {"classes": known, **table_of(self._select(known))} if known else {"classes": []}
 
-    def select(self) -> SubgroupSelection | None:
-        """Eq. 10 over all classes; None while something is missing, which may be there after :meth:`refresh`."""
-        return None if self.missing() else self._select(list(range(len(self.parts["candidates"].labels))))
+    def select(self, weighing: Weighing | None = None) -> SubgroupSelection | None:
+        """Eq. 10 over all classes, with other parameters than its own if they are given; None while something is missing,
+        which may be there after :meth:`refresh`."""
+        return None if self.missing() else self._select(list(range(len(self.parts["candidates"].labels))), weighing)
+
+    def grid(self, weighings: Sequence[Weighing]) -> list[Weighed]:
+        """All of these selections."""
+        return select_grid(*self._geometry(), weighings)
+
+    def terms(self, choices: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
+        """Mean proximity and repulsion of chosen groups, by this selection's φ and references."""
+        return terms_of(*self._geometry(), choices)
 
     def centroids(self, name: str) -> Tensor:
         """Eq. 8 and 9: ℓ2-normalised means, float64 [C, groups, D]; zero where nothing is known. A sum has its mean's
@@ -145,12 +155,17 @@ class S3Selector:
                 total[position[parse_unit(unit)[0]], group] += value
         return normalize(torch.from_numpy(total), dim=-1)
 
-    def _select(self, classes: list[int]) -> SubgroupSelection:
+    def _geometry(self) -> tuple[Tensor, Tensor]:
+        """Centroids of candidates [C, G, D] and references [C, D]."""
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # seconds at the end, while the rest waits
-        candidates, references, c = self.centroids("candidates"), self.centroids("references")[:, 0], self.config
+        return self.centroids("candidates"), self.centroids("references")[:, 0]
+
+    def _select(self, classes: list[int], weighing: Weighing | None = None) -> SubgroupSelection:
+        (candidates, references), c = self._geometry(), self.config
+        w = weighing or Weighing(c.alpha, c.beta, c.groups, c.coupling)
         if len(classes) < len(candidates):
             candidates, references = candidates[classes], references[classes]
-        return select_subgroups(candidates, references, alpha=c.alpha, beta=c.beta, coupling=c.coupling)
+        return select_subgroups(candidates[:, : w.groups], references, alpha=w.alpha, beta=w.beta, coupling=w.coupling)
 
 
 def table_of(selection: SubgroupSelection) -> dict[str, Any]:

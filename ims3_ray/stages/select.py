@@ -21,7 +21,7 @@ from ims3_ray.cluster import own_device, results
 from ims3_ray.errors import UserError
 from ims3_ray.hardware import hardware, kind
 from ims3_ray.seeds import generator_for
-from ims3_ray.selection import SELECTORS, ClassImages, Per
+from ims3_ray.selection import SELECTORS, ClassImages, Per, SubgroupSelection
 from ims3_ray.stages.base import Context, Stage, by_class, read_many
 from ims3_ray.stages.images import ImageStore, first_index
 from ims3_ray.stages.pool import kind_of
@@ -99,7 +99,7 @@ def listen(context: Context, stages: Sequence[Stage]) -> dict[Stage, list[Listen
 
 def choose_s3(context: Context, stage: Stage) -> tuple[list[Tensor], dict[str, Any]]:
     """Indices of the chosen subgroup of each class, and the terms of Eq. 10, from the S3 actor."""
-    key, k = stage.key(context.storage), stage.run.selection.images_per_class
+    key = stage.key(context.storage)
     assert key is not None
     selector = start_selector(key, parts_of(context, stage), stage.run.selection)
     try:
@@ -112,6 +112,11 @@ def choose_s3(context: Context, stage: Stage) -> tuple[list[Tensor], dict[str, A
         lost = results(selector.missing.remote())
         raise UserError(f"{stage.title}: {len(lost)} embedding shards are gone from the storage, e.g. {lost[0][1]}")
     ray.kill(selector)
+    return chosen_by(selection, stage.run.selection.images_per_class)
+
+
+def chosen_by(selection: SubgroupSelection, k: int) -> tuple[list[Tensor], dict[str, Any]]:
+    """Indices of the images of the chosen subgroups, and the table of the selection."""
     return [torch.arange(g * k, (g + 1) * k) for g in selection.groups.tolist()], table_of(selection)
 
 
@@ -204,11 +209,15 @@ def run(context: Context, stage: Stage) -> None:
     """Choose K images per class and commit them: a shard ``class-NNNN.safetensors`` each with pixels [K, …] and their
     indices."""
     began = time.monotonic()
-    table: dict[str, Any] = {}
     if stage.params["select"] == "s3":
         chosen, table = choose_s3(context, stage)
     else:
-        chosen = choose_one_by_one(context, stage)
+        chosen, table = choose_one_by_one(context, stage), {}
+    commit_chosen(context, stage, chosen, table, began)
+
+
+def commit_chosen(context: Context, stage: Stage, chosen: Sequence[Tensor], table: dict[str, Any], began: float) -> None:
+    """Gather the images that were chosen of each class."""
     images, artifact = stage.inputs["images"], stage.artifact(context.storage)
     actors = context.config.actors
     way = Gathered(ImageStore.of(images, context.storage), artifact, actors.threads, kind_of(context, images))

@@ -201,7 +201,7 @@ def test_the_report_is_one_file_that_marks_the_chosen_subgroups(tiny_run: Run):
 
 def test_mlflow_has_config_losses_terms_rates_children_and_files(tiny_run: Run):
     client = MlflowClient(f"sqlite:///{tiny_run.folder}/mlflow.db")
-    run_id = tiny_run.result.results["mlflow_run"]
+    run_id = tiny_run.result.results["mlflow"]["run"]
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["selection.images_per_class"] == str(K)

@@ -160,7 +160,7 @@ def test_every_method_has_its_line_and_its_difference(comparison: tuple[CompareC
             if line is not base:
                 assert line["difference"]["mean"] == pytest.approx(line["last"]["mean"] - base["last"]["mean"])
     folder = Path(result.folder)
-    logged = MlflowClient(f"sqlite:///{folder}/mlflow.db").get_run(result.results["mlflow_run"]).data.metrics
+    logged = MlflowClient(f"sqlite:///{folder}/mlflow.db").get_run(result.results["mlflow"]["run"]).data.metrics
     assert (
         "fine_tune_with_diffusion_and_minimax/loss_diversity" in logged
     )  # fine-tunings side by side, each with its own series

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig
+from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, SweepConfig
 from ims3_ray.data.sources import open_source
 from ims3_ray.loading import load_config, reference
 from ims3_ray.models.checkpoints import check_fit, weights_path
@@ -22,7 +22,7 @@ CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_config_loads(file: Path):
-    trees = {"pretrain": PretrainConfig, "compare": CompareConfig, "data": EvaluateConfig}
+    trees = {"pretrain": PretrainConfig, "compare": CompareConfig, "sweeps": SweepConfig, "data": EvaluateConfig}
     load_config(trees.get(file.parent.name, RunConfig), file)
 
 

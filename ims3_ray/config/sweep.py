@@ -1,0 +1,226 @@
+"""A search over λ_IM, α, β, G and what else a distillation can vary."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from ims3_ray.config.base import Section, canonical, merge
+from ims3_ray.config.run import Overridable, RunConfig
+
+Settings = dict[str, Any]
+"""Dotted key → value."""
+
+INNER = (
+    "selection.alpha", "selection.beta", "selection.groups", "selection.coupling", "selection.references",
+    "selection.references_per_class", "encoder",
+)  # fmt: skip
+"""Keys of which all values are computed from one pool of candidates."""
+
+OUTER = ("finetune.", "sampling.")
+"""What other keys begin with: each of their values costs a pool, and those of fine-tuning a fine-tuning too."""
+
+SYMBOLS = {
+    "finetune.objectives.inversion_matching.weight": "λ_IM",
+    "finetune.objectives.inversion_matching.n_steps": "N",
+    "selection.alpha": "α",
+    "selection.beta": "β",
+    "selection.groups": "G",
+    "selection.references_per_class": "K_i",
+    "encoder": "φ",
+}
+
+
+def symbol(key: str) -> str:
+    """The paper's symbol of a key, or its last part."""
+    return SYMBOLS.get(key, key.rpartition(".")[2])
+
+
+def title_of(settings: Settings) -> str:
+    """As in ``λ_IM=0.002, α=0.4``."""
+    return ", ".join(f"{symbol(key)}={_shown(value)}" for key, value in settings.items())
+
+
+def _shown(value: Any) -> str:
+    return "all" if value is None else f"{value:g}" if isinstance(value, float) else f"{value}"
+
+
+class Range(Section):
+    """An interval that random and optuna draw from."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Draw evenly in the logarithm."""
+    integer: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> Range:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(f"low={self.low:g}, high={self.high:g} is no range{' of logarithms' if self.log else ''}")
+        return self
+
+
+class SearchConfig(Section):
+    """How the settings outside of selection are tried, and what decides."""
+
+    method: Literal["grid", "random", "optuna"] = "grid"
+    """Of the outer settings (finetune, sampling); all combinations of the inner ones are always looked at."""
+    trials: int = Field(default=16, ge=1)
+    """Outer settings that random and optuna try."""
+    seed: int = Field(default=0, ge=0)
+    """Of random and optuna."""
+    concurrent: int | None = Field(default=None, ge=1)
+    """Trials at a time; as many as the cluster has room for when unset."""
+    by: Literal["accuracy", "s3", "both"] = "accuracy"
+    """What decides: final accuracy on held-out training images; the terms of Eq. 10 at the run's own α, β and encoder, which
+    needs no student; or accuracy among the `screened` best by these terms."""
+    screened: int = Field(default=8, ge=1)
+    """Distinct selections of each pool that `both` trains students on."""
+    row: str | None = None
+    """The row of the table that decides (`PROTOCOL/STUDENT`); the first when unset."""
+    early_stopping: bool = False
+    """ASHA over the draws: a trial that is behind after some of them does not get the others."""
+    reduction: float = Field(default=3.0, gt=1)
+    """ASHA: of so many trials one goes on."""
+
+
+class SweepConfig(RunConfig):
+    """A search for the best settings of one arm (`jobs/sweep.py`)."""
+
+    name: str = Field(default="sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Results go to `{storage}/{name}`."""
+    space: dict[str, Any] = Field(
+        default={
+            "finetune": {"objectives": {"inversion_matching": {"weight": [0.002, 0.04, 0.8]}}},
+            "selection": {
+                "alpha": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+                "beta": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+                "groups": [3, 5],
+            },
+        }
+    )
+    """What varies: keys of `finetune`, `sampling`, `selection` and `encoder`, with a list of values or, for random and optuna,
+    a range `{low: , high: , log: , integer: }`. What a config says replaces all of it."""
+    arm: str = "ims3"
+    """The arm that is searched."""
+    draws: tuple[int, ...] = Field(default=(0,), min_length=1)
+    """Seeds of whole runs, instead of seed: each fine-tunes, samples and chooses anew; their mean decides."""
+    search: SearchConfig = SearchConfig()
+
+    @field_validator("space")
+    @classmethod
+    def _plain(cls, space: dict[str, Any]) -> dict[str, Any]:
+        for key, values in _leaves(space):
+            if key not in INNER and not key.startswith(OUTER):
+                raise ValueError(f"{key} cannot be swept; it must be one of {', '.join(INNER)} or of finetune, sampling")
+            if isinstance(values, Mapping):
+                if key in INNER:
+                    raise ValueError(f"{key}: give a list; all of its values are looked at, whatever the method")
+                Range.model_validate(values)
+            elif not isinstance(values, Sequence) or isinstance(values, str) or not values:
+                raise ValueError(f"{key}: {values!r} is no list of values and no range")
+        return space
+
+    @model_validator(mode="after")
+    def _possible_space(self) -> SweepConfig:
+        if self.arm not in self.arms:
+            raise ValueError(f"arm='{self.arm}' is no arm; there is: {', '.join(self.arms)}")
+        arm, search = self.arms[self.arm], self.search
+        if arm.select != "s3":
+            raise ValueError(f"arm='{self.arm}' selects by {arm.select}; a sweep is of an arm with select: s3")
+        if search.row is not None and search.row not in self.evaluation.rows:
+            raise ValueError(f"search.row='{search.row}' is no row; there is: {', '.join(self.evaluation.rows)}")
+        if search.by != "s3" and not self.evaluation.val_per_class:
+            raise ValueError(f"search.by={search.by} decides on held-out training images; set evaluation.val_per_class")
+        if search.early_stopping and len(self.draws) < 2:
+            raise ValueError("search.early_stopping stops between draws; give several, as in draws=[0, 1, 2]")
+        if search.method == "optuna" and not set(self.values) - set(INNER):
+            raise ValueError(
+                "search.method=optuna chooses settings of finetune and sampling, of which space has none; use grid"
+            )
+        for key, values in self.values.items():
+            section, _, rest = key.partition(".")
+            own = dict(_leaves(arm.overrides.get(section, {}))) if section in get_args(Overridable) else {}  # type: ignore[call-overload]
+            if any(rest == name or rest.startswith(f"{name}.") for name in own):
+                raise ValueError(f"arms.{self.arm}.overrides sets {key}, which is swept; leave it out of one of the two")
+            if key.startswith("finetune.") and not arm.finetune:
+                raise ValueError(f"{key} is swept, but arm '{self.arm}' fine-tunes nothing")
+            if isinstance(values, Range) and search.method == "grid":
+                raise ValueError(f"{key} is a range; give a list, or set search.method to random or optuna")
+            for value in values if isinstance(values, list) else [values.low, values.high]:
+                try:
+                    self.at({key: int(value) if isinstance(values, Range) and values.integer else value})
+                except ValidationError as error:
+                    first = error.errors()[0]
+                    raise ValueError(f"space.{key}={value!r}: {first['msg'].removeprefix('Value error, ')}") from error
+        return self
+
+    @property
+    def values(self) -> dict[str, list[Any] | Range]:
+        """What varies, by dotted key."""
+        return {
+            key: Range.model_validate(found) if isinstance(found, Mapping) else list(found)
+            for key, found in _leaves(self.space)
+        }
+
+    @property
+    def row(self) -> str:
+        """The row of the table that decides."""
+        return self.search.row or next(iter(self.evaluation.rows))
+
+    def at(self, settings: Mapping[str, Any], draw: int | None = None) -> RunConfig:
+        """The run that has these settings, with what a distillation takes alone. Raises ``ValidationError``."""
+        plain: dict[str, Any] = {key: value for key, value in canonical(self).items() if key in RunConfig.model_fields}
+        for key, value in settings.items():
+            tree: Any = value
+            for part in reversed(key.split(".")):
+                tree = {part: tree}
+            plain = merge(plain, tree)
+        plain["export"] = self.arm
+        return RunConfig.model_validate(plain if draw is None else plain | {"seed": draw})
+
+    def inner(self) -> list[Settings]:
+        """All combinations of the settings that one pool has the answers to."""
+        return _product({key: values for key, values in self.values.items() if key in INNER})
+
+    def outer(self) -> list[Settings]:
+        """What grid or random try; the values alone for optuna, which chooses as it goes."""
+        swept = {key: values for key, values in self.values.items() if key not in INNER}
+        if self.search.method == "grid":
+            return _product(swept)
+        rng, found = random.Random(self.search.seed), []
+        for _ in range(50 * self.search.trials):  # a small space has no more
+            drawn = {key: _draw(values, rng) for key, values in swept.items()}
+            if drawn not in found:
+                found.append(drawn)
+            if len(found) == self.search.trials:
+                break
+        return found
+
+
+def _draw(values: list[Any] | Range, rng: random.Random) -> Any:
+    if isinstance(values, list):
+        return rng.choice(values)
+    if values.integer:
+        return rng.randint(round(values.low), round(values.high))
+    if values.log:
+        return float(f"{values.low * (values.high / values.low) ** rng.random():.4g}")
+    return float(f"{rng.uniform(values.low, values.high):.4g}")
+
+
+def _product(values: Mapping[str, Any]) -> list[Settings]:
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, values) of a tree; ranges are leaves."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and "low" not in value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield prefix + key, value

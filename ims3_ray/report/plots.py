@@ -1,0 +1,79 @@
+"""Plots of a search as matplotlib figures: the α–β heat map, curves over one setting, trials of a range."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+FORMATS = ("png", "svg")
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "ims3-ray"}
+
+
+def heat_map(
+    rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], titles: tuple[str, str, str],
+    best: tuple[int, int],
+) -> dict[str, bytes]:  # fmt: skip
+    """Values by row and column, NaN for none, the best framed; ``titles`` of rows, columns and values."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(1.6 + 0.55 * len(columns), 1.1 + 0.42 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(values, cmap="viridis", aspect="auto")
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_ylabel(titles[0])
+        axes.set_xlabel(titles[1])
+        known = [value for line in values for value in line if value == value]
+        middle = (min(known) + max(known)) / 2
+        for y, line in enumerate(values):
+            for x, value in enumerate(line):
+                if value == value:
+                    dark = value < middle
+                    axes.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+        axes.add_patch(Rectangle((best[1] - 0.5, best[0] - 0.5), 1, 1, fill=False, edgecolor="#d1730f", linewidth=2.5))
+        figure.colorbar(image, label=titles[2])
+        return _saved(figure)
+
+
+def curves(
+    places: Sequence[str], lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], x_title: str, y_title: str, best: int
+) -> dict[str, bytes]:
+    """Lines of (name, means, deviations) over evenly spaced ``places``; the band is one standard deviation."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+        axes = figure.subplots()
+        for number, (name, means, deviations) in enumerate(lines):
+            (line,) = axes.plot(range(len(places)), means, marker="o", label=name, linestyle="-" if number == 0 else "--")
+            low, high = zip(*((m - d, m + d) for m, d in zip(means, deviations, strict=True)), strict=True)
+            axes.fill_between(range(len(places)), low, high, alpha=0.15, color=line.get_color())
+        axes.axvline(best, color="#d1730f", linewidth=0.8)
+        axes.set_xticks(range(len(places)), places)
+        axes.set_xlabel(x_title)
+        axes.set_ylabel(y_title)
+        axes.legend(frameon=False)
+        return _saved(figure)
+
+
+def scatter(points: Sequence[tuple[float, float]], x_title: str, y_title: str, log: bool) -> dict[str, bytes]:
+    """(value of a setting, best of the trial), for settings that are drawn from a range."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(*zip(*points, strict=True), marker="o", linestyle="", color="#0b6e99")
+        if log:
+            axes.set_xscale("log")
+        axes.set_xlabel(x_title)
+        axes.set_ylabel(y_title)
+        return _saved(figure)
+
+
+def _saved(figure: Figure) -> dict[str, bytes]:
+    found = {}
+    for form in FORMATS:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
+        found[form] = buffer.getvalue()
+    return found

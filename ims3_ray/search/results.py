@@ -1,0 +1,181 @@
+"""What a search found, as plain values; and what it will cost."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from ims3_ray.artifacts import Storage
+from ims3_ray.comparison import pooled
+from ims3_ray.config import SweepConfig
+from ims3_ray.config.sweep import Range, Settings, symbol, title_of
+from ims3_ray.cost import hours_text
+from ims3_ray.plan.sweep import SweepPlan, id_of
+from ims3_ray.results import Results, stage_row
+from ims3_ray.search.trial import Record
+
+Point = dict[str, Any]
+
+
+@dataclass
+class Tried:
+    """An outer setting: the draws that it got, and what went wrong."""
+
+    settings: Settings
+    records: list[Record]
+    error: str = ""
+
+    def status(self, config: SweepConfig) -> str:
+        if self.error:
+            return "failed"
+        return "finished" if len(self.records) == len(config.draws) else f"stopped after {len(self.records)}"
+
+
+def points_of(config: SweepConfig, tried: Tried) -> Iterator[Point]:
+    """All inner settings of a trial: means over its draws, spreads over the students of all."""
+    for position, inner in enumerate(config.inner()) if tried.records else ():
+        points = [record["points"][position] for record in tried.records]
+        selections = [record["selections"][p["selection"]] for record, p in zip(tried.records, points, strict=True)]
+        rows = {}
+        for row in selections[0]["rows"] if all(s["rows"] for s in selections) else ():
+            kinds = selections[0]["rows"][row]
+            rows[row] = {kind: pooled([s["rows"][row][kind] for s in selections]) for kind in kinds}
+        score = statistics.fmean(s["score"] for s in selections)
+        decides = score if config.search.by == "s3" else rows[config.row]["held_out"]["mean"] if rows else None
+        yield {
+            "settings": {**tried.settings, **inner}, "trial": id_of(tried.settings), "objective": decides, "score": score,
+            "proximity": statistics.fmean(p["proximity"] for p in points),
+            "repulsion": statistics.fmean(p["repulsion"] for p in points),
+            "content": [s["content"] for s in selections], "rows": rows,
+        }  # fmt: skip
+
+
+def objective_of(config: SweepConfig, records: Sequence[Record]) -> float:
+    """Of a trial's best inner setting."""
+    found = (point["objective"] for point in points_of(config, Tried({}, list(records))))
+    return float(max(value for value in found if value is not None))
+
+
+def gather_sweep(plan: SweepPlan, trials: Sequence[Tried], storage: Storage) -> Results:
+    """Everything about a search that has ended."""
+    config = plan.config
+    points = [point for tried in trials for point in points_of(config, tried)]
+    whole = {id_of(tried.settings) for tried in trials if tried.status(config) == "finished"}
+    candidates = [point for point in points if point["trial"] in whole and point["objective"] is not None]
+    return {
+        "name": config.name,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "metric": metric(config),
+        "keys": [stage.key(storage) for stage in plan.stages],
+        "planned": planned(plan),
+        "counts": counts(plan, trials),
+        "trials": [_trial(config, tried) for tried in trials],
+        "failed": [{"settings": tried.settings, "error": tried.error} for tried in trials if tried.error],
+        "points": points,
+        "best": max(candidates, key=lambda point: point["objective"], default=None),
+        "sets": {},
+        "stages": [*(stage_row(stage, storage) for stage in plan.stages), *_stages(trials)],
+        "skipped_images": _skipped(plan, storage),
+    }  # fmt: skip
+
+
+def metric(config: SweepConfig) -> str:
+    """What decides, in a sentence."""
+    draws = f", run seeds {', '.join(map(str, config.draws))}" if len(config.draws) > 1 else ""
+    if config.search.by == "s3":
+        return f"the terms of Eq. 10 at the run's own α : β and encoder decide{draws}; no student was trained"
+    return (
+        f"final top-1 accuracy in % on {config.evaluation.val_per_class} held-out training images a class decides "
+        f"({config.row}), mean over student seeds {', '.join(map(str, config.evaluation.seeds))}{draws}; the test split is "
+        "only reported"
+    )
+
+
+def _trial(config: SweepConfig, tried: Tried) -> dict[str, Any]:
+    found = [point for point in points_of(config, tried) if point["objective"] is not None]
+    best = max(found, key=lambda point: point["objective"], default=None)
+    return {
+        "settings": tried.settings, "status": tried.status(config), "error": tried.error,
+        "keys": {record["draw"]: record["keys"] for record in tried.records},
+        "selections": [len(record["selections"]) for record in tried.records],
+        "objective": best and best["objective"], "best": best and best["settings"],
+    }  # fmt: skip
+
+
+def _stages(trials: Sequence[Tried]) -> Iterator[dict[str, Any]]:
+    """The stages of all trials, each once."""
+    seen = set()
+    for tried in trials:
+        for record in tried.records:
+            for row in record["stages"]:
+                if row["key"] not in seen:
+                    seen.add(row["key"])
+                    where = title_of(tried.settings) + (f", draw {record['draw']}" if record["draw"] else "")
+                    yield {**row, "title": f"{where}: {row['title']}" if where else row["title"]}
+
+
+def _skipped(plan: SweepPlan, storage: Storage) -> list[str]:
+    entries = [e for stage in plan.stages for e in (stage.manifest(storage) or {}).get("units", {}).values()]
+    return [broken for entry in entries for broken in entry.get("broken", [])]
+
+
+def counts(plan: SweepPlan, trials: Sequence[Tried]) -> dict[str, int]:
+    """What there is: points, and how little was made for them."""
+    rows = list(_stages(trials))
+    kinds = {kind: sum(row["stage"] == kind for row in rows) for kind in ("finetune", "generate", "evaluate")}
+    students = kinds["evaluate"] * len(plan.config.evaluation.seeds)
+    return {
+        "points": sum(len(record["points"]) for tried in trials for record in tried.records),
+        "fine_tunes": kinds["finetune"], "pools": kinds["generate"],
+        "distinct_selections": sum(len(record["selections"]) for tried in trials for record in tried.records),
+        "evaluations": kinds["evaluate"], "students": students,
+    }  # fmt: skip
+
+
+def planned(plan: SweepPlan) -> dict[str, float]:
+    """The same before the start; selections are the most that there can be, FLOPs with them."""
+    config, known = plan.config, plan.trials
+    scale = plan.count * len(config.draws) / len(known)
+    own = {id(stage): stage for trial in known for stage in trial.stages if stage not in plan.stages}.values()
+    finetunes, pools = (sum(stage.kind == kind for stage in own) * scale for kind in ("finetune", "generate"))
+    selections = sum(trial.most_selections for trial in known) * scale
+    most = {"accuracy": selections, "s3": 0, "both": min(selections, len(known) * scale * config.search.screened)}
+    made = sum(stage.flops for stage in own) * scale + sum(stage.flops for stage in plan.stages)
+    return {
+        "points": plan.points, "fine_tunes": round(finetunes), "pools": round(pools), "most_selections": round(selections),
+        "most_evaluated": round(most[config.search.by]), "flops": made,
+        "most_flops": made + most[config.search.by] * plan.evaluation_flops,
+    }  # fmt: skip
+
+
+def describe_sweep(plan: SweepPlan) -> str:
+    """The plan as text, at the start and for ``--dry-run``."""
+    config, p = plan.config, planned(plan)
+    storage = Storage.at(config.storage)
+    factors = [
+        f"{symbol(key)} {'a range' if isinstance(values, Range) else len(values)}" for key, values in config.values.items()
+    ]
+    draws = f", {len(config.draws)} draws each" if len(config.draws) > 1 else ""
+    stages = {stage.key(storage): stage for trial in plan.trials for stage in trial.stages}
+    there = {
+        kind: sum(not stage.missing(storage) for stage in stages.values() if stage.kind == kind)
+        for kind in ("finetune", "generate")
+    }
+    candidates = max((stage.images for stage in stages.values() if stage.kind == "generate"), default=0)
+    rows, seeds = len(config.evaluation.rows), len(config.evaluation.seeds)
+    students = "no students" if config.search.by == "s3" else f"at most {p['most_evaluated']:,.0f}·{rows * seeds} students"
+    return "\n".join(
+        [
+            f"{p['points']:,} points ({' × '.join(factors)}{draws}), {config.search.method}",
+            f"{p['fine_tunes']} fine-tunes ({there['finetune']} there), {p['pools']} pools of {candidates:,} candidates "
+            f"({there['generate']} there)",
+            f"at most {p['most_selections']:,} distinct selections, {students}",
+            f"{p['flops'] / 1e9:,.4g} GFLOP, with all students {p['most_flops'] / 1e9:,.4g}: "
+            + hours_text(config, p["flops"], p["most_flops"]),
+            f"{metric(config)}",
+            f"results: {storage.address(config.name)}",
+        ]
+    )

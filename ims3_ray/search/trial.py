@@ -1,0 +1,202 @@
+"""One trial of a search: fine-tune, draw the pool, look at every inner setting, score each distinct selection once."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ims3_ray.artifacts import Storage
+from ims3_ray.config import SweepConfig
+from ims3_ray.config.sweep import Settings, title_of
+from ims3_ray.errors import UserError
+from ims3_ray.pipeline import run_stages
+from ims3_ray.plan.run import RunBuilder
+from ims3_ray.plan.sweep import Question, Trial, id_of, is_own, make_trial
+from ims3_ray.results import stage_row
+from ims3_ray.stages.base import Context, Stage
+from ims3_ray.stages.evaluate import run_all
+from ims3_ray.stages.s3 import NAMESPACE, S3Selector
+from ims3_ray.stages.select import chosen_by, commit_chosen, parts_of
+from ims3_ray.tracking import Untracked
+
+Groups = tuple[int, ...]
+"""Chosen subgroup of each class."""
+Choice = tuple[int, Question]
+"""Position of the first point that chooses so, and whose S3 actor said it."""
+
+Record = dict[str, Any]
+"""What a trial found, as JSON: ``keys`` of its stages, ``selections`` (distinct ones: groups, ``score`` by the run's own
+measure, hash of the images, accuracies), ``points`` (inner settings, the selection of each, its terms), ``stages``."""
+
+
+def record_path(config: SweepConfig, settings: Settings, draw: int) -> str:
+    return f"{config.name}/trials/{id_of(settings)}-{draw}.json"
+
+
+class Board:
+    """Where trials say what they are at, for the driver to print."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def read(self) -> list[str]:
+        """What was said since the last time."""
+        lines, self.lines = self.lines, []
+        return lines
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials are given."""
+
+    config: SweepConfig
+    storage: Storage
+    fingerprints: dict[str, str]
+    """Of the data, which is looked at once."""
+    board: Any
+    """A :class:`Board` actor."""
+    students: int
+    """Students of a trial at a time: what is beyond its share of the cluster would keep other trials from starting theirs."""
+
+
+class Trials:
+    """Runs trials one at a time, as an actor for each fine-tuning: those that share one wait and then find it there.
+
+    An actor that dies loses nothing that is committed; whoever needs it starts the next.
+    """
+
+    def __init__(self, shared: Shared) -> None:
+        self.config, self.storage, self.board, self.students = shared.config, shared.storage, shared.board, shared.students
+        self.builder = RunBuilder(shared.config, shared.config.selection.images_per_class)
+        self.builder.fingerprints = shared.fingerprints
+
+    def run(self, settings: Settings, draw: int) -> Record:
+        """The record of a draw, which lies on storage too; at once if it is there and of the same data, weights and code."""
+        config, storage = self.config, self.storage
+        trial = make_trial(config, self.builder, settings, draw)
+        path, keys = record_path(config, settings, draw), trial.keys(storage)
+        if storage.exists(path):
+            record: Record = json.loads(storage.read(path))
+            if record["keys"] == keys:
+                return record
+        context = Context(config, storage, self.builder.classes, Untracked())
+        if missing := [stage.title for stage in trial.stages if is_own(stage) and stage.missing(storage)]:
+            self._say(trial, ", ".join(missing))
+        run_stages(context, trial.stages)
+        selectors = self._selectors(context, trial)
+        points, chosen = self._look(trial, selectors)
+        groups = list(chosen)
+        scores = [self._score(*terms) for terms in selectors[trial.judge].terms(groups)]
+        worth = self._worth(scores)
+        self._say(trial, f"{len(groups)} distinct selections for {len(points)} points, of which {len(worth)} are evaluated")
+        sets = self._commit(context, trial, selectors, {number: chosen[groups[number]] for number in worth})
+        accuracies, evaluated = self._evaluate(context, trial, sets)
+        selections = [
+            {"groups": groups[number], "score": score, **accuracies.get(number, {"content": None, "rows": {}})}
+            for number, score in enumerate(scores)
+        ]
+        own = [stage for stage in trial.stages if is_own(stage)]
+        stages = [stage_row(stage, storage) for stage in [*own, *evaluated]]
+        record = {
+            "settings": settings, "draw": draw, "keys": keys, "selections": selections, "points": points, "stages": stages,
+        }  # fmt: skip
+        storage.write(path, json.dumps(record).encode())
+        return record
+
+    def _say(self, trial: Trial, what: str) -> None:
+        where = [title_of(trial.settings), f"draw {trial.draw}" if len(self.config.draws) > 1 else ""]
+        self.board.say.remote(f"{', '.join(filter(None, where)) or 'the trial'}: {what}")
+
+    def _selectors(self, context: Context, trial: Trial) -> dict[Stage, S3Selector]:
+        """Of each question, in this actor itself: they live for a moment and are asked by nobody else."""
+        found = {}
+        for stage in {trial.judge, *(question.stage for question in trial.questions)}:
+            found[stage] = S3Selector(parts_of(context, stage), stage.run.selection)
+            if lost := found[stage].missing():
+                raise UserError(f"{stage.title}: {len(lost)} embedding shards are gone from the storage, e.g. {lost[0][1]}")
+        return found
+
+    def _look(self, trial: Trial, selectors: Mapping[Stage, S3Selector]) -> tuple[list[dict[str, Any]], dict[Groups, Choice]]:
+        """The points, and the distinct selections with the first point that chooses so."""
+        points: dict[int, dict[str, Any]] = {}
+        chosen: dict[Groups, Choice] = {}
+        for question in trial.questions:
+            weighings = [trial.weighing(position) for position in question.inner]
+            for position, found in zip(question.inner, selectors[question.stage].grid(weighings), strict=True):
+                chosen.setdefault(found.groups, (position, question))
+                points[position] = {
+                    "settings": trial.inner[position], "selection": list(chosen).index(found.groups),
+                    "proximity": found.proximity, "repulsion": found.repulsion,
+                }  # fmt: skip
+        return [points[position] for position in range(len(trial.inner))], chosen
+
+    def _score(self, proximity: float, repulsion: float) -> float:
+        """Eq. 10 per class with its sign turned, by the run's own weights: higher is better."""
+        s = self.config.selection
+        return (s.beta * repulsion - s.alpha * proximity) / (s.alpha + s.beta)
+
+    def _worth(self, scores: Sequence[float]) -> list[int]:
+        """Positions of the selections that students are trained on."""
+        order = sorted(range(len(scores)), key=lambda i: -scores[i])
+        return sorted(order[: {"accuracy": len(order), "s3": 0, "both": self.config.search.screened}[self.config.search.by]])
+
+    def _commit(
+        self, context: Context, trial: Trial, selectors: Mapping[Stage, S3Selector], chosen: Mapping[int, Choice]
+    ) -> dict[int, Stage]:  # fmt: skip
+        """The sets of images, as a distillation with those settings would make them."""
+        arm, sets, k = self.config.arms[self.config.arm], {}, self.config.selection.images_per_class
+        for number, (position, question) in chosen.items():
+            title = title_of({**trial.settings, **trial.inner[position]})
+            images = self.builder.set_of(f"{self.config.arm} {title}", title, arm, trial.configs[position])
+            selected = images.inputs["set"] if images.kind == "refine" else images
+            if selected.missing(self.storage):
+                began, selection = time.monotonic(), selectors[question.stage].select(trial.weighing(position))
+                assert selection is not None
+                commit_chosen(context, selected, *chosen_by(selection, k), began)
+            sets[number] = images
+        run_stages(context, [stage for stage in sets.values() if stage.kind == "refine"])
+        return sets
+
+    def _evaluate(
+        self, context: Context, trial: Trial, sets: Mapping[int, Stage]
+    ) -> tuple[dict[int, dict[str, Any]], list[Stage]]:  # fmt: skip
+        """Hash and accuracies of each set, and the stages that trained its students."""
+        k, title = self.config.selection.images_per_class, title_of(trial.settings)
+        rows = {number: self.builder.evaluate(f"{title}, selection {number}", images, k) for number, images in sets.items()}
+        stages = [stage for found in rows.values() for stage in found.values()]
+        run_all(context, [stage for stage in stages if stage.missing(self.storage)], self.students)
+        found = {}
+        for number, images in sets.items():
+            manifest = images.manifest(self.storage) or {}
+            accuracies = {row: self._accuracies(stage) for row, stage in rows[number].items()}
+            found[number] = {"content": manifest["content"], "rows": accuracies}
+        return found, stages
+
+    def _accuracies(self, stage: Stage) -> dict[str, list[float]]:
+        """Of a row's students: ``held_out`` is the accuracy of the final weights on held-out training images, which decides."""
+        units = (stage.manifest(self.storage) or {})["units"]
+        students = [units[unit] for unit in stage.units]
+        found = {kind: [s[kind] for s in students] for kind in ("last", "best", "val") if students[0][kind] is not None}
+        if students[0]["val"] is not None:
+            found["held_out"] = [s["curve"][-1]["val"] for s in students]
+        return found
+
+
+def on_this_node(actor: Any, **options: Any) -> Any:
+    """An actor class that needs no resources and runs beside the driver, outside of what Tune has reserved for a trial."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here, **options)
+
+
+def trials_actor(name: str, shared: Shared) -> Any:
+    """The actor of that name, which may run already."""
+    return on_this_node(Trials, name=name, namespace=NAMESPACE, get_if_exists=True).remote(shared)
