@@ -19,7 +19,7 @@ from ims3_ray.plan.sweep import SweepPlan
 from ims3_ray.report.html import render_sweep
 from ims3_ray.report.plots import FORMATS, curves, heat_map, scatter
 from ims3_ray.results import Results
-from ims3_ray.search.results import Point, Tried, points_of
+from ims3_ray.search.records import Point, Tried, points_of
 from ims3_ray.tracking import Tracker, slug
 
 WEIGHTS = ("selection.alpha", "selection.beta")

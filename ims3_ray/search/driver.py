@@ -6,11 +6,10 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -19,17 +18,19 @@ from ray import tune
 from ray.tune import Callback
 
 from ims3_ray.artifacts import Storage
-from ims3_ray.cluster import connected, results
+from ims3_ray.cluster import connected
 from ims3_ray.config import SweepConfig, canonical
-from ims3_ray.config.sweep import Range, Settings, title_of
+from ims3_ray.config.sweep import Range, title_of
 from ims3_ray.errors import IncompletePool
 from ims3_ray.pipeline import RunResult, check_folder, run_stages, warn_if_lost_with_job
 from ims3_ray.plan.layout import Plan
-from ims3_ray.plan.sweep import SweepPlan, generator_of, id_of, make_sweep
+from ims3_ray.plan.sweep import SweepPlan, id_of, make_sweep
 from ims3_ray.progress import Progress
 from ims3_ray.report.sweep import publish_sweep, tell
-from ims3_ray.search.results import Tried, describe_sweep, gather_sweep, objective_of
-from ims3_ray.search.trial import Board, Record, Shared, on_this_node, record_path, trials_actor
+from ims3_ray.search.records import Tried, error_path, objective_of, read_records
+from ims3_ray.search.results import describe_sweep, gather_sweep
+from ims3_ray.search.shell import settings_of, wait_for_trial
+from ims3_ray.search.trial import Desk, Shared, on_this_node
 from ims3_ray.stages.base import Context
 from ims3_ray.tracking import Tracker
 
@@ -43,8 +44,6 @@ QUIET = {
 TINY_CPU = 0.01
 """What a trial reserves itself: Tune takes no less, and what it starts reserves its own."""
 READ_EVERY_S = 2.0
-DEATHS = 3
-"""Times that a trial starts its actor again."""
 
 
 def sweep(config: SweepConfig | None = None) -> RunResult:
@@ -57,11 +56,13 @@ def sweep(config: SweepConfig | None = None) -> RunResult:
     plan, storage = make_sweep(config), Storage.at(config.storage)
     check_folder(config, storage)
     print(describe_sweep(plan), flush=True)
-    if not is_finished(plan, storage):
+    if (trials := trials_there(plan, storage)) is None:
         warn_if_lost_with_job(config)
         needed = {kind: value * (config.search.concurrent or 1) for kind, value in needs(plan).items()}
         with connected(config.cluster, needed):
-            _run(plan, storage)
+            _run(plan, storage, None)
+    elif not _is_told(config, storage):
+        _run(plan, storage, trials)
     found = json.loads(storage.read(f"{config.name}/results.json"))
     if found["failed"]:
         first = found["failed"][0]
@@ -78,28 +79,41 @@ def needs(plan: SweepPlan) -> dict[str, float]:
     return Plan(plan.config, plan.classes, stages).needed()
 
 
-def is_finished(plan: SweepPlan, storage: Storage) -> bool:
-    """Whether the folder holds all trials, of the same data, weights and code, none failed, and MLflow knows."""
-    path = f"{plan.config.name}/results.json"
-    if not (storage.exists(path) and storage.exists(f"{plan.config.name}/report.html")):
-        return False
+def trials_there(plan: SweepPlan, storage: Storage) -> list[Tried] | None:
+    """All trials of a search that has ended, of the same data, weights and code, none failed; None if it has not."""
+    config, path = plan.config, f"{plan.config.name}/results.json"
+    if not storage.exists(path):
+        return None
     results = json.loads(storage.read(path))
-    known = {(id_of(trial["settings"]), int(draw)): keys for trial in results["trials"] for draw, keys in trial["keys"].items()}
-    expected = {(id_of(trial.settings), trial.draw): trial.keys(storage) for trial in plan.trials}
-    same = all(known.get(which, keys) == keys for which, keys in expected.items())
-    whole = not results["failed"] and len(results["trials"]) == plan.count and results["mlflow"]["complete"]
-    return bool(whole and same and results["keys"] == [stage.key(storage) for stage in plan.stages])
+    trials = [
+        Tried(found["settings"], read_records(config, storage, found["settings"], config.draws)[: len(found["keys"])])
+        for found in results["trials"]
+    ]
+    known = {(id_of(tried.settings), record["draw"]): record["keys"] for tried in trials for record in tried.records}
+    same = all(known.get((id_of(t.settings), t.draw), t.keys(storage)) == t.keys(storage) for t in plan.trials)
+    whole = not results["failed"] and len(trials) == plan.count and all(tried.records for tried in trials)
+    return trials if whole and same and results["keys"] == [stage.key(storage) for stage in plan.stages] else None
 
 
-def _run(plan: SweepPlan, storage: Storage) -> None:
+def _is_told(config: SweepConfig, storage: Storage) -> bool:
+    """Whether MLflow has everything, and nobody has deleted the report."""
+    results = json.loads(storage.read(f"{config.name}/results.json"))
+    return bool(results["mlflow"]["complete"] and storage.exists(f"{config.name}/report.html"))
+
+
+def _run(plan: SweepPlan, storage: Storage, trials: list[Tried] | None) -> None:
+    """Make the trials, unless they are given, and publish."""
     config = plan.config
     tracker = Tracker(config, storage)
     storage.write(f"{config.name}/config.yaml", yaml.safe_dump(canonical(config), sort_keys=False).encode())
     try:
-        run_stages(Context(config, storage, plan.classes, tracker), plan.stages)
-        search = Search(plan, storage, tracker)
-        search.run()
-        publish_sweep(plan, gather_sweep(plan, search.trials, storage), storage, tracker)
+        if trials is None:
+            run_stages(Context(config, storage, plan.classes, tracker), plan.stages)
+            trials = Search(plan, storage, tracker).run()
+        else:
+            for tried in trials:
+                tell(plan, tried, tracker)
+        publish_sweep(plan, gather_sweep(plan, trials, storage), storage, tracker)
     except BaseException as error:
         tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
@@ -118,32 +132,33 @@ class Search(Callback):
         """Tune stores what it is given, to continue by; a search continues by its records."""
         return {}
 
-    def run(self) -> None:
+    def run(self) -> list[Tried]:
         """Try all. A trial that fails stops no other."""
         search, folder = self.config.search, tempfile.mkdtemp(prefix="ims3-tune-")
         os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails is told here, in a line each
-        self.board = on_this_node(Board).remote()
         concurrent = self._concurrent()
-        shared = Shared(self.config, self.storage, self.plan.fingerprints, self.board, self._students(concurrent))
+        shared = Shared(self.config, self.storage, self.plan.fingerprints, self._students(concurrent))
+        self.desk = on_this_node(Desk).remote(shared)
+        shell = tune.with_parameters(wait_for_trial, desk=self.desk, draws=self.config.draws)
         node = f"node:{ray.util.get_node_ip_address()}"  # it fails with the driver alone
         resources = tune.PlacementGroupFactory([{"CPU": TINY_CPU, node: 0.0001}])
         space, algorithm = self._space()
         try:
             with self.progress:
                 tune.Tuner(
-                    tune.with_resources(tune.with_parameters(trainable, shared=shared), resources),
+                    tune.with_resources(shell, resources),
                     param_space=space,
                     tune_config=tune.TuneConfig(
                         metric="objective", mode="max", search_alg=algorithm, scheduler=self._scheduler(),
                         num_samples=search.trials if algorithm else 1, max_concurrent_trials=concurrent,
-                        trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
+                        reuse_actors=True, trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
                     ),
                     run_config=tune.RunConfig(name="tune", storage_path=folder, callbacks=[self], verbose=0),
                 ).fit()  # fmt: skip
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        self.trials.sort(key=lambda tried: json.dumps(tried.settings, sort_keys=True))
+        return sorted(self.trials, key=lambda tried: json.dumps(tried.settings, sort_keys=True))
 
     def _concurrent(self) -> int:
         if self.config.search.concurrent:
@@ -192,7 +207,7 @@ class Search(Callback):
     def on_step_end(self, iteration: int, trials: Sequence[Any], **_: Any) -> None:
         if time.monotonic() - self.read > READ_EVERY_S:
             self.read = time.monotonic()
-            for line in ray.get(self.board.read.remote()):
+            for line in ray.get(self.desk.read.remote()):
                 self.progress.line(line)
 
     def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **_: Any) -> None:
@@ -205,8 +220,7 @@ class Search(Callback):
 
     def _note(self, trial: Any, error: str) -> None:
         settings = settings_of(trial.config)
-        paths = [record_path(self.config, settings, draw) for draw in self.config.draws]
-        records = [json.loads(self.storage.read(path)) for path in paths if self.storage.exists(path)]
+        records = read_records(self.config, self.storage, settings, self.config.draws)
         tried = Tried(settings, records[: trial.last_result.get("draws", 0)] if not error else [], error)
         self.trials.append(tried)
         tell(self.plan, tried, self.tracker)
@@ -218,40 +232,6 @@ class Search(Callback):
         self.progress.at(len(self.trials))
 
 
-def settings_of(config: Mapping[str, Any]) -> Settings:
-    """The outer setting that Tune gave a trial."""
-    return dict(config.get("settings", config))
-
-
-def trainable(chosen: dict[str, Any], shared: Shared) -> None:
-    """What Tune runs: the draws of a setting one after another, each with the mean so far."""
-    config, settings, records = shared.config, settings_of(chosen), []
-    try:
-        for draw in config.draws:
-            records.append(_record(shared, settings, draw))
-            tune.report({"objective": objective_of(config, records), "draws": len(records)})
-    except Exception as error:  # Tune tells its driver that there was one, not which
-        shared.storage.write(error_path(config, settings), _reason(error).encode())
-        raise
-
-
-def error_path(config: SweepConfig, settings: Settings) -> str:
-    return f"{config.name}/trials/{id_of(settings)}.error"
-
-
-def _record(shared: Shared, settings: Settings, draw: int) -> Record:
-    name = f"trials-{generator_of(settings, draw)}-{id_of({'at': shared.storage.address(shared.config.name)})}"
-    deaths = 0
-    while True:
-        try:
-            record: Record = results(trials_actor(name, shared).run.remote(settings, draw))
-            return record
-        except ray.exceptions.RayActorError as error:
-            deaths += "owner" not in str(error)  # it ends with the trial that started it, which is no failure
-            if deaths > DEATHS:
-                raise
-
-
 def _domain(values: list[Any] | Range) -> Any:
     """As Tune draws it."""
     if isinstance(values, list):
@@ -259,9 +239,3 @@ def _domain(values: list[Any] | Range) -> Any:
     if values.integer:
         return tune.randint(round(values.low), round(values.high) + 1)
     return tune.loguniform(values.low, values.high) if values.log else tune.uniform(values.low, values.high)
-
-
-def _reason(error: BaseException) -> str:
-    """The last line of what a trial died of, without the name of its class."""
-    last = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return re.sub(r"^(\w+\.)*\w+(Error|Pool): ", "", last)

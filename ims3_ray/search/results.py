@@ -2,61 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from ims3_ray.artifacts import Storage
-from ims3_ray.comparison import pooled
 from ims3_ray.config import SweepConfig
-from ims3_ray.config.sweep import Range, Settings, symbol, title_of
+from ims3_ray.config.sweep import Range, symbol, title_of
 from ims3_ray.cost import hours_text
 from ims3_ray.plan.sweep import SweepPlan, id_of
 from ims3_ray.results import Results, stage_row
-from ims3_ray.search.trial import Record
-
-Point = dict[str, Any]
-
-
-@dataclass
-class Tried:
-    """An outer setting: the draws that it got, and what went wrong."""
-
-    settings: Settings
-    records: list[Record]
-    error: str = ""
-
-    def status(self, config: SweepConfig) -> str:
-        if self.error:
-            return "failed"
-        return "finished" if len(self.records) == len(config.draws) else f"stopped after {len(self.records)}"
-
-
-def points_of(config: SweepConfig, tried: Tried) -> Iterator[Point]:
-    """All inner settings of a trial: means over its draws, spreads over the students of all."""
-    for position, inner in enumerate(config.inner()) if tried.records else ():
-        points = [record["points"][position] for record in tried.records]
-        selections = [record["selections"][p["selection"]] for record, p in zip(tried.records, points, strict=True)]
-        rows = {}
-        for row in selections[0]["rows"] if all(s["rows"] for s in selections) else ():
-            kinds = selections[0]["rows"][row]
-            rows[row] = {kind: pooled([s["rows"][row][kind] for s in selections]) for kind in kinds}
-        score = statistics.fmean(s["score"] for s in selections)
-        decides = score if config.search.by == "s3" else rows[config.row]["held_out"]["mean"] if rows else None
-        yield {
-            "settings": {**tried.settings, **inner}, "trial": id_of(tried.settings), "objective": decides, "score": score,
-            "proximity": statistics.fmean(p["proximity"] for p in points),
-            "repulsion": statistics.fmean(p["repulsion"] for p in points),
-            "content": [s["content"] for s in selections], "rows": rows,
-        }  # fmt: skip
-
-
-def objective_of(config: SweepConfig, records: Sequence[Record]) -> float:
-    """Of a trial's best inner setting."""
-    found = (point["objective"] for point in points_of(config, Tried({}, list(records))))
-    return float(max(value for value in found if value is not None))
+from ims3_ray.search.records import Tried, points_of
 
 
 def gather_sweep(plan: SweepPlan, trials: Sequence[Tried], storage: Storage) -> Results:

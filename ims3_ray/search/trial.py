@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from ims3_ray.config.sweep import Settings, title_of
 from ims3_ray.errors import UserError
 from ims3_ray.pipeline import run_stages
 from ims3_ray.plan.run import RunBuilder
-from ims3_ray.plan.sweep import Question, Trial, id_of, is_own, make_trial
+from ims3_ray.plan.sweep import Question, Trial, generator_of, is_own, make_trial
 from ims3_ray.results import stage_row
+from ims3_ray.search.records import Record, error_path, objective_of, read_records, record_path
 from ims3_ray.stages.base import Context, Stage
 from ims3_ray.stages.evaluate import run_all
-from ims3_ray.stages.s3 import NAMESPACE, S3Selector
+from ims3_ray.stages.s3 import S3Selector
 from ims3_ray.stages.select import chosen_by, commit_chosen, parts_of
 from ims3_ray.tracking import Untracked
 
@@ -29,29 +31,6 @@ Groups = tuple[int, ...]
 """Chosen subgroup of each class."""
 Choice = tuple[int, Question]
 """Position of the first point that chooses so, and whose S3 actor said it."""
-
-Record = dict[str, Any]
-"""What a trial found, as JSON: ``keys`` of its stages, ``selections`` (distinct ones: groups, ``score`` by the run's own
-measure, hash of the images, accuracies), ``points`` (inner settings, the selection of each, its terms), ``stages``."""
-
-
-def record_path(config: SweepConfig, settings: Settings, draw: int) -> str:
-    return f"{config.name}/trials/{id_of(settings)}-{draw}.json"
-
-
-class Board:
-    """Where trials say what they are at, for the driver to print."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def read(self) -> list[str]:
-        """What was said since the last time."""
-        lines, self.lines = self.lines, []
-        return lines
 
 
 @dataclass(frozen=True)
@@ -62,25 +41,67 @@ class Shared:
     storage: Storage
     fingerprints: dict[str, str]
     """Of the data, which is looked at once."""
-    board: Any
-    """A :class:`Board` actor."""
     students: int
-    """Students of a trial at a time: what is beyond its share of the cluster would keep other trials from starting theirs."""
+    """Of a trial at a time: what is beyond its share of the cluster would keep other trials from starting theirs."""
+
+
+class Desk:
+    """An actor beside the driver that starts those of the trials and keeps what they say until the driver asks."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+        self.open: dict[str, tuple[Any, int]] = {}
+        """By what they fine-tune: actors, and how many wait for each."""
+        self.lines: list[str] = []
+
+    def enter(self, settings: Settings, draw: int) -> Any:
+        """The :class:`Trials` actor for a setting, the same for all that fine-tune alike."""
+        name = generator_of(settings, draw)
+        if name not in self.open:
+            here = ray.get_runtime_context().current_actor
+            self.open[name] = (on_this_node(Trials).remote(self.shared, here), 0)
+        actor, waiting = self.open[name]
+        self.open[name] = (actor, waiting + 1)
+        return actor
+
+    def leave(self, settings: Settings, draw: int, dead: bool = False) -> None:
+        """Who has entered needs the actor no more; with the last one it ends."""
+        actor, waiting = self.open.pop(name := generator_of(settings, draw), (None, 0))
+        if waiting > 1 and not dead:
+            self.open[name] = (actor, waiting - 1)
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def read(self) -> list[str]:
+        """What was said since the last time."""
+        lines, self.lines = self.lines, []
+        return lines
 
 
 class Trials:
     """Runs trials one at a time, as an actor for each fine-tuning: those that share one wait and then find it there.
 
-    An actor that dies loses nothing that is committed; whoever needs it starts the next.
+    One that dies loses nothing that is committed.
     """
 
-    def __init__(self, shared: Shared) -> None:
-        self.config, self.storage, self.board, self.students = shared.config, shared.storage, shared.board, shared.students
+    def __init__(self, shared: Shared, desk: Any) -> None:
+        self.config, self.storage, self.students, self.desk = shared.config, shared.storage, shared.students, desk
         self.builder = RunBuilder(shared.config, shared.config.selection.images_per_class)
         self.builder.fingerprints = shared.fingerprints
 
-    def run(self, settings: Settings, draw: int) -> Record:
-        """The record of a draw, which lies on storage too; at once if it is there and of the same data, weights and code."""
+    def run(self, settings: Settings, draw: int) -> float:
+        """The objective over the draws up to this one, whose record then lies on storage; so does an error."""
+        try:
+            self.record(settings, draw)
+        except Exception as error:
+            self.storage.write(error_path(self.config, settings), _reason(error).encode())
+            raise
+        draws = self.config.draws[: self.config.draws.index(draw) + 1]
+        return objective_of(self.config, read_records(self.config, self.storage, settings, draws))
+
+    def record(self, settings: Settings, draw: int) -> Record:
+        """What a draw found; at once if it is on storage and of the same data, weights and code."""
         config, storage = self.config, self.storage
         trial = make_trial(config, self.builder, settings, draw)
         path, keys = record_path(config, settings, draw), trial.keys(storage)
@@ -114,7 +135,7 @@ class Trials:
 
     def _say(self, trial: Trial, what: str) -> None:
         where = [title_of(trial.settings), f"draw {trial.draw}" if len(self.config.draws) > 1 else ""]
-        self.board.say.remote(f"{', '.join(filter(None, where)) or 'the trial'}: {what}")
+        self.desk.say.remote(f"{', '.join(filter(None, where)) or 'the trial'}: {what}")
 
     def _selectors(self, context: Context, trial: Trial) -> dict[Stage, S3Selector]:
         """Of each question, in this actor itself: they live for a moment and are asked by nobody else."""
@@ -191,12 +212,13 @@ class Trials:
         return found
 
 
-def on_this_node(actor: Any, **options: Any) -> Any:
+def on_this_node(actor: Any) -> Any:
     """An actor class that needs no resources and runs beside the driver, outside of what Tune has reserved for a trial."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here, **options)
+    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here)
 
 
-def trials_actor(name: str, shared: Shared) -> Any:
-    """The actor of that name, which may run already."""
-    return on_this_node(Trials, name=name, namespace=NAMESPACE, get_if_exists=True).remote(shared)
+def _reason(error: Exception) -> str:
+    """The last line of what a trial died of, without the name of its class."""
+    last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return re.sub(r"^(\w+\.)*\w+(Error|Pool): ", "", last)

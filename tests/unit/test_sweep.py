@@ -16,7 +16,8 @@ from ims3_ray.errors import UserError
 from ims3_ray.loading import as_yaml, build, load_config
 from ims3_ray.plan import make_sweep
 from ims3_ray.report.sweep import best_yaml, figures_of, table_of
-from ims3_ray.search.results import Tried, describe_sweep, gather_sweep, objective_of, points_of
+from ims3_ray.search.records import Tried, objective_of, points_of
+from ims3_ray.search.results import describe_sweep, gather_sweep
 from ims3_ray.selection import path, select_subgroups
 from ims3_ray.selection.grid import Weighing, most_selections, select_grid, terms_of
 from tests.conftest import tiny_values

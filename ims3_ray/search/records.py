@@ -1,0 +1,75 @@
+"""What trials leave on storage, and the points that it amounts to."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ims3_ray.artifacts import Storage
+from ims3_ray.comparison import pooled
+from ims3_ray.config import SweepConfig
+from ims3_ray.config.sweep import Settings
+from ims3_ray.plan.sweep import id_of
+
+Record = dict[str, Any]
+"""What a trial found, as JSON: ``keys`` of its stages, ``selections`` (distinct ones: groups, ``score`` by the run's own
+measure, hash of the images, accuracies), ``points`` (inner settings, the selection of each, its terms), ``stages``."""
+
+
+def record_path(config: SweepConfig, settings: Settings, draw: int) -> str:
+    return f"{config.name}/trials/{id_of(settings)}-{draw}.json"
+
+
+def error_path(config: SweepConfig, settings: Settings) -> str:
+    return f"{config.name}/trials/{id_of(settings)}.error"
+
+
+def read_records(config: SweepConfig, storage: Storage, settings: Settings, draws: Sequence[int]) -> list[Record]:
+    """Of those draws that have one."""
+    paths = [record_path(config, settings, draw) for draw in draws]
+    return [json.loads(storage.read(path)) for path in paths if storage.exists(path)]
+
+
+Point = dict[str, Any]
+
+
+@dataclass
+class Tried:
+    """An outer setting: the draws that it got, and what went wrong."""
+
+    settings: Settings
+    records: list[Record]
+    error: str = ""
+
+    def status(self, config: SweepConfig) -> str:
+        if self.error:
+            return "failed"
+        return "finished" if len(self.records) == len(config.draws) else f"stopped after {len(self.records)}"
+
+
+def points_of(config: SweepConfig, tried: Tried) -> Iterator[Point]:
+    """All inner settings of a trial: means over its draws, spreads over the students of all."""
+    for position, inner in enumerate(config.inner()) if tried.records else ():
+        points = [record["points"][position] for record in tried.records]
+        selections = [record["selections"][p["selection"]] for record, p in zip(tried.records, points, strict=True)]
+        rows = {}
+        for row in selections[0]["rows"] if all(s["rows"] for s in selections) else ():
+            kinds = selections[0]["rows"][row]
+            rows[row] = {kind: pooled([s["rows"][row][kind] for s in selections]) for kind in kinds}
+        score = statistics.fmean(s["score"] for s in selections)
+        decides = score if config.search.by == "s3" else rows[config.row]["held_out"]["mean"] if rows else None
+        yield {
+            "settings": {**tried.settings, **inner}, "trial": id_of(tried.settings), "objective": decides, "score": score,
+            "proximity": statistics.fmean(p["proximity"] for p in points),
+            "repulsion": statistics.fmean(p["repulsion"] for p in points),
+            "content": [s["content"] for s in selections], "rows": rows,
+        }  # fmt: skip
+
+
+def objective_of(config: SweepConfig, records: Sequence[Record]) -> float:
+    """Of a trial's best inner setting."""
+    found = (point["objective"] for point in points_of(config, Tried({}, list(records))))
+    return float(max(value for value in found if value is not None))
