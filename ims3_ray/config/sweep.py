@@ -45,6 +45,11 @@ def title_of(settings: Settings) -> str:
     return ", ".join(f"{symbol(key)}={_shown(value)}" for key, value in settings.items())
 
 
+def trial_title(settings: Settings) -> str:
+    """Of an outer setting, which is empty where only inner ones vary."""
+    return title_of(settings) or "the trial"
+
+
 def _shown(value: Any) -> str:
     return "all" if value is None else f"{value:g}" if isinstance(value, float) else f"{value}"
 

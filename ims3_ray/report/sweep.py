@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ims3_ray.artifacts import Storage
 from ims3_ray.config import SweepConfig
-from ims3_ray.config.sweep import Range, Settings, symbol, title_of
+from ims3_ray.config.sweep import Range, Settings, symbol, title_of, trial_title
 from ims3_ray.loading import as_yaml
 from ims3_ray.plan.sweep import SweepPlan
 from ims3_ray.report.html import render_sweep
@@ -53,7 +53,7 @@ def publish_sweep(plan: SweepPlan, results: Results, storage: Storage, tracker: 
 
 def tell(plan: SweepPlan, tried: Tried, tracker: Tracker) -> None:
     """A child run per point of a trial, or one that says why there are none."""
-    whole = title_of(tried.settings) or "trial"
+    whole = trial_title(tried.settings)
     if tried.error:
         tracker.child(whole, tried.settings, {}, {}, failed=tried.error)
     else:
@@ -64,12 +64,12 @@ def tell(plan: SweepPlan, tried: Tried, tracker: Tracker) -> None:
 
 
 def metrics_of(point: Point) -> dict[str, float]:
-    """A point's values under names that MLflow takes."""
+    """A point's values under names that MLflow takes, as short as its page shows them."""
     found = {name: point[name] for name in ("objective", "score", "proximity", "repulsion") if point[name] is not None}
     for row, kinds in point["rows"].items():
         for kind, value in kinds.items():
             found |= {f"{row}/{kind}_{m}": value[m] for m in ("mean", "std", "sem") if value[m] is not None}
-    return found
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def best_yaml(config: SweepConfig, results: Results) -> str:

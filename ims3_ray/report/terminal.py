@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ims3_ray.comparison import difference_text
-from ims3_ray.config.sweep import title_of
+from ims3_ray.config.sweep import title_of, trial_title
 from ims3_ray.pipeline import RunResult
 from ims3_ray.results import KINDS, spread_text
 
@@ -54,11 +54,11 @@ def print_sweep(result: RunResult, console: Console | None = None) -> None:
         best = {key: value for key, value in (trial["best"] or {}).items() if key not in trial["settings"]}
         objective = "" if trial["objective"] is None else f"{trial['objective']:.2f}"
         distinct = ", ".join(map(str, trial["selections"]))
-        table.add_row(title_of(trial["settings"]) or "all", trial["status"], distinct, objective, title_of(best))
+        table.add_row(trial_title(trial["settings"]), trial["status"], distinct, objective, title_of(best))
     console.print(table)
     console.print(
-        f"{made['points']:,} points from {made['fine_tunes']} fine-tunes and {made['pools']} pools: "
-        f"{made['distinct_selections']} distinct selections, {made['evaluations']} evaluated with {made['students']} students",
+        f"{made['points']:,} points; fine-tunes: {made['fine_tunes']}, pools: {made['pools']}, distinct selections: "
+        f"{made['distinct_selections']}, of which evaluated: {made['evaluations']}, students: {made['students']}",
         soft_wrap=True,
     )
     console.print(found["metric"], soft_wrap=True)

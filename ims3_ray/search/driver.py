@@ -20,7 +20,7 @@ from ray.tune import Callback
 from ims3_ray.artifacts import Storage
 from ims3_ray.cluster import connected
 from ims3_ray.config import SweepConfig, canonical
-from ims3_ray.config.sweep import Range, title_of
+from ims3_ray.config.sweep import Range, trial_title
 from ims3_ray.errors import IncompletePool
 from ims3_ray.pipeline import RunResult, check_folder, run_stages, warn_if_lost_with_job
 from ims3_ray.plan.layout import Plan
@@ -67,7 +67,7 @@ def sweep(config: SweepConfig | None = None) -> RunResult:
     if found["failed"]:
         first = found["failed"][0]
         raise IncompletePool(
-            f"{len(found['failed'])} of {plan.count} trials failed, e.g. {title_of(first['settings'])}: {first['error']}; "
+            f"{len(found['failed'])} of {plan.count} trials failed, e.g. {trial_title(first['settings'])}: {first['error']}; "
             f"{storage.address(config.name)}/report.html has the others, the same command tries again"
         )
     return RunResult(storage.address(config.name), found)
@@ -228,7 +228,7 @@ class Search(Callback):
         if not error:
             stopped = "" if len(records) == len(self.config.draws) else f", stopped after {len(tried.records)} draws"
             found = f"{objective_of(self.config, tried.records):.2f}{stopped}"
-        self.progress.line(f"trial {len(self.trials)}/{self.plan.count}, {title_of(settings)}: {found}")
+        self.progress.line(f"trial {len(self.trials)}/{self.plan.count}, {trial_title(settings)}: {found}")
         self.progress.at(len(self.trials))
 
 

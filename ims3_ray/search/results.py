@@ -122,13 +122,14 @@ def describe_sweep(plan: SweepPlan) -> str:
     }
     candidates = max((stage.images for stage in stages.values() if stage.kind == "generate"), default=0)
     rows, seeds = len(config.evaluation.rows), len(config.evaluation.seeds)
-    students = "no students" if config.search.by == "s3" else f"at most {p['most_evaluated']:,.0f}·{rows * seeds} students"
+    most = f"at most {p['most_evaluated']:,}·{rows * seeds}"
+    students = f"students: {'none' if config.search.by == 's3' else most}"
     return "\n".join(
         [
             f"{p['points']:,} points ({' × '.join(factors)}{draws}), {config.search.method}",
-            f"{p['fine_tunes']} fine-tunes ({there['finetune']} there), {p['pools']} pools of {candidates:,} candidates "
+            f"fine-tunes: {p['fine_tunes']} ({there['finetune']} there), pools of {candidates:,} candidates: {p['pools']} "
             f"({there['generate']} there)",
-            f"at most {p['most_selections']:,} distinct selections, {students}",
+            f"distinct selections: at most {p['most_selections']:,}, {students}",
             f"{p['flops'] / 1e9:,.4g} GFLOP, with all students {p['most_flops'] / 1e9:,.4g}: "
             + hours_text(config, p["flops"], p["most_flops"]),
             f"{metric(config)}",

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ims3_ray.artifacts import Storage
 from ims3_ray.config import SweepConfig
-from ims3_ray.config.sweep import Settings, title_of
+from ims3_ray.config.sweep import Settings, title_of, trial_title
 from ims3_ray.errors import UserError
 from ims3_ray.pipeline import run_stages
 from ims3_ray.plan.run import RunBuilder
@@ -134,8 +134,8 @@ class Trials:
         return record
 
     def _say(self, trial: Trial, what: str) -> None:
-        where = [title_of(trial.settings), f"draw {trial.draw}" if len(self.config.draws) > 1 else ""]
-        self.desk.say.remote(f"{', '.join(filter(None, where)) or 'the trial'}: {what}")
+        draw = f", draw {trial.draw}" if len(self.config.draws) > 1 else ""
+        self.desk.say.remote(f"{trial_title(trial.settings)}{draw}: {what}")
 
     def _selectors(self, context: Context, trial: Trial) -> dict[Stage, S3Selector]:
         """Of each question, in this actor itself: they live for a moment and are asked by nobody else."""

@@ -33,9 +33,9 @@ def free_port() -> int:
 class Head:
     environment: dict[str, str]
 
-    def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """``ray job submit --working-dir . -- python jobs/distill.py …``, followed to the job's end."""
-        command = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "jobs/distill.py", *arguments]
+    def submit(self, *arguments: str, job: str = "distill") -> subprocess.CompletedProcess[str]:
+        """``ray job submit --working-dir . -- python jobs/JOB.py …``, followed to the job's end."""
+        command = [RAY, "job", "submit", "--working-dir", ".", "--", "python", f"jobs/{job}.py", *arguments]
         return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=400)
 
     def status(self, output: str) -> str:
@@ -94,8 +94,11 @@ def test_a_job_with_bad_input_fails_with_its_one_line(head: Head, tmp_path: Path
     assert "exit code 2" in done.stdout + done.stderr + head.status(done.stdout)
 
 
-def test_results_that_would_be_lost_with_the_job_are_warned_of(head: Head, tiny_world: Path, tmp_path: Path):
-    config = write_config(tmp_path / "config.yaml", tiny_values(tiny_world, Path("runs"), actors={"count": 999}))
-    done = head.submit("--config", config)
+def test_a_search_runs_as_a_job_too_and_results_that_would_be_lost_with_it_are_warned_of(
+    head: Head, tiny_world: Path, tmp_path: Path
+):  # fmt: skip
+    values = tiny_values(tiny_world, Path("runs"), arm="dit_s3", space={"selection": {"alpha": [0.1, 0.9], "beta": [0.1, 0.9]}})
+    done = head.submit("--config", write_config(tmp_path / "config.yaml", values), job="sweep")
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "warning: storage 'runs' is relative" in done.stdout
-    assert "too small for the plan" in done.stdout
+    assert "4 points; fine-tunes: 0, pools: 1, distinct selections: " in done.stdout

@@ -110,7 +110,10 @@ def test_a_search_outlives_its_driver_and_its_tracking_server(server: Server, tm
     distinct = {content for point in results["points"] for content in point["content"]}
     assert artifacts == {"finetune": len(LAMBDAS), "generate": len(LAMBDAS), "evaluate": len(distinct)}
     assert counts["evaluations"] == len(distinct) < POINTS / 3
-    assert f"{POINTS} points from 2 fine-tunes and 2 pools: {counts['distinct_selections']} distinct" in resumed.stdout
+    made_of = (
+        f"fine-tunes: 2, pools: 2, distinct selections: {counts['distinct_selections']}, of which evaluated: {len(distinct)}"
+    )
+    assert f"{POINTS} points; {made_of}" in resumed.stdout
 
     server.start()
     told = run_script("sweep", "--config", config)

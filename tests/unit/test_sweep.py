@@ -183,9 +183,9 @@ def test_a_plan_counts_what_settings_share(tiny_world: Path, tmp_path: Path):
     assert {stage.images for stage in pools} == {3 * 8}  # G = 3 subgroups of 2 images, in units of 4
     text = describe_sweep(plan)
     # (G − 1)·C + 1 selections by α : β, for two G and two K_i
-    assert f"at most {12 * 2 * (4 + 7):,} distinct selections, at most 264·2 students" in text
+    assert f"distinct selections: at most {12 * 2 * (4 + 7):,}, students: at most 264·2" in text
     assert "1,944 points (λ_IM 2 × cfg_scale 3 × α 9 × β 9 × G 2 × K_i 2, 2 draws each), grid" in text
-    assert "4 fine-tunes (0 there), 12 pools of 24 candidates (0 there)" in text
+    assert "fine-tunes: 4 (0 there), pools of 24 candidates: 12 (0 there)" in text
 
 
 # Results
