@@ -23,7 +23,7 @@ def id_of(settings: Settings) -> str:
 
 @dataclass(frozen=True)
 class Question:
-    """Inner settings that one S3 actor has the answers to: those with the same φ and the same references."""
+    """Inner settings with the same φ and the same references, which the centroids of one selection answer."""
 
     stage: Stage
     """A selection among the largest number of subgroups."""
@@ -85,8 +85,7 @@ def make_sweep(config: SweepConfig) -> SweepPlan:
     optuna = config.search.method == "optuna"
     known = config.outer()[:1] if optuna else config.outer()
     trials = [make_trial(config, builder, settings, draw) for settings in known for draw in config.draws]
-    last = trials[-1]
-    images = builder.set_of(config.arm, "probe", config.arms[config.arm], last.configs[0].of_arm(config.arm))
+    images = builder.set_of(config.arm, "probe", config.arms[config.arm], trials[-1].configs[0])
     rows = builder.evaluate("probe", images, config.selection.images_per_class)
     shared = [stage for stage in ordered(builder.stages.values()) if not is_own(stage)]
     stages = [*shared, *(s for stage in rows.values() for s in stage.inputs.values() if not is_own(s) and s not in shared)]
@@ -102,19 +101,24 @@ def make_trial(config: SweepConfig, builder: RunBuilder, settings: Settings, dra
     configs = [config.at({**settings, **each}, draw).of_arm(config.arm) for each in inner]
     base = config.at(settings, draw).of_arm(config.arm)
     most = max(each.selection.groups for each in configs)
-    asked: dict[str, tuple[RunConfig, list[int]]] = {_references(base): (base, [])}
-    for position, each in enumerate(configs):
-        asked.setdefault(_references(each), (each, []))[1].append(position)
     title = title_of(settings) or arm.title
+
+    def among(groups: int, each: RunConfig) -> Stage:
+        """The selection among so many subgroups."""
+        widened = each.model_copy(update={"selection": each.selection.model_copy(update={"groups": groups})})
+        chosen = builder.set_of(f"{config.arm} {id_of(settings)}", title, arm, widened)
+        return chosen.inputs["set"] if chosen.kind == "refine" else chosen
+
+    alike: dict[str, list[int]] = {}
+    for position, each in enumerate(configs):
+        alike.setdefault(_references(each), []).append(position)
     questions = []
-    for each, positions in asked.values():
-        groups = most if each.selection.references == "real" else each.selection.groups
-        widest = each.model_copy(update={"selection": each.selection.model_copy(update={"groups": groups})})
-        chosen = builder.set_of(f"{config.arm} {id_of(settings)}", title, arm, widest)
-        questions.append(Question(chosen.inputs["set"] if chosen.kind == "refine" else chosen, tuple(positions)))
-    judge = questions[0].stage
-    stages = ordered(_before(question.stage for question in questions))
-    return Trial(settings, draw, inner, configs, [q for q in questions if q.inner], judge, stages)
+    for positions in alike.values():
+        first = configs[positions[0]]
+        groups = most if first.selection.references == "real" else first.selection.groups
+        questions.append(Question(among(groups, first), tuple(positions)))
+    judge = among(most, base)
+    return Trial(settings, draw, inner, configs, questions, judge, ordered(_before([judge, *(q.stage for q in questions)])))
 
 
 def _references(config: RunConfig) -> str:

@@ -38,8 +38,6 @@ QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interruption is an interruption
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one has no silent mode
-    "TUNE_MAX_PENDING_TRIALS_PG": "1000",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 TINY_CPU = 0.01
 """What a trial reserves itself: Tune takes no less, and what it starts reserves its own."""
@@ -91,7 +89,7 @@ def trials_there(plan: SweepPlan, storage: Storage) -> list[Tried] | None:
     ]
     known = {(id_of(tried.settings), record["draw"]): record["keys"] for tried in trials for record in tried.records}
     same = all(known.get((id_of(t.settings), t.draw), t.keys(storage)) == t.keys(storage) for t in plan.trials)
-    whole = not results["failed"] and len(trials) == plan.count and all(tried.records for tried in trials)
+    whole = not results["failed"] and all(tried.records for tried in trials)
     return trials if whole and same and results["keys"] == [stage.key(storage) for stage in plan.stages] else None
 
 
@@ -158,7 +156,8 @@ class Search(Callback):
                 ).fit()  # fmt: skip
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        return sorted(self.trials, key=lambda tried: json.dumps(tried.settings, sort_keys=True))
+        distinct = {json.dumps(tried.settings, sort_keys=True): tried for tried in self.trials}  # Optuna may ask twice
+        return [distinct[settings] for settings in sorted(distinct)]
 
     def _concurrent(self) -> int:
         if self.config.search.concurrent:
@@ -224,11 +223,9 @@ class Search(Callback):
         tried = Tried(settings, records[: trial.last_result.get("draws", 0)] if not error else [], error)
         self.trials.append(tried)
         tell(self.plan, tried, self.tracker)
-        found = f"failed: {error}"
-        if not error:
-            stopped = "" if len(records) == len(self.config.draws) else f", stopped after {len(tried.records)} draws"
-            found = f"{objective_of(self.config, tried.records):.2f}{stopped}"
-        self.progress.line(f"trial {len(self.trials)}/{self.plan.count}, {trial_title(settings)}: {found}")
+        found = error or f"{objective_of(self.config, tried.records):.2f}"
+        where = f"trial {len(self.trials)}/{self.plan.count}, {trial_title(settings)}"
+        self.progress.line(f"{where}: {tried.status(self.config)}, {found}")
         self.progress.at(len(self.trials))
 
 

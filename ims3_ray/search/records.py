@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,6 @@ def points_of(config: SweepConfig, tried: Tried) -> Iterator[Point]:
 
 
 def objective_of(config: SweepConfig, records: Sequence[Record]) -> float:
-    """Of a trial's best inner setting."""
+    """Of a trial's best inner setting; −∞ if none has students in every draw."""
     found = (point["objective"] for point in points_of(config, Tried({}, list(records))))
-    return float(max(value for value in found if value is not None))
+    return float(max((value for value in found if value is not None), default=-math.inf))

@@ -30,7 +30,7 @@ from ims3_ray.tracking import Untracked
 Groups = tuple[int, ...]
 """Chosen subgroup of each class."""
 Choice = tuple[int, Question]
-"""Position of the first point that chooses so, and whose S3 actor said it."""
+"""Position of the first point that chooses so, and the question that it answered."""
 
 
 @dataclass(frozen=True)

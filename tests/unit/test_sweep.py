@@ -188,6 +188,17 @@ def test_a_plan_counts_what_settings_share(tiny_world: Path, tmp_path: Path):
     assert "fine-tunes: 4 (0 there), pools of 24 candidates: 12 (0 there)" in text
 
 
+def test_choices_among_all_subgroups_are_judged_whatever_the_references_are(tiny_world: Path, tmp_path: Path):
+    values = tiny_values(tiny_world, tmp_path, space={"selection": {"groups": [2, 3, 6]}})
+    values["selection"]["references"] = "generated"
+    (trial,) = make_sweep(build(SweepConfig, values)).trials
+    assert trial.judge.run.selection.groups == 6
+    # candidates that are references are as many as the point has
+    assert [(q.stage.run.selection.groups, q.inner) for q in trial.questions] == [(2, (0,)), (3, (1,)), (6, (2,))]
+    (pool,) = [stage for stage in trial.stages if stage.kind == "generate"]
+    assert pool.images == 3 * 12
+
+
 # Results
 
 
@@ -285,6 +296,8 @@ def test_points_without_students_in_one_of_the_draws_decide_nothing(searched: tu
     tried.records[1]["selections"][1]["rows"] = {}
     assert [point["objective"] for point in points_of(config, tried)] == [53.0] * 4 + [None] * 4
     assert objective_of(config, tried.records) == 53.0
+    tried.records[1]["selections"][0]["rows"] = {}
+    assert objective_of(config, tried.records) == -np.inf
 
 
 # The config as YAML
