@@ -39,8 +39,6 @@ QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one has no silent mode
 }
-TINY_CPU = 0.01
-"""What a trial reserves itself: Tune takes no less, and what it starts reserves its own."""
 READ_EVERY_S = 2.0
 
 
@@ -139,8 +137,9 @@ class Search(Callback):
         shared = Shared(self.config, self.storage, self.plan.fingerprints, self._students(concurrent))
         self.desk = on_this_node(Desk).remote(shared)
         shell = tune.with_parameters(wait_for_trial, desk=self.desk, draws=self.config.draws)
-        node = f"node:{ray.util.get_node_ip_address()}"  # it fails with the driver alone
-        resources = tune.PlacementGroupFactory([{"CPU": TINY_CPU, node: 0.0001}])
+        # Trials wait on this node and fail with the driver alone. They reserve no CPU, not even a little: on a small cluster
+        # the workers of what they start would then find no room, and all would wait for ever.
+        resources = tune.PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": 0.0001}])
         space, algorithm = self._space()
         try:
             with self.progress:
