@@ -89,7 +89,7 @@ def is_finished(plan: Plan[Config], storage: Storage) -> bool:
         return False
     results = json.loads(storage.read(f"{name}/results.json"))
     same = [row["key"] for row in results["stages"]] == [stage.key(storage) for stage in plan.stages]
-    return same and bool(results["mlflow"]["complete"])
+    return same and bool(results.get("mlflow", {}).get("complete"))
 
 
 def _run(plan: Plan[Config], storage: Storage, publish: Publish) -> None:
@@ -121,13 +121,17 @@ def check_folder(config: WorkConfig, storage: Storage) -> None:
         )
 
 
-DETAILS = {"pool": ("mix_hardware",), "evaluation": ("cpus_per_task", "gpus_per_task", "threads_per_task")}
+DETAILS = {
+    "pool": ("mix_hardware",),
+    "search": ("concurrent",),
+    "evaluation": ("cpus_per_task", "gpus_per_task", "threads_per_task"),
+}
 """Keys of sections that say where and how fast a run runs."""
 
 
 def _what_matters(plain: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what may change between two commands that continue one run."""
-    kept = {key: value for key, value in plain.items() if key not in ("storage", "cluster", "actors")}
+    kept = {key: value for key, value in plain.items() if key not in ("storage", "cluster", "actors", "tracking")}
     for section, details in DETAILS.items():
         kept[section] = {key: value for key, value in plain.get(section, {}).items() if key not in details}
     return kept

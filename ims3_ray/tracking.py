@@ -5,6 +5,7 @@ All that is tracked lies on the storage too: a server that is lost holds nothing
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import queue
@@ -26,6 +27,8 @@ BATCH = 1000
 LONGEST_PARAM = 6000
 """Characters that MLflow keeps of a parameter's value."""
 PARENT = "mlflow.parentRunId"
+DIGEST = "ims3.digest"
+"""Tag of a child run: of what it was told."""
 WAIT_S = (1.0, 30.0)
 """Between attempts to reach a lost server: at first, at most."""
 CLIENT = {
@@ -85,7 +88,7 @@ class Tracker(Untracked):
         self._client: Any = None
         self._logged: dict[str, int] = {}
         """The last step that MLflow has of a series of losses."""
-        self._children: dict[str, tuple[str, str]] | None = None
+        self._children: dict[str, tuple[str, str, str]] | None = None
         self._note = f"{config.name}/mlflow_run_id"
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._warned, self._away, self._leaving = False, False, threading.Event()
@@ -123,12 +126,12 @@ class Tracker(Untracked):
     def child(
         self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], curves: Curves, *, failed: str = ""
     ) -> None:
-        """A finished (or ``failed``: why) child run, curves as stepped metrics; nothing if it is there and as well."""
+        """A finished (or ``failed``: why) child run, curves as stepped metrics; nothing if it is there and knows the same."""
         self._tell(partial(self._log_child, name, dict(params), dict(metrics), dict(curves), failed))
 
-    def forget_child(self, name: str) -> None:
-        """Delete a child run, if there is one of that name."""
-        self._tell(partial(self._forget_child, name))
+    def forget_failure(self, name: str) -> None:
+        """Delete a child run of that name if it is one that failed."""
+        self._tell(partial(self._delete_child, name, "FAILED"))
 
     def file(self, name: str, data: bytes) -> None:
         self._tell(partial(self._log_file, name, data))
@@ -195,9 +198,10 @@ class Tracker(Untracked):
                     raise
                 # another server, or one that has lost its database: it is told everything anew
         self.experiment_id = self._experiment()
-        self.run_id = self._client.create_run(self.experiment_id, run_name=self.config.name).info.run_id
-        self._log_params(self.run_id, dict(_flat(canonical(self.config))))
-        self.storage.write(self._note, self.run_id.encode())
+        run_id = self._client.create_run(self.experiment_id, run_name=self.config.name).info.run_id
+        self._log_params(run_id, dict(_flat(canonical(self.config))))
+        self.storage.write(self._note, run_id.encode())
+        self.run_id = run_id
 
     def _experiment(self) -> str:
         config = self.config
@@ -236,32 +240,34 @@ class Tracker(Untracked):
     def _log_child(
         self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], curves: Curves, failed: str
     ) -> None:
-        status = "FAILED" if failed else "FINISHED"
-        if self._known_children().get(name, ("", ""))[1] == status == "FINISHED":
+        status, digest = "FAILED" if failed else "FINISHED", _digest(params, metrics)
+        if self._known_children().get(name, ("", "", ""))[1:] == ("FINISHED", digest):
             return
-        self._forget_child(name)  # told in part, or failed then
-        tags = {PARENT: self.run_id} | ({"error": failed} if failed else {})
+        self._delete_child(name)  # told in part, failed then, or known otherwise since
+        tags = {PARENT: self.run_id, DIGEST: digest} | ({"error": failed} if failed else {})
         run_id = self._client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
-        self._known_children()[name] = (run_id, "RUNNING")
+        self._known_children()[name] = (run_id, "RUNNING", digest)
         self._log_params(run_id, params)
         self._log(run_id, {**{key: [(0, value)] for key, value in metrics.items()}, **curves})
         self._client.set_terminated(run_id, status)
-        self._known_children()[name] = (run_id, status)
+        self._known_children()[name] = (run_id, status, digest)
 
-    def _forget_child(self, name: str) -> None:
-        if name in self._known_children():
-            self._client.delete_run(self._known_children()[name][0])
+    def _delete_child(self, name: str, status: str = "") -> None:
+        """If there is one of that name (and that status)."""
+        run_id, how, _ = self._known_children().get(name, ("", "", ""))
+        if run_id and status in ("", how):
+            self._client.delete_run(run_id)
             del self._known_children()[name]
 
-    def _known_children(self) -> dict[str, tuple[str, str]]:
-        """Name → (id, status) of the child runs that are there."""
+    def _known_children(self) -> dict[str, tuple[str, str, str]]:
+        """Name → (id, status, digest) of the child runs that are there."""
         if self._children is None:
-            found: dict[str, tuple[str, str]] = {}
+            found: dict[str, tuple[str, str, str]] = {}
             page: str | None = None
             while page != "":
                 own = f"tags.`{PARENT}` = '{self.run_id}'"
                 runs = self._client.search_runs([self.experiment_id], own, max_results=1000, page_token=page)
-                found |= {run.info.run_name: (run.info.run_id, run.info.status) for run in runs}
+                found |= {r.info.run_name: (r.info.run_id, r.info.status, r.data.tags.get(DIGEST, "")) for r in runs}
                 page = runs.token or ""
             self._children = found
         return self._children
@@ -273,10 +279,15 @@ class Tracker(Untracked):
             self._client.log_artifact(self.run_id, str(path))
 
 
+def _digest(params: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
+    told = repr((sorted((key, str(value)) for key, value in params.items()), sorted(metrics.items())))
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
 def _refused(error: Exception) -> bool:
     """Whether trying again leads nowhere: the server answers, and says no."""
     status = getattr(error, "get_http_status_code", lambda: 500)()
-    return isinstance(error, TypeError | ValueError | PermissionError) or 400 <= status < 500
+    return isinstance(error, TypeError | ValueError | PermissionError) or (400 <= status < 500 and status not in (408, 429))
 
 
 def _reason(error: Exception) -> str:

@@ -36,8 +36,8 @@ SYMBOLS = {
 
 
 def symbol(key: str) -> str:
-    """The paper's symbol of a key, or its last part."""
-    return SYMBOLS.get(key, key.rpartition(".")[2])
+    """The paper's symbol of a key, or the key."""
+    return SYMBOLS.get(key, key.removeprefix("selection."))
 
 
 def title_of(settings: Settings) -> str:
@@ -89,9 +89,9 @@ class SearchConfig(Section):
     row: str | None = None
     """The row of the table that decides (`PROTOCOL/STUDENT`); the first when unset."""
     early_stopping: bool = False
-    """ASHA over the draws: a trial that is behind after some of them does not get the others."""
+    """ASHA over the draws: a trial that is behind after 1, r, r² … of them does not get the others."""
     reduction: float = Field(default=3.0, gt=1)
-    """ASHA: of so many trials one goes on."""
+    """r of ASHA: of so many trials one goes on."""
 
 
 class SweepConfig(RunConfig):
@@ -120,6 +120,7 @@ class SweepConfig(RunConfig):
     @field_validator("space")
     @classmethod
     def _plain(cls, space: dict[str, Any]) -> dict[str, Any]:
+        space = _with_numbers(space)
         for key, values in _leaves(space):
             if key not in INNER and not key.startswith(OUTER):
                 raise ValueError(f"{key} cannot be swept; it must be one of {', '.join(INNER)} or of finetune, sampling")
@@ -158,12 +159,21 @@ class SweepConfig(RunConfig):
             if isinstance(values, Range) and search.method == "grid":
                 raise ValueError(f"{key} is a range; give a list, or set search.method to random or optuna")
             for value in values if isinstance(values, list) else [values.low, values.high]:
-                try:
-                    self.at({key: int(value) if isinstance(values, Range) and values.integer else value})
-                except ValidationError as error:
-                    first = error.errors()[0]
-                    raise ValueError(f"space.{key}={value!r}: {first['msg'].removeprefix('Value error, ')}") from error
+                self._check(key, int(value) if isinstance(values, Range) and values.integer else value)
         return self
+
+    def _check(self, key: str, value: Any) -> None:
+        """A value must go with what the run has, or with the first values of all others that are swept."""
+        others = {
+            name: found[0] if isinstance(found, list) else found.low for name, found in self.values.items() if name != key
+        }
+        try:
+            self.at({key: value})
+        except ValidationError as error:
+            try:
+                self.at({**others, key: value})
+            except ValidationError:
+                raise ValueError(f"space.{key}={value!r}: {reason_of(error)}") from error
 
     @property
     def values(self) -> dict[str, list[Any] | Range]:
@@ -190,11 +200,16 @@ class SweepConfig(RunConfig):
         return RunConfig.model_validate(plain if draw is None else plain | {"seed": draw})
 
     def inner(self) -> list[Settings]:
-        """All combinations of the settings that one pool has the answers to."""
-        return _product({key: values for key, values in self.values.items() if key in INNER})
+        """All combinations of the settings that one pool has the answers to, but α = β = 0, which weighs nothing."""
+        found = _product({key: values for key, values in self.values.items() if key in INNER})
+        return [
+            one
+            for one in found
+            if one.get("selection.alpha", self.selection.alpha) or one.get("selection.beta", self.selection.beta)
+        ]
 
     def outer(self) -> list[Settings]:
-        """What grid or random try; the values alone for optuna, which chooses as it goes."""
+        """What grid or random try; for optuna, which chooses as it goes, settings that it might."""
         swept = {key: values for key, values in self.values.items() if key not in INNER}
         if self.search.method == "grid":
             return _product(swept)
@@ -211,15 +226,41 @@ class SweepConfig(RunConfig):
 def _draw(values: list[Any] | Range, rng: random.Random) -> Any:
     if isinstance(values, list):
         return rng.choice(values)
-    if values.integer:
+    if values.integer and not values.log:
         return rng.randint(round(values.low), round(values.high))
-    if values.log:
-        return float(f"{values.low * (values.high / values.low) ** rng.random():.4g}")
-    return float(f"{rng.uniform(values.low, values.high):.4g}")
+    drawn = values.low * (values.high / values.low) ** rng.random() if values.log else rng.uniform(values.low, values.high)
+    return round(drawn) if values.integer else float(f"{drawn:.4g}")
 
 
 def _product(values: Mapping[str, Any]) -> list[Settings]:
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+def reason_of(error: ValidationError) -> str:
+    """In a line."""
+    return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+
+
+def _with_numbers(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists with numbers where YAML 1.1 reads words (1e-3), and with every value once."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found[key] = _with_numbers(value)
+        elif isinstance(value, list | tuple):
+            found[key] = list({repr(_number(each)): _number(each) for each in value}.values())
+        else:
+            found[key] = value
+    return found
+
+
+def _number(value: Any) -> Any:
+    """``1e-3`` for the word, 1 for 1.0."""
+    try:
+        number = float(value) if isinstance(value, str | float) else value
+    except ValueError:
+        return value
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,18 +6,22 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
 
 from ims3_ray.artifacts import Storage
 from ims3_ray.config import RunConfig, SweepConfig
-from ims3_ray.config.sweep import Settings, title_of
+from ims3_ray.config.sweep import Settings, reason_of, title_of
+from ims3_ray.errors import UserError
 from ims3_ray.plan.layout import Plan, ordered
 from ims3_ray.plan.run import RunBuilder
 from ims3_ray.selection.grid import Weighing, most_selections
-from ims3_ray.stages.base import Stage
+from ims3_ray.stages.base import VERSION, Stage
 
 
-def id_of(settings: Settings) -> str:
-    """8 hex digits of a trial's settings."""
+def id_of(settings: Any) -> str:
+    """8 hex digits of a trial's settings, or of other plain values."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -45,10 +49,17 @@ class Trial:
     """The selection by the run's own φ and references: the terms by which selections of all settings are compared."""
     stages: list[Stage]
     """All that is needed before the first choice."""
+    scoring: list[Stage]
+    """As the students of any selection are trained and tested."""
 
     def keys(self, storage: Storage) -> list[str | None]:
-        """Of the data, weights, code and config that it depends on."""
-        return [stage.key(storage) for stage in self.stages]
+        """Of the data, weights, code and config that its record depends on."""
+        kinds = ("select", "refine", "evaluate")
+        others = [
+            [stage.params, {name: one.key(storage) for name, one in stage.inputs.items() if name != "set"}]
+            for stage in self.scoring
+        ]
+        return [*(stage.key(storage) for stage in self.stages), id_of([[VERSION[kind] for kind in kinds], others])]
 
     def weighing(self, position: int) -> Weighing:
         """Of an inner setting."""
@@ -71,8 +82,13 @@ class SweepPlan(Plan[SweepConfig]):
     """Outer settings."""
     evaluation_flops: float = 0.0
     """Of the students of one selection."""
-    fingerprints: dict[str, str] = field(default_factory=dict)
-    """Of the data, which is looked at once."""
+    builder: RunBuilder | None = None
+    """With which the trials were made, and others can be."""
+
+    def trial(self, settings: Settings, draw: int) -> Trial:
+        """Any trial."""
+        assert self.builder is not None
+        return make_trial(self.config, self.builder, settings, draw)
 
     @property
     def points(self) -> int:
@@ -85,40 +101,55 @@ def make_sweep(config: SweepConfig) -> SweepPlan:
     optuna = config.search.method == "optuna"
     known = config.outer()[:1] if optuna else config.outer()
     trials = [make_trial(config, builder, settings, draw) for settings in known for draw in config.draws]
-    images = builder.set_of(config.arm, "probe", config.arms[config.arm], trials[-1].configs[0])
-    rows = builder.evaluate("probe", images, config.selection.images_per_class)
     shared = [stage for stage in ordered(builder.stages.values()) if not is_own(stage)]
-    stages = [*shared, *(s for stage in rows.values() for s in stage.inputs.values() if not is_own(s) and s not in shared)]
+    chosen = trials[0].scoring[0].inputs["set"] if trials[0].scoring else None
+    refining = chosen.flops if chosen is not None and chosen.kind == "refine" else 0.0
     return SweepPlan(
-        config, builder.classes, stages, trials=trials, count=config.search.trials if optuna else len(known),
-        evaluation_flops=sum(stage.flops for stage in rows.values()), fingerprints=builder.fingerprints,
+        config, builder.classes, shared, trials=trials, count=config.search.trials if optuna else len(known),
+        evaluation_flops=refining + sum(stage.flops for stage in trials[0].scoring), builder=builder,
     )  # fmt: skip
 
 
 def make_trial(config: SweepConfig, builder: RunBuilder, settings: Settings, draw: int) -> Trial:
     """One draw of one outer setting, with one ``builder`` for all."""
     inner, arm = config.inner(), config.arms[config.arm]
-    configs = [config.at({**settings, **each}, draw).of_arm(config.arm) for each in inner]
-    base = config.at(settings, draw).of_arm(config.arm)
+    configs = [_at(config, {**settings, **each}, draw) for each in inner]
+    base = _at(config, settings, draw)
     most = max(each.selection.groups for each in configs)
     title = title_of(settings) or arm.title
 
     def among(groups: int, each: RunConfig) -> Stage:
-        """The selection among so many subgroups."""
+        """The set that is chosen among so many subgroups."""
         widened = each.model_copy(update={"selection": each.selection.model_copy(update={"groups": groups})})
-        chosen = builder.set_of(f"{config.arm} {id_of(settings)}", title, arm, widened)
-        return chosen.inputs["set"] if chosen.kind == "refine" else chosen
+        return builder.set_of(f"{config.arm} {id_of(settings)}", title, arm, widened)
 
     alike: dict[str, list[int]] = {}
     for position, each in enumerate(configs):
         alike.setdefault(_references(each), []).append(position)
     questions = []
     for positions in alike.values():
-        first = configs[positions[0]]
-        groups = most if first.selection.references == "real" else first.selection.groups
-        questions.append(Question(among(groups, first), tuple(positions)))
-    judge = among(most, base)
-    return Trial(settings, draw, inner, configs, questions, judge, ordered(_before([judge, *(q.stage for q in questions)])))
+        first, own = configs[positions[0]], max(configs[position].selection.groups for position in positions)
+        questions.append(
+            Question(_selected(among(most if first.selection.references == "real" else own, first)), tuple(positions))
+        )
+    images = among(most, base)
+    rows = {} if config.search.by == "s3" else builder.evaluate(title, images, config.selection.images_per_class)
+    judge = _selected(images)
+    stages = ordered(_before([judge, *(question.stage for question in questions)]))
+    return Trial(settings, draw, inner, configs, questions, judge, stages, list(rows.values()))
+
+
+def _at(config: SweepConfig, settings: Settings, draw: int) -> RunConfig:
+    """As the arm has it. :class:`UserError` for settings that do not go together."""
+    try:
+        return config.at(settings, draw).of_arm(config.arm)
+    except ValidationError as error:
+        raise UserError(f"space: {title_of(settings)} is impossible: {reason_of(error)}") from error
+
+
+def _selected(images: Stage) -> Stage:
+    """The selection that a set comes from."""
+    return images.inputs["set"] if images.kind == "refine" else images
 
 
 def _references(config: RunConfig) -> str:

@@ -57,7 +57,7 @@ def tell(plan: SweepPlan, tried: Tried, tracker: Tracker) -> None:
     if tried.error:
         tracker.child(whole, tried.settings, {}, {}, failed=tried.error)
     else:
-        tracker.forget_child(whole)  # of an attempt that failed
+        tracker.forget_failure(whole)  # of an attempt that failed
     for point in points_of(plan.config, tried):
         params = {**point["settings"], "trial": point["trial"], "content": " ".join(map(str, point["content"]))}
         tracker.child(title_of(point["settings"]), params, metrics_of(point), {})
@@ -75,7 +75,9 @@ def metrics_of(point: Point) -> dict[str, float]:
 def best_yaml(config: SweepConfig, results: Results) -> str:
     """The best point as a config that ``jobs/distill.py`` takes."""
     best = results["best"]
-    found = config.at(best["settings"], config.draws[0]).model_copy(update={"name": f"{config.name}-best"})
+    found = config.at(best["settings"], config.draws[0])
+    alone = {"name": f"{config.name}-best", "arms": {config.arm: found.arms[config.arm]}}
+    found = found.model_copy(update=alone | {"instability": found.instability.model_copy(update={"images": 0})})
     head = [
         f"# The best of {results['counts']['points']} points of the search '{config.name}': {title_of(best['settings'])}.",
         f"# {results['metric'][0].upper()}{results['metric'][1:]}.",
@@ -111,7 +113,8 @@ def _csv(table: Sequence[Mapping[str, Any]]) -> bytes:
 
 def _parquet(table: Sequence[Mapping[str, Any]]) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in _columns(table)} for row in table]), sink)
+    columns = _columns(table)
+    pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in table]), sink)
     return bytes(sink.getvalue())
 
 
@@ -126,19 +129,20 @@ def figures_of(config: SweepConfig, results: Results) -> Figures:
         return {}
     found, values = {}, config.values
     lists = {key: each for key, each in values.items() if isinstance(each, list) and len(each) > 1}
-    if all(key in lists for key in WEIGHTS):
+    mapped = WEIGHTS if all(key in lists for key in WEIGHTS) else ()
+    if mapped:
         found["alpha-beta"] = _weights(config, results["points"], best["settings"])
-    for key, each in lists.items():
-        near = list(_along(results["points"], best["settings"], key))
-        if key not in WEIGHTS and len(near) > 1:
-            found[_figure_name(key)] = _curve(config, near, key, each, best)
     for key, drawn in values.items():
-        if key not in found and (isinstance(drawn, Range) or (key in lists and _figure_name(key) not in found)):
-            trials = [(t["settings"], t["objective"]) for t in results["trials"] if t["objective"] is not None]
-            numbers = [(s[key], value) for s, value in trials if isinstance(s.get(key), int | float)]
-            if len(numbers) > 1 and key not in WEIGHTS:
-                log = isinstance(drawn, Range) and drawn.log
-                found[_figure_name(key)] = scatter(numbers, symbol(key), _objective_title(config), log)
+        near = list(_along(results["points"], best["settings"], key)) if key in lists else []
+        trials = [(t["settings"].get(key), t["objective"]) for t in results["trials"] if t["objective"] is not None]
+        numbers = [(x, value) for x, value in trials if isinstance(x, int | float)]
+        if key in mapped or (key not in lists and isinstance(drawn, list)):
+            continue
+        if len(near) > 1:
+            found[_figure_name(key)] = _curve(config, near, key, lists[key], best)
+        elif len(numbers) > 1:
+            log = isinstance(drawn, Range) and drawn.log
+            found[_figure_name(key)] = scatter(numbers, symbol(key), _objective_title(config), log)
     return found
 
 

@@ -58,7 +58,7 @@ def print_sweep(result: RunResult, console: Console | None = None) -> None:
     console.print(table)
     console.print(
         f"{made['points']:,} points; fine-tunes: {made['fine_tunes']}, pools: {made['pools']}, distinct selections: "
-        f"{made['distinct_selections']}, of which evaluated: {made['evaluations']}, students: {made['students']}",
+        f"{made['distinct_selections']}, of which evaluated: {made['evaluated']}, students: {made['students']}",
         soft_wrap=True,
     )
     console.print(found["metric"], soft_wrap=True)
@@ -74,7 +74,7 @@ def print_sweep(result: RunResult, console: Console | None = None) -> None:
 
 def _table(first: str, *columns: str) -> Table:
     table = Table()
-    table.add_column(first)
+    table.add_column(first, overflow="fold")
     for column in columns:
         table.add_column(column, justify="right")
     return table

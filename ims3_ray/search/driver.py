@@ -24,7 +24,7 @@ from ims3_ray.config.sweep import Range, trial_title
 from ims3_ray.errors import IncompletePool
 from ims3_ray.pipeline import RunResult, check_folder, run_stages, warn_if_lost_with_job
 from ims3_ray.plan.layout import Plan
-from ims3_ray.plan.sweep import SweepPlan, id_of, make_sweep
+from ims3_ray.plan.sweep import SweepPlan, generator_of, make_sweep
 from ims3_ray.progress import Progress
 from ims3_ray.report.sweep import publish_sweep, tell
 from ims3_ray.search.records import Tried, error_path, objective_of, read_records
@@ -85,8 +85,11 @@ def trials_there(plan: SweepPlan, storage: Storage) -> list[Tried] | None:
         Tried(found["settings"], read_records(config, storage, found["settings"], config.draws)[: len(found["keys"])])
         for found in results["trials"]
     ]
-    known = {(id_of(tried.settings), record["draw"]): record["keys"] for tried in trials for record in tried.records}
-    same = all(known.get((id_of(t.settings), t.draw), t.keys(storage)) == t.keys(storage) for t in plan.trials)
+    same = all(
+        record["keys"] == plan.trial(tried.settings, record["draw"]).keys(storage)
+        for tried in trials
+        for record in tried.records
+    )
     whole = not results["failed"] and all(tried.records for tried in trials)
     return trials if whole and same and results["keys"] == [stage.key(storage) for stage in plan.stages] else None
 
@@ -134,7 +137,10 @@ class Search(Callback):
         os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails is told here, in a line each
         concurrent = self._concurrent()
-        shared = Shared(self.config, self.storage, self.plan.fingerprints, self._students(concurrent))
+        assert self.plan.builder is not None
+        shared = Shared(
+            self.config, self.storage, self.plan.builder.fingerprints, self._same_generator(), self._students(concurrent)
+        )  # fmt: skip
         self.desk = on_this_node(Desk).remote(shared)
         shell = tune.with_parameters(wait_for_trial, desk=self.desk, draws=self.config.draws)
         # Trials wait on this node and fail with the driver alone. They reserve no CPU, not even a little: on a small cluster
@@ -158,6 +164,13 @@ class Search(Callback):
         distinct = {json.dumps(tried.settings, sort_keys=True): tried for tried in self.trials}  # Optuna may ask twice
         return [distinct[settings] for settings in sorted(distinct)]
 
+    def _same_generator(self) -> bool:
+        tuned = [values for key, values in self.config.values.items() if key.startswith("finetune.")]
+        if self.config.search.method == "optuna":
+            return not any(isinstance(values, Range) for values in tuned)
+        names = [generator_of(trial.settings, trial.draw) for trial in self.plan.trials]
+        return len(set(names)) < len(names)
+
     def _concurrent(self) -> int:
         if self.config.search.concurrent:
             return self.config.search.concurrent
@@ -179,15 +192,13 @@ class Search(Callback):
         from ray.tune.search.optuna import OptunaSearch
 
         outer = {key: values for key, values in config.values.items() if key in config.outer()[0]}
-        known = [
-            json.loads(self.storage.read(f"{config.name}/trials/{name}"))["settings"]
-            for name in sorted(self.storage.names(f"{config.name}/trials"))
-            if name.endswith(".json")
-        ]
-        distinct = list({id_of(settings): settings for settings in known}.values())  # begins with what it knows
+        folder = f"{config.name}/trials"
+        begun = sorted(name for name in self.storage.names(folder) if name.endswith(".settings"))
+        known = [json.loads(self.storage.read(f"{folder}/{name}")) for name in begun]  # first what it has begun, then others
         algorithm = OptunaSearch(
-            metric="objective", mode="max", seed=config.search.seed, points_to_evaluate=distinct[: config.search.trials] or None
-        )
+            metric="objective", mode="max", seed=config.search.seed + len(known),
+            points_to_evaluate=known[: config.search.trials] or None,
+        )  # fmt: skip
         return {key: _domain(values) for key, values in outer.items()}, algorithm
 
     def _scheduler(self) -> Any:
@@ -233,5 +244,6 @@ def _domain(values: list[Any] | Range) -> Any:
     if isinstance(values, list):
         return tune.choice(values)
     if values.integer:
-        return tune.randint(round(values.low), round(values.high) + 1)
+        draw = tune.lograndint if values.log else tune.randint
+        return draw(round(values.low), round(values.high) + 1)
     return tune.loguniform(values.low, values.high) if values.log else tune.uniform(values.low, values.high)

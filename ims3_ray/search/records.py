@@ -24,6 +24,11 @@ def record_path(config: SweepConfig, settings: Settings, draw: int) -> str:
     return f"{config.name}/trials/{id_of(settings)}-{draw}.json"
 
 
+def settings_path(config: SweepConfig, settings: Settings) -> str:
+    """Of a trial that has begun."""
+    return f"{config.name}/trials/{id_of(settings)}.settings"
+
+
 def error_path(config: SweepConfig, settings: Settings) -> str:
     return f"{config.name}/trials/{id_of(settings)}.error"
 

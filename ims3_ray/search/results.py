@@ -83,11 +83,12 @@ def counts(plan: SweepPlan, trials: Sequence[Tried]) -> dict[str, int]:
     rows = list(_stages(trials))
     kinds = {kind: sum(row["stage"] == kind for row in rows) for kind in ("finetune", "generate", "evaluate")}
     students = kinds["evaluate"] * len(plan.config.evaluation.seeds)
+    contents = {found["content"] for tried in trials for record in tried.records for found in record["selections"]}
     return {
-        "points": sum(len(record["points"]) for tried in trials for record in tried.records),
+        "points": sum(1 for tried in trials for _ in points_of(plan.config, tried)),
         "fine_tunes": kinds["finetune"], "pools": kinds["generate"],
         "distinct_selections": sum(len(record["selections"]) for tried in trials for record in tried.records),
-        "evaluations": kinds["evaluate"], "students": students,
+        "evaluated": len(contents - {None}), "students": students,
     }  # fmt: skip
 
 
@@ -96,10 +97,13 @@ def planned(plan: SweepPlan) -> dict[str, float]:
     config, known = plan.config, plan.trials
     scale = plan.count * len(config.draws) / len(known)
     own = {id(stage): stage for trial in known for stage in trial.stages if stage not in plan.stages}.values()
-    finetunes, pools = (sum(stage.kind == kind for stage in own) * scale for kind in ("finetune", "generate"))
+    tuning = [stage for stage in own if stage.kind == "finetune"]
+    tunes = scale if any(key.startswith("finetune.") for key in config.values) else len(config.draws) / max(1, len(tuning))
+    finetunes, pools = len(tuning) * tunes, sum(stage.kind == "generate" for stage in own) * scale
     selections = sum(trial.most_selections for trial in known) * scale
     most = {"accuracy": selections, "s3": 0, "both": min(selections, len(known) * scale * config.search.screened)}
-    made = sum(stage.flops for stage in own) * scale + sum(stage.flops for stage in plan.stages)
+    made = sum(stage.flops * (tunes if stage in tuning else scale) for stage in own)
+    made += sum(stage.flops for stage in plan.stages)
     return {
         "points": plan.points, "fine_tunes": round(finetunes), "pools": round(pools), "most_selections": round(selections),
         "most_evaluated": round(most[config.search.by]), "flops": made,

@@ -14,26 +14,20 @@ DEATHS = 3
 
 def wait_for_trial(chosen: dict[str, Any], desk: Any, draws: Sequence[int]) -> None:
     """Have the draws of a setting made one after another; report the objective over those so far after each."""
-    settings = settings_of(chosen)
+    settings, deaths, actor = settings_of(chosen), 0, None
     for number, draw in enumerate(draws, start=1):
-        tune.report({"objective": _objective(desk, settings, draw), "draws": number})
+        while True:
+            try:
+                actor = actor or ray.get(desk.start.remote())
+                objective = float(ray.get(actor.run.remote(settings, draw)))
+                break
+            except ray.exceptions.ActorDiedError:
+                actor, deaths = None, deaths + 1
+                if deaths > DEATHS:
+                    raise
+        tune.report({"objective": objective, "draws": number})
 
 
 def settings_of(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The outer setting that Tune gave a trial."""
     return dict(chosen.get("settings", chosen))
-
-
-def _objective(desk: Any, settings: dict[str, Any], draw: int) -> float:
-    deaths = 0
-    while True:
-        dead = False
-        trials = ray.get(desk.enter.remote(settings, draw))
-        try:
-            return float(ray.get(trials.run.remote(settings, draw)))
-        except ray.exceptions.RayActorError:
-            dead, deaths = True, deaths + 1
-            if deaths > DEATHS:
-                raise
-        finally:
-            desk.leave.remote(settings, draw, dead)

@@ -13,6 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ims3_ray.artifacts import Storage
+from ims3_ray.cluster import results
 from ims3_ray.config import SweepConfig
 from ims3_ray.config.sweep import Settings, title_of, trial_title
 from ims3_ray.errors import UserError
@@ -20,13 +21,16 @@ from ims3_ray.pipeline import run_stages
 from ims3_ray.plan.run import RunBuilder
 from ims3_ray.plan.sweep import Question, Trial, generator_of, is_own, make_trial
 from ims3_ray.results import stage_row
-from ims3_ray.search.records import Record, error_path, objective_of, read_records, record_path
+from ims3_ray.search.records import Record, error_path, objective_of, read_records, record_path, settings_path
+from ims3_ray.selection.grid import Weighed
 from ims3_ray.stages.base import Context, Stage
 from ims3_ray.stages.evaluate import run_all
 from ims3_ray.stages.s3 import S3Selector
 from ims3_ray.stages.select import chosen_by, commit_chosen, parts_of
 from ims3_ray.tracking import Untracked
 
+MOST_TUNERS = 100
+"""Actors that are started for fine-tunings in all, before one that dies is a failure."""
 Groups = tuple[int, ...]
 """Chosen subgroup of each class."""
 Choice = tuple[int, Question]
@@ -41,6 +45,8 @@ class Shared:
     storage: Storage
     fingerprints: dict[str, str]
     """Of the data, which is looked at once."""
+    same_generator: bool
+    """Whether several trials may fine-tune alike."""
     students: int
     """Of a trial at a time: what is beyond its share of the cluster would keep other trials from starting theirs."""
 
@@ -50,25 +56,22 @@ class Desk:
 
     def __init__(self, shared: Shared) -> None:
         self.shared = shared
-        self.open: dict[str, tuple[Any, int]] = {}
-        """By what they fine-tune: actors, and how many wait for each."""
+        self.tuners: dict[str, tuple[int, Any]] = {}
+        """What is fine-tuned → which actor does it: the how manieth, and the actor."""
+        self.started = 0
         self.lines: list[str] = []
 
-    def enter(self, settings: Settings, draw: int) -> Any:
-        """The :class:`Trials` actor for a setting, the same for all that fine-tune alike."""
-        name = generator_of(settings, draw)
-        if name not in self.open:
-            here = ray.get_runtime_context().current_actor
-            self.open[name] = (on_this_node(Trials).remote(self.shared, here), 0)
-        actor, waiting = self.open[name]
-        self.open[name] = (actor, waiting + 1)
-        return actor
+    def start(self) -> Any:
+        """A :class:`TrialActor`. It ends when nobody holds it."""
+        return on_this_node(TrialActor).remote(self.shared, ray.get_runtime_context().current_actor)
 
-    def leave(self, settings: Settings, draw: int, dead: bool = False) -> None:
-        """Who has entered needs the actor no more; with the last one it ends."""
-        actor, waiting = self.open.pop(name := generator_of(settings, draw), (None, 0))
-        if waiting > 1 and not dead:
-            self.open[name] = (actor, waiting - 1)
+    def tuner(self, settings: Settings, draw: int, dead: int = 0) -> tuple[int, Any]:
+        """Of all trials that fine-tune alike the one that does it, with its number; another one if that is ``dead``."""
+        name = generator_of(settings, draw)
+        if name not in self.tuners or self.tuners[name][0] == dead:
+            self.started += 1
+            self.tuners[name] = (self.started, self.start())
+        return self.tuners[name]
 
     def say(self, line: str) -> None:
         self.lines.append(line)
@@ -79,19 +82,18 @@ class Desk:
         return lines
 
 
-class Trials:
-    """Runs trials one at a time, as an actor for each fine-tuning: those that share one wait and then find it there.
-
-    One that dies loses nothing that is committed.
-    """
+class TrialActor:
+    """Runs the draws of a trial one after another. If it dies, nothing is lost that is committed."""
 
     def __init__(self, shared: Shared, desk: Any) -> None:
-        self.config, self.storage, self.students, self.desk = shared.config, shared.storage, shared.students, desk
+        self.shared, self.desk = shared, desk
+        self.config, self.storage = shared.config, shared.storage
         self.builder = RunBuilder(shared.config, shared.config.selection.images_per_class)
         self.builder.fingerprints = shared.fingerprints
 
     def run(self, settings: Settings, draw: int) -> float:
         """The objective over the draws up to this one, whose record then lies on storage; so does an error."""
+        self.storage.write(settings_path(self.config, settings), json.dumps(settings).encode())
         try:
             self.record(settings, draw)
         except Exception as error:
@@ -99,6 +101,24 @@ class Trials:
             raise
         draws = self.config.draws[: self.config.draws.index(draw) + 1]
         return objective_of(self.config, read_records(self.config, self.storage, settings, draws))
+
+    def finetune(self, settings: Settings, draw: int) -> None:
+        """The fine-tuning of a trial alone."""
+        trial = make_trial(self.config, self.builder, settings, draw)
+        stages = [stage for stage in trial.stages if stage.kind == "finetune"]
+        run_stages(Context(self.config, self.storage, self.builder.classes, Untracked()), stages)
+
+    def _wait_for_tuner(self, settings: Settings, draw: int) -> None:
+        """Trials that fine-tune alike leave it to one actor, which has it from the second time on."""
+        dead = 0
+        while True:
+            dead, tuner = ray.get(self.desk.tuner.remote(settings, draw, dead))
+            try:
+                results(tuner.finetune.remote(settings, draw))
+                return
+            except ray.exceptions.ActorDiedError:
+                if dead > MOST_TUNERS:
+                    raise
 
     def record(self, settings: Settings, draw: int) -> Record:
         """What a draw found; at once if it is on storage and of the same data, weights and code."""
@@ -112,12 +132,14 @@ class Trials:
         context = Context(config, storage, self.builder.classes, Untracked())
         if missing := [stage.title for stage in trial.stages if is_own(stage) and stage.missing(storage)]:
             self._say(trial, ", ".join(missing))
+        if self.shared.same_generator and any(s.kind == "finetune" and s.missing(storage) for s in trial.stages):
+            self._wait_for_tuner(settings, draw)
         run_stages(context, trial.stages)
         selectors = self._selectors(context, trial)
         points, chosen = self._look(trial, selectors)
         groups = list(chosen)
-        scores = [self._score(*terms) for terms in selectors[trial.judge].terms(groups)]
-        worth = self._worth(scores)
+        scores = [_score(trial, *terms) for terms in selectors[trial.judge].terms(groups)]
+        worth = self._worth(trial, scores, points)
         self._say(trial, f"{len(groups)} distinct selections for {len(points)} points, of which {len(worth)} are evaluated")
         sets = self._commit(context, trial, selectors, {number: chosen[groups[number]] for number in worth})
         accuracies, evaluated = self._evaluate(context, trial, sets)
@@ -148,27 +170,30 @@ class Trials:
 
     def _look(self, trial: Trial, selectors: Mapping[Stage, S3Selector]) -> tuple[list[dict[str, Any]], dict[Groups, Choice]]:
         """The points, and the distinct selections with the first point that chooses so."""
-        points: dict[int, dict[str, Any]] = {}
-        chosen: dict[Groups, Choice] = {}
+        answers: dict[int, tuple[Weighed, Question]] = {}
         for question in trial.questions:
             weighings = [trial.weighing(position) for position in question.inner]
             for position, found in zip(question.inner, selectors[question.stage].grid(weighings), strict=True):
-                chosen.setdefault(found.groups, (position, question))
-                points[position] = {
-                    "settings": trial.inner[position], "selection": list(chosen).index(found.groups),
-                    "proximity": found.proximity, "repulsion": found.repulsion,
-                }  # fmt: skip
-        return [points[position] for position in range(len(trial.inner))], chosen
+                answers[position] = (found, question)
+        points, chosen = [], dict[Groups, Choice]()
+        for position, settings in enumerate(trial.inner):
+            found, question = answers[position]
+            chosen.setdefault(found.groups, (position, question))
+            points.append({
+                "settings": settings, "selection": list(chosen).index(found.groups), "proximity": found.proximity,
+                "repulsion": found.repulsion,
+            })  # fmt: skip
+        return points, chosen
 
-    def _score(self, proximity: float, repulsion: float) -> float:
-        """Eq. 10 per class with its sign turned, by the run's own weights: higher is better."""
-        s = self.config.selection
-        return (s.beta * repulsion - s.alpha * proximity) / (s.alpha + s.beta)
-
-    def _worth(self, scores: Sequence[float]) -> list[int]:
+    def _worth(self, trial: Trial, scores: Sequence[float], points: Sequence[dict[str, Any]]) -> list[int]:
         """Positions of the selections that students are trained on."""
-        order = sorted(range(len(scores)), key=lambda i: -scores[i])
-        return sorted(order[: {"accuracy": len(order), "s3": 0, "both": self.config.search.screened}[self.config.search.by]])
+        search, order = self.config.search, sorted(range(len(scores)), key=lambda i: -scores[i])
+        if search.by == "both" and trial.draw != self.config.draws[0]:  # the same points in every draw
+            (first,) = read_records(self.config, self.storage, trial.settings, self.config.draws[:1])
+            chosen = [point["selection"] for point in first["points"]]
+            known = [chosen.index(number) for number, found in enumerate(first["selections"]) if found["rows"]]
+            return sorted({points[position]["selection"] for position in known})
+        return sorted(order[: {"accuracy": len(order), "s3": 0, "both": search.screened}[search.by]])
 
     def _commit(
         self, context: Context, trial: Trial, selectors: Mapping[Stage, S3Selector], chosen: Mapping[int, Choice]
@@ -194,7 +219,7 @@ class Trials:
         k, title = self.config.selection.images_per_class, title_of(trial.settings)
         rows = {number: self.builder.evaluate(f"{title}, selection {number}", images, k) for number, images in sets.items()}
         stages = [stage for found in rows.values() for stage in found.values()]
-        run_all(context, [stage for stage in stages if stage.missing(self.storage)], self.students)
+        run_all(context, [stage for stage in stages if stage.missing(self.storage)], self.shared.students)
         found = {}
         for number, images in sets.items():
             manifest = images.manifest(self.storage) or {}
@@ -210,6 +235,12 @@ class Trials:
         if students[0]["val"] is not None:
             found["held_out"] = [s["curve"][-1]["val"] for s in students]
         return found
+
+
+def _score(trial: Trial, proximity: float, repulsion: float) -> float:
+    """Eq. 10 per class with its sign turned, by the run's own weights: higher is better."""
+    s = trial.judge.run.selection
+    return (s.beta * repulsion - s.alpha * proximity) / (s.alpha + s.beta)
 
 
 def on_this_node(actor: Any) -> Any:

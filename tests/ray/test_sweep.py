@@ -87,7 +87,7 @@ def test_every_point_is_had_for_the_price_of_the_distinct_ones(swept: Swept):
     distinct = {(point["trial"], *point["content"]) for point in points}
     assert counts["distinct_selections"] <= swept.results["planned"]["most_selections"]
     contents = {content for _, *found in distinct for content in found}
-    assert len(swept.keys("evaluate")) == len(contents) == counts["evaluations"]
+    assert len(swept.keys("evaluate")) == len(contents) == counts["evaluated"]
     assert counts["students"] == len(contents)
 
 
@@ -123,9 +123,8 @@ def test_a_points_choice_is_that_of_the_embeddings_it_names(swept: Swept):
 
 def test_the_best_is_a_config_that_distils_the_same_set_from_what_is_there(swept: Swept):
     best = swept.results["best"]
-    before = {kind: swept.keys(kind) for kind in ("finetune", "generate", "evaluate")}
-    alone = ["arms.random_real=null", "arms.dit=null", "arms.dit_s3=null", "instability.images=0"]
-    config = load_config(RunConfig, swept.folder / "best.yaml", alone)
+    before = {kind: swept.keys(kind) for kind in ("encode", "embed", "finetune", "generate", "select", "evaluate")}
+    config = load_config(RunConfig, swept.folder / "best.yaml")
     result = distill(config)
     assert [result.results["sets"]["ims3"]["content"]] == best["content"]
     held = best["rows"]["hard/convnet-3"]["last"]["mean"]
@@ -149,8 +148,9 @@ def test_mlflow_has_a_child_for_every_point_and_one_for_every_failure(swept: Swe
         run for run in children
         if run is not failed and all(run.data.params[key] == str(value) for key, value in wanted["settings"].items())
     ]  # fmt: skip
-    assert child.data.metrics["objective"] == pytest.approx(wanted["objective"])
-    assert child.data.metrics["hard/convnet-3/last_mean"] == pytest.approx(wanted["rows"]["hard/convnet-3"]["last"]["mean"])
+    assert child.data.metrics["objective"] == pytest.approx(wanted["objective"], abs=1e-4)
+    last = wanted["rows"]["hard/convnet-3"]["last"]["mean"]
+    assert child.data.metrics["hard/convnet-3/last_mean"] == pytest.approx(last, abs=1e-4)
 
 
 def test_files_have_every_point_and_every_figure(swept: Swept):
@@ -199,7 +199,7 @@ def test_optuna_and_early_stopping_spend_draws_on_what_is_ahead(halved: Swept):
     draws = sum(len(t["keys"]) for t in trials)
     assert counts["fine_tunes"] == 0
     assert counts["pools"] == draws
-    assert counts["evaluations"] <= draws  # one selection of each
+    assert counts["evaluated"] <= draws  # one selection of each
 
 
 def test_a_search_that_has_ended_ends_at_once_and_one_that_has_not_makes_nothing_twice(halved: Swept):

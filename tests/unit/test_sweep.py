@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ims3_ray.artifacts import Storage
 from ims3_ray.config import CompareConfig, RunConfig, SweepConfig
 from ims3_ray.errors import UserError
 from ims3_ray.loading import as_yaml, build, load_config
@@ -20,7 +22,7 @@ from ims3_ray.search.records import Tried, objective_of, points_of
 from ims3_ray.search.results import describe_sweep, gather_sweep
 from ims3_ray.selection import path, select_subgroups
 from ims3_ray.selection.grid import Weighing, most_selections, select_grid, terms_of
-from tests.conftest import tiny_values
+from tests.conftest import tiny_values, write_idx_split
 
 LAMBDA = "finetune.objectives.inversion_matching.weight"
 GRID = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
@@ -110,6 +112,32 @@ def test_impossible_searches_are_one_line(values: dict[str, Any], says: str):
     assert "\n" not in str(raised.value)
 
 
+def test_numbers_that_yaml_reads_as_words_are_numbers_and_count_once(tmp_path: Path):
+    (tmp_path / "sweep.yaml").write_text(
+        "space: {selection: {alpha: [0.1, 1e-1, 1, 1.0, 1e-3]}, sampling: {sampler: [ddim, ddpm]}}"
+    )
+    config = load_config(SweepConfig, tmp_path / "sweep.yaml")
+    assert config.values == {"selection.alpha": [0.1, 1, 0.001], "sampling.sampler": ["ddim", "ddpm"]}
+
+
+def test_weights_that_are_both_zero_are_no_point():
+    config = sweep_config({"selection": {"alpha": [0, 0.5], "beta": [0, 0.5]}})
+    assert len(config.inner()) == 3
+    assert len(sweep_config({"selection": {"alpha": [0, 0.5]}}).inner()) == 2  # β is what the run has
+
+
+def test_settings_must_go_together_in_every_trial_but_not_with_what_they_replace(tiny_world: Path, tmp_path: Path):
+    def of(n_steps: list[int], grad_steps: list[int]) -> SweepConfig:
+        space = {"finetune": {"objectives": {"inversion_matching": {"n_steps": n_steps, "grad_steps": grad_steps}}}}
+        return build(SweepConfig, tiny_values(tiny_world, tmp_path, space=space))
+
+    assert len(make_sweep(of([4, 5], [3])).trials) == 2  # the run has n_steps = 2
+    with pytest.raises(UserError) as raised:
+        make_sweep(of([1, 2], [1, 2]))
+    assert str(raised.value).startswith("space: N=1, ")
+    assert "is impossible: grad_steps=2 exceeds n_steps=1" in str(raised.value)
+
+
 # Grids of selections
 
 
@@ -184,7 +212,7 @@ def test_a_plan_counts_what_settings_share(tiny_world: Path, tmp_path: Path):
     text = describe_sweep(plan)
     # (G − 1)·C + 1 selections by α : β, for two G and two K_i
     assert f"distinct selections: at most {12 * 2 * (4 + 7):,}, students: at most 264·2" in text
-    assert "1,944 points (λ_IM 2 × cfg_scale 3 × α 9 × β 9 × G 2 × K_i 2, 2 draws each), grid" in text
+    assert "1,944 points (λ_IM 2 × sampling.cfg_scale 3 × α 9 × β 9 × G 2 × K_i 2, 2 draws each), grid" in text
     assert "fine-tunes: 4 (0 there), pools of 24 candidates: 12 (0 there)" in text
 
 
@@ -197,6 +225,35 @@ def test_choices_among_all_subgroups_are_judged_whatever_the_references_are(tiny
     assert [(q.stage.run.selection.groups, q.inner) for q in trial.questions] == [(2, (0,)), (3, (1,)), (6, (2,))]
     (pool,) = [stage for stage in trial.stages if stage.kind == "generate"]
     assert pool.images == 3 * 12
+
+
+def test_one_pool_of_references_answers_for_every_number_of_groups(tiny_world: Path, tmp_path: Path):
+    values = tiny_values(tiny_world, tmp_path, space={"selection": {"groups": [2, 3], "references": ["real", "generated"]}})
+    values["pool"] = {"per_class": 8}
+    (trial,) = make_sweep(build(SweepConfig, values)).trials
+    assert [(q.stage.run.selection.groups, len(q.inner)) for q in trial.questions] == [(3, 2), (3, 2)]
+
+
+def test_a_record_is_of_its_test_split_and_its_students_too(tiny_world: Path, tmp_path: Path):
+    space = {"selection": {"alpha": [0.1, 0.9]}}
+    values = tiny_values(tiny_world, tmp_path / "runs", space=space)
+    storage = Storage.at(str(tmp_path / "runs"))
+    keys = make_sweep(build(SweepConfig, values)).trials[0].keys(storage)
+    assert make_sweep(build(SweepConfig, values)).trials[0].keys(storage) == keys
+    longer = values | {
+        "evaluation": {**values["evaluation"], "protocols": {"hard": {"width": 8, "epochs": 5, "validations": 2}}}
+    }
+    assert make_sweep(build(SweepConfig, longer)).trials[0].keys(storage) != keys
+    shutil.copytree(tiny_world / "data", tmp_path / "data")
+    write_idx_split(tmp_path / "data", "t10k", 10, seed=77)
+    other = values | {"data": {**values["data"], "test_path": str(tmp_path / "data")}}
+    assert make_sweep(build(SweepConfig, other)).trials[0].keys(storage) != keys
+
+
+def test_without_students_nothing_of_theirs_is_made(tiny_world: Path, tmp_path: Path):
+    values = tiny_values(tiny_world, tmp_path, space={"selection": {"alpha": [0.1, 0.9]}}, search={"by": "s3"})
+    kinds = [stage.kind for stage in make_sweep(build(SweepConfig, values)).stages]
+    assert sorted(kinds) == ["embed", "encode"]
 
 
 # Results
@@ -264,7 +321,7 @@ def test_a_trial_that_was_stopped_is_no_candidate_however_well_it_began(
     assert results["best"]["objective"] == 60.0
     assert results["failed"] == [{"settings": {LAMBDA: 0.3}, "error": "fine-tuning diverged"}]
     assert results["counts"] == {
-        "points": 24, "fine_tunes": 3, "pools": 3, "distinct_selections": 6, "evaluations": 6, "students": 18,
+        "points": 16, "fine_tunes": 3, "pools": 3, "distinct_selections": 6, "evaluated": 4, "students": 18,
     }  # fmt: skip
     table = table_of(config, results["points"])
     assert len(table) == 16

@@ -66,8 +66,8 @@ def test_an_interrupted_run_goes_on_and_is_told_nothing_twice(client: MlflowClie
     tracker.child("one", {"alpha": 0.4}, {"accuracy": 71.0}, {})
     tracker.child("two", {"alpha": 0.5}, {"accuracy": 60.0}, {})  # tried again, and it went well
     tracker.child("gone", {}, {}, {}, failed="for now")
-    tracker.forget_child("gone")
-    tracker.forget_child("never there")
+    tracker.forget_failure("gone")
+    tracker.forget_failure("never there")
     assert tracker.client.get_run(run_id(storage)).info.status == "RUNNING"
     tracker.finish("FAILED")
     run = client.get_run(run_id(storage))
