@@ -215,7 +215,7 @@ def measure_pool(config: BenchmarkConfig, name: str) -> dict[str, Any]:
         with connected(ClusterConfig(), needed):
             names = [f"c0000-u{number:05d}" for number in range((config.units + 1) * config.actors)]
             ends = []
-            for _, unit, entry in run_units([(0, name) for name in names], [work], actors):
+            for _, unit, entry in run_units([(0, name) for name in names], [work], actors, ClusterConfig()):
                 if "error" in entry:
                     raise UserError(f"unit {unit} failed: {entry['error']}")
                 ends.append(time.perf_counter())

@@ -20,6 +20,7 @@ from typing import Any
 
 from pyarrow import fs
 
+from ims3_ray.data.files import check_bucket, is_remote, open_filesystem
 from ims3_ray.errors import UserError
 
 
@@ -32,51 +33,55 @@ class Storage:
     @classmethod
     def at(cls, location: str) -> Storage:
         """``location`` with a local path made absolute; :class:`UserError` for a URI that cannot be used."""
-        storage = cls(location if "://" in location else str(Path(location).expanduser().resolve()))
-        try:
-            storage._filesystem.get_file_info(storage._path(""))
-        except (OSError, ValueError) as error:
-            raise UserError(f"storage '{location}' cannot be reached: {str(error).splitlines()[0]}") from error
-        return storage
+        if not is_remote(location):
+            return cls(str(Path(open_filesystem(location)[1]).resolve()))
+        open_filesystem(location)
+        check_bucket(location)
+        return cls(location.rstrip("/"))
 
     @cached_property
-    def _filesystem(self) -> fs.FileSystem:
-        return fs.FileSystem.from_uri(self.uri)[0] if "://" in self.uri else fs.LocalFileSystem()
+    def _opened(self) -> tuple[fs.FileSystem, str]:
+        return open_filesystem(self.uri)
 
-    @cached_property
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        return self._opened[0]
+
+    @property
     def _root(self) -> str:
-        return str(fs.FileSystem.from_uri(self.uri)[1]) if "://" in self.uri else self.uri
+        return self._opened[1]
 
     def __getstate__(self) -> dict[str, str]:
         return {"uri": self.uri}
 
     @property
     def is_local(self) -> bool:
-        return isinstance(self._filesystem, fs.LocalFileSystem)
+        return isinstance(self.filesystem, fs.LocalFileSystem)
 
-    def _path(self, path: str) -> str:
+    def on_filesystem(self, path: str) -> str:
+        """``path`` as :attr:`filesystem` knows it."""
         return f"{self._root}/{path}" if path else self._root
 
     def local_path(self, path: str) -> Path | None:
         """Where ``path`` lies on this machine, or None on remote storage."""
-        return Path(self._path(path)) if self.is_local else None
+        return Path(self.on_filesystem(path)) if self.is_local else None
 
     def address(self, path: str) -> str:
         """``path`` as a full path or URI."""
         return f"{self.uri.rstrip('/')}/{path}"
 
     def exists(self, path: str) -> bool:
-        return self._filesystem.get_file_info(self._path(path)).type == fs.FileType.File
+        return self.filesystem.get_file_info(self.on_filesystem(path)).type == fs.FileType.File
 
     def read(self, path: str) -> bytes:
-        with self._filesystem.open_input_stream(self._path(path)) as stream:
+        with self.filesystem.open_input_stream(self.on_filesystem(path), compression=None) as stream:
             return bytes(stream.read())
 
     def write(self, path: str, data: bytes) -> None:
         """Write a whole file or nothing: a reader never sees a part of it. :class:`UserError` if that is not possible."""
-        target = self._path(path)
+        target = self.on_filesystem(path)
         if not self.is_local:  # object stores show an object when its upload is complete
-            with self._naming(path), self._filesystem.open_output_stream(target) as stream:
+            with self._naming(path), self.filesystem.open_output_stream(target, compression=None) as stream:
                 stream.write(data)
             return
         temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
@@ -91,7 +96,7 @@ class Storage:
 
     def make_folder(self, folder: str) -> None:
         with self._naming(folder):
-            self._filesystem.create_dir(self._path(folder), recursive=True)
+            self.filesystem.create_dir(self.on_filesystem(folder), recursive=True)
 
     @contextmanager
     def _naming(self, path: str) -> Iterator[None]:
@@ -104,17 +109,17 @@ class Storage:
 
     def names(self, folder: str) -> set[str]:
         """Names of the files directly in ``folder``; empty if there is none."""
-        selector = fs.FileSelector(self._path(folder), allow_not_found=True)
-        found = self._filesystem.get_file_info(selector)
+        selector = fs.FileSelector(self.on_filesystem(folder), allow_not_found=True)
+        found = self.filesystem.get_file_info(selector)
         return {f.base_name for f in found if f.type == fs.FileType.File and not f.base_name.endswith(".tmp")}
 
     def delete(self, folder: str) -> None:
         """Delete a folder and what is in it; nothing happens if there is none."""
-        if self._filesystem.get_file_info(self._path(folder)).type == fs.FileType.Directory:
-            self._filesystem.delete_dir(self._path(folder))
+        if self.filesystem.get_file_info(self.on_filesystem(folder)).type == fs.FileType.Directory:
+            self.filesystem.delete_dir(self.on_filesystem(folder))
 
     def delete_file(self, path: str) -> None:
-        self._filesystem.delete_file(self._path(path))
+        self.filesystem.delete_file(self.on_filesystem(path))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from ims3_ray.driver import run_off_the_head
 from ims3_ray.errors import IncompletePool, UserError
 from ims3_ray.loading import Tree, load_config
 
@@ -35,7 +36,7 @@ def main(
         if plan is not None and args.dry_run:
             print(plan(config))
         else:
-            run(config)
+            run_off_the_head(run, config)
     except (UserError, IncompletePool) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

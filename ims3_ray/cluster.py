@@ -1,18 +1,18 @@
-"""Joining or starting Ray, and the check that the cluster can hold the plan."""
+"""Joining or starting Ray, and where on it work is placed."""
 
 from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ims3_ray.config import ClusterConfig
-from ims3_ray.errors import UserError
+from ims3_ray.config import ClusterConfig, Role
+from ims3_ray.errors import IncompletePool, UserError
 
 LOCAL_CPUS = 4  # logical: the controllers and actors that wait beside the two that work
 WORKER_ENV = {
@@ -22,9 +22,6 @@ WORKER_ENV = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # nodes have to boot
 }
 
-Bundles = list[dict[str, float]]
-"""What each of some workers needs."""
-
 
 def own_device() -> str:
     """Where a Ray task or actor computes: on the GPU that Ray gave it, if it did."""
@@ -32,20 +29,25 @@ def own_device() -> str:
 
 
 def results(refs: Any) -> Any:
-    """``ray.get``, but a :class:`UserError` of a task or an actor is raised as itself, which is one line."""
+    """``ray.get``, but an error of ours in a task or an actor is raised as itself, which is one line."""
     try:
         return ray.get(refs)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
+        if isinstance(error.cause, UserError | IncompletePool):
             raise error.cause from error
         raise
 
 
-@contextmanager
-def connected(config: ClusterConfig, needed: dict[str, float]) -> Iterator[None]:
-    """Ray, joined or started, with at least the ``needed`` resources; what was started is stopped at the end.
+def joins(config: ClusterConfig) -> str | None:
+    """The address of the cluster that a job joins, as configured or as the environment has it; None if it starts its own."""
+    return config.address or os.environ.get("RAY_ADDRESS")
 
-    Raises :class:`UserError` at once (or after ``config.wait_s``) if the cluster is too small.
+
+@contextmanager
+def connected(config: ClusterConfig, needed: dict[str, float] | None = None) -> Iterator[None]:
+    """Ray, joined or started; what was started is stopped at the end.
+
+    Raises :class:`UserError` at once if the cluster has less than ``needed`` and will not grow.
     """
     for name, value in WORKER_ENV.items():
         os.environ.setdefault(name, value)
@@ -53,7 +55,7 @@ def connected(config: ClusterConfig, needed: dict[str, float]) -> Iterator[None]
     if started:
         # Ray tells each new cluster's owner that it made a token: true, expected, and nothing to act on.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        address = config.address or os.environ.get("RAY_ADDRESS")
+        address = joins(config)
         # The dashboard serves Ray Train's state queries. Without it they go to whatever listens on the default port, and
         # the answer of another cluster on the machine ("no such controller") has Ray Train remove its own workers.
         local = {} if address else {"num_cpus": max(LOCAL_CPUS, os.cpu_count() or 1), "include_dashboard": True}
@@ -68,51 +70,31 @@ def connected(config: ClusterConfig, needed: dict[str, float]) -> Iterator[None]
         except ConnectionError as error:
             raise UserError(f"no Ray cluster answers at '{address}' ({error}); check cluster.address") from error
     try:
-        check_resources(needed, config.wait_s)
+        if not config.wait_s:
+            check_resources(needed or {})
         yield
     finally:
         if started:
             ray.shutdown()
 
 
-@contextmanager
-def growing() -> Iterator[Callable[[Bundles], None]]:
-    """Gives a function that asks an autoscaling cluster to grow until it holds the bundles at once; at the end it need not.
-
-    Work that waits for its turn in the driver is no demand that the autoscaler could see. It drops a request that it can
-    never meet as a whole, so ask for a little more than there is, again and again.
-    """
-    from ray.autoscaler.sdk import request_resources
-
-    asked: Bundles = []
-
-    def ask(bundles: Bundles) -> None:
-        nonlocal asked
-        if bundles != asked:
-            request_resources(bundles=bundles)
-            asked = bundles
-
-    try:
-        yield ask
-    finally:
-        ask([])
+def check_resources(needed: dict[str, float]) -> None:
+    """:class:`UserError` if the cluster, as it is, cannot hold the plan's largest stage."""
+    have = ray.cluster_resources()
+    if short := {kind: value for kind, value in needed.items() if value > have.get(kind, 0)}:
+        missing = ", ".join(f"{value:g} {kind} (has {have.get(kind, 0):g})" for kind, value in short.items())
+        raise UserError(
+            f"the cluster is too small for the plan: it needs {missing}; lower finetune.trainer.num_workers, "
+            "actors.count or the CPUs and GPUs of each, or set cluster.wait_s for a cluster that grows"
+        )
 
 
-def check_resources(needed: dict[str, float], wait_s: float = 0) -> None:
-    """Compare the plan's largest stage with the cluster; on an autoscaling one ask for nodes and wait ``wait_s``."""
-    deadline = time.monotonic() + wait_s
-    asked = False
-    while short := {k: v for k, v in needed.items() if v > ray.cluster_resources().get(k, 0)}:
-        if time.monotonic() >= deadline:
-            have = ray.cluster_resources()
-            missing = ", ".join(f"{v:g} {k} (has {have.get(k, 0):g})" for k, v in short.items())
-            raise UserError(
-                f"the cluster is too small for the plan: it needs {missing}; lower finetune.trainer.num_workers, "
-                "actors.count or the CPUs and GPUs of each, or set cluster.wait_s for a cluster that grows"
-            )
-        if not asked:
-            from ray.autoscaler.sdk import request_resources
+def placed(config: ClusterConfig, role: Role) -> dict[str, Any]:
+    """Options of Ray by which work of this kind goes to the nodes that the config names for it."""
+    return {"label_selector": config.place[role]} if config.place.get(role) else {}
 
-            request_resources(bundles=[{k: 1} for k, v in needed.items() for _ in range(int(-(-v // 1)))])
-            asked = True
-        time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """For helpers that wait beside the driver and need no CPU: on its node, so that they keep no other alive, and fail with
+    the driver alone."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

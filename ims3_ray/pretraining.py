@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ims3_ray.cluster import connected, own_device
+from ims3_ray.cluster import connected, own_device, placed
 from ims3_ray.config import PretrainConfig, canonical
 from ims3_ray.data.batches import load_pixels
 from ims3_ray.data.sources import open_source
@@ -46,18 +46,23 @@ def pretrain(config: PretrainConfig) -> Path:
         from ims3_ray.stages.pretrain_generator import generator_loop
         from ims3_ray.stages.train import fit
 
+        labels = config.cluster.place.get("finetune")
         if config.target == "generator":
-            outcome = fit(generator_loop, canonical(config), trainer, "train", str(folder))
+            outcome = fit(generator_loop, canonical(config), trainer, "train", str(folder), labels)
         else:
             arguments = {
                 "training": canonical(config.encoder), "images": partial(source_images, config.data), "seed": config.seed,
                 "threads": trainer.threads_per_worker,
             }  # fmt: skip
-            outcome = fit(encoder_loop, arguments, trainer, "train", str(folder))
+            outcome = fit(encoder_loop, arguments, trainer, "train", str(folder), labels)
         path.write_bytes(outcome["weights"])
         judge = judge_generator if config.target == "generator" else judge_encoder
         threads = config.quality.threads
-        task = ray.remote(judge).options(num_cpus=min(threads, trainer.cpus_per_worker), num_gpus=trainer.gpus_per_worker)
+        task = ray.remote(judge).options(
+            num_cpus=min(threads, trainer.cpus_per_worker),
+            num_gpus=trainer.gpus_per_worker,
+            **placed(config.cluster, "finetune"),
+        )
         quality: Quality = ray.get(task.remote(config, path))
     if quality.samples is not None:
         (folder / f"{config.name}.png").write_bytes(contact_sheet(quality.samples, 10))

@@ -15,7 +15,7 @@ from ims3_ray.config.finetune import (
 from ims3_ray.config.pretrain import GeneratorTraining, PretrainConfig, QualityConfig
 from ims3_ray.config.run import ArmConfig, CompareConfig, InstabilityConfig, RunConfig
 from ims3_ray.config.sweep import Range, SearchConfig, SweepConfig
-from ims3_ray.config.work import ActorsConfig, ClusterConfig, DataConfig, EvaluateConfig, TrackingConfig, WorkConfig
+from ims3_ray.config.work import ActorsConfig, ClusterConfig, DataConfig, EvaluateConfig, Role, TrackingConfig, WorkConfig
 
 __all__ = [
     "ActorsConfig",
@@ -41,6 +41,7 @@ __all__ = [
     "Range",
     "RefineConfig",
     "ReleasedObjective",
+    "Role",
     "RunConfig",
     "SamplingConfig",
     "SearchConfig",

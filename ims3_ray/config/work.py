@@ -40,6 +40,11 @@ class ActorsConfig(Section):
     max_attempts: int = Field(default=3, ge=1)
     """Passes over units of work that failed before the stage gives up."""
 
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Ray reserves for each actor."""
+        return {kind: n for kind, n in (("CPU", self.cpus), ("GPU", self.gpus)) if n}
+
 
 class TrackingConfig(Section):
     uri: str | None = None
@@ -47,11 +52,19 @@ class TrackingConfig(Section):
     experiment: str = "ims3-ray"
 
 
+Role = Literal["driver", "finetune", "pool", "evaluate"]
+"""Work that may have nodes of its own: the job itself, trainings on Ray Train, all that looks at or makes images, students."""
+
+
 class ClusterConfig(Section):
     address: str | None = None
     """Ray address; unset joins the cluster of `RAY_ADDRESS` or of the job, or starts Ray on this machine."""
     wait_s: float = Field(default=0, ge=0)
-    """How long to wait for an autoscaling cluster to grow to what the plan needs."""
+    """How long each stage waits for an autoscaling cluster to grow to what it needs; 0: the cluster is as it is."""
+    place: dict[Role, dict[str, str]] = Field(default={})
+    """Node labels that work of each kind asks for, e.g. `{pool: {ray.io/market-type: spot}}`; unset: any node."""
+    driver_cpus: float = Field(default=1, gt=0)
+    """CPUs of the task that the job runs in where it was submitted on a node without any (a head with `CPU: 0`)."""
     gpu_price: float | None = Field(default=None, ge=0)
     """What a GPU costs an hour: progress then says what was spent and what is to come. In any currency."""
     cpu_price: float | None = Field(default=None, ge=0)

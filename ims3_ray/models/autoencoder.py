@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ims3_ray.data.files import local_copy
 from ims3_ray.errors import UserError
 from ims3_ray.models.hub import fetch, is_hub_id
 
@@ -58,7 +59,7 @@ def draw(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
 
 def autoencoder_path(reference: str) -> Path:
     """The weights file of a diffusers autoencoder: its folder, a pipeline's folder, or a hub id (fetched to its cache)."""
-    folder = Path(reference).expanduser()
+    folder = local_copy(reference)
     if not folder.exists() and is_hub_id(reference):
         folder = fetch(reference, ["config.json", *NAMES, "vae/*"], "autoencoder")
     for inner in (folder, folder / "vae"):

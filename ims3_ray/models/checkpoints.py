@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
+from ims3_ray.data.files import local_copy
 from ims3_ray.errors import UserError
 
 EMBEDDED_PREFIX = "embedded:"
@@ -24,7 +25,7 @@ def weights_path(reference: str) -> Path:
         name = reference.removeprefix(EMBEDDED_PREFIX)
         path = Path(str(resources.files("ims3_ray.models") / "embedded" / f"{name}.safetensors"))
     else:
-        path = Path(reference).expanduser()
+        path = local_copy(reference)
     if not path.is_file():
         raise UserError(f"weights '{reference}' do not exist; give a weights file or embedded:NAME")
     return path

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ims3_ray.data.classes import imagenet_wnids
+from ims3_ray.data.files import local_copy
 from ims3_ray.errors import UserError
 from ims3_ray.models.checkpoints import check_fit, load_into, read_metadata, weights_path
 from ims3_ray.models.hub import fetch, is_hub_id
@@ -80,7 +81,7 @@ class Encoder(nn.Module):
 
 def encoder_path(reference: str) -> Path:
     """The weights file behind ``embedded:NAME``, a file, a folder as timm saves it, or a hub id (fetched to its cache)."""
-    folder = Path(reference).expanduser()
+    folder = local_copy(reference)
     if not folder.exists() and is_hub_id(reference):
         folder = fetch(reference, ["config.json", TIMM_WEIGHTS], "encoder")
     if not folder.is_dir():

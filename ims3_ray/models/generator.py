@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+from ims3_ray.data.files import local_copy
 from ims3_ray.errors import UserError
 from ims3_ray.models.checkpoints import weights_path
 from ims3_ray.models.dit import DiT, DiTConfig
@@ -18,7 +19,7 @@ def generator_path(reference: str) -> Path:
 
     Raises :class:`UserError` where there is none.
     """
-    folder = Path(reference).expanduser()
+    folder = local_copy(reference)
     if not folder.exists() and is_hub_id(reference):
         folder = fetch(reference, ["model_index.json", "transformer/*"], "generator")
     if not folder.is_dir():

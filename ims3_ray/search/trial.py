@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ims3_ray.artifacts import Storage
-from ims3_ray.cluster import results
+from ims3_ray.cluster import here, results
 from ims3_ray.config import SweepConfig
 from ims3_ray.config.sweep import Settings, title_of, trial_title
 from ims3_ray.errors import UserError
@@ -245,8 +244,7 @@ def _score(trial: Trial, proximity: float, repulsion: float) -> float:
 
 def on_this_node(actor: Any) -> Any:
     """An actor class that needs no resources and runs beside the driver, outside of what Tune has reserved for a trial."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here)
+    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here())
 
 
 def _reason(error: Exception) -> str:

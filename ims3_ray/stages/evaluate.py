@@ -17,12 +17,13 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ims3_ray.artifacts import Artifact
-from ims3_ray.cluster import own_device, results
+from ims3_ray.cluster import own_device, placed, results
 from ims3_ray.config import ProtocolConfig
 from ims3_ray.errors import IncompletePool
 from ims3_ray.evaluation import Labelled, Teacher, train_student
 from ims3_ray.models.encoder import Encoder, class_positions, load_encoder
 from ims3_ray.progress import Progress
+from ims3_ray.room import room
 from ims3_ray.stages.base import Context, Stage, commit_units, pack_tensors, read_many
 from ims3_ray.stages.sets import Split, note, read_set
 from ims3_ray.stages.weights import Weights
@@ -105,8 +106,9 @@ def run_all(context: Context, stages: Sequence[Stage], at_once: int | None = Non
     """Train every missing (stage, seed), all at once or so many at a time. Each student is stored when it is finished,
     whatever becomes of the driver; one that fails on every attempt stops no other and is named in the end by
     :class:`IncompletePool`."""
-    config, storage = context.config.evaluation, context.storage
-    task = ray.remote(sit).options(num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task, max_retries=3)
+    config, cluster, storage = context.config.evaluation, context.config.cluster, context.storage
+    options = {"num_cpus": config.cpus_per_task, "num_gpus": config.gpus_per_task, **placed(cluster, "evaluate")}
+    task = ray.remote(sit).options(max_retries=3, **options)
     waiting: list[tuple[Stage, Exam, Artifact, int]] = []
     for stage in {stage.key(storage): stage for stage in stages}.values():
         exam, artifact, missing = _exam(context, stage), stage.artifact(storage), stage.missing(storage)
@@ -118,7 +120,11 @@ def run_all(context: Context, stages: Sequence[Stage], at_once: int | None = Non
         waiting += [(stage, exam, artifact, seed) for seed in config.seeds if unit_of(seed) in left]
     running: dict[Any, tuple[Stage, Artifact, str]] = {}
     failed: list[str] = []
-    with Progress("evaluate", len(waiting), "students") as progress:
+    student = {kind: n for kind, n in (("CPU", config.cpus_per_task), ("GPU", config.gpus_per_task)) if n}
+    with (  # tasks that wait are demand that the autoscaler sees
+        room(cluster, "evaluate", "evaluate", [student] if waiting else []),
+        Progress("evaluate", len(waiting), "students") as progress,
+    ):
         while running or waiting:
             while waiting and (at_once is None or len(running) < at_once):
                 stage, exam, artifact, seed = waiting.pop(0)

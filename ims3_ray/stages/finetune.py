@@ -16,11 +16,10 @@ import ray
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ims3_ray.artifacts import Artifact, Storage
-from ims3_ray.cluster import growing
-from ims3_ray.config import FinetuneConfig, TrainerConfig, canonical
+from ims3_ray.cluster import here
+from ims3_ray.config import ClusterConfig, FinetuneConfig, TrainerConfig, canonical
 from ims3_ray.cost import finetune_flops
 from ims3_ray.data.batches import batch_indices
 from ims3_ray.data.clean_images import CleanImages
@@ -29,6 +28,7 @@ from ims3_ray.errors import UserError
 from ims3_ray.finetuning import Finetuner, Row
 from ims3_ray.models.generator import load_generator
 from ims3_ray.progress import Progress
+from ims3_ray.room import Bundle, holds, room
 from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.speed import matmul_rate
 from ims3_ray.stages.adapters import Adapters, group_checkpoints, group_unit, series
@@ -164,8 +164,7 @@ def groups_of(context: Context, stage: Stage) -> list[Group]:
             context.classes.names, context.classes.source_labels, context.classes.generator_labels, strict=True
         )
     }
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # it fails with the driver alone
-    groups, board = [], ray.remote(num_cpus=0, scheduling_strategy=here)(LossBoard).remote()
+    groups, board = [], ray.remote(num_cpus=0, scheduling_strategy=here())(LossBoard).remote()
     for number, labels in enumerate(stage.params["groups"]):
         arguments = {
             "config": canonical(stage.run.finetune), "seed": stage.run.seed, "group": number,
@@ -191,7 +190,7 @@ def run(context: Context, stages: Sequence[Stage]) -> None:
     title = ", ".join(stage.title for stage in open_stages)
     with Progress(title, sum(steps.values()), "steps") as progress:
         done, committed = dict.fromkeys(steps, 0), time.monotonic()
-        for group, rows, outcome in _side_by_side(waiting, storage):
+        for group, rows, outcome in _side_by_side(waiting, storage, context.config.cluster, title):
             stage, own = group.stage, steps[id(group)]
             context.tracker.losses(rows, series(stage, group.number, len(stages) > 1))
             if outcome is not None and "diverged" in outcome:
@@ -211,18 +210,23 @@ def _note(rows: Sequence[Row]) -> str:
     return f"loss {rows[-1]['loss']:.4f}" + (f", {shares[-1]:.1%} of the device's rate" if shares else "")
 
 
-def _side_by_side(groups: list[Group], storage: Storage) -> Iterator[tuple[Group, list[Row], dict[str, Any] | None]]:
+def _side_by_side(
+    groups: list[Group], storage: Storage, cluster: ClusterConfig, title: str
+) -> Iterator[tuple[Group, list[Row], dict[str, Any] | None]]:
     """Yields (group, its new rows, its outcome once there) about every second for each that runs."""
     waiting, running, seen = list(groups), dict[Any, Group](), dict.fromkeys(map(id, groups), 0)
-    with growing() as ask:
+    fit_task = _fit_task.options(scheduling_strategy=here())
+    labels, largest = cluster.place.get("finetune", {}), max((_trainer(g) for g in groups), key=lambda t: t.num_workers)
+    with room(cluster, "finetune", title, _bundles(largest), largest.num_workers) as request:
         while waiting or running:
             wanted = [*running.values(), *waiting]
-            room = _room(max((group.stage.run.finetune.trainer for group in wanted), key=lambda trainer: trainer.num_workers))
-            ask([bundle for group in wanted[: room + 1] for bundle in _bundles(group.stage.run.finetune.trainer)])
-            while waiting and len(running) < room:
+            fit_at_once = max(1, holds(largest.worker_resources, labels) // largest.num_workers)
+            if request:  # groups that wait here are no demand that the autoscaler could see: a little more than there is
+                request.ask([bundle for group in wanted[: fit_at_once + 1] for bundle in _bundles(_trainer(group))])
+            while waiting and len(running) < fit_at_once:
                 group = waiting.pop(0)
                 folder = storage.address(group.stage.artifact(storage).folder)
-                running[_fit_task.remote(group.arguments, folder)] = group
+                running[fit_task.remote(group.arguments, folder, labels)] = group
             finished, _ = ray.wait(list(running), timeout=1.0)
             for task, group in list(running.items()):
                 outcome = None
@@ -234,14 +238,12 @@ def _side_by_side(groups: list[Group], storage: Storage) -> Iterator[tuple[Group
                 yield group, rows, outcome
 
 
-def _bundles(trainer: TrainerConfig) -> list[dict[str, float]]:
+def _trainer(group: Group) -> TrainerConfig:
+    return group.stage.run.finetune.trainer
+
+
+def _bundles(trainer: TrainerConfig) -> list[Bundle]:
     return [trainer.worker_resources] * trainer.num_workers
-
-
-def _room(trainer: TrainerConfig) -> int:
-    """How many worker groups the cluster, as it is now, can hold; it may grow."""
-    have, workers = ray.cluster_resources(), trainer.num_workers
-    return max(1, min(int(have.get(kind, 0) / (workers * n)) for kind, n in trainer.worker_resources.items()))
 
 
 def image_names(context: Context, encode: Stage, group: Group) -> list[str]:
@@ -265,11 +267,11 @@ def _diverged(outcome: dict[str, Any], names: list[str]) -> str:
 
 
 @ray.remote(num_cpus=0)
-def _fit_task(arguments: dict[str, Any], folder: str) -> dict[str, Any]:
+def _fit_task(arguments: dict[str, Any], folder: str, labels: dict[str, str]) -> dict[str, Any]:
     """Ray Train blocks its caller; in a task of its own the driver is free to show progress."""
     config = FinetuneConfig.model_validate(arguments["config"])
     place = f"{folder}/{group_checkpoints(arguments['group'])}"
-    return fit(finetune_loop, arguments, config.trainer, checkpoints_name(config), place)
+    return fit(finetune_loop, arguments, config.trainer, checkpoints_name(config), place, labels)
 
 
 def checkpoints_name(config: FinetuneConfig) -> str:

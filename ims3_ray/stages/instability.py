@@ -10,13 +10,14 @@ import numpy as np
 import ray
 import torch
 
-from ims3_ray.cluster import own_device, results
+from ims3_ray.cluster import own_device, placed, results
 from ims3_ray.config import InstabilityConfig
 from ims3_ray.diffusion.instability import log_instability
 from ims3_ray.diffusion.inversion import invert
 from ims3_ray.diffusion.sampling import guided
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.progress import Progress
+from ims3_ray.room import room
 from ims3_ray.seeds import generator_for
 from ims3_ray.stages.adapters import Adapters, GroupModels
 from ims3_ray.stages.base import Context, Stage, commit_units, units_of
@@ -36,9 +37,13 @@ def run(context: Context, stage: Stage) -> None:
         (context.classes.generator_labels[i], units_of(context.classes.source_labels[i], 1, 1), int(n))
         for i, n in zip(chosen, counts, strict=True)
     ]
-    measure = ray.remote(_measure).options(num_cpus=actors.cpus, num_gpus=actors.gpus)
+    cluster = context.config.cluster
+    measure = ray.remote(_measure).options(num_cpus=actors.cpus, num_gpus=actors.gpus, **placed(cluster, "pool"))
     began = time.monotonic()
-    with Progress(stage.title, config.images, "images") as progress:
+    with (
+        room(cluster, "pool", stage.title, [actors.resources]),
+        Progress(stage.title, config.images, "images") as progress,
+    ):
         result = results(
             measure.remote(
                 config, stage.run.seed, stage.weights["generator"], Adapters.of(stage.inputs["finetune"], storage),

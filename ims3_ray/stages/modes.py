@@ -38,7 +38,7 @@ def run(context: Context, stage: Stage) -> None:
     )  # fmt: skip
     units = by_class(encode.units)
     rows = [(label, units[label]) for label in context.classes.source_labels]
-    entries = each_class(context, stage, find_in_classes, shared, rows, num_cpus=context.config.actors.cpus)
+    entries = each_class(context, stage, find_in_classes, shared, rows)
     commit_units(shared.modes, entries, time.monotonic() - began)
 
 

@@ -18,6 +18,7 @@ from ims3_ray.config import ActorsConfig, ClusterConfig
 from ims3_ray.errors import IncompletePool, UserError
 from ims3_ray.hardware import kind
 from ims3_ray.progress import Progress
+from ims3_ray.room import room
 from ims3_ray.stages.base import Context, Stage, commit_units, parse_unit, read_many
 from ims3_ray.stages.derived import derive_of
 from ims3_ray.stages.images import ImageStore
@@ -92,10 +93,12 @@ def run_tasks(context: Context, tasks: Sequence[Task], listeners: Listeners) -> 
     title = ", ".join(titles[:3]) + (f" and {len(titles) - 3} more" if len(titles) > 3 else "")
     total = sum(each * len(task.units) for each, task in zip(per_unit, tasks, strict=True))
     began = time.monotonic()
-    with Progress(title, round(total), "images", price=pool_price(config.actors, config.cluster)) as progress:
+    workers = [config.actors.resources] * min(config.actors.count, len(pending))
+    price = pool_price(config.actors, config.cluster)
+    with room(config.cluster, "pool", title, workers), Progress(title, round(total), "images", price=price) as progress:
         for _ in range(config.actors.max_attempts):
             failed = [{} for _ in tasks]
-            for number, unit, entry in run_units(pending, works, config.actors) if pending else []:
+            for number, unit, entry in run_units(pending, works, config.actors, config.cluster) if pending else []:
                 if "error" in entry:
                     failed[number][unit] = entry["error"]
                     continue

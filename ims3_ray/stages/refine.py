@@ -53,7 +53,7 @@ def run(context: Context, stage: Stage) -> None:
         kept.artifact if kept.form == "latents" else None, stage.artifact(storage), stage.run.seed, actors.threads,
     )  # fmt: skip
     rows = [(units.label, units.first) for units in class_units(context, source, stage.run.pool_size)]
-    entries = each_class(context, stage, refine_classes, way, rows, num_cpus=actors.cpus, num_gpus=actors.gpus)
+    entries = each_class(context, stage, refine_classes, way, rows, actors.gpus)
     commit_set(way.refined, entries, time.monotonic() - began)
 
 

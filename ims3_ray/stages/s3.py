@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ims3_ray.artifacts import Artifact, Storage
+from ims3_ray.cluster import here
 from ims3_ray.config import SelectionConfig
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection import SubgroupSelection, select_subgroups
@@ -185,6 +186,6 @@ def actor_name(key: str, storage: Storage) -> str:
 def start_selector(key: str, parts: dict[str, Part], config: SelectionConfig) -> Any:
     """The S3 actor of a selection, which may run already."""
     name = actor_name(key, parts["candidates"].embeddings.storage)
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here()}
     actor = ray.remote(S3Selector).options(name=name, namespace=NAMESPACE, get_if_exists=True, **options)
     return actor.remote(parts, config)

@@ -14,9 +14,10 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ims3_ray.artifacts import Artifact
-from ims3_ray.cluster import results
+from ims3_ray.cluster import placed, results
 from ims3_ray.evaluation import Labelled
 from ims3_ray.progress import Progress
+from ims3_ray.room import room
 from ims3_ray.stages.base import Context, Stage, by_class, commit_units, pack_tensors, read_class, read_many
 
 
@@ -61,7 +62,7 @@ class Split:
         return torch.cat(parts), torch.cat([torch.full((len(part),), position) for position, part in enumerate(parts)])
 
 
-def spread(function: Any, shared: Any, classes: Sequence[Any], **resources: float) -> list[Any]:
+def spread(function: Any, shared: Any, classes: Sequence[Any], **resources: Any) -> list[Any]:
     """``function(shared, classes)``, by tasks that take some classes each if there are many, or if a device is needed."""
     if len(classes) <= CLASSES_PER_TASK and not resources:
         return list(function(shared, classes))
@@ -73,20 +74,24 @@ def spread(function: Any, shared: Any, classes: Sequence[Any], **resources: floa
 
 def each_class(
     context: Context, stage: Stage, function: Callable[[Any, Sequence[tuple[str, Any]]], None], shared: Any,
-    rows: Sequence[Any], **resources: float,
+    rows: Sequence[Any], gpus: float = 0,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Entries of all classes of ``stage``, in order. ``function(shared, [(unit, row), …])`` makes those that are not there yet,
     in tasks, and leaves each one's entry with :func:`note`, so that nothing is made twice after an interruption."""
     artifact = stage.artifact(context.storage)
     there = artifact.shards()
     todo = [(unit, row) for unit, row in zip(stage.units, rows, strict=True) if f"{unit}.json" not in there]
-    task, shared_ref = ray.remote(function).options(max_retries=3, **resources), ray.put(shared)
+    actors, cluster = context.config.actors, context.config.cluster
+    options = {"num_cpus": actors.cpus, "num_gpus": gpus, **placed(cluster, "pool")}
+    task, shared_ref = ray.remote(function).options(max_retries=3, **options), ray.put(shared)
     at_once = max(1, min(25, -(-len(todo) // (2 * context.config.actors.count))))
-    running = {
-        task.remote(shared_ref, todo[start : start + at_once]): len(todo[start : start + at_once])
-        for start in range(0, len(todo), at_once)
-    }
-    with Progress(stage.title, len(todo), "classes") as progress:
+    bundle = {kind: n for kind, n in (("CPU", actors.cpus), ("GPU", gpus)) if n}
+    with (
+        room(cluster, "pool", stage.title, [bundle] * min(actors.count, len(todo))),
+        Progress(stage.title, len(todo), "classes") as progress,
+    ):
+        parts = [todo[start : start + at_once] for start in range(0, len(todo), at_once)]
+        running = {task.remote(shared_ref, part): len(part) for part in parts}
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
             results(done)

@@ -8,9 +8,10 @@ import ray
 import torch
 
 from ims3_ray.artifacts import Artifact
-from ims3_ray.cluster import own_device, results
+from ims3_ray.cluster import own_device, placed, results
 from ims3_ray.config import canonical
 from ims3_ray.data.transforms import to_signed
+from ims3_ray.room import room
 from ims3_ray.stages.base import Context, Stage, commit_units
 from ims3_ray.stages.evaluate import TEACHER_SHARD, read_teacher
 from ims3_ray.stages.pretrain_encoder import Images, encoder_loop
@@ -28,9 +29,14 @@ def run(context: Context, stage: Stage) -> None:
         "images": partial(_with_names, images, context.classes.names),
     }  # fmt: skip
     print(f"{stage.title}: {config.training.epochs} epochs of {stage.inputs['images'].images} images", flush=True)
-    outcome = fit(encoder_loop, arguments, trainer, "teacher", storage.address(checkpoints))
+    cluster, workers = context.config.cluster, [trainer.worker_resources] * trainer.num_workers
+    with room(cluster, "finetune", stage.title, workers, trainer.num_workers):
+        place, labels = storage.address(checkpoints), cluster.place.get("finetune")
+        outcome = fit(encoder_loop, arguments, trainer, "teacher", place, labels)
     digest = artifact.write(TEACHER_SHARD, outcome["weights"])
-    judge = ray.remote(judged).options(num_cpus=trainer.cpus_per_worker, num_gpus=trainer.gpus_per_worker)
+    judge = ray.remote(judged).options(
+        num_cpus=trainer.cpus_per_worker, num_gpus=trainer.gpus_per_worker, **placed(cluster, "finetune")
+    )
     accuracy = results(judge.remote(artifact, Split.of(context, stage.inputs["test"]), trainer.threads_per_worker))
     print(f"{stage.title}: {accuracy:.1f} % on the test split", flush=True)
     images_seen = outcome["images"] * config.training.epochs

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from ims3_ray.artifacts import Artifact
-from ims3_ray.cluster import own_device
-from ims3_ray.config import ActorsConfig
+from ims3_ray.cluster import own_device, placed
+from ims3_ray.config import ActorsConfig, ClusterConfig
 from ims3_ray.hardware import hardware
 from ims3_ray.stages.derived import Derive, Derived
 from ims3_ray.stages.images import ImageStore, Produced
@@ -30,6 +30,8 @@ CALLS = 2
 """Units that an actor has in hand: one on the device, one whose images are encoded and written meanwhile."""
 
 GRACE_S = 2.0
+NO_PROGRESS_S = 1800.0
+"""After which Ray Data gives a pool up that finishes nothing."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class UnitWorker:
 
 
 def run_units(
-    units: Sequence[tuple[int, str]], works: Sequence[Work], actors: ActorsConfig
+    units: Sequence[tuple[int, str]], works: Sequence[Work], actors: ActorsConfig, cluster: ClusterConfig
 ) -> Iterable[tuple[int, str, dict[str, Any]]]:
     """Work through (number of a task, unit) on the pool; yields them with their entries as they are finished, errors
     included."""
@@ -131,6 +133,10 @@ def run_units(
     context.print_on_execution_start = False
     context.execution_options.verbose_progress = False
     context.max_consecutive_actor_init_deaths = 10
+    context.execution_no_progress_timeout_s = max(NO_PROGRESS_S, cluster.wait_s)  # spot machines may be gone for a while
+    # Ray Data would have the cluster grow whenever it is well used: the pool's own size is what is wanted, and no more.
+    limits = context.execution_options.resource_limits
+    context.execution_options.resource_limits = limits.copy(cpu=actors.count * actors.cpus + 1, gpu=actors.count * actors.gpus)
     for handler in logging.getLogger("ray.data").handlers:  # the terminal is ours; Ray's own log file keeps everything
         if not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.ERROR)
@@ -142,6 +148,7 @@ def run_units(
             batch_size=1,
             num_cpus=actors.cpus,
             num_gpus=actors.gpus or None,
+            **placed(cluster, "pool"),
             compute=ray.data.ActorPoolStrategy(
                 size=min(actors.count, len(units)),
                 max_tasks_in_flight_per_actor=CALLS + 1,

@@ -20,6 +20,7 @@ from ims3_ray.data.batches import batch_indices
 from ims3_ray.finetuning import Finetuner
 from ims3_ray.models.difffit import merge_adapter
 from ims3_ray.models.generator import load_generator
+from ims3_ray.room import Request
 from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.stages import finetune, train
 from ims3_ray.stages.adapters import Adapters, GroupModels
@@ -151,13 +152,15 @@ def test_class_groups_are_tuned_apart_and_each_class_is_sampled_with_its_own(
     tiny_world: Path, tmp_path: Path, encoded: Path, monkeypatch: pytest.MonkeyPatch
 ):
     asked: list[list[dict[str, float]]] = []
-    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
+    ask, let_go = Request.ask, Request.let_go
+    monkeypatch.setattr(Request, "ask", lambda self, bundles: (asked.append(list(bundles)), ask(self, bundles)))
+    monkeypatch.setattr(Request, "let_go", lambda self: (asked.append([]), let_go(self)))
     tuning = {"classes_per_group": 2, "steps": None, "epochs": 0.5, "trainer": {"num_workers": 1}}
-    context, stages = prepare(tiny_world, tmp_path, encoded, finetune=tuning)
+    context, stages = prepare(tiny_world, tmp_path, encoded, finetune=tuning, cluster={"wait_s": 60})
     stage = stages["finetune", ""]
     assert stage.units == ("group-0", "group-1")
     finetune.run(context, [stage])
-    assert asked[0] == [{"CPU": 1}, {"CPU": 1}]  # a cluster that can grow does so for both at once
+    assert asked[:2] == [[{"CPU": 1}], [{"CPU": 1}, {"CPU": 1}]]  # a cluster that can grow does so for both at once
     assert asked[-1] == []
     adapters = Adapters.of(stage, context.storage)
     assert adapters.groups == [[0, 1], [2]]
