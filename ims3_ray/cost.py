@@ -76,6 +76,12 @@ def embedding_flops(shape: EncoderConfig, size: int) -> float:
     return float(counter.get_total_flops())
 
 
+def embedding_dim(shape: EncoderConfig) -> int:
+    """Features that φ gives of an image."""
+    with torch.device("meta"):
+        return Encoder(shape).dim
+
+
 def hours_text(config: WorkConfig, least: float, most: float) -> str:
     """What so many FLOPs are in hours of the devices that the config asks for, at the rates it assumes."""
     cluster = config.cluster

@@ -53,7 +53,7 @@ def has_cpus() -> bool:
 
 def _run_elsewhere(run: Callable[[Any], None], config: WorkConfig | PretrainConfig) -> None:
     cluster = config.cluster
-    coordinator()  # stays on the head, not on a node that comes and goes
+    keep_helpers_here()
     page = ray.remote(num_cpus=0, scheduling_strategy=here())(Page).remote()
     options = {"num_cpus": cluster.driver_cpus, "max_retries": ATTEMPTS, **placed(cluster, "driver")}
     with room(cluster, "driver", "job", [{"CPU": cluster.driver_cpus}]):
@@ -69,6 +69,23 @@ def _run_elsewhere(run: Callable[[Any], None], config: WorkConfig | PretrainConf
         finally:
             _print(page, seen)
         results(running)
+
+
+def keep_helpers_here() -> None:
+    """Ray Data starts these actors where it is used first, for the life of the cluster: on a node that comes and goes they
+    would keep it from going, or go with it."""
+    from ray.data._internal.execution.node_trackers.actor_location import get_or_create_actor_location_tracker
+    from ray.data._internal.stats import get_or_create_stats_actor
+    from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
+
+    helpers = (
+        coordinator,
+        get_or_create_actor_location_tracker,
+        get_or_create_stats_actor,
+        get_or_create_usage_collection_actor,
+    )
+    for start in helpers:
+        start()
 
 
 def _print(page: Any, seen: int) -> int:

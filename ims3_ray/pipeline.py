@@ -14,6 +14,7 @@ from ims3_ray.artifacts import Storage
 from ims3_ray.cluster import connected
 from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, WorkConfig, canonical
 from ims3_ray.errors import UserError
+from ims3_ray.estimate import account, expect
 from ims3_ray.plan import DERIVED, Config, Plan, make_comparison, make_evaluation, make_plan
 from ims3_ray.results import Results, gather, stage_metrics, stage_row
 from ims3_ray.stages.base import Context, Stage
@@ -96,11 +97,12 @@ def _run(plan: Plan[Config], storage: Storage, publish: Publish) -> None:
     """Take the run folder, run what is missing, publish; MLflow knows how it ended."""
     config = plan.config
     tracker = Tracker(config, storage)
-    context = Context(config, storage, plan.classes, tracker)
+    context, expected = Context(config, storage, plan.classes, tracker), expect(plan, storage)
     storage.write(f"{config.name}/config.yaml", yaml.safe_dump(canonical(config), sort_keys=False).encode())
     try:
         run_stages(context, plan.stages)
-        publish(context, plan, gather(plan, storage), tracker)
+        estimate = account(expected, context.spent, config.cluster)
+        publish(context, plan, {**gather(plan, storage), "estimate": estimate}, tracker)
     except BaseException as error:
         tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
@@ -195,25 +197,6 @@ def _log(context: Context, stages: list[Stage]) -> None:
     for stage in stages:
         if not stage.missing(context.storage):
             context.tracker.metrics(stage_metrics(stage_row(stage, context.storage)))
-
-
-def describe(plan: Plan[Config]) -> str:
-    """The plan as text, for ``--dry-run``."""
-    storage = Storage.at(plan.config.storage)
-    width = max(34, *(len(stage.title) + 2 for stage in plan.stages))
-    lines = [f"{'stage':{width}}{'there':>12}{'images':>10}{'GFLOP':>12}"]
-    for stage in plan.stages:
-        missing = len(stage.missing(storage))
-        have = len(stage.units) - missing
-        there = "done" if not missing else f"{have}/{len(stage.units)} units"
-        lines.append(f"{stage.title:{width}}{there:>12}{stage.images:>10}{stage.flops / 1e9:>12,.4g}")
-    left = sum(stage.flops * len(stage.missing(storage)) / len(stage.units) for stage in plan.stages)
-    needed = ", ".join(f"{v:g} {k}" for k, v in plan.needed().items())
-    lines += [
-        f"left to compute: {left / 1e9:,.4g} GFLOP; needs at a time: {needed}",
-        f"results: {storage.address(plan.config.name)}",
-    ]
-    return "\n".join(lines)
 
 
 def warn_if_lost_with_job(config: WorkConfig) -> None:

@@ -13,7 +13,8 @@ import sys
 
 from ims3_ray.cli import main
 from ims3_ray.config import CompareConfig
-from ims3_ray.pipeline import compare, describe
+from ims3_ray.estimate import describe
+from ims3_ray.pipeline import compare
 from ims3_ray.plan import make_comparison
 from ims3_ray.report.terminal import print_comparison
 

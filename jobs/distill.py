@@ -16,7 +16,8 @@ import sys
 
 from ims3_ray.cli import main
 from ims3_ray.config import RunConfig
-from ims3_ray.pipeline import describe, distill
+from ims3_ray.estimate import describe
+from ims3_ray.pipeline import distill
 from ims3_ray.plan import make_plan
 from ims3_ray.report.terminal import print_result
 

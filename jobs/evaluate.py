@@ -13,7 +13,8 @@ import sys
 
 from ims3_ray.cli import main
 from ims3_ray.config import EvaluateConfig
-from ims3_ray.pipeline import describe, evaluate
+from ims3_ray.estimate import describe
+from ims3_ray.pipeline import evaluate
 from ims3_ray.plan import make_evaluation
 from ims3_ray.report.terminal import print_result
 

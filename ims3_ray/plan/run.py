@@ -7,6 +7,7 @@ from typing import Any
 from ims3_ray.config import ArmConfig, RunConfig, canonical
 from ims3_ray.cost import (
     decoding_flops,
+    embedding_dim,
     embedding_flops,
     encoding_flops,
     finetune_flops,
@@ -24,6 +25,9 @@ from ims3_ray.plan.scoring import Builder
 from ims3_ray.selection import SELECTORS
 from ims3_ray.stages.base import Stage, by_class, units_of
 from ims3_ray.stages.weights import Weights
+
+PNG_SHARE = 0.6
+"""What is left of pixels as PNG, of photographs."""
 
 
 class RunBuilder(Builder):
@@ -50,7 +54,8 @@ class RunBuilder(Builder):
         flops = images.images * embedding_flops(m.phi_shape, self.work.data.size)
         title = "embed train images" if images.kind == "encode" else f"embed ({images.label})"
         title += "" if config.encoder == self.base.encoder else f" by {config.encoder}"
-        return self._derived("embed", title, params, images, flops, {"encoder": m.phi}, label=images.label)
+        stored = images.images * 4.0 * embedding_dim(m.phi_shape)
+        return self._derived("embed", title, params, images, flops, {"encoder": m.phi}, stored, images.label)
 
     def latents(self, config: RunConfig) -> Stage | None:
         """Latents of the training images, for generators that work on them."""
@@ -59,7 +64,12 @@ class RunBuilder(Builder):
             return None
         flops = images.images * flips * encoding_flops(m.autoencoder, self.work.data.size)
         params = {"autoencoder": m.vae.digest, "flips": flips}
-        return self._derived("latents", "encode latents", params, images, flops, {"autoencoder": m.vae})
+        stored = 2 * flips * images.images * self._latent_bytes()
+        return self._derived("latents", "encode latents", params, images, flops, {"autoencoder": m.vae}, stored)
+
+    def _latent_bytes(self) -> float:
+        """Of an image's latents in half precision."""
+        return 2.0 * self.models.shape.in_channels * self.models.shape.input_size**2
 
     def inverted(self, config: RunConfig) -> Stage:
         """Sums over inverted training images (D3HR)."""
@@ -88,12 +98,12 @@ class RunBuilder(Builder):
 
     def _derived(
         self, kind: str, title: str, params: dict[str, Any], images: Stage, flops: float, weights: dict[str, Weights],
-        label: str = "",
+        stored: float, label: str = "",
     ) -> Stage:  # fmt: skip
         return self._once(
             Stage(
                 kind, title, params, {"images": images}, units=images.units, images=images.images, flops=flops, label=label,
-                weights=weights,
+                weights=weights, stored=stored,
             )
         )  # fmt: skip
 
@@ -170,10 +180,12 @@ class RunBuilder(Builder):
         if m.vae and m.autoencoder:
             params["autoencoder"], weights["autoencoder"] = m.vae.digest, m.vae
             flops += images * decoding_flops(m.autoencoder, m.shape.input_size)
+        latents = config.pool.store == "latents"
+        stored = images * self._latent_bytes() if latents else PNG_SHARE * self.pixel_bytes(images)
         return self._once(
             Stage(
                 "generate", f"generate ({', '.join(names)})", params, inputs, units=units, images=images, flops=flops,
-                label=", ".join(names), weights=weights, config=config,
+                label=", ".join(names), weights=weights, config=config, stored=stored,
             )
         )  # fmt: skip
 
@@ -207,7 +219,7 @@ class RunBuilder(Builder):
         return self._once(
             Stage(
                 "select", f"select ({title})", params, inputs, units=self.class_units(), images=self._set_size(config),
-                label=label, config=config,
+                label=label, config=config, stored=self.pixel_bytes(self._set_size(config)),
             )
         )  # fmt: skip
 
@@ -224,6 +236,7 @@ class RunBuilder(Builder):
             Stage(
                 "refine", f"refine ({title})", params, inputs, units=self.class_units(), images=images,
                 flops=images * refine_flops(m.shape, config.refine), label=label, weights=source.weights, config=config,
+                stored=self.pixel_bytes(images),
             )
         )  # fmt: skip
 
@@ -240,9 +253,10 @@ class RunBuilder(Builder):
         return config.selection.images_per_class * len(self.classes.names)
 
     def export(self, images: Stage, config: RunConfig, label: str) -> Stage:
-        params = {"classes": list(self.classes.names)}
+        params, stored = {"classes": list(self.classes.names)}, 2 * PNG_SHARE * self.pixel_bytes(images.images)
+        inputs = {"select": images}
         return self._once(
-            Stage("export", "export", params, {"select": images}, images=images.images, label=label, config=config)
+            Stage("export", "export", params, inputs, images=images.images, label=label, config=config, stored=stored)
         )
 
 

@@ -35,6 +35,7 @@ class Builder(Data):
             scale = (len(found.units) + len(more)) / len(found.units)
             found.units = tuple(sorted({*found.units, *more}))
             found.images, found.flops = round(found.images * scale), found.flops * scale
+            found.stored *= scale
         return found
 
     def encode(self, split: str) -> Stage:
@@ -52,9 +53,13 @@ class Builder(Data):
         return self._once(
             Stage(
                 "encode", f"encode {split} images", {**params, "unit_size": data.unit_size}, units=tuple(units), images=images,
-                places={"path": path, "split": named}, label=split,
+                places={"path": path, "split": named}, label=split, stored=self.pixel_bytes(images),
             )
         )  # fmt: skip
+
+    def pixel_bytes(self, images: int) -> float:
+        """Of so many decoded images."""
+        return float(images * self.work.data.channels * self.work.data.size**2)
 
     def class_units(self) -> tuple[str, ...]:
         """A unit per class, by its position in the distilled set."""
@@ -73,8 +78,7 @@ class Builder(Data):
         return self._once(
             Stage(
                 "given", f"read {title}", params, units=self.class_units(), images=len(source.labels),
-                places={"path": path, "split": "train"},
-                label=title,
+                places={"path": path, "split": "train"}, label=title, stored=self.pixel_bytes(len(source.labels)),
             )
         )  # fmt: skip
 

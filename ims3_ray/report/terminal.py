@@ -24,6 +24,12 @@ def print_result(result: RunResult, console: Console | None = None) -> None:
     console.print(table)
     if skipped := result.results["skipped_images"]:
         console.print(f"{len(skipped)} images could not be decoded and were left out; the report names them")
+    _print_end(result, console)
+
+
+def _print_end(result: RunResult, console: Console) -> None:
+    for line in result.results["estimate"]["lines"]:
+        console.print(line, soft_wrap=True)
     console.print(f"report: {result.report}", soft_wrap=True)
 
 
@@ -42,7 +48,7 @@ def print_comparison(result: RunResult, console: Console | None = None) -> None:
             ]
             table.add_row(*cells, *([line["published"] or ""] if found["published"] else []))
         console.print(table)
-    console.print(f"report: {result.report}", soft_wrap=True)
+    _print_end(result, console)
 
 
 def print_sweep(result: RunResult, console: Console | None = None) -> None:

@@ -58,6 +58,8 @@ class Stage:
     units: tuple[str, ...] = ("result",)
     images: int = 0
     flops: float = 0.0
+    stored: float = 0.0
+    """Bytes that it writes, about; what is small beside images is left out."""
     label: str = ""
     """The arm or split it belongs to, where a kind occurs more than once."""
     weights: Mapping[str, Weights] = field(default_factory=dict)
@@ -107,6 +109,11 @@ class Context:
     storage: Storage
     classes: ClassTable
     tracker: Untracked
+    spent: dict[Stage, float] = field(default_factory=dict)
+    """Seconds of workers that stages have taken."""
+
+    def spend(self, stage: Stage, seconds: float, workers: float = 1) -> None:
+        self.spent[stage] = self.spent.get(stage, 0.0) + seconds * workers
 
 
 def commit_units(

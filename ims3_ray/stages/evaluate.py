@@ -136,6 +136,7 @@ def run_all(context: Context, stages: Sequence[Stage], at_once: int | None = Non
             except ray.exceptions.RayError as error:
                 failed.append(f"{stage.title}, {unit}: {str(error).strip().splitlines()[-1]}")
                 continue
+            context.spend(stage, outcome["seconds"])
             commit_units(artifact, {unit: outcome}, outcome["seconds"])
             progress.advance(1)
     if failed:

@@ -73,7 +73,7 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
     (positions in the order of the classes' images), and there is no adapter.
     """
     config, seed, group = FinetuneConfig.model_validate(plain["config"]), int(plain["seed"]), int(plain["group"])
-    context = ray.train.get_context()
+    began, context = time.monotonic(), ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.trainer.threads_per_worker)
     device = ray.train.torch.get_device()
@@ -118,6 +118,7 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
     return {
         "adapter": tuner.adapter(classes=[label for label, _ in plain["classes"]], generator=plain["weights"].digest),
         "history": history,
+        "seconds": time.monotonic() - began,
     }
 
 
@@ -197,6 +198,7 @@ def run(context: Context, stages: Sequence[Stage]) -> None:
                 raise UserError(_diverged(outcome, image_names(context, stage.inputs["encode"], group)))
             if outcome is not None:
                 images = own * stage.run.finetune.batch_size
+                context.spend(stage, outcome["seconds"], _trainer(group).num_workers)
                 Adapters.of(stage, storage).commit(group.number, outcome, images, time.monotonic() - committed)
                 committed = time.monotonic()
             if rows:

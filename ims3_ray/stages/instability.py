@@ -54,7 +54,9 @@ def run(context: Context, stage: Stage) -> None:
         progress.done = config.images
     artifact = stage.artifact(storage)
     artifact.write(SHARD, json.dumps(result).encode())
-    commit_units(artifact, {"result": {"images": config.images}}, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    context.spend(stage, seconds)
+    commit_units(artifact, {"result": {"images": config.images}}, seconds)
 
 
 def _measure(

@@ -106,7 +106,7 @@ def run_tasks(context: Context, tasks: Sequence[Task], listeners: Listeners) -> 
                 done[number][unit] = entry
                 progress.advance(entry["images"])
             pending = [(number, unit) for number, errors in enumerate(failed) for unit in errors]
-    _commit(tasks, works, done, failed, time.monotonic() - began)
+    _commit(context, tasks, works, done, failed, time.monotonic() - began)
     if missing := [_what_is_missing(context, t.stage, errors) for t, errors in zip(tasks, failed, strict=True) if errors]:
         raise IncompletePool(f"{'; '.join(missing)}; the same command tries again")
 
@@ -120,6 +120,7 @@ def _work(task: Task, storage: Storage, listeners: Listeners) -> Work:
 
 
 def _commit(
+    context: Context,
     tasks: Sequence[Task],
     works: Sequence[Work],
     done: Sequence[dict[str, Any]],
@@ -127,16 +128,19 @@ def _commit(
     seconds: float,
 ) -> None:
     """Commit the units of every stage; the pass's ``seconds`` are shared out as the actors' time was."""
-    made: list[tuple[Artifact, dict[str, Any], dict[str, str]]] = []
+    made: list[tuple[Stage, dict[str, Any], dict[str, str]]] = []
     for task, work, notes, errors in zip(tasks, works, done, failed, strict=True):
         if task.source:
-            made.append((work.noted, {unit: _without_derived(note) for unit, note in notes.items()}, errors))
-        for derivation in work.derivations:
+            made.append((task.source, {unit: _without_derived(note) for unit, note in notes.items()}, errors))
+        for stage, derivation in zip(task.derived, work.derivations, strict=True):
             folder = derivation.artifact.folder
-            made.append((derivation.artifact, {unit: note["derived"][folder] for unit, note in notes.items()}, errors))
+            made.append((stage, {unit: note["derived"][folder] for unit, note in notes.items()}, errors))
     busy = [sum(entry["seconds"] for entry in entries.values()) for _, entries, _ in made]
-    for mine, (artifact, entries, errors) in zip(busy, made, strict=True):
-        commit_units(artifact, entries, seconds * mine / (sum(busy) or 1.0), errors)
+    workers = min(context.config.actors.count, sum(len(task.units) for task in tasks))
+    for mine, (stage, entries, errors) in zip(busy, made, strict=True):
+        share = seconds * mine / (sum(busy) or 1.0)
+        context.spend(stage, share, workers)
+        commit_units(stage.artifact(context.storage), entries, share, errors)
 
 
 def pool_price(actors: ActorsConfig, cluster: ClusterConfig) -> float:

@@ -96,6 +96,7 @@ def each_class(
             (done,), _ = ray.wait(list(running), num_returns=1)
             results(done)
             progress.advance(running.pop(done))
+    context.spend(stage, progress.seconds, min(actors.count, max(1, len(parts))))
     return {unit: json.loads(note) for unit, note in read_many(artifact, stage.units, "json")}
 
 

@@ -39,6 +39,7 @@ def run(context: Context, stage: Stage) -> None:
     )
     accuracy = results(judge.remote(artifact, Split.of(context, stage.inputs["test"]), trainer.threads_per_worker))
     print(f"{stage.title}: {accuracy:.1f} % on the test split", flush=True)
+    context.spend(stage, outcome["seconds"], trainer.num_workers)
     images_seen = outcome["images"] * config.training.epochs
     entry = {"sha256": digest, "images": images_seen, "loss": outcome["losses"][-1], "test_accuracy": accuracy}
     commit_units(artifact, {"result": entry}, outcome["seconds"])

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ims3_ray.cli import main
 from ims3_ray.config import RunConfig
-from ims3_ray.pipeline import describe
+from ims3_ray.estimate import describe
 from tests.conftest import CLASSES, tiny_values
 from tests.e2e.conftest import ROOT, run_job, write_config
 
@@ -144,7 +144,10 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     config = write_config(tmp_path / "again.yaml", tiny_values(tiny_world, tmp_path / "runs"))
     done = run_job("--config", config, "--dry-run")
     assert done.returncode == 0
-    for text in ("encode train images", "fine-tune", "generate (fine-tuned)", "0/6 units", "GFLOP", "needs at a time: 2 CPU"):
+    for text in (
+        "encode train images", "fine-tune", "generate (fine-tuned)", "0/6 units", "FLOP, ", "core-hours at",
+        "cost: not known", "kB of ", "needs at a time: 2 CPU",
+    ):  # fmt: skip
         assert text in done.stdout
     assert not (tmp_path / "runs").exists()
 

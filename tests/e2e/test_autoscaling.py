@@ -1,0 +1,96 @@
+"""A job on a cluster that grows by Ray's own autoscaler: nodes come for the stages that need them, are killed while these run,
+and are gone afterwards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.conftest import tiny_values
+from tests.e2e.conftest import DISTILL, ROOT, environment, run_job, write_config
+from tests.local_nodes import DRIVER, ON_DEMAND, SPOT, GrowingCluster, growing_cluster, kill_tree
+
+PLACE = {"driver": DRIVER, "finetune": ON_DEMAND, "pool": SPOT, "evaluate": SPOT}
+
+
+class Job:
+    """A job that runs, and what it has printed."""
+
+    def __init__(self, *arguments: str, **more: str) -> None:
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.process = subprocess.Popen([*DISTILL, *arguments], cwd=ROOT, env=environment(**more), **options)
+        self.lines: list[str] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines += self.process.stdout
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def wait_until(self, happened: Callable[[], bool], timeout: float = 200) -> None:
+        deadline = time.monotonic() + timeout
+        while not happened():
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.05)
+
+
+def content(storage: Path) -> str:
+    return str(json.loads((storage / "tiny" / "results.json").read_text())["sets"]["ims3"]["content"])
+
+
+def kill_one(cluster: GrowingCluster, kind: str) -> None:
+    kill_tree(cluster.alive(kind)[0])
+
+
+def test_nodes_come_for_stages_are_killed_in_each_and_are_gone_afterwards(tiny_world: Path, tmp_path: Path):
+    runs, whole = tmp_path / "runs", tmp_path / "whole"
+    values = tiny_values(
+        tiny_world, runs, arms={"random_real": None, "dit": None, "dit_s3": None}, instability={"images": 0},
+        data={"unit_size": 3}, finetune={"steps": 60, "checkpoint_every": 10, "trainer": {"num_workers": 2}},
+        sampling={"steps": 200, "unit_size": 4}, selection={"groups": 20}, actors={"count": 2},
+        evaluation={"protocols": {"hard": {"width": 8, "epochs": 1500, "validations": 4}}, "seeds": [0, 1]},
+        tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"}, cluster={"wait_s": 150, "place": PLACE},
+    )  # fmt: skip
+    file = write_config(tmp_path / "config.yaml", values)
+    found = {
+        name: (lambda pattern=pattern: list(runs.glob(f"artifacts/{pattern}")))
+        for name, pattern in {
+            "decoded": "encode/*/shards/*.json", "checkpoint": "finetune/*/train-0/*/checkpoint_*/*",
+            "made": "generate/*/shards/*.json", "student": "evaluate/*/shards/*.state",
+        }.items()
+    }  # fmt: skip
+    with growing_cluster() as cluster:
+        job = Job("--config", file, f"cluster.address={cluster.address}", **cluster.environment)
+        for stage, kind in (("decoded", "sampler"), ("checkpoint", "train"), ("made", "sampler")):
+            job.wait_until(lambda stage=stage: bool(found[stage]()))
+            if stage == "checkpoint":
+                time.sleep(4)  # Ray Train forgets a checkpoint whose worker is killed at once
+            kill_one(cluster, kind)
+            if stage == "made":
+                before = len(found["made"]())
+                job.wait_until(lambda before=before: len(found["made"]()) > before + 2)
+                kill_one(cluster, "driver")
+        job.wait_until(lambda: "evaluate: 2 students" in job.output)
+        time.sleep(3)
+        kill_one(cluster, "sampler")
+        job.process.wait(timeout=300)
+        assert job.process.returncode == 0, job.output
+        for kind, least in (("sampler", 4), ("train", 2), ("driver", 2)):
+            assert len(cluster.started(kind)) >= least, job.output
+            cluster.wait_until_empty(kind, 60)
+    for text in (
+        "waits for nodes, 0 of 2 workers have room (1 CPU each, ray.io/market-type=spot)", "nodes are there after",
+        "it goes on elsewhere (attempt 2)", "report: ",
+    ):  # fmt: skip
+        assert text in job.output
+    undisturbed = run_job("--config", file, f"storage={whole}", "cluster.wait_s=0", "cluster.place={}")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert content(runs) == content(whole)
