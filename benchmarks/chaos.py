@@ -5,7 +5,7 @@
     python benchmarks/chaos.py --config FILE        of another run than the one below
 
 Victims are drawn from what is alive: the job's command, the task that it runs in (the head has no CPUs), a Ray Train worker, a
-generator actor, the S3 actor, a raylet with all its processes. A command that ends is given again until its run is finished;
+generator actor, the S3 actor, a raylet with all its processes. The actor pool's actors encode real images too. A command that ends is given again until its run is finished;
 then comes the next run, from nothing, until all kills are spent. A node that was killed is replaced. `same` says that every
 run ended with the hashes, Parquet bytes and accuracies of the undisturbed one; `missing` and `doubled` count units of its
 pools. `lost_s_per_kill` is what the runs took beyond undisturbed ones: work that was lost, starts, detection, waiting.
@@ -20,7 +20,6 @@ import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from contextlib import suppress
@@ -49,7 +48,7 @@ RUN: dict[str, Any] = {
     "arms": {"random_real": None, "dit": None, "dit_s3": None},
     "actors": {"max_attempts": 10},
     "instability": {"images": 0},
-    "evaluation": {"protocols": {"hard": {"width": 16, "epochs": 60, "validations": 2}}, "seeds": [0, 1], "val_per_class": 5},
+    "evaluation": {"protocols": {"hard": {"width": 16, "epochs": 30, "validations": 2}}, "seeds": [0, 1], "val_per_class": 5},
 }
 """What is run, unless a file says otherwise: a minute on two cores."""
 
@@ -118,35 +117,36 @@ class Job:
         return code == 0
 
 
-class Killer(threading.Thread):
-    """Kills one after another until it has used up what it may, or is told to stop."""
+class Killer:
+    """Kills one after another until it has used up what it may."""
 
     def __init__(self, config: ChaosConfig, raylets: Raylets) -> None:
-        super().__init__(daemon=True)
         self.config, self.raylets, self.rng = config, raylets, random.Random(config.seed)
         self.killed: Counter[str] = Counter()
-        self.job: Job | None = None
-        self.over = threading.Event()
+        self.next = time.monotonic()
 
     @property
     def left(self) -> int:
         return self.config.kills - self.killed.total()
 
-    def run(self) -> None:
-        while self.left and not self.over.wait(self.rng.expovariate(1 / self.config.every_s)):
-            if self.job is None or self.job.process.poll() is not None:
-                continue
-            alive = {kind: found for kind, name in VICTIMS.items() if (found := self.raylets.find(name))}
-            kind = self.rng.choice([*sorted(alive), "command", "raylet"])
-            if kind == "command":
-                self.job.process.kill()
-            elif kind == "raylet":
-                self.raylets.kill_node(self.rng)
-            else:
-                with suppress(psutil.NoSuchProcess):
-                    self.rng.choice(sorted(alive[kind], key=lambda p: p.pid)).kill()
-            self.killed[kind] += 1
-            print(f"kill {self.killed.total()}: {kind}", file=sys.stderr, flush=True)
+    def look(self, job: Job) -> None:
+        """Kill somebody if it is time."""
+        if not self.left or time.monotonic() < self.next or job.process.poll() is not None:
+            return
+        alive = {kind: found for kind, name in VICTIMS.items() if (found := self.raylets.find(name))}
+        rare = sorted(set(alive) - {"task"})  # alive for a part of a run: two in three kills are theirs then
+        always = ["command", "raylet", *(["task"] if "task" in alive else [])]
+        kind = self.rng.choice(rare if rare and self.rng.random() < 2 / 3 else always)
+        if kind == "command":
+            job.process.kill()
+        elif kind == "raylet":
+            self.raylets.kill_node(self.rng)
+        else:
+            with suppress(psutil.NoSuchProcess):
+                self.rng.choice(sorted(alive[kind], key=lambda p: p.pid)).kill()
+        self.killed[kind] += 1
+        self.next = time.monotonic() + self.rng.expovariate(1 / self.config.every_s)
+        print(f"kill {self.killed.total()}: {kind}", file=sys.stderr, flush=True)
 
 
 def outcome(storage: Path) -> dict[str, Any]:
@@ -184,15 +184,13 @@ def _finish(config: ChaosConfig, raylets: Raylets, storage: Path, killer: Killer
     file, cluster = storage.with_suffix(".yaml"), {"address": raylets.cluster.address, "wait_s": 300}
     file.write_text(yaml.safe_dump({**RUN, **config.run, "name": "soak", "storage": str(storage), "cluster": cluster}))
     job = Job(file, storage.with_suffix(".log"))
-    if killer:
-        killer.job = job
     try:
         while not job.is_finished():
+            if killer:
+                killer.look(job)
             time.sleep(0.2)
     finally:
         job.process.kill()
-        if killer:
-            killer.job = None
     return job.commands
 
 
@@ -201,7 +199,6 @@ def _disturb(
 ) -> dict[str, Any]:  # fmt: skip
     """Runs until the kills are spent, and what came out."""
     killer, runs, same, missing, doubled = Killer(config, raylets), 0, True, 0, 0
-    killer.start()
     began, commands = time.monotonic(), 0
     while killer.left:
         storage, runs = folder / f"run-{runs}", runs + 1
@@ -212,7 +209,6 @@ def _disturb(
             there = found["units"].get(pool, {})
             missing += len(set(units) - set(there))
             doubled += len(set(there) - set(units))
-    killer.over.set()
     wall = time.monotonic() - began
     lost = wall - runs * undisturbed
     return {

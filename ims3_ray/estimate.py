@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ims3_ray.artifacts import Storage
-from ims3_ray.config import ClusterConfig, WorkConfig
+from ims3_ray.config import ClusterConfig, Role, WorkConfig
 from ims3_ray.plan import Config, Plan
 from ims3_ray.stages.base import Stage
 
@@ -19,6 +19,7 @@ DECODE_S_PER_VALUE = 4e-8
 class Worker:
     """What one worker of a stage reserves. It is counted in GPU-hours if it has any, else in core-hours."""
 
+    role: Role
     cpus: float
     gpus: float
 
@@ -33,10 +34,6 @@ class Worker:
     def flop_rate(self, cluster: ClusterConfig) -> float:
         """FLOP/s that the config assumes."""
         return self.gpus * cluster.gpu_tflops * 1e12 if self.gpus else self.cpus * cluster.core_gflops * 1e9
-
-    def hourly(self, cluster: ClusterConfig) -> float:
-        """What an hour costs; 0 where no prices are configured."""
-        return self.gpus * (cluster.gpu_price or 0.0) + self.cpus * (cluster.cpu_price or 0.0)
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class Expected:
         return self.seconds / 3600 * self.worker.devices
 
     def money(self, cluster: ClusterConfig) -> float:
-        return self.seconds / 3600 * self.worker.hourly(cluster)
+        return self.seconds / 3600 * cluster.hourly(self.worker.role, self.worker.cpus, self.worker.gpus)
 
 
 def worker_of(stage: Stage, config: WorkConfig) -> Worker:
@@ -77,14 +74,14 @@ def worker_of(stage: Stage, config: WorkConfig) -> Worker:
     actors, students = config.actors, config.evaluation
     if stage.kind in ("finetune", "teacher"):
         t = stage.run.finetune.trainer if stage.kind == "finetune" else students.teacher.trainer
-        return Worker(t.cpus_per_worker, t.gpus_per_worker)
+        return Worker("finetune", t.cpus_per_worker, t.gpus_per_worker)
     if stage.kind == "evaluate":
-        return Worker(students.cpus_per_task, students.gpus_per_task)
+        return Worker("evaluate", students.cpus_per_task, students.gpus_per_task)
     if stage.kind == "modes":
-        return Worker(actors.cpus, 0.0)
+        return Worker("pool", actors.cpus, 0.0)
     if stage.kind in ("encode", "embed", "latents", "inverted", "generate", "instability", "refine"):
-        return Worker(actors.cpus, actors.gpus)
-    return Worker(1.0, 0.0)
+        return Worker("pool", actors.cpus, actors.gpus)
+    return Worker("driver", 1.0, 0.0)
 
 
 def expect(plan: Plan[Config], storage: Storage) -> list[Expected]:
@@ -183,8 +180,12 @@ def hours_text(hours: Mapping[str, float], cluster: ClusterConfig) -> str:
 
 def money_text(money: float, cluster: ClusterConfig) -> str:
     prices = {"gpu_price": cluster.gpu_price, "cpu_price": cluster.cpu_price}
-    known = ", ".join(f"cluster.{key}={price:g}" for key, price in prices.items() if price is not None)
+    known = ", ".join(f"cluster.{key}={_price_text(price)}" for key, price in prices.items() if price is not None)
     return f"costs {money:.2f} at {known}" if known else "cost: not known; set cluster.gpu_price and cluster.cpu_price"
+
+
+def _price_text(price: float | Mapping[Any, float]) -> str:
+    return ", ".join(f"{role} {value:g}" for role, value in price.items()) if isinstance(price, Mapping) else f"{price:g}"
 
 
 def scaled(value: float) -> str:

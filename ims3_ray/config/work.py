@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -52,6 +52,7 @@ class TrackingConfig(Section):
     experiment: str = "ims3-ray"
 
 
+Price = Annotated[float, Field(ge=0)]
 Role = Literal["driver", "finetune", "pool", "evaluate"]
 """Work that may have nodes of its own: the job itself, trainings on Ray Train, all that looks at or makes images, students."""
 
@@ -65,14 +66,20 @@ class ClusterConfig(Section):
     """Node labels that work of each kind asks for, e.g. `{pool: {ray.io/market-type: spot}}`; unset: any node."""
     driver_cpus: float = Field(default=1, gt=0)
     """CPUs of the task that the job runs in where it was submitted on a node without any (a head with `CPU: 0`)."""
-    gpu_price: float | None = Field(default=None, ge=0)
-    """What a GPU costs an hour: progress then says what was spent and what is to come. In any currency."""
-    cpu_price: float | None = Field(default=None, ge=0)
+    gpu_price: Price | dict[Role, Price] | None = None
+    """What a GPU costs an hour, or one of each kind of work: the plan then says what it costs, progress what was spent and is
+    to come. In any currency."""
+    cpu_price: Price | dict[Role, Price] | None = None
     """What a CPU costs an hour, beside GPUs."""
     gpu_tflops: float = Field(default=60, gt=0)
     """What a GPU sustains, for estimates."""
     core_gflops: float = Field(default=20, gt=0)
     """What a CPU core sustains, for estimates where no GPU is asked for."""
+
+    def hourly(self, role: Role, cpus: float, gpus: float) -> float:
+        """What a worker of that kind costs an hour; 0 where no price is known."""
+        prices = [price.get(role) if isinstance(price, dict) else price for price in (self.cpu_price, self.gpu_price)]
+        return cpus * (prices[0] or 0.0) + gpus * (prices[1] or 0.0)
 
 
 class WorkConfig(Section):

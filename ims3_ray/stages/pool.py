@@ -145,7 +145,7 @@ def _commit(
 
 def pool_price(actors: ActorsConfig, cluster: ClusterConfig) -> float:
     """What an hour of the actor pool costs; 0 where no prices are configured."""
-    return actors.count * (actors.gpus * (cluster.gpu_price or 0.0) + actors.cpus * (cluster.cpu_price or 0.0))
+    return actors.count * cluster.hourly("pool", actors.cpus, actors.gpus)
 
 
 def _what_is_missing(context: Context, stage: Stage, failed: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ from ims3_ray.plan import make_plan
 from ims3_ray.stages.base import Stage
 from tests.conftest import tiny_values
 
-GPU, CORES = Worker(cpus=4, gpus=1), Worker(cpus=2, gpus=0)
+GPU, CORES = Worker("pool", cpus=4, gpus=1), Worker("finetune", cpus=2, gpus=0)
 
 
 def expected(worker: Worker, seconds: float, flops: float, units: int = 1) -> Expected:
@@ -26,6 +26,8 @@ def test_hours_are_of_gpus_or_of_cores_and_cost_what_both_do():
     stages = [expected(GPU, 7200, 0), expected(CORES, 1800, 0), expected(GPU, 3600, 0)]
     assert hours_of(stages) == {"GPU": 3.0, "core": 1.0}
     assert sum(stage.money(cluster) for stage in stages) == pytest.approx(3 * 3.4 + 0.5 * 0.2)
+    cluster = ClusterConfig(gpu_price={"pool": 1.0, "finetune": 2.0}, cpu_price=None)
+    assert sum(stage.money(cluster) for stage in stages) == pytest.approx(3.0)
 
 
 def test_the_account_says_by_how_much_the_estimate_was_off_and_which_rate_would_have_been_right():
