@@ -5,7 +5,7 @@
     python benchmarks/chaos.py --config FILE        of another run than the one below
 
 Victims are drawn from what is alive: the job's command, the task that it runs in (the head has no CPUs), a Ray Train worker, a
-generator actor, the S3 actor, a raylet with all its processes. The actor pool's actors encode real images too. A command that ends is given again until its run is finished;
+generator actor, the S3 actor, a raylet with all its processes. A command that ends is given again until its run is finished;
 then comes the next run, from nothing, until all kills are spent. A node that was killed is replaced. `same` says that every
 run ended with the hashes, Parquet bytes and accuracies of the undisturbed one; `missing` and `doubled` count units of its
 pools. `lost_s_per_kill` is what the runs took beyond undisturbed ones: work that was lost, starts, detection, waiting.

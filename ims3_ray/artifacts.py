@@ -59,7 +59,9 @@ class Storage:
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
     def on_filesystem(self, path: str) -> str:
-        """``path`` as :attr:`filesystem` knows it."""
+        """``path`` as :attr:`filesystem` knows it; :class:`UserError` for one that would leave the storage."""
+        if ".." in path.split("/"):
+            raise UserError(f"'{path}' would leave the storage '{self.uri}'")
         return f"{self._root}/{path}" if path else self._root
 
     def local_path(self, path: str) -> Path | None:

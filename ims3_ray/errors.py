@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class UserError(Exception):
     """Something the user can put right. The message is one line: what is wrong, where, what to do. Exit code 2."""
@@ -9,3 +11,8 @@ class UserError(Exception):
 
 class IncompletePool(Exception):
     """Work that failed on every attempt: the message says what is missing and why. Exit code 1."""
+
+
+def masked(text: str) -> str:
+    """``text`` without the user and password that a URI in it may carry."""
+    return re.sub(r"//[^/@\s]+@", "//…@", text)

@@ -193,6 +193,7 @@ class Finetuner:
 
     def load(self, folder: Path) -> None:
         """Go on from what :meth:`save` wrote; the number of workers may differ under ZeRO 0 alone."""
+        self.engine.checkpoint_engine.load = compat.load_deepspeed_file
         self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         writers = len(list(folder.glob("objectives-*.pt")))  # a worker that has joined takes over a copy of a memory
         found = torch.load(folder / f"objectives-{self.rank % writers}.pt", map_location=self.device, weights_only=True)

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, Section, SweepConfig, canonical, merge
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, masked
 
 Tree = TypeVar("Tree", bound=Section)
 
@@ -138,7 +138,7 @@ def _one_line(tree: type[Section], error: ValidationError) -> str:
     value = first.get("input")
     shown = "" if isinstance(value, dict | BaseModel) else f"={value!r}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"config {key}{shown}: {message}{more}" if key else f"config: {message}{more}"
+    return masked(f"config {key}{shown}: {message}{more}" if key else f"config: {message}{more}")
 
 
 def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:

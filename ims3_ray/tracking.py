@@ -20,7 +20,7 @@ from typing import Any
 
 from ims3_ray.artifacts import Storage
 from ims3_ray.config import WorkConfig, canonical
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, masked
 
 BATCH = 1000
 """Metrics that MLflow takes at once."""
@@ -99,7 +99,7 @@ class Tracker(Untracked):
                 self._begin()
             except Exception as error:
                 raise UserError(
-                    f"MLflow at '{self.uri}' does not take the run ({_reason(error)}); check tracking.uri"
+                    f"MLflow at '{masked(self.uri)}' does not take the run ({_reason(error)}); check tracking.uri"
                 ) from error
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
         self._thread.start()
@@ -144,8 +144,8 @@ class Tracker(Untracked):
         self._thread.join()
         if not self.complete:
             print(
-                f"warning: MLflow at '{self.uri}' has not taken everything; nothing is lost, and the same command tells it the "
-                "rest",
+                f"warning: MLflow at '{masked(self.uri)}' has not taken everything; nothing is lost, and the same command "
+                "tells it the rest",
                 flush=True,
             )
 
@@ -172,7 +172,7 @@ class Tracker(Untracked):
                 refused = _refused(error)
                 if not self._warned:
                     how = "refuses an entry" if refused else "does not answer"
-                    print(f"warning: MLflow at '{self.uri}' {how} ({_reason(error)}); the run goes on", flush=True)
+                    print(f"warning: MLflow at '{masked(self.uri)}' {how} ({_reason(error)}); the run goes on", flush=True)
                 self._warned = True
                 if refused or self._leaving.wait(wait):
                     self.complete, self._away = False, not refused
@@ -291,7 +291,7 @@ def _refused(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    return masked((str(error) or type(error).__name__).splitlines()[0])[:200]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""What may be part of a file's name and of a metric's."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ims3_ray.config.base import Fraction, Section
+from ims3_ray.config.base import Fraction, Name, Section
 from ims3_ray.config.finetune import TrainerConfig
 from ims3_ray.models.students import Norm, check_student
 
@@ -112,7 +112,7 @@ class TeacherConfig(Section):
 class EvaluationConfig(Section):
     """Every set is scored by every protocol, student and seed: a Ray task each."""
 
-    protocols: dict[str, ProtocolConfig] = Field(
+    protocols: dict[Name, ProtocolConfig] = Field(
         default={
             "hard": ProtocolConfig(width=32, epochs=150, validations=3),
         },

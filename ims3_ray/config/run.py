@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from ims3_ray.config.base import Section, canonical, merge
+from ims3_ray.config.base import Name, Section, canonical, merge
 from ims3_ray.config.candidates import PoolConfig, RefineConfig, SamplingConfig, SelectionConfig
 from ims3_ray.config.finetune import FinetuneConfig
 from ims3_ray.config.work import WorkConfig
@@ -81,7 +81,7 @@ class RunConfig(WorkConfig):
     selection: SelectionConfig = SelectionConfig()
     refine: RefineConfig = RefineConfig()
     instability: InstabilityConfig = InstabilityConfig()
-    arms: dict[str, ArmConfig] = Field(default_factory=lambda: {name: ArmConfig(**arm) for name, arm in DEFAULT_ARMS.items()})
+    arms: dict[Name, ArmConfig] = Field(default_factory=lambda: {name: ArmConfig(**arm) for name, arm in DEFAULT_ARMS.items()})
     """By the names that results have; null removes one."""
     export: str | None = "ims3"
     """The arm that is exported as the distilled data set."""
@@ -139,7 +139,7 @@ class CompareConfig(RunConfig):
     """Images per class, K, instead of selection.images_per_class."""
     draws: tuple[int, ...] = Field(default=(0,), min_length=1)
     """Seeds of whole runs, instead of seed: each fine-tunes, samples and chooses anew."""
-    arms: dict[str, ArmConfig] = Field(default={})
+    arms: dict[Name, ArmConfig] = Field(default={})
     """What is compared; configs/methods/all.yaml has every method."""
     against: str | None = None
     """The arm from which the table counts differences; the first when unset."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
@@ -50,6 +51,16 @@ class TrackingConfig(Section):
     uri: str | None = None
     """MLflow tracking URI; a sqlite file in the run folder when unset."""
     experiment: str = "ims3-ray"
+
+    @field_validator("uri")
+    @classmethod
+    def _without_password(cls, uri: str | None) -> str | None:
+        if uri is not None and "@" in urlsplit(uri).netloc:
+            raise ValueError(
+                "a URI with a user or password would be written into the run's files; give it by MLFLOW_TRACKING_URI, or give "
+                "the password by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return uri
 
 
 Price = Annotated[float, Field(ge=0)]

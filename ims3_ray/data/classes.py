@@ -55,8 +55,9 @@ def match_classes(wanted: Sequence[str], found: Sequence[str], where: str) -> li
     """
     positions = {name: position for position, name in enumerate(found)}
     labels = []
-    for name in wanted:
-        label = positions.get(name, positions.get(folder_name(name)))
+    keys = wanted if all(name in positions for name in wanted) else folder_names(wanted)
+    for name, key in zip(wanted, keys, strict=True):
+        label = positions.get(key)
         if label is None:
             there = ", ".join(found[:10]) + (" …" if len(found) > 10 else "")
             raise UserError(f"set '{where}' has no class '{name}'; it has {there}")
@@ -84,4 +85,17 @@ def imagenet_wnids() -> tuple[str, ...]:
 
 def folder_name(class_name: str) -> str:
     """A class name as a folder name on every file system."""
-    return re.sub(r"[^\w.-]+", "_", class_name).strip("_") or "class"
+    return re.sub(r"[^\w.-]+", "_", class_name).strip("_.") or "class"
+
+
+def folder_names(class_names: Sequence[str]) -> list[str]:
+    """A folder for each class, where several would have the same one with the class's number behind it."""
+    found: list[str] = []
+    taken = set[str]()
+    for label, name in enumerate(class_names):
+        folder = folder_name(name)
+        if folder.casefold() in taken:  # some file systems do not tell cases apart
+            folder = f"{folder}-{label}"
+        taken.add(folder.casefold())
+        found.append(folder)
+    return found

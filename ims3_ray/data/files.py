@@ -17,6 +17,8 @@ from ims3_ray.errors import UserError
 
 ATTEMPTS = 10
 """Of a request to object storage, with growing pauses: some 80 seconds in all."""
+BUCKETS = ("s3", "gs", "gcs")
+"""Schemes of object storage."""
 REQUEST_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
 
@@ -41,7 +43,7 @@ def open_filesystem(location: str) -> tuple[fs.FileSystem, str]:
 def check_bucket(location: str) -> None:
     """:class:`UserError` where a bucket of object storage cannot be reached or is not there: soon, without many attempts."""
     parts = _plain(location)
-    if parts.scheme not in ("s3", "gs", "gcs"):
+    if parts.scheme not in BUCKETS:
         return
     try:
         there = _opened(location, 2).get_file_info(parts.netloc).type != fs.FileType.NotFound
@@ -57,11 +59,11 @@ def _local(location: str) -> Path:
 
 def _plain(location: str) -> SplitResult:
     parts = urlsplit(location)
-    if is_remote(location) and ("@" in parts.netloc or parts.query):
-        plain = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    named = parts.scheme in BUCKETS and ":" in parts.netloc  # as in KEY:SECRET@BUCKET, whatever the secret does to the rest
+    if is_remote(location) and ("@" in parts.netloc or parts.query or parts.fragment or named):
         raise UserError(
-            f"'{plain}' is given with credentials or options, which would be written down with it; give the plain URI, and the "
-            "rest in the environment (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, …)"
+            f"a URI '{parts.scheme}://…' is given with credentials or options, which would be written down with it; give the "
+            "plain URI, and the rest in the environment (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, …)"
         )
     return parts
 
@@ -103,6 +105,7 @@ class Place:
     kind: fs.FileType
     size: int = 0
     """Bytes of a file."""
+    mtime_ns: int | None = None
 
     @classmethod
     def at(cls, location: str) -> Place:
@@ -111,7 +114,7 @@ class Place:
 
     @classmethod
     def _of(cls, filesystem: fs.FileSystem, info: fs.FileInfo) -> Place:
-        return cls(filesystem, info.path, info.type, info.size or 0)
+        return cls(filesystem, info.path, info.type, info.size or 0, info.mtime_ns)
 
     @property
     def name(self) -> str:
@@ -133,8 +136,12 @@ class Place:
         return self._of(self.filesystem, self.filesystem.get_file_info(f"{self.path}/{name}"))
 
     def children(self, recursive: bool = False) -> list[Place]:
-        """What lies in the folder (and in those in it), in order of the parts of their paths."""
-        found = self.filesystem.get_file_info(fs.FileSelector(self.path, recursive=recursive))
+        """What lies in the folder (and in those in it, but for links to folders), in order of the parts of their paths."""
+        if recursive and isinstance(self.filesystem, fs.LocalFileSystem):
+            paths = [os.path.join(folder, name) for folder, _, names in os.walk(self.path) for name in names]
+            found = self.filesystem.get_file_info(paths)
+        else:
+            found = self.filesystem.get_file_info(fs.FileSelector(self.path, recursive=recursive))
         return sorted((self._of(self.filesystem, info) for info in found), key=lambda place: place.path.split("/"))
 
     def read(self) -> bytes:
@@ -150,7 +157,9 @@ def local_copy(location: str) -> Path:
     check_bucket(location)
     place = Place.at(location)
     files = [place] if place.is_file else [child for child in place.children(recursive=True) if child.is_file]
-    state = hashlib.sha256(repr([location, *((file.path, file.size) for file in files)]).encode()).hexdigest()[:16]
+    state = hashlib.sha256(repr([location, *((file.path, file.size, file.mtime_ns) for file in files)]).encode()).hexdigest()[
+        :16
+    ]
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ims3-ray"
     target = cache_folder / state / place.name
     if target.exists():
@@ -159,6 +168,8 @@ def local_copy(location: str) -> Path:
     with tempfile.TemporaryDirectory(dir=cache_folder) as temporary:
         for file in files:
             copy = Path(temporary, "copy", place.name, file.path[len(place.path) :].lstrip("/"))
+            if ".." in copy.parts:
+                raise UserError(f"'{location}' holds a file '{file.path}' that would leave its folder; remove it")
             copy.parent.mkdir(parents=True, exist_ok=True)
             with file.filesystem.open_input_stream(file.path, compression=None) as stream, copy.open("wb") as out:
                 while part := stream.read(2**24):

@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -31,6 +32,12 @@ from ims3_ray.data.files import Place, check_bucket, is_remote
 from ims3_ray.errors import UserError
 from ims3_ray.models.hub import fetch, is_hub_id
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""Pillow reads others too, some of them by starting other programs."""
+MOST_PIXELS = 100_000_000
+"""Of an image: a small file may promise any number, for which memory would be taken."""
+LONGEST_NAME = 200
+"""Bytes of a class's name, which names a folder."""
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 EMBEDDED_PREFIX = "embedded:"
 SPLIT_NAMES = {"train", "test", "val", "valid", "validation"}
@@ -216,6 +223,7 @@ class FolderSource:
         found = _each(_images_below, classes)
         self.files = [file for files in found for file in files]
         self.labels = np.repeat(np.arange(len(classes)), [len(files) for files in found]).astype(np.int64)
+        _check_names(location, self.class_names)
 
     def image(self, index: int) -> Image.Image:
         return decode(self.files[index].read())
@@ -237,9 +245,11 @@ def _images_below(folder: Place) -> list[Place]:
 def decode(encoded: bytes) -> Image.Image:
     """The image in ``encoded``, fully decoded; ``OSError`` if it is truncated or no image."""
     try:
-        image = Image.open(io.BytesIO(encoded))
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        if image.width * image.height > MOST_PIXELS:
+            raise OSError(f"{image.width}×{image.height} pixels are more than {MOST_PIXELS:,}")
         image.load()
-    except (SyntaxError, ValueError) as error:  # what Pillow raises for some broken files
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for some broken files
         raise OSError(str(error)) from error
     return image
 
@@ -247,10 +257,10 @@ def decode(encoded: bytes) -> Image.Image:
 def class_names_of(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
     """ClassLabel names in the ``huggingface`` schema metadata of a Parquet file, if it has them."""
     try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(features["label"]["names"])
-    except (KeyError, ValueError, TypeError):
+        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
+    except (KeyError, ValueError, TypeError, RecursionError):
         return None
+    return tuple(names) if isinstance(names, list) else None
 
 
 def _numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:
@@ -258,6 +268,7 @@ def _numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:
 
 
 def _check_labels(location: str, labels: NDArray[np.int64], class_names: tuple[str, ...]) -> None:
+    _check_names(location, class_names)
     outside = np.unique(labels[(labels < 0) | (labels >= len(class_names))])
     if len(outside):
         raise UserError(
@@ -266,13 +277,28 @@ def _check_labels(location: str, labels: NDArray[np.int64], class_names: tuple[s
         )
 
 
+def _check_names(location: str, class_names: tuple[str, ...]) -> None:
+    """Names become names of folders, lines of files and keys of tables."""
+    for name in class_names:
+        if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+            raise UserError(
+                f"data source '{location}' has a class called {str(name)[:40]!r}; names must be printable text of at most "
+                f"{LONGEST_NAME} bytes"
+            )
+    if len(set(class_names)) < len(class_names):
+        twice = next(name for name in class_names if class_names.count(name) > 1)
+        raise UserError(f"data source '{location}' has two classes called '{twice}'; give each a name of its own")
+
+
 def _read_idx(file: Place) -> NDArray[np.uint8]:
-    raw = gzip.decompress(file.read()) if file.name.endswith(".gz") else file.read()
-    _, kind, dims = struct.unpack(">HBB", raw[:4])
-    if kind != 8:
-        raise ValueError(f"{file.name} holds values of kind {kind:#x}, only unsigned bytes are read")
-    shape = struct.unpack(f">{dims}I", raw[4 : 4 + 4 * dims])
-    return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * dims).reshape(shape)
+    raw = io.BytesIO(file.read())
+    with gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw as stream:
+        _, kind, dims = struct.unpack(">HBB", stream.read(4))
+        if kind != 8:
+            raise ValueError(f"{file.name} holds values of kind {kind:#x}, only unsigned bytes are read")
+        shape = struct.unpack(f">{dims}I", stream.read(4 * dims))
+        values = stream.read(math.prod(shape) + 1)  # and not all that a small file may unpack to
+    return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 
 FASHION_MNIST_CLASSES = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +19,8 @@ from ims3_ray.models.checkpoints import check_fit, load_into, read_metadata, wei
 from ims3_ray.models.hub import fetch, is_hub_id
 
 TIMM_WEIGHTS = "model.safetensors"
+FETCHING = {"checkpoint_path", "cache_dir", "features_only"}
+"""Arguments of ``timm.create_model`` that are about files, or about another kind of network."""
 
 
 class EncoderConfig(BaseModel):
@@ -39,6 +41,14 @@ class EncoderConfig(BaseModel):
     projection: bool = False
     """Features are what the head makes of the pooled ones: the image embedding of CLIP, whose head is no classifier."""
 
+    @model_validator(mode="after")
+    def _nothing_is_fetched(self) -> EncoderConfig:
+        """timm loads weights from wherever such arguments say; ours come from the file that they lie in."""
+        wrong = [key for key in self.model_args if key.startswith("pretrained") or key in FETCHING]
+        if wrong or ":" in self.model:
+            raise ValueError(f"{wrong[0] if wrong else self.model} would have timm fetch weights from elsewhere")
+        return self
+
 
 class Encoder(nn.Module):
     """Images in [−1, 1], [B, C, H, W], to ℓ2-normalised pooled features φ(x) [B, D] (section 4.2)."""
@@ -51,7 +61,7 @@ class Encoder(nn.Module):
         for name, values in (("mean", config.mean), ("std", config.std)):
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
         self.network = timm.create_model(
-            config.model, in_chans=config.channels, num_classes=config.num_classes, **config.model_args
+            config.model, pretrained=False, in_chans=config.channels, num_classes=config.num_classes, **config.model_args
         )
 
     @property
@@ -98,7 +108,10 @@ def _of_timm(path: Path) -> bool:
 def encoder_config(path: Path) -> EncoderConfig:
     """The shape of the φ in ``path``."""
     if not _of_timm(path):
-        return EncoderConfig.model_validate(json.loads(read_metadata(path, "encoder")["config"]))
+        try:
+            return EncoderConfig.model_validate_json(read_metadata(path, "encoder")["config"])
+        except ValidationError as error:
+            raise UserError(f"encoder '{path}' has a shape that cannot be used: {error.errors()[0]['msg']}") from error
     try:
         plain = json.loads((path.parent / "config.json").read_text())
         data = plain["pretrained_cfg"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 import yaml
 
 from ims3_ray.config import RunConfig, canonical
@@ -14,15 +16,26 @@ def accuracy_rows(results: Results) -> list[str]:
     rows = ["| images | protocol | last | best | val |", "|---|---|---|---|---|"]
     for found in results["sets"].values():
         for row, values in found["rows"].items():
-            cells = [found["title"], row, *(spread_text(values.get(kind)) for kind in KINDS)]
+            cells = [plain(found["title"]), row, *(spread_text(values.get(kind)) for kind in KINDS)]
             rows.append(f"| {' | '.join(cells)} |")
     return rows
+
+
+PRIVATE = ("storage", "tracking", "cluster")
+"""Sections that say where a run ran: nobody's business who reads the card."""
+
+
+def plain(text: str) -> str:
+    """A name as text in Markdown, whatever it holds."""
+    return html.escape(" ".join(text.split())).replace("|", "&#124;")
 
 
 def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> str:
     """Markdown with the metadata that the Hub's viewer reads."""
     assert config.export is not None
     arm, k = results["sets"][config.export], config.selection.images_per_class
+    names = ", ".join(map(plain, classes.names))
+    shown = {key: value for key, value in canonical(config).items() if key not in PRIVATE}
     header = {
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
         "task_categories": ["image-classification"],
@@ -31,15 +44,16 @@ def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> st
     return "\n".join(
         [
             "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "",
-            f"# {config.data.path}, distilled: {k} images a class", "",
-            f"{k * len(classes.names)} images in {len(classes.names)} classes ({', '.join(classes.names)}), made by ims3-ray "
-            f"(arm {arm['title']}), content hash `{arm['content']}`. `data/` holds Parquet, `images/` the same as PNG files.",
+            f"# {plain(config.data.path)}, distilled: {k} images a class", "",
+            f"{k * len(classes.names)} images in {len(classes.names)} classes ({names}), made by ims3-ray "
+            f"(arm {plain(arm['title'])}), content hash `{arm['content']}`. `data/` holds Parquet, `images/` the same as "
+            "PNG files.",
             "",
             f"{results['metric'].capitalize()}; students are trained from scratch on each set. *last*: final epoch; *best*: "
             "best epoch on the test split itself; *val*: best epoch on held-out training images. The config has the protocols.",
             "",
             *accuracy_rows(results), "",
             "The licence of the source images and of the generator's weights applies.", "",
-            "## Config", "", "```yaml", yaml.safe_dump(canonical(config), sort_keys=False).strip(), "```", "",
+            "## Config", "", "```yaml", yaml.safe_dump(shown, sort_keys=False).strip(), "```", "",
         ]
     )  # fmt: skip

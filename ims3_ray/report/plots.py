@@ -10,7 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 FORMATS = ("png", "svg")
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "ims3-ray"}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "ims3-ray",
+    "text.parse_math": False,
+}
 
 
 def heat_map(

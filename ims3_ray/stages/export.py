@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ims3_ray.artifacts import Artifact
-from ims3_ray.data.classes import folder_name
+from ims3_ray.data.classes import folder_names
 from ims3_ray.data.hub import encode_png, image_table, parquet_bytes
 from ims3_ray.data.transforms import to_pil, to_signed, to_uint8
 from ims3_ray.stages.base import Context, Stage, commit_units
@@ -27,8 +27,9 @@ def run(context: Context, stage: Stage) -> None:
     pixels, labels = read_set(stage.inputs["select"].artifact(context.storage))
     names, k = context.classes.names, stage.run.selection.images_per_class
     rows = []
+    folders = folder_names(names)
     for position, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
-        rows.append((encode_png(to_pil(image)), f"{folder_name(names[label])}/{position % k:05d}.png", label))
+        rows.append((encode_png(to_pil(image)), f"{folders[label]}/{position % k:05d}.png", label))
     artifact = stage.artifact(context.storage)
     digest = artifact.write(PARQUET, parquet_bytes(image_table(rows, names)))
     commit_units(artifact, {"result": {"sha256": digest, "images": len(rows)}}, time.monotonic() - began)

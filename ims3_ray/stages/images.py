@@ -125,5 +125,5 @@ def first_index(units: Sequence[str], images: Mapping[str, int]) -> dict[str, in
 
 
 def _pixels(png: bytes) -> Tensor:
-    array = np.asarray(Image.open(io.BytesIO(png)))
+    array = np.asarray(Image.open(io.BytesIO(png), formats=("PNG",)))
     return torch.from_numpy((array[None] if array.ndim == 2 else array.transpose(2, 0, 1)).copy())

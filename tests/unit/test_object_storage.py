@@ -133,10 +133,13 @@ def test_a_server_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPat
     files._remote.cache_clear()
 
 
-@pytest.mark.parametrize("uri", [f"s3://AKIA:{SECRET}@bucket/runs", f"s3://bucket/runs?secret_key={SECRET}"])
+@pytest.mark.parametrize(
+    "uri",
+    [f"s3://AKIA:{SECRET}{cut}{SECRET}@bucket/runs" for cut in ("", "/", "#", "?")] + [f"s3://bucket/runs?secret_key={SECRET}"],
+)
 def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str):
     for opened in (lambda: Storage.at(uri), lambda: open_source(uri, "train"), lambda: local_copy(uri)):
-        with pytest.raises(UserError, match=r"'s3://bucket/runs' is given with credentials or options") as error:
+        with pytest.raises(UserError, match="is given with credentials or options") as error:
             opened()
         assert SECRET not in str(error.value)
 

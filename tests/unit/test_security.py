@@ -1,0 +1,148 @@
+"""What files of others may not do: run code, start programs, leave their folder, take all memory; and secrets stay secret."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import pickle
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from ims3_ray.artifacts import Storage
+from ims3_ray.compat import load_deepspeed_file
+from ims3_ray.config import RunConfig
+from ims3_ray.data.classes import folder_name, folder_names, match_classes
+from ims3_ray.data.files import Place
+from ims3_ray.data.hub import encode_png, image_table
+from ims3_ray.data.sources import decode, open_source
+from ims3_ray.errors import UserError
+from ims3_ray.loading import load_config
+from ims3_ray.models.encoder import EncoderConfig
+from ims3_ray.report.card import plain
+from ims3_ray.tracking import _reason
+
+PIXEL = encode_png(Image.new("L", (1, 1)))
+
+
+class Forged:
+    """Unpickled as it is, it leaves a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_forged_checkpoint_of_deepspeed_runs_nothing(tmp_path: Path):
+    torch.save({"module": {"weight": torch.ones(2)}, "extra": Forged(tmp_path / "ran")}, tmp_path / "states.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        load_deepspeed_file(str(tmp_path / "states.pt"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_image_is_of_a_kind_that_needs_no_other_program():
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    assert Image.open(io.BytesIO(postscript)).format == "EPS"
+    with pytest.raises(OSError, match="cannot identify image file"):
+        decode(postscript)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that promises so many pixels and holds none."""
+    chunks = b"\x89PNG\r\n\x1a\n"
+    for body in (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0), b"IDAT" + zlib.compress(b"")):
+        chunks += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    return chunks
+
+
+@pytest.mark.parametrize("side", [11_000, 60_000])
+def test_an_image_that_promises_too_many_pixels_is_a_broken_one(side: int):
+    with pytest.raises(OSError, match=r"pixels"):
+        decode(png_header(side, side))
+
+
+def test_idx_files_are_unpacked_no_further_than_they_say(tmp_path: Path):
+    for name, shape in (("images-idx3", (1, 2, 2)), ("labels-idx1", (1,))):
+        raw = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape) + bytes(50_000_000)
+        (tmp_path / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(raw))
+    with pytest.raises(UserError, match=r"IDX file in .* cannot be read"):
+        open_source(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "x" * 300, 3, None])
+def test_class_names_that_cannot_be_names_are_refused(name: object, tmp_path: Path):
+    table = image_table([(PIXEL, "0.png", 0), (PIXEL, "1.png", 1)], ["whole", name])  # type: ignore[list-item]
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="has a class called"):
+        open_source(str(tmp_path), "train")
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path: Path):
+    pq.write_table(image_table([(PIXEL, "0.png", 0)], ["same", "same"]), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="two classes called 'same'"):
+        open_source(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../../etc", "/etc/passwd", "a/b", "~", "$(x)"])
+def test_a_folder_of_a_class_is_one_folder_below_where_it_is_made(name: str, tmp_path: Path):
+    assert (tmp_path / folder_name(name)).resolve().parent == tmp_path
+
+
+def test_no_two_classes_share_a_folder():
+    names = ["a b", "a_b", "A_B", "..", "."]
+    assert folder_names(names) == ["a_b", "a_b-1", "A_B-2", "class", "class-4"]
+    assert match_classes(names, folder_names(names), "there") == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("path", ["../out", "a/../../out", ".."])
+def test_a_storage_is_not_left(path: str, tmp_path: Path):
+    with pytest.raises(UserError, match="would leave the storage"):
+        Storage.at(str(tmp_path / "storage")).write(path, b"x")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_to_folders_are_not_followed_round_and_round(tmp_path: Path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "0.png").write_bytes(PIXEL)
+    (tmp_path / "train" / "a" / "loop").symlink_to(tmp_path / "train" / "a")
+    assert [file.name for file in Place.at(str(tmp_path / "train")).children(recursive=True) if file.is_file] == ["0.png"]
+    assert len(open_source(str(tmp_path), "train").labels) == 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model_args": {"pretrained": True}}, {"model_args": {"checkpoint_path": "/x"}}, {"model": "hf-hub:some/one"}]
+)
+def test_an_encoder_does_not_have_timm_fetch_weights(changes: dict[str, object]):
+    shape = {"model": "resnet18", "channels": 3, "num_classes": 2, "mean": 0.0, "std": 1.0}
+    with pytest.raises(ValueError, match="fetch weights from elsewhere"):
+        EncoderConfig.model_validate({**shape, **changes})
+
+
+def test_passwords_are_neither_stored_nor_shown():
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI") as refused:
+        load_config(RunConfig, None, ["tracking.uri=http://me:PASSW0RD@mlflow:5000"])
+    assert "PASSW0RD" not in str(refused.value)
+    assert _reason(ValueError("no answer from http://me:PASSW0RD@mlflow:5000/api")) == "no answer from http://…@mlflow:5000/api"
+
+
+def test_names_are_text_in_a_card():
+    assert plain("<script>\n---\na|b</script>") == "&lt;script&gt; --- a&#124;b&lt;/script&gt;"
+
+
+def test_arms_have_names_that_files_can_have():
+    with pytest.raises(UserError, match="arms"):
+        load_config(RunConfig, None, ["arms={a/b: {title: x, images: real, select: random}}"])
+
+
+def test_deepspeeds_own_checkpoints_are_read(tmp_path: Path):
+    torch.save({"buffer_names": [], "ds_version": "0", "rng": np.arange(3).tolist()}, tmp_path / "own.pt")
+    assert load_deepspeed_file(str(tmp_path / "own.pt"))["rng"] == [0, 1, 2]
