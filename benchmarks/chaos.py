@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -69,7 +70,9 @@ class Raylets:
     """A head without CPUs and some nodes; one that was killed is replaced."""
 
     def __init__(self, count: int) -> None:
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        # With a dashboard of its own: Ray Train asks it, and would ask another cluster's that listens on the default port.
+        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": _free_port()}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(count):
             self.cluster.add_node(num_cpus=2)
         self.cluster.wait_for_nodes()
@@ -87,6 +90,12 @@ class Raylets:
         node = rng.choice(sorted(self.cluster.worker_nodes, key=lambda n: str(n.node_id)))
         self.cluster.remove_node(node, allow_graceful=False)
         self.cluster.add_node(num_cpus=2)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -3,15 +3,14 @@ and are gone afterwards."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from tests.conftest import tiny_values
-from tests.e2e.conftest import DISTILL, ROOT, environment, run_job, write_config
+from tests.e2e.conftest import DISTILL, ROOT, environment, outcome, whole_values, write_config
 from tests.local_nodes import DRIVER, ON_DEMAND, SPOT, GrowingCluster, growing_cluster, kill_tree
 
 PLACE = {"driver": DRIVER, "finetune": ON_DEMAND, "pool": SPOT, "evaluate": SPOT}
@@ -42,23 +41,17 @@ class Job:
             time.sleep(0.05)
 
 
-def content(storage: Path) -> str:
-    return str(json.loads((storage / "tiny" / "results.json").read_text())["sets"]["ims3"]["content"])
-
-
 def kill_one(cluster: GrowingCluster, kind: str) -> None:
     kill_tree(cluster.alive(kind)[0])
 
 
-def test_nodes_come_for_stages_are_killed_in_each_and_are_gone_afterwards(tiny_world: Path, tmp_path: Path):
-    runs, whole = tmp_path / "runs", tmp_path / "whole"
-    values = tiny_values(
-        tiny_world, runs, arms={"random_real": None, "dit": None, "dit_s3": None}, instability={"images": 0},
-        data={"unit_size": 3}, finetune={"steps": 60, "checkpoint_every": 10, "trainer": {"num_workers": 2}},
-        sampling={"steps": 200, "unit_size": 4}, selection={"groups": 20}, actors={"count": 2},
-        evaluation={"protocols": {"hard": {"width": 8, "epochs": 1500, "validations": 4}}, "seeds": [0, 1]},
-        tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"}, cluster={"wait_s": 150, "place": PLACE},
-    )  # fmt: skip
+def test_nodes_come_for_stages_are_killed_in_each_and_are_gone_afterwards(
+    tiny_world: Path, tmp_path: Path, undisturbed: dict[str, Any]
+):  # fmt: skip
+    runs = tmp_path / "runs"
+    values = whole_values(tiny_world, runs) | {
+        "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"}, "cluster": {"wait_s": 150, "place": PLACE},
+    }  # fmt: skip
     file = write_config(tmp_path / "config.yaml", values)
     found = {
         name: (lambda pattern=pattern: list(runs.glob(f"artifacts/{pattern}")))
@@ -91,6 +84,4 @@ def test_nodes_come_for_stages_are_killed_in_each_and_are_gone_afterwards(tiny_w
         "it goes on elsewhere (attempt 2)", "report: ",
     ):  # fmt: skip
         assert text in job.output
-    undisturbed = run_job("--config", file, f"storage={whole}", "cluster.wait_s=0", "cluster.place={}")
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    assert content(runs) == content(whole)
+    assert outcome(runs) == undisturbed

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import ROOT, environment
+from tests.e2e.conftest import ROOT, environment, whole_values, write_config
 
 
 @pytest.fixture
@@ -21,13 +21,23 @@ def without_ray(tmp_path: Path) -> dict[str, str]:
     return environment(PYTHONPATH=str(tmp_path))
 
 
-def report(script: str, *arguments: str, env: dict[str, str]) -> dict[str, Any]:
+def report(script: str, *arguments: str, env: dict[str, str], timeout: float = 200) -> dict[str, Any]:
     command = [sys.executable, f"benchmarks/{script}.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     assert found["machine"]["torch"]
     return found
+
+
+def test_random_kills_over_a_whole_run_change_nothing(tiny_world: Path, tmp_path: Path):
+    """The short form of the soak."""
+    run = whole_values(tiny_world, tmp_path)
+    run = {key: value for key, value in run.items() if key not in ("name", "storage")}
+    file = write_config(tmp_path / "chaos.yaml", {"run": run})
+    found = report("chaos", "--config", file, "kills=5", "every_s=4", env=environment(), timeout=500)
+    assert (found["same"], found["missing"], found["doubled"], found["kills"]) == (True, 0, 0, 5)
+    assert sum(found["by_kind"].values()) == 5
 
 
 def test_fine_tuning_is_measured_on_a_machine_without_ray(without_ray: dict[str, str], tmp_path: Path):

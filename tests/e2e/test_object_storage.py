@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from tests.conftest import tiny_values
-from tests.e2e.conftest import run_job, write_config
+from tests.e2e.conftest import outcome, run_job, whole_values, write_config
 from tests.object_storage import CREDENTIALS, client, s3_server, unreliable
 
 BUCKET = "distill"
-ALONE = {"random_real": None, "dit": None, "dit_s3": None}
 
 
 def everything(root: Path) -> bytes:
     return b"".join(file.read_bytes() for file in root.rglob("*") if file.is_file())
 
 
-def test_a_run_on_object_storage_makes_the_same_set_and_writes_no_credentials(tiny_world: Path, tmp_path: Path):
-    local = tmp_path / "local"
-    values = tiny_values(tiny_world, local, arms=ALONE, instability={"images": 0})
-    done = run_job("--config", write_config(tmp_path / "local.yaml", values))
-    assert done.returncode == 0, done.stderr
+def test_a_run_on_object_storage_makes_the_same_set_and_writes_no_credentials(
+    tiny_world: Path, tmp_path: Path, undisturbed: dict[str, Any]
+):  # fmt: skip
+    values = whole_values(tiny_world, tmp_path)
     with s3_server(BUCKET) as environment, unreliable(environment["AWS_ENDPOINT_URL"], 40) as (endpoint, refused):
         bucket = client(environment)
         fs.copy_files(str(tiny_world), f"{BUCKET}/world", destination_filesystem=bucket)
@@ -50,9 +47,7 @@ def test_a_run_on_object_storage_makes_the_same_set_and_writes_no_credentials(ti
         parquet = f"s3://{BUCKET}/runs/tiny/distilled/data/train-00000-of-00001.parquet"
         with bucket.open_input_stream(parquet.removeprefix("s3://")) as stream:
             assert pq.read_table(io.BytesIO(stream.read())).num_rows == 6
-    results = [json.loads((root / "tiny" / "results.json").read_text())["sets"] for root in (local, copied)]
-    assert results[0]["ims3"]["content"] == results[1]["ims3"]["content"]
-    assert results[0]["ims3"]["rows"] == results[1]["ims3"]["rows"]
+    assert outcome(copied) == undisturbed
     assert not list(copied.glob("artifacts/finetune/*/train-0/*"))  # checkpoints, which are not needed any more
     written = everything(copied) + (tmp_path / "mlflow.db").read_bytes() + (done.stdout + done.stderr).encode()
     for secret in (CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"]):

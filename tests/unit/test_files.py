@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -59,6 +60,99 @@ def test_the_cluster_file_fits_the_schema_of_ray():
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     validate_config(prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text())))
+
+
+def node_types() -> dict[str, dict[str, str]]:
+    """Type → labels, of ``cluster.yaml`` and of the RayJob, which have the same."""
+    aws = yaml.safe_load((ROOT / "cluster.yaml").read_text())["available_node_types"]
+    groups = yaml.safe_load(KUBERAY.read_text())["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    kubernetes = {group["groupName"]: group["labels"] for group in groups}
+    for name, labels in kubernetes.items():
+        assert labels.items() <= aws[name]["labels"].items()
+        assert aws[name].get("min_workers", 0) == 0
+    assert set(aws) - set(kubernetes) == {"head"}
+    assert aws["head"]["resources"] == {"CPU": 0}
+    assert aws["sampler"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert "InstanceMarketOptions" not in aws["train"]["node_config"]
+    return kubernetes
+
+
+def test_work_is_placed_on_nodes_that_the_cluster_files_have():
+    config = load_config(RunConfig, None, [f"{key}={value}" for key, value in cloud_values().items()])
+    there = list(node_types().values())
+    assert set(config.cluster.place) == {"driver", "finetune", "pool", "evaluate"}
+    assert all(labels in there for labels in config.cluster.place.values())
+
+
+def cloud_values() -> dict[str, object]:
+    values = yaml.safe_load((ROOT / "configs" / "cluster" / "cloud.yaml").read_text())["cluster"]
+    return {f"cluster.{key}": json.dumps(value) for key, value in values.items()}
+
+
+KUBERAY_FIELDS = {
+    "RayJob": {"apiVersion", "kind", "metadata", "spec"},
+    "spec": {
+        "activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy", "entrypoint", "entrypointNumCpus",
+        "entrypointNumGpus", "entrypointResources", "jobId", "managedBy", "metadata", "preRunningDeadlineSeconds",
+        "rayClusterSpec", "runtimeEnvYAML", "shutdownAfterJobFinishes", "submissionMode", "submitterConfig",
+        "submitterPodTemplate", "suspend", "ttlSecondsAfterFinished",
+    },
+    "submitterConfig": {"backoffLimit"},
+    "rayClusterSpec": {
+        "authOptions", "autoscalerOptions", "enableInTreeAutoscaling", "gcsFaultToleranceOptions", "headGroupSpec",
+        "headServiceAnnotations", "managedBy", "rayVersion", "suspend", "upgradeStrategy", "workerGroupSpecs",
+    },
+    "authOptions": {"enableK8sTokenAuth", "mode", "secretName"},
+    "autoscalerOptions": {
+        "env", "envFrom", "idleTimeoutSeconds", "image", "imagePullPolicy", "resources", "securityContext", "upscalingMode",
+        "version", "volumeMounts",
+    },
+    "headGroupSpec": {"enableIngress", "headService", "labels", "rayStartParams", "resources", "serviceType", "template"},
+    "workerGroupSpecs": {
+        "groupName", "idleTimeoutSeconds", "labels", "maxReplicas", "minReplicas", "numOfHosts", "rayStartParams", "replicas",
+        "resources", "scaleStrategy", "suspend", "template",
+    },
+}  # fmt: skip
+"""Of the custom resource RayJob, ray.io/v1, as KubeRay 1.6 documents it (docs/reference/api.md at its tag v1.6.2)."""
+
+
+def test_the_rayjob_has_fields_that_its_custom_resource_knows():
+    job = yaml.safe_load(KUBERAY.read_text())
+    spec = job["spec"]
+    cluster = spec["rayClusterSpec"]
+    parts = {
+        "RayJob": job, "spec": spec, "rayClusterSpec": cluster, "headGroupSpec": cluster["headGroupSpec"],
+        **{key: cluster[key] for key in ("authOptions", "autoscalerOptions")}, "submitterConfig": spec["submitterConfig"],
+    }  # fmt: skip
+    for name, part in [*parts.items(), *(("workerGroupSpecs", group) for group in cluster["workerGroupSpecs"])]:
+        assert set(part) <= KUBERAY_FIELDS[name], name
+    assert (job["apiVersion"], job["kind"], cluster["authOptions"]) == ("ray.io/v1", "RayJob", {"mode": "token"})
+    assert (cluster["autoscalerOptions"]["version"], cluster["enableInTreeAutoscaling"]) == ("v2", True)
+    assert spec["shutdownAfterJobFinishes"]  # without which ttlSecondsAfterFinished is refused
+    pins = (ROOT / "pyproject.toml").read_text()
+    assert f"]=={cluster['rayVersion']}" in pins
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    pods = [group["template"]["spec"] for group in groups]
+    images = {container["image"] for pod in pods for container in pod["containers"]}
+    assert images == {yaml.safe_load((ROOT / "cluster.yaml").read_text())["docker"]["image"]}
+    for pod in pods:
+        assert pod["restartPolicy"] == "Never"  # the autoscaler replaces nodes, not Kubernetes
+        (container,) = pod["containers"]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+    gpus = [container["resources"]["limits"].get("nvidia.com/gpu") for pod in pods for container in pod["containers"]]
+    assert gpus == [None, None, "1", "1"]
+
+
+def test_the_image_is_made_of_what_is_there_by_the_pins_of_the_project():
+    text = (ROOT / "configs" / "container" / "Containerfile").read_text()
+    for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE):
+        *sources, _ = line.split()
+        assert all((ROOT / source).exists() for source in sources)
+    assert not re.search(r"[a-z]==\d", text)
+    (python,) = re.findall(r"^FROM python:(\d+\.\d+)", text, re.MULTILINE)
+    assert python in ("3.11", "3.12")
 
 
 def test_the_embedded_data_are_a_thousand_training_images_a_class_and_the_test_split():

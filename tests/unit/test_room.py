@@ -1,0 +1,111 @@
+"""Room on a cluster: what is counted, how long is waited, what is asked for and let go. The cluster and its coordinator are
+lists here; tests/e2e/test_autoscaling.py has real ones."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import pytest
+
+from ims3_ray import room as module
+from ims3_ray.cluster import check_resources
+from ims3_ray.config import ClusterConfig
+from ims3_ray.errors import UserError
+from ims3_ray.room import holds, room
+
+SPOT = {"market": "spot"}
+
+
+def node(labels: dict[str, str] | None = None, alive: bool = True, **resources: float) -> dict[str, Any]:
+    return {"Alive": alive, "Labels": {"ray.io/node-id": "x", **(labels or {})}, "Resources": resources}
+
+
+class Method:
+    def __init__(self, calls: list[tuple[Any, ...]], name: str) -> None:
+        self.calls, self.name = calls, name
+
+    def remote(self, *arguments: Any, **named: Any) -> None:
+        self.calls.append((self.name, *arguments, named))
+
+
+class Coordinator:
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.request_resources, self.cancel_request = (Method(self.calls, name) for name in ("request", "cancel"))
+
+
+@pytest.fixture
+def coordinator(monkeypatch: pytest.MonkeyPatch) -> Coordinator:
+    found = Coordinator()
+    monkeypatch.setattr(module, "coordinator", lambda: found)
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)
+    return found
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(module.ray, "nodes", lambda: found)
+    return found
+
+
+def test_workers_are_counted_by_node_and_label(nodes: list[dict[str, Any]]):
+    nodes += [node(CPU=5, GPU=2), node(SPOT, CPU=3, GPU=9), node(SPOT, alive=False, CPU=99, GPU=99), node(CPU=1)]
+    assert holds({"CPU": 2}, {}) == 2 + 1  # not 9 CPUs over 2: a worker has its CPUs on one node
+    assert holds({"CPU": 1, "GPU": 1}, {}) == 2 + 3
+    assert holds({"CPU": 1, "GPU": 1}, SPOT) == 3
+    assert holds({"CPU": 1}, {"market": "on-demand"}) == 0
+
+
+def test_a_cluster_that_does_not_grow_is_asked_for_nothing_and_too_small_at_once(
+    nodes: list[dict[str, Any]], coordinator: Coordinator
+):  # fmt: skip
+    nodes.append(node(CPU=2))
+    with room(ClusterConfig(), "pool", "generate", [{"CPU": 1.0}] * 2) as request:
+        assert request is None
+    expected = "generate: the cluster has room for 0 of 3 workers (4 CPU each, market=spot) after 0 s and needs 1 to begin"
+    with pytest.raises(UserError, match=re.escape(expected)):
+        room(ClusterConfig(place={"pool": SPOT}), "pool", "generate", [{"CPU": 4.0}] * 3).__enter__()
+    with pytest.raises(UserError, match=r"it needs 3 CPU \(has 2\), 1 GPU \(has 0\)"):
+        check_of(nodes, {"CPU": 3.0, "GPU": 1.0})
+    assert coordinator.calls == []
+
+
+def check_of(nodes: list[dict[str, Any]], needed: dict[str, float]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray.cluster_resources", lambda: nodes[0]["Resources"])
+        check_resources(needed)
+
+
+def test_a_cluster_that_grows_is_asked_until_the_end_for_as_long_as_it_takes(
+    nodes: list[dict[str, Any]], coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(module, "RENEW_S", 0.05)
+    config = ClusterConfig(wait_s=30, place={"pool": SPOT})
+    looked = iter(range(1, 100))
+    monkeypatch.setattr(module.ray, "nodes", lambda: [node(SPOT, CPU=1)] if next(looked) > 3 else [])
+    with room(config, "pool", "generate", [{"CPU": 1.0}] * 2) as request:
+        assert request is not None
+        (call,) = coordinator.calls[:1]
+        name, bundles, expires, options = call[1:]
+        assert (bundles, expires, options["label_selectors"]) == ([{"CPU": 1.0}] * 2, module.EXPIRES_S, [SPOT, SPOT])
+        assert module.RENEW_S < module.EXPIRES_S
+        request.ask([{"CPU": 1.0}])
+        time.sleep(0.2)
+        renewed = [call for call in coordinator.calls if call[0] == "request" and call[2] == [{"CPU": 1.0}]]
+        assert len(renewed) >= 3  # asked once, renewed since: without that it expires
+        assert {call[1] for call in renewed} == {name}
+    assert coordinator.calls[-1][:2] == ("cancel", name)
+    counted = len(coordinator.calls)
+    time.sleep(0.15)
+    assert len(coordinator.calls) == counted
+    said = "generate: waits for nodes, 0 of 2 workers have room (1 CPU each, market=spot); 0 s of 30"
+    assert said in capsys.readouterr().out
+
+
+def test_waiting_has_an_end_after_which_nothing_is_asked_for(nodes: list[dict[str, Any]], coordinator: Coordinator):
+    with pytest.raises(UserError, match=r"room for 0 of 8 workers \(1 GPU each\) after 0 s and needs 2 to begin"):
+        room(ClusterConfig(wait_s=0.05), "finetune", "fine-tune", [{"GPU": 1.0}] * 8, at_least=2).__enter__()
+    assert coordinator.calls[-1][0] == "cancel"
