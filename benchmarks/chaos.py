@@ -1,6 +1,6 @@
 """Chaos soak: random SIGKILLs over whole runs on a cluster of several raylets, as JSON.
 
-    python benchmarks/chaos.py                      100 kills: some three quarters of an hour on two CPU cores
+    python benchmarks/chaos.py                      100 kills: 20 minutes on two CPU cores
     python benchmarks/chaos.py kills=10 seed=3
     python benchmarks/chaos.py --config FILE        of another run than the one below
 

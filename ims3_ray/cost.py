@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ims3_ray.config import FinetuneConfig, InstabilityConfig, ProtocolConfig, RefineConfig, SamplingConfig, WorkConfig
+from ims3_ray.config import FinetuneConfig, InstabilityConfig, ProtocolConfig, RefineConfig, SamplingConfig
 from ims3_ray.models.autoencoder import Autoencoder
 from ims3_ray.models.dit import DiTConfig
 from ims3_ray.models.encoder import Encoder, EncoderConfig
@@ -80,13 +80,3 @@ def embedding_dim(shape: EncoderConfig) -> int:
     """Features that φ gives of an image."""
     with torch.device("meta"):
         return Encoder(shape).dim
-
-
-def hours_text(config: WorkConfig, least: float, most: float) -> str:
-    """What so many FLOPs are in hours of the devices that the config asks for, at the rates it assumes."""
-    cluster = config.cluster
-    gpus = config.actors.gpus or config.evaluation.gpus_per_task
-    what, rate = ("GPU", cluster.gpu_tflops * 1e12) if gpus else ("core", cluster.core_gflops * 1e9)
-    key = f"cluster.gpu_tflops={cluster.gpu_tflops:g}" if gpus else f"cluster.core_gflops={cluster.core_gflops:g}"
-    hours = [f"{flops / rate / 3600:.2g}" for flops in (least, most)]
-    return f"{' to '.join(dict.fromkeys(hours))} {what}-hours at {key}"

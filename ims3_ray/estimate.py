@@ -171,11 +171,22 @@ def _account_text(found: Mapping[str, Any]) -> list[str]:
 
 def hours_text(hours: Mapping[str, float], cluster: ClusterConfig) -> str:
     """Hours with the rates that were assumed."""
-    rates = {
-        "GPU": f"cluster.gpu_tflops={cluster.gpu_tflops:g}",
-        "core": f"cluster.core_gflops={cluster.core_gflops:g}",
-    }
-    return ", ".join(f"{value:.2g} {unit}-hours at {rates[unit]}" for unit, value in hours.items()) or "no time"
+    texts = [f"{value:.2g} {unit}-hours at {_rate_text(unit, cluster)}" for unit, value in hours.items()]
+    return ", ".join(texts) or "no time"
+
+
+def hours_between(config: WorkConfig, least: float, most: float) -> str:
+    """What so many FLOPs of candidates and students are in hours, by the same rates."""
+    unit = "GPU" if config.actors.gpus or config.evaluation.gpus_per_task else "core"
+    rate = config.cluster.gpu_tflops * 1e12 if unit == "GPU" else config.cluster.core_gflops * 1e9
+    hours = dict.fromkeys(f"{flops / rate / 3600:.2g}" for flops in (least, most))
+    return f"{' to '.join(hours)} {unit}-hours at {_rate_text(unit, config.cluster)}"
+
+
+def _rate_text(unit: str, cluster: ClusterConfig) -> str:
+    if unit == "GPU":
+        return f"cluster.gpu_tflops={cluster.gpu_tflops:g}"
+    return f"cluster.core_gflops={cluster.core_gflops:g}"
 
 
 def money_text(money: float, cluster: ClusterConfig) -> str:

@@ -16,8 +16,10 @@ from torch import Tensor
 from ims3_ray.cluster import connected, own_device, placed
 from ims3_ray.config import PretrainConfig, canonical
 from ims3_ray.data.batches import load_pixels
+from ims3_ray.data.files import is_remote
 from ims3_ray.data.sources import open_source
 from ims3_ray.data.transforms import to_signed
+from ims3_ray.errors import UserError
 from ims3_ray.evaluation import accuracy_of, train_student
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.stages.base import units_of
@@ -34,6 +36,8 @@ class Quality:
 
 def pretrain(config: PretrainConfig) -> Path:
     """Train ``config.target``; returns the safetensors file in ``{storage}/{name}/``, beside which its card lies."""
+    if is_remote(config.storage):
+        raise UserError(f"storage '{config.storage}' is remote; weights are trained to a folder, so give storage=/a/folder")
     open_source(config.data.path, config.data.train_split)  # a bad source is an error before Ray starts
     open_source(config.data.test_path or config.data.path, config.data.test_split)
     folder = Path(config.storage).expanduser().resolve() / config.name

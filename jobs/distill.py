@@ -1,7 +1,7 @@
 """Distil a labelled image set with IMS3: a few generated images a class that train classifiers almost as well.
 
     python jobs/distill.py                              the embedded Fashion-MNIST, results in runs/demo
-    python jobs/distill.py --dry-run                    the plan: stages, what is there already, images, FLOPs
+    python jobs/distill.py --dry-run                    the plan: what is there, images, FLOPs, hours, storage, money
     python jobs/distill.py name=mine data.path=photos   your own images (one folder per class, IDX or Parquet)
     python jobs/distill.py --config FILE selection.alpha=0.4 selection.groups=10
     ray job submit --working-dir . -- python jobs/distill.py storage=s3://bucket/distill

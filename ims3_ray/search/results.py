@@ -9,7 +9,7 @@ from typing import Any
 from ims3_ray.artifacts import Storage
 from ims3_ray.config import SweepConfig
 from ims3_ray.config.sweep import Range, symbol, title_of
-from ims3_ray.cost import hours_text
+from ims3_ray.estimate import hours_between
 from ims3_ray.plan.sweep import SweepPlan, id_of
 from ims3_ray.results import Results, stage_row
 from ims3_ray.search.records import Tried, points_of
@@ -135,7 +135,7 @@ def describe_sweep(plan: SweepPlan) -> str:
             f"({there['generate']} there)",
             f"distinct selections: at most {p['most_selections']:,}, {students}",
             f"{p['flops'] / 1e9:,.4g} GFLOP, with all students {p['most_flops'] / 1e9:,.4g}: "
-            + hours_text(config, p["flops"], p["most_flops"]),
+            + hours_between(config, p["flops"], p["most_flops"]),
             f"{metric(config)}",
             f"results: {storage.address(config.name)}",
         ]

@@ -43,9 +43,9 @@ def whole_values(world: Path, storage: Path) -> dict[str, Any]:
     """A run of the IMS3 arm alone whose every stage is long enough to be disturbed."""
     return tiny_values(
         world, storage, arms={"random_real": None, "dit": None, "dit_s3": None}, instability={"images": 0},
-        finetune={"steps": 60, "checkpoint_every": 10, "trainer": {"num_workers": 2, "max_failures": 20}},
+        finetune={"steps": 40, "checkpoint_every": 10, "trainer": {"num_workers": 2, "max_failures": 20}},
         data={"unit_size": 5}, sampling={"steps": 150, "unit_size": 4}, selection={"groups": 20}, actors={"count": 2},
-        evaluation={"protocols": {"hard": {"width": 8, "epochs": 1200, "validations": 4}}, "seeds": [0, 1]},
+        evaluation={"protocols": {"hard": {"width": 8, "epochs": 500, "validations": 2}}, "seeds": [0, 1]},
     )  # fmt: skip
 
 
