@@ -7,7 +7,7 @@
 Victims are drawn from what is alive: the job's command, the task that it runs in (the head has no CPUs), a Ray Train worker, a
 generator actor, the S3 actor, a raylet with all its processes. A command that ends is given again until its run is finished;
 then comes the next run, from nothing, until all kills are spent. A node that was killed is replaced. `same` says that every
-run ended with the hashes, Parquet bytes and accuracies of the undisturbed one; `missing` and `doubled` count units of its
+run ended with the hashes, Parquet bytes and accuracies of the undisturbed one; `missing` and `unexpected` count units of its
 pools. `lost_s_per_kill` is what the runs took beyond undisturbed ones: work that was lost, starts, detection, waiting.
 Exit code 1 if anything differs.
 """
@@ -34,6 +34,7 @@ from ray.cluster_utils import Cluster
 
 from ims3_ray.cli import main
 from ims3_ray.config import Section
+from ims3_ray.errors import UserError
 from ims3_ray.hardware import hardware
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,8 @@ class Job:
     def is_finished(self) -> bool:
         """Starts it again if it has ended otherwise."""
         code = self.process.poll()
+        if code == 2:  # nothing that another try could mend
+            raise UserError(f"{self.config}: {self.log.read_text().splitlines()[-1]}")
         if code is not None and code != 0:
             self.start()
         return code == 0
@@ -207,7 +210,7 @@ def _disturb(
     config: ChaosConfig, raylets: Raylets, folder: Path, whole: dict[str, Any], undisturbed: float
 ) -> dict[str, Any]:  # fmt: skip
     """Runs until the kills are spent, and what came out."""
-    killer, runs, same, missing, doubled = Killer(config, raylets), 0, True, 0, 0
+    killer, runs, same, missing, unexpected = Killer(config, raylets), 0, True, 0, 0
     began, commands = time.monotonic(), 0
     while killer.left:
         storage, runs = folder / f"run-{runs}", runs + 1
@@ -217,12 +220,12 @@ def _disturb(
         for pool, units in whole["units"].items():
             there = found["units"].get(pool, {})
             missing += len(set(units) - set(there))
-            doubled += len(set(there) - set(units))
+            unexpected += len(set(there) - set(units))
     wall = time.monotonic() - began
     lost = wall - runs * undisturbed
     return {
         "same": same, "runs": runs, "kills": killer.killed.total(), "by_kind": dict(sorted(killer.killed.items())),
-        "commands": commands, "missing": missing, "doubled": doubled, "wall_s": round(wall, 1),
+        "commands": commands, "missing": missing, "unexpected": unexpected, "wall_s": round(wall, 1),
         "lost_s_per_kill": round(lost / killer.killed.total(), 1),
     }  # fmt: skip
 

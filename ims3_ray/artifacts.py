@@ -75,6 +75,9 @@ class Storage:
     def exists(self, path: str) -> bool:
         return self.filesystem.get_file_info(self.on_filesystem(path)).type == fs.FileType.File
 
+    def is_folder(self, path: str) -> bool:
+        return self.filesystem.get_file_info(self.on_filesystem(path)).type == fs.FileType.Directory
+
     def read(self, path: str) -> bytes:
         with self.filesystem.open_input_stream(self.on_filesystem(path), compression=None) as stream:
             return bytes(stream.read())
@@ -117,7 +120,7 @@ class Storage:
 
     def delete(self, folder: str) -> None:
         """Delete a folder and what is in it; nothing happens if there is none."""
-        if self.filesystem.get_file_info(self.on_filesystem(folder)).type == fs.FileType.Directory:
+        if self.is_folder(folder):
             self.filesystem.delete_dir(self.on_filesystem(folder))
 
     def delete_file(self, path: str) -> None:

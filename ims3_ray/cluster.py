@@ -15,11 +15,14 @@ from ims3_ray.config import ClusterConfig, Role
 from ims3_ray.errors import IncompletePool, UserError
 
 LOCAL_CPUS = 4  # logical: the controllers and actors that wait beside the two that work
+SCALED = ("CPU", "GPU", "MEMORY", "OBJECT_STORE_MEMORY")
 WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
     "DS_BUILD_OPS": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # nodes have to boot
+    # Ray Data would have the cluster grow whenever it is well used, by nodes of any kind: the pool's actors are what is wanted.
+    **{f"RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_{what}_UTIL_THRESHOLD": "inf" for what in SCALED},
 }
 
 

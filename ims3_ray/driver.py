@@ -18,7 +18,7 @@ import ray
 from ims3_ray.cluster import connected, here, joins, placed, results
 from ims3_ray.config import PretrainConfig, Section, WorkConfig
 from ims3_ray.errors import UserError
-from ims3_ray.room import coordinator, room
+from ims3_ray.room import coordinator, wait_for_room
 
 Config = TypeVar("Config", bound=Section)
 
@@ -56,19 +56,20 @@ def _run_elsewhere(run: Callable[[Any], None], config: WorkConfig | PretrainConf
     keep_helpers_here()
     page = ray.remote(num_cpus=0, scheduling_strategy=here())(Page).remote()
     options = {"num_cpus": cluster.driver_cpus, "max_retries": ATTEMPTS, **placed(cluster, "driver")}
-    with room(cluster, "driver", "job", [{"CPU": cluster.driver_cpus}]):
-        running = ray.remote(_drive).options(**options).remote(run, config, page)
-        seen = 0
-        try:
-            while not ray.wait([running], timeout=0.5)[0]:
-                seen = _print(page, seen)
-        except KeyboardInterrupt:
-            ray.cancel(running)
-            ray.wait([running], timeout=CANCEL_S)
-            raise
-        finally:
-            _print(page, seen)
-        results(running)
+    presence = wait_for_room(cluster, "driver", "job", [{"CPU": cluster.driver_cpus}])
+    running, seen = ray.remote(_drive).options(**options).remote(run, config, page), 0
+    try:
+        while not ray.wait([running], timeout=0.5)[0]:
+            seen = _print(page, seen)
+            if cluster.wait_s:
+                presence.look()
+    except KeyboardInterrupt:
+        ray.cancel(running)
+        ray.wait([running], timeout=CANCEL_S)
+        raise
+    finally:
+        _print(page, seen)
+    results(running)
 
 
 def keep_helpers_here() -> None:

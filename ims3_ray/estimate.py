@@ -46,6 +46,10 @@ class Expected:
     worker: Worker
     seconds: float
     """In which one worker would do it, without start-up."""
+    decoding: float = 0.0
+    """Of these, what is no floating-point work."""
+    whole: bool = True
+    """Whether nothing of it was begun before: what was cannot be compared."""
 
     @property
     def share(self) -> float:
@@ -89,11 +93,20 @@ def expect(plan: Plan[Config], storage: Storage) -> list[Expected]:
     found = []
     for stage in plan.stages:
         worker, missing = worker_of(stage, plan.config), len(stage.missing(storage))
-        seconds = stage.flops / worker.flop_rate(plan.config.cluster)
-        if stage.kind == "encode":
-            seconds += stage.stored * DECODE_S_PER_VALUE
-        found.append(Expected(stage, missing, worker, seconds * missing / len(stage.units)))
+        share, rate = missing / len(stage.units), worker.flop_rate(plan.config.cluster)
+        decoding = share * stage.stored * DECODE_S_PER_VALUE if stage.kind == "encode" else 0.0
+        seconds = share * stage.flops / rate + decoding
+        found.append(Expected(stage, missing, worker, seconds, decoding, not _is_begun(stage, storage)))
     return found
+
+
+def _is_begun(stage: Stage, storage: Storage) -> bool:
+    """Whether a run before, or another, has left something of it."""
+    if stage.key(storage) is None:
+        return False
+    artifact = stage.artifact(storage)
+    checkpoints = stage.kind in ("finetune", "teacher") and storage.is_folder(artifact.folder)
+    return bool(checkpoints or stage.manifest(storage) or artifact.shards())
 
 
 def hours_of(expected: Iterable[Expected]) -> dict[str, float]:
@@ -130,19 +143,24 @@ def describe(plan: Plan[Config]) -> str:
 
 
 def account(expected: Iterable[Expected], spent: Mapping[Stage, float], cluster: ClusterConfig) -> dict[str, Any]:
-    """What was expected of the stages that a job has run, and what they took: ``spent`` are seconds of workers.
-    ``error`` is the share by which the expectation is off, and ``sustained`` the FLOP/s a device that would have been right."""
-    done = [each for each in expected if each.stage in spent]
+    """What was expected of the stages that a command has run from their beginning, and what they took.
+
+    ``spent`` are seconds of workers, ``error`` the share by which the expectation is off, ``sustained`` the FLOP/s a device
+    that would have been right (0 where nothing is known of it), ``lines`` all of it as text.
+    """
+    done = [each for each in expected if each.stage in spent and each.whole]
     took = [Expected(e.stage, e.missing, e.worker, spent[e.stage]) for e in done]
-    flops: dict[str, float] = {}
+    flops, decoding = dict[str, float](), dict[str, float]()
     for each in done:
-        flops[each.worker.unit] = flops.get(each.worker.unit, 0.0) + each.flops
+        unit = each.worker.unit
+        flops[unit] = flops.get(unit, 0.0) + each.flops
+        decoding[unit] = decoding.get(unit, 0.0) + each.decoding * each.worker.devices
     before, after = hours_of(done), hours_of(took)
     found: dict[str, Any] = {
         "devices": {
             unit: {
                 "expected_hours": before.get(unit, 0.0), "hours": hours,
-                "error": before.get(unit, 0.0) / hours - 1, "sustained": flops[unit] / (3600 * hours),
+                "error": before.get(unit, 0.0) / hours - 1, "sustained": flops[unit] / max(3600 * hours - decoding[unit], 1.0),
             }
             for unit, hours in after.items()
         },
@@ -160,9 +178,10 @@ def _account_text(found: Mapping[str, Any]) -> list[str]:
     lines = []
     for unit, each in found["devices"].items():
         key, scale = ("cluster.gpu_tflops", 1e12) if unit == "GPU" else ("cluster.core_gflops", 1e9)
+        right = f"; {key}={each['sustained'] / scale:.3g} would have been right" if each["sustained"] else ""
         lines.append(
             f"took {each['hours']:.2g} {unit}-hours, start-up included; the estimate was {each['expected_hours']:.2g} "
-            f"({each['error']:+.0%}); {key}={each['sustained'] / scale:.3g} would have been right"
+            f"({each['error']:+.0%}){right}"
         )
     if found["money"]:
         lines.append(f"cost {found['money']:.2f}; the estimate was {found['expected_money']:.2f}")

@@ -22,6 +22,7 @@ from ims3_ray.data.transforms import to_signed
 from ims3_ray.errors import UserError
 from ims3_ray.evaluation import accuracy_of, train_student
 from ims3_ray.models.encoder import load_encoder
+from ims3_ray.room import wait_for_room
 from ims3_ray.stages.base import units_of
 from ims3_ray.stages.export import contact_sheet
 
@@ -51,6 +52,8 @@ def pretrain(config: PretrainConfig) -> Path:
         from ims3_ray.stages.train import fit
 
         labels = config.cluster.place.get("finetune")
+        workers = [trainer.worker_resources] * trainer.num_workers
+        wait_for_room(config.cluster, "finetune", config.name, workers, trainer.num_workers)
         if config.target == "generator":
             outcome = fit(generator_loop, canonical(config), trainer, "train", str(folder), labels)
         else:

@@ -130,7 +130,7 @@ def growing_cluster() -> Iterator[GrowingCluster]:
     port, dashboard, folder = free_port(), free_port(), Path(tempfile.mkdtemp(prefix="grow-", dir="/tmp"))
     address, events = f"127.0.0.1:{port}", folder / "events.jsonl"
     config = {
-        "cluster_name": "local", "max_workers": 5, "idle_timeout_minutes": 0.1,
+        "cluster_name": "local", "max_workers": 8, "idle_timeout_minutes": 0.1,
         "provider": {
             "type": "external", "module": "tests.local_nodes.LocalNodes", "address": address, "events": str(events),
             "disable_node_updaters": True,
@@ -138,7 +138,7 @@ def growing_cluster() -> Iterator[GrowingCluster]:
         "head_node_type": "head",
         "available_node_types": {
             "head": {"resources": {"CPU": 0}, "node_config": {}},
-            "driver": _node_type(2, 1, DRIVER), "train": _node_type(2, 1, ON_DEMAND), "sampler": _node_type(1, 2, SPOT),
+            "driver": _node_type(2, 1, DRIVER), "train": _node_type(2, 3, ON_DEMAND), "sampler": _node_type(1, 2, SPOT),
         },
         **{k: [] for k in ("cluster_synced_files", "setup_commands", "head_setup_commands", "worker_setup_commands")},
     }  # fmt: skip

@@ -13,6 +13,11 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+def reserved(cpus: float, gpus: float) -> dict[str, float]:
+    """What Ray reserves for a worker with so many of each."""
+    return {kind: n for kind, n in (("CPU", cpus), ("GPU", gpus)) if n}
+
+
 class Section(BaseModel):
     """Base of every part of the tree: unknown keys are errors, values do not change after loading."""
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ims3_ray.config.base import Fraction, Section
+from ims3_ray.config.base import Fraction, Section, reserved
 
 
 class TrainerConfig(Section):
@@ -35,7 +35,7 @@ class TrainerConfig(Section):
     @property
     def worker_resources(self) -> dict[str, float]:
         """What Ray reserves for each worker."""
-        return {kind: n for kind, n in (("CPU", self.cpus_per_worker), ("GPU", self.gpus_per_worker)) if n}
+        return reserved(self.cpus_per_worker, self.gpus_per_worker)
 
 
 class DiffusionObjective(Section):

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from ims3_ray.config.base import Section
+from ims3_ray.config.base import Section, reserved
 from ims3_ray.config.evaluation import EvaluationConfig
 
 
@@ -44,7 +44,7 @@ class ActorsConfig(Section):
     @property
     def resources(self) -> dict[str, float]:
         """What Ray reserves for each actor."""
-        return {kind: n for kind, n in (("CPU", self.cpus), ("GPU", self.gpus)) if n}
+        return reserved(self.cpus, self.gpus)
 
 
 class TrackingConfig(Section):

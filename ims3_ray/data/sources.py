@@ -28,14 +28,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from pyarrow import fs
 
+from ims3_ray.data.decoding import decode
 from ims3_ray.data.files import Place, check_bucket, is_remote
 from ims3_ray.errors import UserError
 from ims3_ray.models.hub import fetch, is_hub_id
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-"""Pillow reads others too, some of them by starting other programs."""
-MOST_PIXELS = 100_000_000
-"""Of an image: a small file may promise any number, for which memory would be taken."""
 LONGEST_NAME = 200
 """Bytes of a class's name, which names a folder."""
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -240,18 +237,6 @@ def _each(look: Callable[[Place], list[Place]], folders: Sequence[Place]) -> lis
 def _images_below(folder: Place) -> list[Place]:
     found = folder.children(recursive=True)
     return [file for file in found if file.is_file and Path(file.name).suffix.lower() in IMAGE_SUFFIXES]
-
-
-def decode(encoded: bytes) -> Image.Image:
-    """The image in ``encoded``, fully decoded; ``OSError`` if it is truncated or no image."""
-    try:
-        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-        if image.width * image.height > MOST_PIXELS:
-            raise OSError(f"{image.width}×{image.height} pixels are more than {MOST_PIXELS:,}")
-        image.load()
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for some broken files
-        raise OSError(str(error)) from error
-    return image
 
 
 def class_names_of(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:

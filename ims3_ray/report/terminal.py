@@ -28,7 +28,7 @@ def print_result(result: RunResult, console: Console | None = None) -> None:
 
 
 def _print_end(result: RunResult, console: Console) -> None:
-    for line in result.results["estimate"]["lines"]:
+    for line in result.results.get("estimate", {}).get("lines", []):
         console.print(line, soft_wrap=True)
     console.print(f"report: {result.report}", soft_wrap=True)
 

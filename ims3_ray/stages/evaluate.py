@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ims3_ray.artifacts import Artifact
 from ims3_ray.cluster import own_device, placed, results
-from ims3_ray.config import ProtocolConfig
+from ims3_ray.config import ProtocolConfig, reserved
 from ims3_ray.errors import IncompletePool
 from ims3_ray.evaluation import Labelled, Teacher, train_student
 from ims3_ray.models.encoder import Encoder, class_positions, load_encoder
 from ims3_ray.progress import Progress
-from ims3_ray.room import room
+from ims3_ray.room import wait_for_room
 from ims3_ray.stages.base import Context, Stage, commit_units, pack_tensors, read_many
 from ims3_ray.stages.sets import Split, note, read_set
 from ims3_ray.stages.weights import Weights
@@ -120,16 +120,14 @@ def run_all(context: Context, stages: Sequence[Stage], at_once: int | None = Non
         waiting += [(stage, exam, artifact, seed) for seed in config.seeds if unit_of(seed) in left]
     running: dict[Any, tuple[Stage, Artifact, str]] = {}
     failed: list[str] = []
-    student = {kind: n for kind, n in (("CPU", config.cpus_per_task), ("GPU", config.gpus_per_task)) if n}
-    with (  # tasks that wait are demand that the autoscaler sees
-        room(cluster, "evaluate", "evaluate", [student] if waiting else []),
-        Progress("evaluate", len(waiting), "students") as progress,
-    ):
+    student = reserved(config.cpus_per_task, config.gpus_per_task)
+    presence = wait_for_room(cluster, "evaluate", "evaluate", [student] if waiting else [])
+    with Progress("evaluate", len(waiting), "students") as progress:
         while running or waiting:
             while waiting and (at_once is None or len(running) < at_once):
                 stage, exam, artifact, seed = waiting.pop(0)
                 running[task.remote(exam, seed, artifact)] = (stage, artifact, unit_of(seed))
-            (ref,), _ = ray.wait(list(running), num_returns=1)
+            ref = presence.first_done(list(running))
             stage, artifact, unit = running.pop(ref)
             try:
                 outcome = results(ref)

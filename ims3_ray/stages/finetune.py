@@ -28,7 +28,7 @@ from ims3_ray.errors import UserError
 from ims3_ray.finetuning import Finetuner, Row
 from ims3_ray.models.generator import load_generator
 from ims3_ray.progress import Progress
-from ims3_ray.room import Bundle, holds, room
+from ims3_ray.room import Bundle, Request, holds, wait_for_room
 from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.speed import matmul_rate
 from ims3_ray.stages.adapters import Adapters, group_checkpoints, group_unit, series
@@ -37,6 +37,8 @@ from ims3_ray.stages.derived import read_latents
 from ims3_ray.stages.train import fit
 
 POST_EVERY = 5
+GROW_S = 900.0
+"""After which a cluster that has not grown is taken to be as large as it will be: more is asked for no longer."""
 
 
 class LossBoard:
@@ -86,7 +88,8 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             tuner.load(Path(folder))
-            history = json.loads(Path(folder, "losses.json").read_text())
+            found = json.loads(Path(folder, "losses.json").read_text())
+            history, began = found["history"], began - found["seconds"]
         if rank == 0:
             plain["board"].post.remote(group, history)  # a driver that was killed may not have logged them all
     batches = batch_indices(
@@ -112,7 +115,7 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
                 ray.get(post)  # the driver asks no more once this group has ended
             posted, since = len(history), time.monotonic()
         if len(history) % config.checkpoint_every == 0 and len(history) < steps:
-            _checkpoint(tuner, history)
+            _checkpoint(tuner, history, time.monotonic() - began)
     if rank != 0:
         return {}
     return {
@@ -122,12 +125,12 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _checkpoint(tuner: Finetuner, history: list[Row]) -> None:
+def _checkpoint(tuner: Finetuner, history: list[Row], seconds: float) -> None:
     """All ranks store their part; Ray Train joins the parts into one folder, uploading while training goes on."""
     folder = Path(tempfile.mkdtemp(prefix="ims3-checkpoint-"))
     tuner.save(folder)
     if tuner.rank == 0:
-        (folder / "losses.json").write_text(json.dumps(history))
+        (folder / "losses.json").write_text(json.dumps({"history": history, "seconds": seconds}))
     ray.train.report(
         {"step": len(history), "loss": history[-1]["loss"]},
         checkpoint=Checkpoint.from_directory(folder),
@@ -219,16 +222,23 @@ def _side_by_side(
     waiting, running, seen = list(groups), dict[Any, Group](), dict.fromkeys(map(id, groups), 0)
     fit_task = _fit_task.options(scheduling_strategy=here())
     labels, largest = cluster.place.get("finetune", {}), max((_trainer(g) for g in groups), key=lambda t: t.num_workers)
-    with room(cluster, "finetune", title, _bundles(largest), largest.num_workers) as request:
+    presence = wait_for_room(cluster, "finetune", title, _bundles(largest), largest.num_workers)
+    request = Request(labels) if cluster.wait_s and len(groups) > 1 else None
+    fit_at_once, grown = 0, time.monotonic()
+    try:
         while waiting or running:
-            wanted = [*running.values(), *waiting]
-            fit_at_once = max(1, holds(largest.worker_resources, labels) // largest.num_workers)
-            if request:  # groups that wait here are no demand that the autoscaler could see: a little more than there is
-                request.ask([bundle for group in wanted[: fit_at_once + 1] for bundle in _bundles(_trainer(group))])
+            there = max(1, holds(largest.worker_resources, labels) // largest.num_workers)
+            grown = time.monotonic() if there > fit_at_once else grown
+            fit_at_once = there
+            if cluster.wait_s:
+                presence.look()
             while waiting and len(running) < fit_at_once:
                 group = waiting.pop(0)
                 folder = storage.address(group.stage.artifact(storage).folder)
                 running[fit_task.remote(group.arguments, folder, labels)] = group
+            if request:  # Ray Train asks for the groups that run; for the one that waits here next nobody does
+                more = waiting and time.monotonic() - grown < GROW_S
+                request.ask(_bundles(_trainer(waiting[0])) if more else [])
             finished, _ = ray.wait(list(running), timeout=1.0)
             for task, group in list(running.items()):
                 outcome = None
@@ -238,6 +248,9 @@ def _side_by_side(
                 rows: list[Row] = ray.get(group.arguments["board"].read.remote(group.number, seen[id(group)]))
                 seen[id(group)] = max([seen[id(group)], *(int(row["step"]) for row in rows)])
                 yield group, rows, outcome
+    finally:
+        if request:
+            request.let_go()
 
 
 def _trainer(group: Group) -> TrainerConfig:

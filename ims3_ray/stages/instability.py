@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from ims3_ray.diffusion.inversion import invert
 from ims3_ray.diffusion.sampling import guided
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.progress import Progress
-from ims3_ray.room import room
+from ims3_ray.room import wait_for_room
 from ims3_ray.seeds import generator_for
 from ims3_ray.stages.adapters import Adapters, GroupModels
 from ims3_ray.stages.base import Context, Stage, commit_units, units_of
@@ -39,24 +38,18 @@ def run(context: Context, stage: Stage) -> None:
     ]
     cluster = context.config.cluster
     measure = ray.remote(_measure).options(num_cpus=actors.cpus, num_gpus=actors.gpus, **placed(cluster, "pool"))
-    began = time.monotonic()
-    with (
-        room(cluster, "pool", stage.title, [actors.resources]),
-        Progress(stage.title, config.images, "images") as progress,
-    ):
-        result = results(
-            measure.remote(
-                config, stage.run.seed, stage.weights["generator"], Adapters.of(stage.inputs["finetune"], storage),
-                stage.inputs["encode"].artifact(storage), latents.artifact(storage) if latents else None, classes,
-                actors.threads,
-            )
+    presence = wait_for_room(cluster, "pool", stage.title, [actors.resources])
+    with Progress(stage.title, config.images, "images") as progress:
+        task = measure.remote(
+            config, stage.run.seed, stage.weights["generator"], Adapters.of(stage.inputs["finetune"], storage),
+            stage.inputs["encode"].artifact(storage), latents.artifact(storage) if latents else None, classes, actors.threads,
         )  # fmt: skip
+        result = results(presence.first_done([task]))
         progress.done = config.images
     artifact = stage.artifact(storage)
     artifact.write(SHARD, json.dumps(result).encode())
-    seconds = time.monotonic() - began
-    context.spend(stage, seconds)
-    commit_units(artifact, {"result": {"images": config.images}}, seconds)
+    context.spend(stage, progress.seconds)
+    commit_units(artifact, {"result": {"images": config.images}}, progress.seconds)
 
 
 def _measure(

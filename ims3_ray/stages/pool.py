@@ -7,7 +7,6 @@ store and no two pools compete for the same devices. Rows of a few hundred bytes
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from ims3_ray.config import ActorsConfig, ClusterConfig
 from ims3_ray.errors import IncompletePool, UserError
 from ims3_ray.hardware import kind
 from ims3_ray.progress import Progress
-from ims3_ray.room import room
+from ims3_ray.room import wait_for_room
 from ims3_ray.stages.base import Context, Stage, commit_units, parse_unit, read_many
 from ims3_ray.stages.derived import derive_of
 from ims3_ray.stages.images import ImageStore
@@ -92,10 +91,10 @@ def run_tasks(context: Context, tasks: Sequence[Task], listeners: Listeners) -> 
     titles = list(dict.fromkeys(task.stage.title for task in tasks))
     title = ", ".join(titles[:3]) + (f" and {len(titles) - 3} more" if len(titles) > 3 else "")
     total = sum(each * len(task.units) for each, task in zip(per_unit, tasks, strict=True))
-    began = time.monotonic()
     workers = [config.actors.resources] * min(config.actors.count, len(pending))
     price = pool_price(config.actors, config.cluster)
-    with room(config.cluster, "pool", title, workers), Progress(title, round(total), "images", price=price) as progress:
+    wait_for_room(config.cluster, "pool", title, workers)
+    with Progress(title, round(total), "images", price=price) as progress:
         for _ in range(config.actors.max_attempts):
             failed = [{} for _ in tasks]
             for number, unit, entry in run_units(pending, works, config.actors, config.cluster) if pending else []:
@@ -106,7 +105,7 @@ def run_tasks(context: Context, tasks: Sequence[Task], listeners: Listeners) -> 
                 done[number][unit] = entry
                 progress.advance(entry["images"])
             pending = [(number, unit) for number, errors in enumerate(failed) for unit in errors]
-    _commit(context, tasks, works, done, failed, time.monotonic() - began)
+    _commit(context, tasks, works, done, failed, progress.seconds)
     if missing := [_what_is_missing(context, t.stage, errors) for t, errors in zip(tasks, failed, strict=True) if errors]:
         raise IncompletePool(f"{'; '.join(missing)}; the same command tries again")
 

@@ -20,7 +20,7 @@ from ims3_ray.artifacts import Artifact
 from ims3_ray.cluster import own_device, placed, results
 from ims3_ray.errors import UserError
 from ims3_ray.hardware import hardware, kind
-from ims3_ray.room import Bundle, room
+from ims3_ray.room import Bundle, wait_for_room
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection import SELECTORS, ClassImages, Per, SubgroupSelection
 from ims3_ray.stages.base import Context, Stage, by_class, read_many
@@ -229,7 +229,7 @@ def commit_chosen(context: Context, stage: Stage, chosen: Sequence[Tensor], tabl
         resources = {"num_cpus": actors.cpus, "num_gpus": actors.gpus, **placed(cluster, "pool")}
         workers = [actors.resources]
     classes = list(zip(stage.units, class_units(context, images, stage.run.pool_size), chosen, strict=True))
-    with room(cluster, "pool", stage.title, workers):
-        made = spread(gather_classes, way, classes, **resources)
+    wait_for_room(cluster, "pool", stage.title, workers)
+    made = spread(gather_classes, way, classes, **resources)
     entries = dict(zip(stage.units, made, strict=True))
     commit_set(artifact, entries, time.monotonic() - began, s3=table)

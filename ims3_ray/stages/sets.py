@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ims3_ray.artifacts import Artifact
 from ims3_ray.cluster import placed, results
+from ims3_ray.config import reserved
 from ims3_ray.evaluation import Labelled
 from ims3_ray.progress import Progress
-from ims3_ray.room import room
+from ims3_ray.room import wait_for_room
 from ims3_ray.stages.base import Context, Stage, by_class, commit_units, pack_tensors, read_class, read_many
 
 
@@ -85,15 +86,15 @@ def each_class(
     options = {"num_cpus": actors.cpus, "num_gpus": gpus, **placed(cluster, "pool")}
     task, shared_ref = ray.remote(function).options(max_retries=3, **options), ray.put(shared)
     at_once = max(1, min(25, -(-len(todo) // (2 * context.config.actors.count))))
-    bundle = {kind: n for kind, n in (("CPU", actors.cpus), ("GPU", gpus)) if n}
-    with (
-        room(cluster, "pool", stage.title, [bundle] * min(actors.count, len(todo))),
-        Progress(stage.title, len(todo), "classes") as progress,
-    ):
-        parts = [todo[start : start + at_once] for start in range(0, len(todo), at_once)]
-        running = {task.remote(shared_ref, part): len(part) for part in parts}
-        while running:
-            (done,), _ = ray.wait(list(running), num_returns=1)
+    parts = [todo[start : start + at_once] for start in range(0, len(todo), at_once)]
+    presence = wait_for_room(cluster, "pool", stage.title, [reserved(actors.cpus, gpus)] * min(actors.count, len(parts)))
+    with Progress(stage.title, len(todo), "classes") as progress:
+        waiting, running = list(parts), dict[Any, int]()
+        while waiting or running:
+            while waiting and len(running) < actors.count:
+                part = waiting.pop(0)
+                running[task.remote(shared_ref, part)] = len(part)
+            done = presence.first_done(list(running))
             results(done)
             progress.advance(running.pop(done))
     context.spend(stage, progress.seconds, min(actors.count, max(1, len(parts))))

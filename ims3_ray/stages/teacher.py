@@ -11,7 +11,7 @@ from ims3_ray.artifacts import Artifact
 from ims3_ray.cluster import own_device, placed, results
 from ims3_ray.config import canonical
 from ims3_ray.data.transforms import to_signed
-from ims3_ray.room import room
+from ims3_ray.room import wait_for_room
 from ims3_ray.stages.base import Context, Stage, commit_units
 from ims3_ray.stages.evaluate import TEACHER_SHARD, read_teacher
 from ims3_ray.stages.pretrain_encoder import Images, encoder_loop
@@ -30,9 +30,9 @@ def run(context: Context, stage: Stage) -> None:
     }  # fmt: skip
     print(f"{stage.title}: {config.training.epochs} epochs of {stage.inputs['images'].images} images", flush=True)
     cluster, workers = context.config.cluster, [trainer.worker_resources] * trainer.num_workers
-    with room(cluster, "finetune", stage.title, workers, trainer.num_workers):
-        place, labels = storage.address(checkpoints), cluster.place.get("finetune")
-        outcome = fit(encoder_loop, arguments, trainer, "teacher", place, labels)
+    wait_for_room(cluster, "finetune", stage.title, workers, trainer.num_workers)
+    labels = cluster.place.get("finetune")
+    outcome = fit(encoder_loop, arguments, trainer, "teacher", storage.address(checkpoints), labels)
     digest = artifact.write(TEACHER_SHARD, outcome["weights"])
     judge = ray.remote(judged).options(
         num_cpus=trainer.cpus_per_worker, num_gpus=trainer.gpus_per_worker, **placed(cluster, "finetune")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ims3_ray.artifacts import Artifact
 from ims3_ray.cluster import own_device, placed
 from ims3_ray.config import ActorsConfig, ClusterConfig
+from ims3_ray.errors import UserError
 from ims3_ray.hardware import hardware
 from ims3_ray.stages.derived import Derive, Derived
 from ims3_ray.stages.images import ImageStore, Produced
@@ -134,9 +135,6 @@ def run_units(
     context.execution_options.verbose_progress = False
     context.max_consecutive_actor_init_deaths = 10
     context.execution_no_progress_timeout_s = max(NO_PROGRESS_S, cluster.wait_s)  # spot machines may be gone for a while
-    # Ray Data would have the cluster grow whenever it is well used: the pool's own size is what is wanted, and no more.
-    limits = context.execution_options.resource_limits
-    context.execution_options.resource_limits = limits.copy(cpu=actors.count * actors.cpus + 1, gpu=actors.count * actors.gpus)
     for handler in logging.getLogger("ray.data").handlers:  # the terminal is ours; Ray's own log file keeps everything
         if not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.ERROR)
@@ -158,5 +156,11 @@ def run_units(
         )
         .iter_rows()
     )
-    for row in rows:
-        yield row["task"], row["unit"], json.loads(row["entry"])
+    try:
+        for row in rows:
+            yield row["task"], row["unit"], json.loads(row["entry"])
+    except ray.data.exceptions.ExecutionTimeoutError as error:
+        raise UserError(
+            f"the pool has finished no unit for {context.execution_no_progress_timeout_s:.0f} s: are there nodes for it? See "
+            "`ray status`; the same command goes on"
+        ) from error

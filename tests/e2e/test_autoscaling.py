@@ -76,8 +76,8 @@ def test_nodes_come_for_stages_are_killed_in_each_and_are_gone_afterwards(
         kill_one(cluster, "sampler")
         job.process.wait(timeout=300)
         assert job.process.returncode == 0, job.output
-        for kind, least in (("sampler", 4), ("train", 2), ("driver", 2)):
-            assert len(cluster.started(kind)) >= least, job.output
+        for kind, least, most in (("sampler", 4, 9), ("train", 2, 3), ("driver", 2, 3)):
+            assert least <= len(cluster.started(kind)) <= most, job.output
             cluster.wait_until_empty(kind, 60)
     for text in (
         "waits for nodes, 0 of 2 workers have room (1 CPU each, ray.io/market-type=spot)", "nodes are there after",

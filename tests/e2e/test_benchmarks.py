@@ -36,7 +36,7 @@ def test_random_kills_over_a_whole_run_change_nothing(tiny_world: Path, tmp_path
     run = {key: value for key, value in run.items() if key not in ("name", "storage")}
     file = write_config(tmp_path / "chaos.yaml", {"run": run})
     found = report("chaos", "--config", file, "kills=4", "every_s=4", env=environment(), timeout=500)
-    assert (found["same"], found["missing"], found["doubled"], found["kills"]) == (True, 0, 0, 4)
+    assert (found["same"], found["missing"], found["unexpected"], found["kills"]) == (True, 0, 0, 4)
     assert sum(found["by_kind"].values()) == 4
 
 

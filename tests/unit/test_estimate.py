@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,16 @@ def test_the_account_says_by_how_much_the_estimate_was_off_and_which_rate_would_
         "cost 4.00; the estimate was 2.00",
     ]
     assert account([done], {}, cluster)["lines"] == []
+    continued = replace(done, whole=False)
+    assert account([continued], {continued.stage: 9.0}, cluster)["lines"] == []  # a part of it was made before
+
+
+def test_what_is_decoded_is_no_floating_point_work():
+    cluster = ClusterConfig(core_gflops=10)
+    encode, embed = replace(expected(CORES, 300.0, 0), decoding=300.0), expected(CORES, 50.0, 1e12)
+    found = account([encode, embed], {encode.stage: 300.0, embed.stage: 25.0}, cluster)
+    assert found["devices"]["core"]["sustained"] == pytest.approx(1e12 / 50)  # 25 s of two cores
+    assert "would have been right" not in account([encode], {encode.stage: 300.0}, cluster)["lines"][0]
 
 
 def test_what_is_there_is_not_counted_again(tiny_world: Path, tmp_path: Path):

@@ -3,6 +3,7 @@ lists here; tests/e2e/test_autoscaling.py has real ones."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import time
 from typing import Any
@@ -13,7 +14,7 @@ from ims3_ray import room as module
 from ims3_ray.cluster import check_resources
 from ims3_ray.config import ClusterConfig
 from ims3_ray.errors import UserError
-from ims3_ray.room import holds, room
+from ims3_ray.room import holds, wait_for_room
 
 SPOT = {"market": "spot"}
 
@@ -39,6 +40,7 @@ class Coordinator:
 @pytest.fixture
 def coordinator(monkeypatch: pytest.MonkeyPatch) -> Coordinator:
     found = Coordinator()
+    importlib.import_module("ray.data._internal.cluster_autoscaler")  # takes seconds, at the first request
     monkeypatch.setattr(module, "coordinator", lambda: found)
     monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)
     return found
@@ -60,44 +62,36 @@ def test_workers_are_counted_by_node_and_label(nodes: list[dict[str, Any]]):
 
 
 def test_a_cluster_that_does_not_grow_is_asked_for_nothing_and_too_small_at_once(
-    nodes: list[dict[str, Any]], coordinator: Coordinator
-):  # fmt: skip
+    nodes: list[dict[str, Any]], coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+):
     nodes.append(node(CPU=2))
-    with room(ClusterConfig(), "pool", "generate", [{"CPU": 1.0}] * 2) as request:
-        assert request is None
-    expected = "generate: the cluster has room for 0 of 3 workers (4 CPU each, market=spot) after 0 s and needs 1 to begin"
+    wait_for_room(ClusterConfig(), "pool", "generate", [{"CPU": 1.0}] * 2)
+    expected = "generate: the cluster has room for 0 of 3 workers (4 CPU each, market=spot) after 0 s and needs 1; see"
     with pytest.raises(UserError, match=re.escape(expected)):
-        room(ClusterConfig(place={"pool": SPOT}), "pool", "generate", [{"CPU": 4.0}] * 3).__enter__()
+        wait_for_room(ClusterConfig(place={"pool": SPOT}), "pool", "generate", [{"CPU": 4.0}] * 3)
+    monkeypatch.setattr("ray.cluster_resources", lambda: nodes[0]["Resources"])
     with pytest.raises(UserError, match=r"it needs 3 CPU \(has 2\), 1 GPU \(has 0\)"):
-        check_of(nodes, {"CPU": 3.0, "GPU": 1.0})
+        check_resources({"CPU": 3.0, "GPU": 1.0})
     assert coordinator.calls == []
 
 
-def check_of(nodes: list[dict[str, Any]], needed: dict[str, float]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ray.cluster_resources", lambda: nodes[0]["Resources"])
-        check_resources(needed)
-
-
-def test_a_cluster_that_grows_is_asked_until_the_end_for_as_long_as_it_takes(
-    nodes: list[dict[str, Any]], coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_cluster_that_grows_is_asked_until_there_is_room_for_the_first(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
+    """For all workers at first, then for those that are needed to begin: a request that can never be met is dropped whole."""
     monkeypatch.setattr(module, "RENEW_S", 0.05)
-    config = ClusterConfig(wait_s=30, place={"pool": SPOT})
-    looked = iter(range(1, 100))
-    monkeypatch.setattr(module.ray, "nodes", lambda: [node(SPOT, CPU=1)] if next(looked) > 3 else [])
-    with room(config, "pool", "generate", [{"CPU": 1.0}] * 2) as request:
-        assert request is not None
-        (call,) = coordinator.calls[:1]
-        name, bundles, expires, options = call[1:]
-        assert (bundles, expires, options["label_selectors"]) == ([{"CPU": 1.0}] * 2, module.EXPIRES_S, [SPOT, SPOT])
-        assert module.RENEW_S < module.EXPIRES_S
-        request.ask([{"CPU": 1.0}])
-        time.sleep(0.2)
-        renewed = [call for call in coordinator.calls if call[0] == "request" and call[2] == [{"CPU": 1.0}]]
-        assert len(renewed) >= 3  # asked once, renewed since: without that it expires
-        assert {call[1] for call in renewed} == {name}
-    assert coordinator.calls[-1][:2] == ("cancel", name)
+    monkeypatch.setattr(module, "ASK_ALL_S", 0.2)
+    until = time.monotonic() + 0.6
+    monkeypatch.setattr(module.ray, "nodes", lambda: [node(SPOT, CPU=1)] if time.monotonic() > until else [])
+    wait_for_room(ClusterConfig(wait_s=30, place={"pool": SPOT}), "pool", "generate", [{"CPU": 1.0}] * 2)
+    asked = [call for call in coordinator.calls if call[0] == "request"]
+    assert {call[1] for call in coordinator.calls} == {asked[0][1]}
+    assert [len(call[2]) for call in asked] == sorted((len(call[2]) for call in asked), reverse=True)
+    assert {len(call[2]) for call in asked} == {1, 2}
+    assert len(asked) > 4  # renewed: without that it expires
+    for _, _, bundles, expires, options in asked:
+        assert (expires, options["label_selectors"]) == (module.EXPIRES_S, [SPOT] * len(bundles))
+    assert coordinator.calls[-1][0] == "cancel"
     counted = len(coordinator.calls)
     time.sleep(0.15)
     assert len(coordinator.calls) == counted
@@ -106,6 +100,23 @@ def test_a_cluster_that_grows_is_asked_until_the_end_for_as_long_as_it_takes(
 
 
 def test_waiting_has_an_end_after_which_nothing_is_asked_for(nodes: list[dict[str, Any]], coordinator: Coordinator):
-    with pytest.raises(UserError, match=r"room for 0 of 8 workers \(1 GPU each\) after 0 s and needs 2 to begin"):
-        room(ClusterConfig(wait_s=0.05), "finetune", "fine-tune", [{"GPU": 1.0}] * 8, at_least=2).__enter__()
+    with pytest.raises(UserError, match=r"room for 0 of 8 workers \(1 GPU each\) after 0 s and needs 2; see"):
+        wait_for_room(ClusterConfig(wait_s=0.05), "finetune", "fine-tune", [{"GPU": 1.0}] * 8, at_least=2)
     assert coordinator.calls[-1][0] == "cancel"
+
+
+def test_nodes_that_go_while_work_runs_are_missed_and_waited_for(
+    nodes: list[dict[str, Any]], coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    nodes.append(node(CPU=1))
+    presence = wait_for_room(ClusterConfig(wait_s=0.3), "evaluate", "evaluate", [{"CPU": 1.0}])
+    monkeypatch.setattr(module.ray, "wait", lambda refs, **_: (refs[:1] if nodes else [], refs))
+    assert presence.first_done(["one", "two"]) == "one"
+    nodes.clear()
+    assert not presence.look()
+    nodes.append(node(CPU=1))
+    assert presence.look()
+    nodes.clear()
+    with pytest.raises(UserError, match=r"evaluate: the cluster has room for 0 of 1 workers"):
+        presence.first_done(["one", "two"])
+    assert "evaluate: waits for nodes" in capsys.readouterr().out

@@ -1,0 +1,24 @@
+"""Encoded images of anybody to pixels."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""Pillow reads others too, some of them by starting other programs."""
+MOST_PIXELS = 100_000_000
+"""Of an image: a small file may promise any number, for which memory would be taken."""
+
+
+def decode(encoded: bytes) -> Image.Image:
+    """The image in ``encoded``, fully decoded; ``OSError`` if it is truncated or no image."""
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        if image.width * image.height > MOST_PIXELS:
+            raise OSError(f"{image.width}×{image.height} pixels are more than {MOST_PIXELS:,}")
+        image.load()
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for some broken files
+        raise OSError(str(error)) from error
+    return image
