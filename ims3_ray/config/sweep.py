@@ -80,7 +80,7 @@ class SearchConfig(Section):
     seed: int = Field(default=0, ge=0)
     """Of random and optuna."""
     concurrent: int | None = Field(default=None, ge=1)
-    """Trials at a time; as many as the cluster has room for when unset."""
+    """Trials at a time; as many as the cluster has room for when unset. On one that grows (`cluster.wait_s`) it must be set."""
     by: Literal["accuracy", "s3", "both"] = "accuracy"
     """What decides: final accuracy on held-out training images; the terms of Eq. 10 at the run's own α, β and encoder, which
     needs no student; or accuracy among the `screened` best by these terms."""
@@ -143,6 +143,8 @@ class SweepConfig(RunConfig):
             raise ValueError(f"search.row='{search.row}' is no row; there is: {', '.join(self.evaluation.rows)}")
         if search.by != "s3" and not self.evaluation.val_per_class:
             raise ValueError(f"search.by={search.by} decides on held-out training images; set evaluation.val_per_class")
+        if self.cluster.wait_s and search.concurrent is None:
+            raise ValueError("with cluster.wait_s the cluster does not say yet how many trials it holds; set search.concurrent")
         if search.early_stopping and len(self.draws) < 2:
             raise ValueError("search.early_stopping stops between draws; give several, as in draws=[0, 1, 2]")
         if search.method == "optuna" and not set(self.values) - set(INNER):

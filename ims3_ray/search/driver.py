@@ -21,7 +21,7 @@ from ims3_ray.artifacts import Storage
 from ims3_ray.cluster import connected
 from ims3_ray.config import SweepConfig, canonical
 from ims3_ray.config.sweep import Range, trial_title
-from ims3_ray.errors import IncompletePool, UserError
+from ims3_ray.errors import IncompletePool
 from ims3_ray.pipeline import RunResult, check_folder, run_stages, warn_if_lost_with_job
 from ims3_ray.plan.layout import Plan
 from ims3_ray.plan.sweep import SweepPlan, generator_of, make_sweep
@@ -49,10 +49,6 @@ def sweep(config: SweepConfig | None = None) -> RunResult:
     and their results published.
     """
     config = config or SweepConfig()
-    if config.cluster.wait_s and not config.search.concurrent:
-        raise UserError(
-            "a cluster that grows (cluster.wait_s) does not say how many trials it will hold; set search.concurrent"
-        )
     plan, storage = make_sweep(config), Storage.at(config.storage)
     check_folder(config, storage)
     print(describe_sweep(plan), flush=True)

@@ -101,6 +101,7 @@ def test_a_point_is_a_distillation_of_the_arm_with_its_settings():
         ({"arm": "gan"}, "arm='gan' is no arm; there is: random_real, dit, dit_s3, ims3"),
         ({"search": {"row": "soft/resnet-18"}}, "search.row='soft/resnet-18' is no row; there is: hard/convnet-3"),
         ({"search": {"early_stopping": True}}, "give several, as in draws=[0, 1, 2]"),
+        ({"cluster": {"wait_s": 60}}, "set search.concurrent"),
         ({"evaluation": {"val_per_class": 0}}, "set evaluation.val_per_class"),
         ({"arms": {"ims3": {"overrides": {"selection": {"alpha": 1}}}}}, "arms.ims3.overrides sets selection.alpha, which"),
     ],
