@@ -22,7 +22,7 @@ WORKER_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # nodes have to boot
     # Ray Data would have the cluster grow whenever it is well used, by nodes of any kind: the pool's actors are what is wanted.
-    **{f"RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_{what}_UTIL_THRESHOLD": "inf" for what in SCALED},
+    **{f"RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_{what}_UTIL_THRESHOLD": "1e9" for what in SCALED},
 }
 
 
