@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from ims3_ray.driver import run_off_the_head
+from ims3_ray.config import PretrainConfig, WorkConfig
 from ims3_ray.errors import IncompletePool, UserError
 from ims3_ray.loading import Tree, load_config
 
@@ -36,7 +36,7 @@ def main(
         if plan is not None and args.dry_run:
             print(plan(config))
         else:
-            run_off_the_head(run, config)
+            _run(run, config)
     except (UserError, IncompletePool) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
@@ -44,3 +44,13 @@ def main(
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
+
+
+def _run(run: Callable[[Tree], None], config: Tree) -> None:
+    """Where there is room for it, if it is work for a cluster; benchmarks run where Ray is not installed, too."""
+    if not isinstance(config, WorkConfig | PretrainConfig):
+        run(config)
+        return
+    from ims3_ray.driver import run_off_the_head
+
+    run_off_the_head(run, config)

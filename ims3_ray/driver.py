@@ -11,16 +11,14 @@ import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 
 from ims3_ray.cluster import connected, here, joins, placed, results
-from ims3_ray.config import PretrainConfig, Section, WorkConfig
+from ims3_ray.config import PretrainConfig, WorkConfig
 from ims3_ray.errors import UserError
 from ims3_ray.room import coordinator, wait_for_room
-
-Config = TypeVar("Config", bound=Section)
 
 ATTEMPTS = 20
 """Nodes that the task may lose before the job fails; each attempt continues where the one before was."""
@@ -28,9 +26,9 @@ CANCEL_S = 30.0
 """For which an interrupted job may say goodbye to MLflow."""
 
 
-def run_off_the_head(run: Callable[[Config], None], config: Config) -> None:
+def run_off_the_head(run: Callable[[Any], None], config: WorkConfig | PretrainConfig) -> None:
     """``run(config)``, here or in a task; raises what it raises."""
-    if not isinstance(config, WorkConfig | PretrainConfig) or joins(config.cluster) is None:
+    if joins(config.cluster) is None:
         run(config)
         return
     with connected(config.cluster):
