@@ -6,7 +6,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,14 +18,7 @@ import pytest
 
 from tests.conftest import tiny_values
 from tests.e2e.conftest import ROOT, environment, write_config
-
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.local_nodes import RAY, free_port
 
 
 @dataclass(frozen=True)
