@@ -16,6 +16,7 @@ Needs torch, deepspeed, pydantic, pyyaml, pillow and safetensors (diffusers for 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -36,10 +37,11 @@ from ims3_ray.config import FinetuneConfig, Section
 from ims3_ray.cost import finetune_flops
 from ims3_ray.data.clean_images import CleanImages
 from ims3_ray.errors import UserError
-from ims3_ray.finetuning import Finetuner
 from ims3_ray.models.dit import PUBLISHED, DiT
 from ims3_ray.seeds import generator_for
 from ims3_ray.speed import matmul_rate
+from ims3_ray.stages.zero import ZeroEngine
+from ims3_ray.training.finetuning import BuildEngine, Finetuner, TorchEngine
 
 GPU = torch.cuda.is_available()
 WARM_UP = 2
@@ -68,12 +70,16 @@ class Case:
     """Latents are drawn from moments in memory; else each step encodes its images."""
     thin: bool = False
     """One image and a width of 64."""
+    batch_size: int | None = None
+    """Of each worker, if not the config's."""
+
+
+def inversion(steps: int, weight: float = 0.002) -> Case:
+    """Inversion matching with N = ``steps``."""
+    return Case({"objectives": {"inversion_matching": {"weight": weight, "n_steps": steps}}})
 
 
 def cases() -> dict[str, Case]:
-    def inversion(steps: int, weight: float = 0.002) -> Case:
-        return Case({"objectives": {"inversion_matching": {"weight": weight, "n_steps": steps}}})
-
     found = {f"ZeRO {stage}": Case({"zero_stage": stage}) for stage in range(4)}
     found["latents encoded each step"] = Case(cached=False)
     found["L_Diff alone"] = inversion(1, weight=0.0)
@@ -87,21 +93,22 @@ def cases() -> dict[str, Case]:
     return found
 
 
-def measure(config: BenchmarkConfig, name: str, rank: int) -> dict[str, Any]:
-    case, world = cases()[name], config.workers
+def measure(config: BenchmarkConfig, name: str, case: Case, build_engine: BuildEngine, rank: int = 0) -> dict[str, Any]:
+    world = config.workers
     device = torch.device("cuda", rank) if GPU else torch.device("cpu")
     if GPU:
         torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats()
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // world))
     shape = PUBLISHED[config.model].model_copy(update={"patch_size": config.patch, "input_size": config.image_size // 8})
     if case.thin:
         shape = shape.model_copy(update={"hidden_size": 64, "num_heads": 4})
-    each = 1 if case.thin else config.batch_size
+    each = 1 if case.thin else case.batch_size or config.batch_size
     settings = {"precision": "bf16" if GPU else "fp32", "batch_size": each * world, **case.settings}
     tuning = FinetuneConfig.model_validate({"trainer": {"num_workers": world}, **settings})
     with device:
-        tuner = Finetuner(DiT(shape), tuning, device, rank, world)
+        tuner = Finetuner(DiT(shape), tuning, device, rank, world, build_engine)
     labels = torch.arange(IMAGES) % 10
     latents = (IMAGES, 1, shape.in_channels, shape.input_size, shape.input_size)
     moments = {key: torch.randn(latents, dtype=torch.float16) for key in ("mean", "log_variance")}
@@ -155,12 +162,33 @@ def encoder(config: BenchmarkConfig, device: torch.device) -> Callable[[], dict[
     return encode
 
 
+def engine(name: Literal["torch", "zero"]) -> BuildEngine | None:
+    """The engine by its name, for one worker; None where DeepSpeed is asked for and not installed."""
+    if name == "torch":
+        return TorchEngine
+    if importlib.util.find_spec("deepspeed") is None:
+        return None
+    join(0, 1, free_port())
+    return ZeroEngine
+
+
+def join(rank: int, workers: int, port: int) -> None:
+    """What DeepSpeed reads of the group that this process belongs to."""
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({"DS_BUILD_OPS": "0", **{key: str(value) for key, value in group.items()}})
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def worker(config: BenchmarkConfig, name: str, rank: int, port: int, results: Any) -> None:
     sys.stdout = sys.stderr  # DeepSpeed's log lines are no part of the JSON
-    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": config.workers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({"DS_BUILD_OPS": "0", **{key: str(value) for key, value in group.items()}})
+    join(rank, config.workers, port)
     try:
-        row = measure(config, name, rank)
+        row = measure(config, name, cases()[name], ZeroEngine, rank)
     except torch.OutOfMemoryError:
         row = {"case": name, "error": "out of memory"}
     if rank == 0:
@@ -170,9 +198,7 @@ def worker(config: BenchmarkConfig, name: str, rank: int, port: int, results: An
 def run_case(config: BenchmarkConfig, name: str) -> dict[str, Any]:
     spawn = multiprocessing.get_context("spawn")
     results = spawn.SimpleQueue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [
         spawn.Process(target=worker, args=(config, name, rank, port, results), daemon=True) for rank in range(config.workers)
     ]

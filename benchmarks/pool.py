@@ -189,12 +189,13 @@ def measure_pool(config: BenchmarkConfig, name: str) -> dict[str, Any]:
     from ims3_ray.models.autoencoder import autoencoder_path
     from ims3_ray.models.encoder import encoder_path
     from ims3_ray.models.generator import generator_path
+    from ims3_ray.stages.actors import run_units
     from ims3_ray.stages.base import Stage
     from ims3_ray.stages.derived import derive_of
     from ims3_ray.stages.images import ImageStore
     from ims3_ray.stages.producers import candidates_of
     from ims3_ray.stages.weights import Weights
-    from ims3_ray.stages.worker import Derivation, Work, run_units
+    from ims3_ray.stages.worker import Derivation, Work
 
     case = cases(config)[name]
     sampling = sampling_of(config, case)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,15 @@ from typing import Any
 import ray
 import torch
 import yaml
-from torch import Tensor
 
 from ims3_ray.cluster import connected, own_device, placed
 from ims3_ray.config import PretrainConfig, canonical
-from ims3_ray.data.batches import load_pixels
 from ims3_ray.data.files import is_remote
 from ims3_ray.data.sources import open_source
-from ims3_ray.data.transforms import to_signed
 from ims3_ray.errors import UserError
-from ims3_ray.evaluation import accuracy_of, train_student
-from ims3_ray.models.encoder import load_encoder
+from ims3_ray.judging import Quality, judge_encoder, judge_generator
 from ims3_ray.room import wait_for_room
-from ims3_ray.stages.base import units_of
 from ims3_ray.stages.export import contact_sheet
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Figures for the card, and (of a generator) samples to look at, uint8 [classes·per_class, C, H, W]."""
-
-    lines: list[str]
-    samples: Tensor | None = None
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -63,9 +49,8 @@ def pretrain(config: PretrainConfig) -> Path:
             }  # fmt: skip
             outcome = fit(encoder_loop, arguments, trainer, "train", str(folder), labels)
         path.write_bytes(outcome["weights"])
-        judge = judge_generator if config.target == "generator" else judge_encoder
         threads = config.quality.threads
-        task = ray.remote(judge).options(
+        task = ray.remote(_judge).options(
             num_cpus=min(threads, trainer.cpus_per_worker),
             num_gpus=trainer.gpus_per_worker,
             **placed(config.cluster, "finetune"),
@@ -80,55 +65,9 @@ def pretrain(config: PretrainConfig) -> Path:
     return path
 
 
-def judge_generator(config: PretrainConfig, weights: Path) -> Quality:
-    """How often a classifier trained on the real training split names guided samples as they were asked for."""
-    from ims3_ray.stages.producers import Candidates
-
-    q = config.quality
-    torch.set_num_threads(q.threads)
-    device = own_device()
-    train, test, names = _splits(config)
-    student, accuracy = train_student(q.judge.students[0], train, test, len(names), q.judge, 0, device=device)
-    produce = Candidates(q.sampling, weights, None, None, config.seed, device)
-    agreed, first = [], []
-    for label in range(len(names)):
-        units = units_of(label, q.images_per_class, q.sampling.unit_size)
-        samples = torch.cat([produce(unit).pixels.cpu() for unit in units])[: q.images_per_class]
-        agreed.append(accuracy_of(student, (samples, torch.full((len(samples),), label)), len(names), device))
-        first.append(samples[:10])
-    s = q.sampling
-    return Quality(
-        [
-            f"judge: {q.judge.students[0]} of width {q.judge.width}, {q.judge.epochs} epochs on the real training split, "
-            f"{accuracy.last:.1f} % on the test split",
-            f"the judge names {sum(agreed) / len(agreed):.1f} % of {q.images_per_class} guided samples a class as they were "
-            f"asked for ({s.sampler}, {s.steps} steps, guidance {s.cfg_scale:g})",
-            "by class: " + ", ".join(f"{name} {share:.0f} %" for name, share in zip(names, agreed, strict=True)),
-        ],
-        torch.cat(first),
-    )
-
-
-def judge_encoder(config: PretrainConfig, weights: Path) -> Quality:
-    """Test accuracy of φ's own classification head."""
-    torch.set_num_threads(config.quality.threads)
-    _, (pixels, labels), _ = _splits(config)
-    encoder = load_encoder(weights)
-    with torch.inference_mode():
-        predicted = torch.cat([encoder.logits(to_signed(part)).argmax(dim=1) for part in pixels.split(500)])
-    share = 100 * (predicted == labels).float().mean().item()
-    return Quality([f"its classification head: {share:.1f} % on the test split; features have {encoder.dim} dimensions"])
-
-
-Labelled = tuple[Tensor, Tensor]
-
-
-def _splits(config: PretrainConfig) -> tuple[Labelled, Labelled, tuple[str, ...]]:
-    data = config.data
-    train = open_source(data.path, data.train_split)
-    test = open_source(data.test_path or data.path, data.test_split)
-    loaded = [load_pixels(source, data.size, data.channels)[:2] for source in (train, test)]
-    return loaded[0], loaded[1], train.class_names
+def _judge(config: PretrainConfig, path: Path) -> Quality:
+    judge = judge_generator if config.target == "generator" else judge_encoder
+    return judge(config, path, own_device())
 
 
 def weights_card(config: PretrainConfig, outcome: dict[str, Any], path: Path, quality: Quality) -> str:

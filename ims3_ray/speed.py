@@ -7,6 +7,12 @@ from functools import cache
 
 import torch
 
+LARGE = {"cpu": 2048, "cuda": 8192}
+"""Sides of matrices that are large for a device."""
+SMALL = 256
+LONG_S = 0.02
+"""A product that takes longer than this is large enough: some CPUs compute some types a hundred times slower than others."""
+
 
 @cache
 def matmul_rate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
@@ -15,15 +21,20 @@ def matmul_rate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.f
     The best of three measurements, once a process: whatever else the machine does makes them slower only.
     """
     device = torch.device(device)
-    size, repeats = (8192, 20) if device.type == "cuda" else (2048, 2)
+    largest = LARGE["cuda" if device.type == "cuda" else "cpu"]
+    size, repeats = (largest, 20) if device.type == "cuda" else (SMALL, 2)
+    while _seconds(device, dtype, size, 1) < LONG_S and size < largest:
+        size *= 2
+    return 2.0 * size**3 * repeats / min(_seconds(device, dtype, size, repeats) for _ in range(3))
+
+
+def _seconds(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
+    """Seconds that so many products of ``size`` × ``size`` matrices take."""
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-
-    def seconds(times: int) -> float:
-        began = time.perf_counter()
-        for _ in range(times):
-            product = a @ b
-        product[0, 0].item()  # waits for the device
-        return time.perf_counter() - began
-
-    seconds(1)
-    return 2.0 * size**3 * repeats / min(seconds(repeats) for _ in range(3))
+    product = a @ b
+    product[0, 0].item()  # waits for the device
+    began = time.perf_counter()
+    for _ in range(repeats):
+        product = a @ b
+    product[0, 0].item()
+    return time.perf_counter() - began

@@ -31,6 +31,8 @@ class GeneratorTraining(Section):
     flip: bool = False
     checkpoint_every: int = Field(default=250, ge=1)
     precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    """torch.compile each transformer block (all share one compilation); pays off after some minutes of GPU work."""
 
 
 class QualityConfig(Section):

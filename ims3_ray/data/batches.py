@@ -43,6 +43,10 @@ def batch_indices(count: int, batch_size: int, rank: int, world: int, seed: int,
         return permutations[epoch]
 
     while True:
-        start = step * batch_size
-        yield torch.stack([at(position // count)[position % count] for position in range(start + first, start + end)])
+        position, stop, parts = step * batch_size + first, step * batch_size + end, []
+        while position < stop:
+            epoch, offset = divmod(position, count)
+            parts.append(at(epoch)[offset : offset + stop - position])
+            position += len(parts[-1])
+        yield torch.cat(parts)
         step += 1

@@ -25,7 +25,7 @@ class _Rivals:
 
     def __init__(self, c_CGD: Tensor, groups_SC: Tensor) -> None:
         self.c = c_CGD
-        self.chosen_SCD = c_CGD[torch.arange(len(c_CGD)), groups_SC]
+        self.chosen_SCD = c_CGD[torch.arange(len(c_CGD), device=c_CGD.device), groups_SC]
 
     def sum(self, i: int) -> Tensor:
         """[S, G]"""
@@ -43,7 +43,7 @@ class _TabledRivals:
 
     def __init__(self, pairs_CGCG: Tensor, groups_SC: Tensor) -> None:
         self.pairs = pairs_CGCG
-        classes = torch.arange(len(pairs_CGCG))
+        classes = torch.arange(len(pairs_CGCG), device=pairs_CGCG.device)
         self.sums_SCG = torch.stack([pairs_CGCG[classes, groups].sum(dim=0) for groups in groups_SC])
 
     def sum(self, i: int) -> Tensor:
@@ -53,9 +53,9 @@ class _TabledRivals:
         self.sums_SCG[starts] += self.pairs[i, new] - self.pairs[i, old]
 
 
-def room_for_pairs(C: int, G: int) -> Tensor | None:
+def room_for_pairs(C: int, G: int, device: torch.device) -> Tensor | None:
     """Where to keep all pairs of candidates, float64 [C, G, C, G]; None where they are too many."""
-    return torch.empty(C, G, C, G, dtype=torch.float64) if (C * G) ** 2 <= TABLE_VALUES else None
+    return torch.empty(C, G, C, G, dtype=torch.float64, device=device) if (C * G) ** 2 <= TABLE_VALUES else None
 
 
 def descend(
@@ -69,10 +69,10 @@ def descend(
     """
     C, G, _ = c_CGD.shape
     random_starts = int(min(MOST_STARTS, max(1, START_PAIRS // (C * C * G))))
-    drawn = torch.randint(G, (random_starts, C), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randint(G, (random_starts, C), generator=torch.Generator().manual_seed(0)).to(c_CGD.device)
     groups_SC = torch.cat([separable[None], drawn])
     rivals = _Rivals(c_CGD, groups_SC) if pairs_CGCG is None else _TabledRivals(pairs_CGCG, groups_SC)
-    starts = torch.arange(len(groups_SC))
+    starts = torch.arange(len(groups_SC), device=groups_SC.device)
     # A pair stands in both classes' sums, so moving class i changes the objective by twice its own repulsion.
     weight = beta / (C - 1)
     moved = True

@@ -39,7 +39,7 @@ def pool_tables(c_CGD: Tensor, pairs_CGCG: Tensor | None = None) -> tuple[Tensor
     ``pairs_CGCG`` is filled with all of them, and with zero within a class, where the caller has room.
     """
     C, G, _ = c_CGD.shape
-    total, farthest = (torch.zeros(C, G, dtype=torch.float64) for _ in range(2))
+    total, farthest = (c_CGD.new_zeros(C, G, dtype=torch.float64) for _ in range(2))
     size = max(1, TILE // G)
     blocks = [slice(start, min(start + size, C)) for start in range(0, C, size)]
     for number, rows in enumerate(blocks):
@@ -48,7 +48,7 @@ def pool_tables(c_CGD: Tensor, pairs_CGCG: Tensor | None = None) -> tuple[Tensor
             pairs = log_distance(of_rows.flatten(0, 1), of_columns.flatten(0, 1))
             pairs = pairs.reshape(len(of_rows), G, len(of_columns), G)
             if rows == columns:  # a class is no rival of its own
-                own = torch.arange(len(of_rows))
+                own = torch.arange(len(of_rows), device=pairs.device)
                 pairs[own, :, own, :] = 0
             total[rows] += pairs.sum(dim=(2, 3))
             farthest[rows] += pairs.amax(dim=3).sum(dim=2)

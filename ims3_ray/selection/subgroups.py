@@ -62,7 +62,8 @@ def select_subgroups(
     if coupling not in ("pool", "selected"):
         raise ValueError(f"coupling must be 'pool' or 'selected', not {coupling!r}")
     coupled = coupling == "selected" and len(candidates_CGD) > 1 and beta > 0
-    pairs = room_for_pairs(*candidates_CGD.shape[:2]) if coupled else None
+    C, G = candidates_CGD.shape[:2]
+    pairs = room_for_pairs(C, G, candidates_CGD.device) if coupled else None
     proximity, repulsion, farthest = scored(candidates_CGD, references_CD, pairs)
     score = alpha * proximity - beta * repulsion
     groups = score.argmin(dim=1)

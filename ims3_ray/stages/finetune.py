@@ -25,7 +25,6 @@ from ims3_ray.data.batches import batch_indices
 from ims3_ray.data.clean_images import CleanImages
 from ims3_ray.data.sources import open_source
 from ims3_ray.errors import UserError
-from ims3_ray.finetuning import Finetuner, Row
 from ims3_ray.models.generator import load_generator
 from ims3_ray.progress import Progress
 from ims3_ray.room import Bundle, Request, holds, wait_for_room
@@ -35,6 +34,8 @@ from ims3_ray.stages.adapters import Adapters, group_checkpoints, group_unit, se
 from ims3_ray.stages.base import Context, Stage, parse_unit, read_class
 from ims3_ray.stages.derived import read_latents
 from ims3_ray.stages.train import fit
+from ims3_ray.stages.zero import ZeroEngine
+from ims3_ray.training.finetuning import Finetuner, Row
 
 POST_EVERY = 5
 GROW_S = 900.0
@@ -83,7 +84,7 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
     steps = config.total_steps(len(images.labels))
     model = load_generator(plain["weights"].path())
     flops = finetune_flops(model.config, config)
-    tuner = Finetuner(model, config, device, rank, world)
+    tuner = Finetuner(model, config, device, rank, world, ZeroEngine)
     history: list[Row] = []
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:

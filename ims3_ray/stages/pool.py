@@ -18,12 +18,13 @@ from ims3_ray.errors import IncompletePool, UserError
 from ims3_ray.hardware import kind
 from ims3_ray.progress import Progress
 from ims3_ray.room import wait_for_room
+from ims3_ray.stages.actors import run_units
 from ims3_ray.stages.base import Context, Stage, commit_units, parse_unit, read_many
 from ims3_ray.stages.derived import derive_of
 from ims3_ray.stages.images import ImageStore
 from ims3_ray.stages.producers import Producer, Stored, producer_of
 from ims3_ray.stages.s3 import Listener
-from ims3_ray.stages.worker import Derivation, Work, run_units
+from ims3_ray.stages.worker import Derivation, Work
 
 Listeners = Mapping[Stage, Sequence[Listener]]
 """A stage that embeds → the selections that want to hear of its units."""

@@ -1,38 +1,35 @@
-"""One actor of the pool that makes images and what is derived of them, and Ray Data that keeps a number of these busy."""
+"""One actor of the pool: makes images and what is derived of them. :mod:`ims3_ray.stages.actors` keeps several busy."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import ray
 import torch
 from numpy.typing import NDArray
 
 from ims3_ray.artifacts import Artifact
-from ims3_ray.cluster import own_device, placed
-from ims3_ray.config import ActorsConfig, ClusterConfig
-from ims3_ray.errors import UserError
 from ims3_ray.hardware import hardware
 from ims3_ray.stages.derived import Derive, Derived
 from ims3_ray.stages.images import ImageStore, Produced
 from ims3_ray.stages.producers import Producer
-from ims3_ray.stages.s3 import Listener
-
-CALLS = 2
-"""Units that an actor has in hand: one on the device, one whose images are encoded and written meanwhile."""
 
 GRACE_S = 2.0
-NO_PROGRESS_S = 1800.0
-"""After which Ray Data gives a pool up that finishes nothing."""
+"""Seconds that an actor waits before it ends itself, in which the result of the unit that broke its device is sent off."""
+
+
+class Listener(Protocol):
+    """Somebody who is told of each unit's shard as it is made."""
+
+    def tell(self, unit: str, shard: bytes) -> None:
+        """A shard that was not told of is found in the storage later, so this may lose one."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class UnitWorker:
     """Produces a unit, derives features or latents of it, stores all, notes it. Two calls run side by side, of which one has
     the device."""
 
-    def __init__(self, works: Sequence[Work], threads: int, encoders: int) -> None:
+    def __init__(self, works: Sequence[Work], threads: int, encoders: int, own_device: Callable[[], str]) -> None:
         self.works, self.threads, self.device = works, threads, own_device()
         self.built: dict[int, tuple[Producer, list[Derive]]] = {}
         """Of the task at hand alone: its models go before the next one's come."""
@@ -105,7 +102,7 @@ class UnitWorker:
     def _compute(self, task: int, unit: str) -> tuple[Produced, list[Derived], list[float]]:
         """What needs the device, with the seconds of each step."""
         if self.unusable:
-            time.sleep(GRACE_S)  # in which the row of the unit that broke it leaves
+            time.sleep(GRACE_S)
             os._exit(1)  # not a failure of this unit: Ray starts another actor, which tries it
         if task not in self.built:
             self.built.clear()
@@ -122,45 +119,3 @@ class UnitWorker:
             derived.append(derive(unit, produced))
             times.append(time.monotonic())
         return produced, derived, [after - before for before, after in itertools.pairwise(times)]
-
-
-def run_units(
-    units: Sequence[tuple[int, str]], works: Sequence[Work], actors: ActorsConfig, cluster: ClusterConfig
-) -> Iterable[tuple[int, str, dict[str, Any]]]:
-    """Work through (number of a task, unit) on the pool; yields them with their entries as they are finished, errors
-    included."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.verbose_progress = False
-    context.max_consecutive_actor_init_deaths = 10
-    context.execution_no_progress_timeout_s = max(NO_PROGRESS_S, cluster.wait_s)  # spot machines may be gone for a while
-    for handler in logging.getLogger("ray.data").handlers:  # the terminal is ours; Ray's own log file keeps everything
-        if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.ERROR)
-    rows = (
-        ray.data.from_items([{"task": task, "unit": unit} for task, unit in units], override_num_blocks=len(units))
-        .map_batches(
-            UnitWorker,
-            fn_constructor_kwargs={"works": works, "threads": actors.threads, "encoders": actors.encoders},
-            batch_size=1,
-            num_cpus=actors.cpus,
-            num_gpus=actors.gpus or None,
-            **placed(cluster, "pool"),
-            compute=ray.data.ActorPoolStrategy(
-                size=min(actors.count, len(units)),
-                max_tasks_in_flight_per_actor=CALLS + 1,
-                max_concurrent_calls_per_actor=CALLS,
-                enable_true_multi_threading=True,
-            ),
-        )
-        .iter_rows()
-    )
-    try:
-        for row in rows:
-            yield row["task"], row["unit"], json.loads(row["entry"])
-    except ray.data.exceptions.ExecutionTimeoutError as error:
-        raise UserError(
-            f"the pool has finished no unit for {context.execution_no_progress_timeout_s:.0f} s: are there nodes for it? See "
-            "`ray status`; the same command goes on"
-        ) from error

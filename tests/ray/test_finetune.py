@@ -17,13 +17,14 @@ from safetensors.torch import load
 from ims3_ray import UserError
 from ims3_ray.config import FinetuneConfig
 from ims3_ray.data.batches import batch_indices
-from ims3_ray.finetuning import Finetuner
 from ims3_ray.models.difffit import merge_adapter
 from ims3_ray.models.generator import load_generator
 from ims3_ray.room import Request
 from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.stages import finetune, train
 from ims3_ray.stages.adapters import Adapters, GroupModels
+from ims3_ray.stages.zero import ZeroEngine
+from ims3_ray.training.finetuning import BuildEngine, Finetuner, TorchEngine
 from tests.ray.conftest import prepare
 
 EVERYTHING = {
@@ -66,18 +67,26 @@ def every_variant(arguments: dict[str, Any]) -> dict[str, Any]:
             history = _steps(arguments, stage, range(2), None, folder)
             history += _steps(arguments, stage, range(2, 4), folder, Path(own))
         outcomes[f"ZeRO {stage} continued"] = {"history": history}
+    if alone:
+        outcomes["PyTorch alone"] = {"history": _steps(arguments, 0, range(4), None, None, TorchEngine)}
+        outcomes["PyTorch alone, in pieces"] = {
+            "history": _steps(arguments, 0, range(4), None, None, TorchEngine, accumulate=2)
+        }
     if (other := arguments["checkpoints"] / "0-1").exists():
         outcomes["one worker's, continued"] = {"history": _steps(arguments, 0, range(2, 4), other, None)}
     return outcomes
 
 
-def _steps(arguments: dict[str, Any], stage: int, steps: range, start: Path | None, end: Path | None) -> list[dict[str, float]]:
+def _steps(
+    arguments: dict[str, Any], stage: int, steps: range, start: Path | None, end: Path | None,
+    build_engine: BuildEngine = ZeroEngine, **settings: Any,
+) -> list[dict[str, float]]:  # fmt: skip
     """The loop by hand: what is loaded from ``start`` runs ``steps`` and is saved in ``end``."""
-    config = FinetuneConfig.model_validate({**arguments["config"], "zero_stage": stage})
+    config = FinetuneConfig.model_validate({**arguments["config"], "zero_stage": stage, **settings})
     context = ray.train.get_context()
     images = finetune.read_images(arguments["images"], None, arguments["classes"], config.flip)
     model = load_generator(arguments["weights"].path())
-    tuner = Finetuner(model, config, "cpu", context.get_world_rank(), context.get_world_size())
+    tuner = Finetuner(model, config, "cpu", context.get_world_rank(), context.get_world_size(), build_engine)
     if start is not None:
         tuner.load(start)
     order = seed_for(arguments["seed"], "finetune-order", 0) % 2**31
@@ -114,6 +123,7 @@ def test_however_it_is_spread_and_stored_the_same_is_learnt(tiny_world: Path, tm
         place = str(tmp_path / str(workers))
         outcomes[workers] = train.fit(every_variant, arguments, context.config.finetune.trainer, "train", place)
     assert "one worker's, continued" in outcomes[2]
+    assert "PyTorch alone" in outcomes[1]
     for outcome in outcomes.values():
         for name, found in outcome.items():
             exact = outcomes[1]["everything trained" if "everything" in name else "ZeRO 0"]

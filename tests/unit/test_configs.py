@@ -9,13 +9,13 @@ import pytest
 from ims3_ray.config import RunConfig
 from ims3_ray.data.classes import imagenet_wnids
 from ims3_ray.estimate import describe
-from ims3_ray.finetuning import objectives_of
 from ims3_ray.loading import load_config
 from ims3_ray.objectives.diffusion import Diffusion
 from ims3_ray.objectives.inversion_matching_released import InversionMatchingReleased
 from ims3_ray.objectives.minimax import Minimax
 from ims3_ray.plan import make_plan
 from ims3_ray.selection import SELECTORS
+from ims3_ray.training.finetuning import objectives_of
 from tests.imagenet import places, write_images, write_weights
 
 CONFIGS = Path(__file__).parents[2] / "configs"

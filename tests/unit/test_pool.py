@@ -191,11 +191,10 @@ def test_after_its_device_has_failed_an_actor_leaves_the_next_unit_to_a_new_proc
     def leave(code: int) -> None:
         raise Left
 
-    monkeypatch.setattr("ims3_ray.stages.worker.own_device", lambda: "cpu")
     monkeypatch.setattr("ims3_ray.stages.worker.os._exit", leave)
     monkeypatch.setattr("ims3_ray.stages.worker.GRACE_S", 0.0)
     work = Work(lambda device: broken, None, (), Artifact(Storage.at(str(tmp_path)), "generate", "k"))
-    worker = UnitWorker([work], 1, 1)
+    worker = UnitWorker([work], 1, 1, lambda: "cpu")
     row: Any = {"task": [0], "unit": ["c0000-u00000"]}
     assert "illegal memory access" in worker(row)["entry"][0]
     with pytest.raises(Left):

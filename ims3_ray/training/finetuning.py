@@ -1,24 +1,24 @@
-"""Fine-tuning of a DiT by weighted objectives with DeepSpeed ZeRO (section 4.1, Algorithm 1): one worker's part of it.
+"""Fine-tuning of a DiT by weighted objectives (section 4.1, Algorithm 1): one worker's part of it.
 
-No Ray here: :mod:`ims3_ray.stages.finetune` brings workers, data and storage, ``benchmarks/finetune.py`` runs it bare.
+:mod:`ims3_ray.stages.finetune` runs it on Ray Train with DeepSpeed ZeRO (:mod:`ims3_ray.stages.zero`); alone it needs PyTorch
+and nothing else.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
-from ims3_ray import compat
 from ims3_ray.config import FinetuneConfig, ObjectivesConfig, canonical
 from ims3_ray.data.clean_images import CleanImages
 from ims3_ray.diffusion.schedule import NoiseSchedule
@@ -30,10 +30,6 @@ from ims3_ray.objectives.diffusion import Diffusion, drop_labels
 from ims3_ray.objectives.inversion_matching import InversionMatching
 from ims3_ray.objectives.inversion_matching_released import InversionMatchingReleased
 from ims3_ray.objectives.minimax import Minimax
-
-TAG = "engine"
-BUCKET = 500_000_000
-"""Gradient values that DeepSpeed reduces at a time: its default."""
 
 Row = dict[str, float]
 """loss, loss_TERM for each term (unweighted) and grad_norm of a step; its number too where rows are kept."""
@@ -96,29 +92,81 @@ def choose_trained(model: DiT, config: FinetuneConfig) -> list[str]:
     return names
 
 
-def deepspeed_config(config: FinetuneConfig, trained: int) -> dict[str, Any]:
-    """For ``trained`` values. Buckets are allocated whole: DeepSpeed's default would take 2 GB for an adapter of 7 MB."""
-    zero = {"stage": config.zero_stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": min(trained, BUCKET)}
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # how large a piece is stands nowhere: its loss carries its share
-        "gradient_accumulation_steps": config.accumulate,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would have to be compiled
-        "steps_per_print": 10**9,
-    }
+class Engine(Protocol):
+    """What turns losses into optimizer steps."""
+
+    module: nn.Module
+    """The model as it has to be called: with its hooks, if the engine has some."""
+
+    def backward(self, loss: Tensor, share: float) -> None:
+        """Add the gradient of a piece's mean ``loss``; the piece is this ``share`` of the images of all workers' batch."""
+
+    def step(self) -> Tensor | float | None:
+        """Called after each piece. After the last one of a batch: update the weights, return the norm of the gradient."""
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """While it is open, the trained parameters are whole on every worker."""
+
+    def save(self, folder: Path) -> None:
+        """Write this worker's part of the trained parameters and of the optimizer's state."""
+
+    def load(self, folder: Path) -> None:
+        """Take up what :meth:`save` wrote."""
+
+
+Trained = Sequence[tuple[str, nn.Parameter]]
+"""The trained parameters with their names."""
+BuildEngine = Callable[[nn.Module, torch.optim.Optimizer, Trained, FinetuneConfig, int], Engine]
+"""(model, optimizer, trained parameters, config, number of workers) → engine."""
+
+
+class TorchEngine:
+    """PyTorch alone, for one worker."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, trained: Trained, config: FinetuneConfig, world: int
+    ) -> None:  # fmt: skip
+        if world != 1:
+            raise ValueError(f"this engine is for one worker, not {world}; several need ims3_ray.stages.zero")
+        self.module, self.optimizer, self.trained, self.pieces = model, optimizer, trained, config.accumulate
+        self._taken = 0
+
+    def backward(self, loss: Tensor, share: float) -> None:
+        (loss * share).backward()
+
+    def step(self) -> Tensor | None:
+        self._taken += 1
+        if self._taken % self.pieces:
+            return None
+        norm = torch.nn.utils.get_total_norm([p.grad for _, p in self.trained if p.grad is not None])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def save(self, folder: Path) -> None:
+        values = {name: parameter.detach() for name, parameter in self.trained}
+        torch.save({"trained": values, "optimizer": self.optimizer.state_dict()}, folder / "engine.pt")
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "engine.pt", map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, parameter in self.trained:
+            parameter.copy_(state["trained"][name])
 
 
 class Finetuner:
     """One worker of a fine-tuning: model, engine, objectives, and (on rank 0) the moving average that becomes the adapter."""
 
-    def __init__(self, model: DiT, config: FinetuneConfig, device: torch.device | str, rank: int = 0, world: int = 1) -> None:
-        if torch.device(device).type == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"
-        compat.prepare_deepspeed()
-        import deepspeed
-
+    def __init__(
+        self, model: DiT, config: FinetuneConfig, device: torch.device | str, rank: int = 0, world: int = 1,
+        build_engine: BuildEngine = TorchEngine,
+    ) -> None:  # fmt: skip
         self.config, self.device, self.rank, self.world = config, torch.device(device), rank, world
-        self.null_label, self.zero = model.config.null_label, deepspeed.zero
+        self.null_label = model.config.null_label
         self.schedule, self.objectives = NoiseSchedule(), objectives_of(config.objectives)
         names = set(choose_trained(model.to(device), config))
         self.trained = [(n, p) for n, p in model.named_parameters() if n in names]
@@ -129,8 +177,7 @@ class Finetuner:
             for block in model.blocks:
                 block.compile(dynamic=False)
         optimizer = torch.optim.AdamW([p for _, p in self.trained], lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        count = sum(p.numel() for _, p in self.trained)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, count))
+        self.engine = build_engine(model, optimizer, self.trained, config, world)
 
     def draw(self, images: CleanImages, index: Tensor, rng: Generator) -> Batch:
         """This worker's part of the global batch of images ``index``.
@@ -151,50 +198,43 @@ class Finetuner:
 
         A value that is not finite leaves the average as it was, and the weights spoilt: the caller has to stop.
         """
-        sums = dict[str, Tensor]()
+        sums, norm = dict[str, Tensor](), None
         for piece in batch.pieces(self.config.accumulate):
             forward = TrainingStep(
-                self.engine, self.schedule, piece.z0, piece.y_B, piece.dropped_B, piece.t_B, piece.noise,
+                self.engine.module, self.schedule, piece.z0, piece.y_B, piece.dropped_B, piece.t_B, piece.noise,
                 output_is_needed=any(objective.needs_output for objective in self.objectives),
             )  # fmt: skip
             losses = add_up(self.objectives, forward)
             share = len(piece.y_B) / self.config.batch_size
-            # DeepSpeed takes the mean over pieces and workers; with this factor it is that over images.
-            self.engine.backward(losses.total * (share * self.config.accumulate * self.world))
+            self.engine.backward(losses.total, share)
             found = {"loss": losses.total, **{f"loss_{name}": loss for name, loss in losses.terms.items()}}
             for name, loss in found.items():
                 sums[name] = sums.get(name, torch.zeros_like(loss, dtype=torch.float32)) + share * loss.detach()
-            norm = self._norm_without_zero() if self.config.zero_stage == 0 else None
-            self.engine.step()
+            norm = self.engine.step()
         values = torch.stack(list(sums.values()))
         if dist.is_initialized():
             dist.all_reduce(values)
-        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        assert norm is not None, "the batch has as many pieces as the engine expects"
         row = dict(zip([*sums, "grad_norm"], [*values.tolist(), float(norm)], strict=True))
         if all(map(math.isfinite, row.values())):
             self._average()
         return row
 
-    def _norm_without_zero(self) -> Tensor:
-        """DeepSpeed keeps the norm under ZeRO only. Right on the last piece, when gradients are whole."""
-        return torch.nn.utils.get_total_norm([p.grad for _, p in self.trained if p.grad is not None])
-
     def _average(self) -> None:
-        with self.zero.GatheredParameters([p for _, p in self.trained], enabled=self.config.zero_stage == 3):
+        with self.engine.gathered():
             if self.rank == 0:
                 self.ema.update(self.trained)
 
     def save(self, folder: Path) -> None:
         """Every worker writes its part of what :meth:`load` needs."""
-        self.engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
+        self.engine.save(folder)
         torch.save([objective.state() for objective in self.objectives], folder / f"objectives-{self.rank}.pt")
         if self.rank == 0:
             torch.save(self.ema.state(), folder / "ema.pt")
 
     def load(self, folder: Path) -> None:
         """Go on from what :meth:`save` wrote; the number of workers may differ under ZeRO 0 alone."""
-        self.engine.checkpoint_engine.load = compat.load_deepspeed_file
-        self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+        self.engine.load(folder)
         writers = len(list(folder.glob("objectives-*.pt")))  # a worker that has joined takes over a copy of a memory
         found = torch.load(folder / f"objectives-{self.rank % writers}.pt", map_location=self.device, weights_only=True)
         for objective, state in zip(self.objectives, found, strict=True):

@@ -1,0 +1,222 @@
+"""Measures on one GPU what only a GPU can show, and trains generators with all the time that is left.
+
+    python benchmarks/gpu.py OUT                                    ten minutes, with the data that the package holds
+    python benchmarks/gpu.py OUT --data FOLDER --minutes 10         also FOLDER/cifar10-train.parquet, cifar10-test.parquet
+    python benchmarks/gpu.py OUT --only machine,tests               some of the steps
+    python benchmarks/gpu.py --needs --data FOLDER                  what to copy to a bare machine, and how large it is
+    python benchmarks/gpu.py --report OUT                           writes what OUT holds into docs/gpu.md
+
+Each step has a process and a time limit of its own. What it finds is written to OUT/results.json at once, so a step that fails
+or is stopped loses nothing but itself. A step that an earlier call has finished is not run again, unless --only names it;
+training goes on from the weights in OUT. OUT holds at most 8 files of at most 16 MB. Without a GPU the same steps run with
+small models, as a rehearsal.
+
+Needs PyTorch, torchvision, timm, numpy, pillow, pyarrow, safetensors, pyyaml and pytest; pydantic for all steps but `machine`,
+diffusers for the autoencoder, DeepSpeed for one row. Steps say what they lack and leave it out. Ray and MLflow are not used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+TABLE_S = 2.0
+"""Kept back for the table at the end."""
+MARGIN = 0.1
+"""Share of its limit by which a step is told to end before it is stopped."""
+SHORTEST_S = 4.0
+"""A step with less is not begun."""
+LOG_BYTES = 2**20
+"""What is kept of the log: its end."""
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    share: float
+    """Of the whole time, at most; the last step gets what the others have left."""
+    modules: tuple[str, ...] = ("pydantic", "timm", "pyarrow", "safetensors", "yaml", "PIL", "numpy")
+    """What it cannot run without, beside PyTorch."""
+
+
+STEPS = (
+    Step("machine", 0.05, ("numpy",)),
+    Step("tests", 0.14, (*Step.modules, "pytest")),
+    Step("sampling", 0.20),
+    Step("finetune", 0.12),
+    Step("students", 0.09),
+    Step("training", 0.40),
+)
+"""In order of worth."""
+
+WHEELS = {
+    "pydantic": ("all steps but `machine`", ("pydantic", "pydantic-core", "annotated-types", "typing-inspection")),
+    "timm": ("the encoder and the students", ("timm",)),
+    "diffusers": ("the autoencoder, in `tests` and `sampling`", ("diffusers", "importlib-metadata", "zipp")),
+    "deepspeed": ("one row of `finetune`; built here with DS_BUILD_OPS=0", ("deepspeed", "hjson")),
+}
+"""Module → what wants it, and the wheels to carry where a machine has PyTorch and little else."""
+
+
+class Results:
+    """``OUT/results.json``, whole after every change."""
+
+    def __init__(self, out: Path) -> None:
+        self.path, self.lock = out / "results.json", threading.Lock()
+        self.values: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {"steps": {}}
+
+    def step(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.values["steps"].get(name, {})
+        return found
+
+    def change(self, name: str, **values: Any) -> None:
+        """Set values of a step; ``row`` is added to its rows."""
+        with self.lock:
+            step = self.values["steps"].setdefault(name, {"rows": []})
+            if (row := values.pop("row", None)) is not None:
+                step["rows"].append(row)
+            step.update(values)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.values, indent=1))
+            os.replace(partial, self.path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help="folder for the results")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of everything together (10)")
+    parser.add_argument("--only", metavar="NAMES", help=f"some of {', '.join(step.name for step in STEPS)}")
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="holds NAME-train.parquet and NAME-test.parquet of data sets"
+    )
+    parser.add_argument("--needs", action="store_true", help="say what a bare machine needs, and stop")
+    parser.add_argument("--report", type=Path, metavar="OUT", help="write what OUT holds into a page, and stop")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/gpu.md", help="the page of --report (docs/gpu.md)")
+    args = parser.parse_args(arguments)
+    if args.needs:
+        print(needs(args.data))
+        return 0
+    if args.report is not None:
+        from gpu_report import write_page
+
+        return write_page(args.report, args.page)
+    names = args.only.split(",") if args.only else [step.name for step in STEPS]
+    if unknown := set(names) - {step.name for step in STEPS}:
+        parser.error(f"there is no step '{min(unknown)}'; choose from {', '.join(step.name for step in STEPS)}")
+    if args.out is None:
+        parser.error("give OUT, the folder for the results")
+    if args.minutes <= 0:
+        parser.error(f"--minutes must be above 0, not {args.minutes:g}")
+    if args.data is not None and not args.data.is_dir():
+        parser.error(f"--data: '{args.data}' is no folder")
+    args.out.mkdir(parents=True, exist_ok=True)
+    return measure(args.out.resolve(), args.data and args.data.resolve(), args.minutes * 60, names, again=bool(args.only))
+
+
+def measure(out: Path, data: Path | None, seconds: float, names: Sequence[str], again: bool) -> int:
+    """Run the steps; 0 if none failed, 1 otherwise. A step that ran out of time has not failed: what it found is there."""
+    end, results = time.monotonic() + seconds - TABLE_S, Results(out)
+    # Training continues; any other step that is done stays as it is, unless it was asked for by name.
+    finished = {step.name for step in STEPS if results.step(step.name).get("state") == "done"} - {"training"}
+    steps = [step for step in STEPS if step.name in names and (again or step.name not in finished)]
+    for step in steps:
+        left = end - time.monotonic()
+        limit = left if step is steps[-1] else min(left, seconds * step.share / sum(s.share for s in steps))
+        if missing := [module for module in step.modules if importlib.util.find_spec(module) is None]:
+            results.change(step.name, state="not run", error=f"needs {', '.join(missing)}; see --needs", seconds=0.0)
+        elif limit < SHORTEST_S:
+            results.change(step.name, state="not run", error="no time was left", seconds=0.0)
+        else:
+            run_step(step, out, data, limit, results)
+        found = results.step(step.name)
+        print(f"{step.name}: {found['state']}, {found['seconds']:.0f} s {found.get('error', '')}".rstrip(), flush=True)
+    from gpu_report import tables
+
+    print(tables(results.values))
+    return int(any(results.step(step.name)["state"] == "failed" for step in steps))
+
+
+def run_step(step: Step, out: Path, data: Path | None, limit: float, results: Results) -> None:
+    """One step in a process group of its own, which is ended at the limit. Its rows come over a pipe as lines of JSON."""
+    before = results.step(step.name).get("rows", []) if step.name == "training" else []
+    began, log = time.monotonic(), out / "log.txt"
+    command = [sys.executable, str(HERE / "gpu_steps.py"), step.name, str(out), str(data or ""), f"{limit * (1 - MARGIN):.1f}"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    with log.open("ab") as errors:
+        errors.write(f"== {step.name}\n".encode())
+        errors.flush()
+        start = errors.tell()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True)
+        results.change(step.name, state="running", pid=process.pid, rows=list(before), error="", limit=round(limit, 1))
+        assert process.stdout is not None
+        reader = threading.Thread(target=take_rows, args=(process.stdout, step.name, results), daemon=True)
+        reader.start()
+        late = False
+        try:
+            process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            late = True
+        finally:
+            end_group(process)
+        reader.join(timeout=5)
+    state = "done" if process.returncode == 0 else "out of time" if late else "failed"
+    error = "" if state == "done" else last_line(log, start) or f"exit code {process.returncode}"
+    results.change(step.name, state=state, error=error if state == "failed" else "", seconds=round(time.monotonic() - began, 1))
+    if log.stat().st_size > LOG_BYTES:
+        log.write_bytes(log.read_bytes()[-LOG_BYTES:])
+
+
+def take_rows(stream: Any, name: str, results: Results) -> None:
+    for line in stream:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut off by the end of the process
+        results.change(name, row=row)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def last_line(log: Path, start: int) -> str:
+    lines = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else ""
+
+
+def needs(data: Path | None) -> str:
+    """What has to be copied to a machine that has PyTorch and no Ray, with sizes in MB."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    else:
+        files = [file for folder in ("ims3_ray", "benchmarks", "configs", "tests") for file in (ROOT / folder).rglob("*.*")]
+    sizes = {"the repository": sum(file.stat().st_size for file in files if file.is_file())}
+    if data is not None:
+        sizes[f"{data}/*.parquet"] = sum(file.stat().st_size for file in data.glob("*.parquet"))
+    lines = [f"{size / 1e6:6.1f} MB  {what}" for what, size in sizes.items()]
+    lines += [f"{sum(sizes.values()) / 1e6:6.1f} MB  together, without the wheels below", ""]
+    for module, (why, wheels) in WHEELS.items():
+        here = "is here" if importlib.util.find_spec(module) else "is missing here"
+        lines.append(f"{module} {here}. Wanted by {why}. Wheels: {' '.join(wheels)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""What ``benchmarks/gpu.py`` has found, as tables, beside what had been predicted; and the page that shows them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+"""What lies between these lines of the page is written by ``--report``."""
+
+PREDICTED: dict[tuple[str, str], str] = {
+    ("machine", "bf16"): "790 TFLOP/s",
+    ("machine", "tf32"): "400 TFLOP/s",
+    ("machine", "copy"): "2,900 GB/s (H200: 4,300)",
+    ("sampling", "bf16, batch 64"): "20 images/s, share 0.60",
+    ("sampling", "bf16, batch 64, compiled"): "23 images/s, share 0.70",
+    ("sampling", "bf16, batch 10"): "11 images/s, share 0.32",
+    ("sampling", "fp32, batch 1, as the published scripts"): "0.8 images/s",
+    ("sampling", "fp32, batch 10, as the published scripts"): "1.8 images/s",
+    ("sampling", "autoencoder alone"): "500 images/s, share 0.40",
+    ("finetune", "N = 2"): "130 samples/s, share 0.20",
+    ("finetune", "N = 2, compiled"): "200 samples/s, share 0.30",
+    ("finetune", "N = 2, batch 32"): "330 samples/s, share 0.50",
+    ("students", "Eq. 10 on cuda"): "2 s",
+    ("training", "cifar10"): "18,000 images/s, the judge names 85 %",
+    ("training", "fashion-mnist"): "35,000 images/s, the judge names 92 %",
+}
+"""For an H100, before any GPU had run this: docs/gpu.md has the arithmetic."""
+
+NUMBERS = {
+    "tflop_per_s": "TFLOP/s", "gb_per_s": "GB/s", "images_per_s": "images/s", "samples_per_s": "samples/s",
+    "epochs_per_s": "epochs/s", "seconds": "s", "share": "share", "peak_gb": "GB at most", "cold_s": "s for the first time",
+    "ms": "ms", "steps": "steps", "epochs": "epochs", "agreement": "% named as asked", "judge_accuracy": "% accuracy of the judge",
+    "mb": "MB",
+}  # fmt: skip
+"""Fields of a row that are figures, with their units, in the order in which they are shown."""
+
+TITLES = {
+    "machine": "The machine", "tests": "Tests of the CUDA paths (`tests/gpu`)",
+    "sampling": "Sampling: 256 pixels, DDPM in 50 steps, guidance on 3 of 4 channels",
+    "finetune": "Fine-tuning: DiffFit, batches of 8, bf16", "students": "Students and selection",
+    "training": "Generators trained by the clock",
+}  # fmt: skip
+
+
+def tables(values: Mapping[str, Any]) -> str:
+    """Markdown: a table for every step that has run, and one line for every other."""
+    parts = []
+    for name, title in TITLES.items():
+        if (step := values["steps"].get(name)) is None:
+            continue
+        note = f"{step['state']}{', ' + step['error'] if step.get('error') else ''}, {step.get('seconds', 0):.0f} s"
+        parts += [f"### {title}", "", f"{note[:1].upper()}{note[1:]}.", "", *_tables_of(name, step["rows"])]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _tables_of(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if name == "tests":
+        return _tests(rows)
+    lines = []
+    main = [row for row in rows if _label(row) and "profile" not in row]
+    if main:
+        lines += ["| | found | predicted for an H100 |", "|---|---|---|"]
+        lines += [f"| {_label(row)} | {_figures(row)} | {PREDICTED.get((name, _key(row)), '')} |" for row in main] + [""]
+    if profile := [row for row in rows if "profile" in row]:
+        lines += ["| what the device was busy with | share | ms | calls |", "|---|---|---|---|"]
+        lines += [f"| `{row['profile']}` | {row['share']:.1%} | {row['ms']:g} | {row['calls']} |" for row in profile] + [""]
+    for row in rows:
+        lines += [f"Left out: {', '.join(row['left out'])}.", ""] if row.get("left out") else []
+        lines += [f"- {line}" for line in row.get("quality", ())]
+        lines += [f"{row['set']}: {row['error']}.", ""] if "set" in row and "error" in row else []
+    return [*lines, ""] if lines and lines[-1] else lines
+
+
+def _tests(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    counts = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ("passed", "failed", "skipped")}
+    lines = [", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) + "." if rows else "None ran.", ""]
+    bad = [f"- `{row['test']}`: {' '.join(row['error'].split())[:300]}" for row in rows if row["outcome"] == "failed"]
+    return [*lines, *bad, *([""] if bad else [])]
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    """What a row is about; empty for a point of a curve."""
+    if "device" in row:
+        return " ".join(str(row[key]) for key in ("device", "driver", "torch") if row.get(key))
+    if "matmul" in row:
+        return f"matrix products, {row['matmul']}"
+    if "copy" in row:
+        return f"copy, {row['copy']}"
+    return str(row.get("case") or (row["set"] if row.get("result") else ""))
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    """Under which the row's prediction stands."""
+    return str(row.get("matmul") or ("copy" if "copy" in row else row.get("case") or row.get("set", "")))
+
+
+def _figures(row: Mapping[str, Any]) -> str:
+    if "device" in row:
+        return ", ".join(f"{row[key]} {unit}" for key, unit in (("memory_gb", "GB"), ("cpus", "CPU cores")) if key in row)
+    return ", ".join(f"{row[key]:,g} {unit}" for key, unit in NUMBERS.items() if key in row)
+
+
+def write_page(out: Path, page: Path) -> int:
+    """Put the tables of ``out`` between the marks of ``page``, sheets and curves beside it; 2 with one line where it cannot."""
+    file = out / "results.json"
+    if not file.is_file():
+        print(f"error: '{file}' does not exist; --report takes the OUT of an earlier call", file=sys.stderr)
+        return 2
+    values = json.loads(file.read_text())
+    text = page.read_text() if page.is_file() else f"# On a GPU\n\n{BEGIN}\n{END}\n"
+    if BEGIN not in text or END not in text:
+        print(f"error: '{page}' has no lines '{BEGIN}' and '{END}' to write between", file=sys.stderr)
+        return 2
+    pictures = page.parent / "images"
+    found = tables(values)
+    rows = values["steps"].get("training", {}).get("rows", [])
+    for name in dict.fromkeys(row["set"] for row in rows if row.get("result")):
+        pictures.mkdir(exist_ok=True)
+        shutil.copyfile(out / f"{name}-dit.png", pictures / f"gpu-{name}.png")
+        curve(rows, name, pictures / f"gpu-{name}-loss.png")
+        found += f"\n![samples of the {name} generator, a row for each class](images/gpu-{name}.png)\n"
+        found += f"\n![its training loss](images/gpu-{name}-loss.png)\n"
+    head, rest = text.split(BEGIN)
+    page.write_text(f"{head}{BEGIN}\n\n{found}\n{END}{rest.split(END)[1]}")
+    print(f"{page}: written")
+    return 0
+
+
+def curve(rows: Sequence[Mapping[str, Any]], name: str, picture: Path) -> None:
+    """The training loss over seconds of training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = [(row["seconds"], row["loss"]) for row in rows if row.get("set") == name and "loss" in row]
+    figure, axes = pyplot.subplots(figsize=(5, 3), layout="constrained")
+    axes.plot(*zip(*points, strict=True) if points else ((), ()))
+    axes.set(xlabel="seconds of training", ylabel="L_Diff", yscale="log", title=name)
+    figure.savefig(picture, dpi=100)
+    pyplot.close(figure)

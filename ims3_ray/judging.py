@@ -1,0 +1,81 @@
+"""What trained weights are worth: how often a classifier of real images names a generator's samples as they were asked for,
+and the test accuracy of an encoder's own head. Needs no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ims3_ray.config import PretrainConfig
+from ims3_ray.data.batches import load_pixels
+from ims3_ray.data.sources import open_source
+from ims3_ray.data.transforms import to_signed
+from ims3_ray.evaluation import accuracy_of, train_student
+from ims3_ray.models.encoder import load_encoder
+from ims3_ray.stages.base import units_of
+from ims3_ray.stages.producers import Candidates
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good trained weights are, in words and in figures."""
+
+    lines: list[str]
+    """For the card."""
+    figures: dict[str, float]
+    """The main ones, in per cent."""
+    samples: Tensor | None = None
+    """Of a generator: ten of each class, uint8 [10·classes, C, H, W]."""
+
+
+def judge_generator(config: PretrainConfig, weights: Path, device: str) -> Quality:
+    """How often a classifier trained on the real training split names guided samples as they were asked for."""
+    q = config.quality
+    torch.set_num_threads(q.threads)
+    train, test, names = _splits(config)
+    student, accuracy = train_student(q.judge.students[0], train, test, len(names), q.judge, 0, device=device)
+    produce = Candidates(q.sampling, weights, None, None, config.seed, device)
+    agreed, first = [], []
+    for label in range(len(names)):
+        units = units_of(label, q.images_per_class, q.sampling.unit_size)
+        samples = torch.cat([produce(unit).pixels.cpu() for unit in units])[: q.images_per_class]
+        agreed.append(accuracy_of(student, (samples, torch.full((len(samples),), label)), len(names), device))
+        first.append(samples[:10])
+    s, agreement = q.sampling, sum(agreed) / len(agreed)
+    return Quality(
+        [
+            f"judge: {q.judge.students[0]} of width {q.judge.width}, {q.judge.epochs} epochs on the real training split, "
+            f"{accuracy.last:.1f} % on the test split",
+            f"the judge names {agreement:.1f} % of {q.images_per_class} guided samples a class as they were "
+            f"asked for ({s.sampler}, {s.steps} steps, guidance {s.cfg_scale:g})",
+            "by class: " + ", ".join(f"{name} {share:.0f} %" for name, share in zip(names, agreed, strict=True)),
+        ],
+        {"judge_accuracy": accuracy.last, "agreement": agreement},
+        torch.cat(first),
+    )
+
+
+def judge_encoder(config: PretrainConfig, weights: Path, device: str) -> Quality:
+    """Test accuracy of φ's own classification head."""
+    torch.set_num_threads(config.quality.threads)
+    _, (pixels, labels), _ = _splits(config)
+    encoder = load_encoder(weights).to(device)
+    with torch.inference_mode():
+        predicted = torch.cat([encoder.logits(to_signed(part.to(device))).argmax(dim=1).cpu() for part in pixels.split(500)])
+    share = 100 * (predicted == labels).float().mean().item()
+    line = f"its classification head: {share:.1f} % on the test split; features have {encoder.dim} dimensions"
+    return Quality([line], {"accuracy": share})
+
+
+Labelled = tuple[Tensor, Tensor]
+
+
+def _splits(config: PretrainConfig) -> tuple[Labelled, Labelled, tuple[str, ...]]:
+    data = config.data
+    train = open_source(data.path, data.train_split)
+    test = open_source(data.test_path or data.path, data.test_split)
+    loaded = [load_pixels(source, data.size, data.channels)[:2] for source in (train, test)]
+    return loaded[0], loaded[1], train.class_names

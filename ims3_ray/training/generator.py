@@ -1,0 +1,152 @@
+"""Pretraining of a class-conditional DiT on images in memory: one worker's part of it.
+
+:mod:`ims3_ray.stages.pretrain_generator` runs it on Ray Train, ``benchmarks/gpu.py`` on a machine without Ray.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ims3_ray.config.base import canonical
+from ims3_ray.config.pretrain import GeneratorTraining
+from ims3_ray.data.batches import batch_indices
+from ims3_ray.data.transforms import to_signed
+from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.errors import UserError
+from ims3_ray.models.checkpoints import pack
+from ims3_ray.models.dit import DiT, DiTConfig
+from ims3_ray.models.ema import Ema
+from ims3_ray.objectives.diffusion import diffusion_loss, drop_labels
+from ims3_ray.training.pace import Pace
+
+FETCH_EVERY = 50
+"""Steps after which losses are read from the device, which makes the host wait."""
+
+
+def dit_config(training: GeneratorTraining, size: int, channels: int, num_classes: int) -> DiTConfig:
+    """The shape of the DiT that ``training`` asks for, for images of ``channels`` × ``size`` × ``size``."""
+    return DiTConfig(
+        input_size=size, in_channels=channels, patch_size=training.patch_size, hidden_size=training.hidden_size,
+        depth=training.depth, num_heads=training.num_heads, num_classes=num_classes,
+    )  # fmt: skip
+
+
+class GeneratorTrainer:
+    """A DiT in training, its optimizer and the moving average (EMA) that becomes the weights file.
+
+    ``images`` are uint8 pixels [N, C, size, size] and labels [N], kept on ``device``. Of each global batch the worker takes
+    its ``rank``-th of ``world`` parts. ``wrap`` prepares the model for several workers (DistributedDataParallel).
+    """
+
+    def __init__(
+        self, config: GeneratorTraining, images: tuple[Tensor, Tensor], num_classes: int, seed: int,
+        device: torch.device | str = "cpu", rank: int = 0, world: int = 1,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.seed, self.device, self.rank, self.world = config, seed, torch.device(device), rank, world
+        self.pixels, self.labels = (tensor.to(self.device) for tensor in images)
+        torch.manual_seed(seed)
+        shape = dit_config(config, self.pixels.shape[-1], self.pixels.shape[1], num_classes)
+        self.model = DiT(shape).to(self.device)
+        if config.compile:
+            for block in self.model.blocks:
+                block.compile(dynamic=False)
+        self.wrapped = wrap(self.model) if wrap is not None else self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+        self.ema = Ema(self.model.named_parameters(), config.ema_decay)
+        self.schedule = NoiseSchedule()
+        half = self.device.type, torch.bfloat16
+        self.autocast = torch.autocast(*half) if config.precision == "bf16" else nullcontext()
+        self.steps_before = 0
+        """Steps of an earlier training of which only the weights are known."""
+        self.losses: list[float] = []
+        """Of every later step; each is finite."""
+        self._unread: list[Tensor] = []
+
+    @property
+    def steps(self) -> int:
+        """Steps that have been taken."""
+        return self.steps_before + len(self.losses) + len(self._unread)
+
+    def run(self, pace: Pace) -> Iterator[int]:
+        """Take steps until ``pace`` ends; yields their number after each. Losses are complete when it has ended."""
+        batches = batch_indices(
+            len(self.labels), self.config.batch_size, self.rank, self.world, self.seed, first_step=self.steps
+        )
+        while (factor := pace.factor(self.steps)) is not None:
+            self._step(next(batches).to(self.device, non_blocking=True), self.config.lr * factor)
+            if self.steps % FETCH_EVERY == 0:
+                self.read_losses()
+            yield self.steps
+        self.read_losses()
+
+    def _step(self, index: Tensor, lr: float) -> None:
+        g, count = self.config, len(index)
+        rng = torch.Generator(self.device).manual_seed((self.seed * 7919 + self.steps) * self.world + self.rank)
+        z0 = to_signed(self.pixels[index])
+        if g.flip:
+            mirrored = torch.rand(count, generator=rng, device=self.device) < 0.5
+            z0 = torch.where(mirrored[:, None, None, None], z0.flip(3), z0)
+        noise = torch.randn(z0.shape, generator=rng, device=self.device)
+        t = torch.randint(self.schedule.num_steps, (count,), generator=rng, device=self.device)
+        y = drop_labels(self.labels[index], self.model.config.null_label, g.label_dropout, rng)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with self.autocast:
+            loss = diffusion_loss(self.wrapped(self.schedule.add_noise(z0, noise, t), t, y), noise)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.model.named_parameters())
+        self._unread.append(loss.detach())
+
+    def read_losses(self) -> None:
+        """Fetch the losses of the last steps; :class:`UserError` naming the first step whose loss is not finite."""
+        found = torch.stack(self._unread).tolist() if self._unread else []
+        self._unread.clear()
+        for loss in found:
+            if not math.isfinite(loss):
+                raise UserError(f"pretraining diverged: the loss of step {self.steps + 1} is {loss}; lower generator.lr")
+            self.losses.append(loss)
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on as if nothing had happened, beside the seconds that were taken."""
+        self.read_losses()
+        return {
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema.state(),
+            "step": self.steps, "losses": self.losses,
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state` gave."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.restore(state["ema"])
+        self.losses = list(state["losses"])
+
+    def start_from(self, weights: dict[str, Tensor], steps: int) -> None:
+        """Go on from the averaged weights of an earlier training of so many steps, with an optimizer that has seen nothing.
+
+        This is for where a whole state is too large to keep: it takes eight times the bytes of a weights file.
+        ``benchmarks/recipe.py`` measures what it costs. Raises :class:`UserError` for weights of another shape.
+        """
+        wanted = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        if wanted != {name: tuple(value.shape) for name, value in weights.items()}:
+            raise UserError("the earlier weights are of another shape than the recipe's; give another folder, or that recipe")
+        self.model.load_state_dict({**self.model.state_dict(), **weights})
+        for name, parameter in self.model.named_parameters():
+            self.ema.average[name].copy_(parameter.detach())
+        self.steps_before = steps
+
+    def weights(self, class_names: Sequence[str], **about: str) -> bytes:
+        """The moving average as a weights file in half precision; ``about`` is added to its metadata."""
+        model = DiT(self.model.config)
+        model.load_state_dict({**model.state_dict(), **{name: value.cpu() for name, value in self.ema.average.items()}})
+        return pack(model, canonical(model.config), "dit", torch.float16, classes="\n".join(class_names), **about)
