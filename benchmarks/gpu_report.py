@@ -34,8 +34,8 @@ PREDICTED: dict[tuple[str, str], str] = {
 NUMBERS = {
     "tflop_per_s": "TFLOP/s", "gb_per_s": "GB/s", "images_per_s": "images/s", "samples_per_s": "samples/s",
     "epochs_per_s": "epochs/s", "seconds": "s", "share": "share", "peak_gb": "GB at most", "cold_s": "s for the first time",
-    "ms": "ms", "steps": "steps", "epochs": "epochs", "agreement": "% named as asked", "judge_accuracy": "% accuracy of the judge",
-    "mb": "MB",
+    "ms": "ms", "steps": "steps", "epochs": "epochs", "agreement": "% named as asked",
+    "judge_accuracy": "% accuracy of the judge", "mb": "MB",
 }  # fmt: skip
 """Fields of a row that are figures, with their units, in the order in which they are shown."""
 

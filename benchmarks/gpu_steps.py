@@ -1,4 +1,4 @@
-"""The steps of ``benchmarks/gpu.py``, each run by it in a process of its own: STEP OUT DATA SECONDS.
+"""The steps of ``benchmarks/gpu.py``, each run by it in a process of its own: STEP OUT DATA END, by the monotonic clock.
 
 Rows are written to the standard output as lines of JSON, as soon as they are known; all else goes to the standard error.
 """
@@ -25,10 +25,10 @@ Emit = Callable[[dict[str, Any]], None]
 
 
 class Clock:
-    """The time that a step has."""
+    """The time that a step has: until ``end`` of the monotonic clock."""
 
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
+    def __init__(self, end: float) -> None:
+        self.end = end
 
     @property
     def left(self) -> float:
@@ -117,7 +117,7 @@ def sampling(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
     from ims3_ray.models.dit import PUBLISHED, DiT
     from ims3_ray.speed import matmul_rate
 
-    shape = PUBLISHED["XL"] if GPU else PUBLISHED["S"].model_copy(update={"patch_size": 8})
+    shape = PUBLISHED["XL"] if GPU else PUBLISHED["S"].model_copy(update={"patch_size": 8, "depth": 2})
     small, middle, large = (10, 64, 128) if GPU else (1, 2, 4)
     steps, schedule = 50 if GPU else 2, NoiseSchedule()
     flops = sampling_flops(shape, SamplingConfig(sampler="ddpm", steps=50, cfg_scale=4.0))
@@ -258,7 +258,7 @@ def finetune(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
     """DiT-XL/2 with DiffFit, batches of 8, by PyTorch alone; with DeepSpeed too where it is installed."""
     import finetune as benchmark
 
-    config = benchmark.BenchmarkConfig(steps=20 if GPU else 3, seconds=8 if GPU else 2)
+    config = benchmark.BenchmarkConfig(image_size=256 if GPU else 128, steps=20 if GPU else 3, seconds=8 if GPU else 2)
     cases = {"N = 2": benchmark.inversion(2), "L_Diff alone": benchmark.inversion(1, weight=0.0)}
     cases |= {f"N = {steps}": benchmark.inversion(steps) for steps in (1, 5)}
     cases["N = 2, compiled"] = benchmark.Case({"compile": GPU})
@@ -296,7 +296,8 @@ def students(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
             emit({"case": name, "C": C, "G": G, "seconds": round(taken, 2)})
             continue
         student, precision = name.split(", ")
-        config = benchmark.BenchmarkConfig(student=student, size=size, width=128 if GPU else 8)
+        count = {} if GPU else {"width": 8, "images_per_class": 1}
+        config = benchmark.BenchmarkConfig(student=student, size=size, **count)
         epoch = benchmark.on_the_device(config, precision=precision)
         emit({"case": name, "epochs_per_s": round(1 / benchmark.seconds_per_epoch(epoch, seconds), 3), **peak_gb()})
 
@@ -309,8 +310,8 @@ def training(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
 
 
 def main() -> None:
-    name, out, data, seconds = sys.argv[1:]
-    clock = Clock(float(seconds))
+    name, out, data, end = sys.argv[1:]
+    clock = Clock(float(end))
     rows = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else prints does so into the log
     steps = {step.__name__: step for step in (machine, tests, sampling, finetune, students, training)}

@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ims3_ray.config import PretrainConfig
-from ims3_ray.data.batches import load_pixels
-from ims3_ray.data.sources import open_source
 from ims3_ray.errors import UserError
-from ims3_ray.judging import judge_generator
+from ims3_ray.evaluation import Labelled
+from ims3_ray.judging import judge_generator, splits_of
 from ims3_ray.loading import load_config
 from ims3_ray.training.generator import GeneratorTrainer
 from ims3_ray.training.pace import ByClock
@@ -39,9 +38,10 @@ SMALL = (
     "generator={hidden_size: 32, depth: 2, num_heads: 2, patch_size: 4, batch_size: 32, warmup_steps: 5, precision: fp32}",
     "generator.compile=false",
     "quality={images_per_class: 4, sampling: {steps: 3, unit_size: 4}, judge: {width: 8, epochs: 1, precision: fp32}}",
+    f"quality.threads={torch.get_num_threads()}",
 )
 """What a rehearsal on CPUs changes."""
-SMALL_IMAGES = 2000
+SMALL_IMAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,13 @@ def train_one(name: str, overrides: list[str], out: Path, seconds: float, emit: 
     """``OUT/NAME-dit.safetensors`` and ``OUT/NAME-dit.png``; rows of the loss curve, then one of the result."""
     began = time.monotonic()
     config = load_config(PretrainConfig, CONFIGS / f"{name}-dit-minutes.yaml", [*overrides, *([] if GPU else SMALL)])
-    source = open_source(config.data.path, config.data.train_split)
-    pixels, labels, _ = load_pixels(source, config.data.size, config.data.channels)
+    train, test, class_names = splits_of(config.data)
     if not GPU:
-        some = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:SMALL_IMAGES]
-        pixels, labels = pixels[some], labels[some]
+        train, test = fewer(train), fewer(test)
     loading_s = time.monotonic() - began
     path = out / f"{name}-dit.safetensors"
     earlier = read(path)
-    trainer = GeneratorTrainer(config.generator, (pixels, labels), len(source.class_names), config.seed, DEVICE)
+    trainer = GeneratorTrainer(config.generator, train, len(class_names), config.seed, DEVICE)
     if earlier is not None:
         trainer.start_from(earlier.weights, earlier.steps)
     trained, first = earlier.seconds if earlier else 0.0, trainer.steps
@@ -111,20 +109,26 @@ def train_one(name: str, overrides: list[str], out: Path, seconds: float, emit: 
             emit({"set": name, **point, "images_per_s": round(speed, 1)})
             shown, shown_step = time.monotonic(), step
         if now - saved > SAVE_S:
-            write(path, trainer, source.class_names, trained + now - started)
+            write(path, trainer, class_names, trained + now - started)
             saved = time.monotonic()
     spent = time.monotonic() - started
-    write(path, trainer, source.class_names, trained + spent)
-    quality = judge_generator(config, path, DEVICE)
+    write(path, trainer, class_names, trained + spent)
+    quality = judge_generator(config, path, (train, test, class_names), DEVICE)
     (out / f"{name}-dit.png").write_bytes(sheet(quality.samples))
     batch, shape = config.generator.batch_size, trainer.model.config
     images = (trainer.steps - first) * batch
     row = {
-        "set": name, "result": True, "steps": trainer.steps, "seconds": round(trained + spent, 1), "images": len(labels),
-        "images_per_s": round(images / spent, 1), "epochs": round(trainer.steps * batch / len(labels), 1),
+        "set": name, "result": True, "steps": trainer.steps, "seconds": round(trained + spent, 1), "images": len(train[1]),
+        "images_per_s": round(images / spent, 1), "epochs": round(trainer.steps * batch / len(train[1]), 1),
         "tflop_per_s": round(3 * images * shape.forward_flops() / spent / 1e12, 3), "mb": round(path.stat().st_size / 1e6, 2),
     }  # fmt: skip
     emit({**row, **{key: round(value, 2) for key, value in quality.figures.items()}, "quality": quality.lines})
+
+
+def fewer(images: Labelled) -> Labelled:
+    """Some of the images, for a rehearsal."""
+    some = torch.randperm(len(images[1]), generator=torch.Generator().manual_seed(0))[:SMALL_IMAGES]
+    return images[0][some], images[1][some]
 
 
 def write(path: Path, trainer: GeneratorTrainer, class_names: tuple[str, ...], seconds: float) -> None:
@@ -146,7 +150,7 @@ def read(path: Path) -> Earlier | None:
 
 def sheet(samples: Tensor | None) -> bytes:
     """Ten samples of each class, a row each."""
-    from ims3_ray.stages.export import contact_sheet
+    from ims3_ray.data.contact_sheet import contact_sheet
 
     assert samples is not None
     return contact_sheet(samples, 10 if len(samples) % 10 == 0 else math.isqrt(len(samples)))

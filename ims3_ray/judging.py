@@ -9,14 +9,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ims3_ray.config import PretrainConfig
+from ims3_ray.config import DataConfig, PretrainConfig
 from ims3_ray.data.batches import load_pixels
 from ims3_ray.data.sources import open_source
 from ims3_ray.data.transforms import to_signed
-from ims3_ray.evaluation import accuracy_of, train_student
+from ims3_ray.evaluation import Labelled, accuracy_of, train_student
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.stages.base import units_of
 from ims3_ray.stages.producers import Candidates
+
+Splits = tuple[Labelled, Labelled, tuple[str, ...]]
+"""Training and test images (uint8 [N, C, size, size], labels [N]), and the names of the classes."""
+
+
+def splits_of(data: DataConfig) -> Splits:
+    """Both splits of a source, decoded."""
+    train = open_source(data.path, data.train_split)
+    test = open_source(data.test_path or data.path, data.test_split)
+    loaded = [load_pixels(source, data.size, data.channels)[:2] for source in (train, test)]
+    return loaded[0], loaded[1], train.class_names
 
 
 @dataclass(frozen=True)
@@ -31,11 +42,11 @@ class Quality:
     """Of a generator: ten of each class, uint8 [10·classes, C, H, W]."""
 
 
-def judge_generator(config: PretrainConfig, weights: Path, device: str) -> Quality:
+def judge_generator(config: PretrainConfig, weights: Path, splits: Splits, device: str) -> Quality:
     """How often a classifier trained on the real training split names guided samples as they were asked for."""
     q = config.quality
     torch.set_num_threads(q.threads)
-    train, test, names = _splits(config)
+    train, test, names = splits
     student, accuracy = train_student(q.judge.students[0], train, test, len(names), q.judge, 0, device=device)
     produce = Candidates(q.sampling, weights, None, None, config.seed, device)
     agreed, first = [], []
@@ -58,24 +69,13 @@ def judge_generator(config: PretrainConfig, weights: Path, device: str) -> Quali
     )
 
 
-def judge_encoder(config: PretrainConfig, weights: Path, device: str) -> Quality:
+def judge_encoder(config: PretrainConfig, weights: Path, splits: Splits, device: str) -> Quality:
     """Test accuracy of φ's own classification head."""
     torch.set_num_threads(config.quality.threads)
-    _, (pixels, labels), _ = _splits(config)
+    _, (pixels, labels), _ = splits
     encoder = load_encoder(weights).to(device)
     with torch.inference_mode():
         predicted = torch.cat([encoder.logits(to_signed(part.to(device))).argmax(dim=1).cpu() for part in pixels.split(500)])
     share = 100 * (predicted == labels).float().mean().item()
     line = f"its classification head: {share:.1f} % on the test split; features have {encoder.dim} dimensions"
     return Quality([line], {"accuracy": share})
-
-
-Labelled = tuple[Tensor, Tensor]
-
-
-def _splits(config: PretrainConfig) -> tuple[Labelled, Labelled, tuple[str, ...]]:
-    data = config.data
-    train = open_source(data.path, data.train_split)
-    test = open_source(data.test_path or data.path, data.test_split)
-    loaded = [load_pixels(source, data.size, data.channels)[:2] for source in (train, test)]
-    return loaded[0], loaded[1], train.class_names

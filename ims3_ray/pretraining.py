@@ -13,12 +13,12 @@ import yaml
 
 from ims3_ray.cluster import connected, own_device, placed
 from ims3_ray.config import PretrainConfig, canonical
+from ims3_ray.data.contact_sheet import contact_sheet
 from ims3_ray.data.files import is_remote
 from ims3_ray.data.sources import open_source
 from ims3_ray.errors import UserError
-from ims3_ray.judging import Quality, judge_encoder, judge_generator
+from ims3_ray.judging import Quality, judge_encoder, judge_generator, splits_of
 from ims3_ray.room import wait_for_room
-from ims3_ray.stages.export import contact_sheet
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -67,7 +67,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def _judge(config: PretrainConfig, path: Path) -> Quality:
     judge = judge_generator if config.target == "generator" else judge_encoder
-    return judge(config, path, own_device())
+    return judge(config, path, splits_of(config.data), own_device())
 
 
 def weights_card(config: PretrainConfig, outcome: dict[str, Any], path: Path, quality: Quality) -> str:

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ims3_ray.data.sources import ImageSource
 from ims3_ray.data.transforms import to_pixels
 from ims3_ray.seeds import generator_for
 
+MOST_THREADS = 16
+"""Threads that decode images, one for each CPU at most."""
+
 
 def load_pixels(source: ImageSource, size: int, channels: int) -> tuple[Tensor, Tensor, list[str]]:
     """All images that decode: uint8 ``[N, C, H, W]``, labels int64 ``[N]``, and the names of those that do not."""
-    pixels, labels, broken = [], [], []
-    for index, label in enumerate(source.labels):
+
+    def decoded(index: int) -> NDArray[np.uint8] | None:
         try:
-            pixels.append(to_pixels(source.image(index), size, channels))
-            labels.append(int(label))
+            return to_pixels(source.image(index), size, channels)
         except OSError:
-            broken.append(source.identify(index))
+            return None
+
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        images = list(pool.map(decoded, range(len(source.labels))))
+    whole = [index for index, image in enumerate(images) if image is not None]
+    pixels = [image for image in images if image is not None]
     stacked = np.stack(pixels) if pixels else np.zeros((0, channels, size, size), np.uint8)
-    return torch.from_numpy(stacked), torch.tensor(labels, dtype=torch.int64), broken
+    broken = [source.identify(index) for index, image in enumerate(images) if image is None]
+    return torch.from_numpy(stacked), torch.from_numpy(source.labels[whole].astype(np.int64)), broken
 
 
 def batch_indices(count: int, batch_size: int, rank: int, world: int, seed: int, first_step: int = 0) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ import torch
 from ims3_ray.artifacts import Storage
 from ims3_ray.comparison import comparison_tables, markdown
 from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, canonical
+from ims3_ray.data.contact_sheet import contact_sheet
 from ims3_ray.plan import Config, Plan, Scored
 from ims3_ray.report.card import dataset_card
 from ims3_ray.report.html import CONFUSED_CLASSES, SHEET_CLASSES, Table, render_comparison, render_evaluation, render_report
@@ -19,7 +20,7 @@ from ims3_ray.results import KINDS, Results
 from ims3_ray.stages.adapters import Adapters, series
 from ims3_ray.stages.base import Context, pack_tensors
 from ims3_ray.stages.evaluate import confusion
-from ims3_ray.stages.export import contact_sheet, unpack
+from ims3_ray.stages.export import unpack
 from ims3_ray.stages.sets import read_set
 from ims3_ray.tracking import Tracker
 

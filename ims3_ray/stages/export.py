@@ -6,19 +6,15 @@ import io
 import time
 
 import pyarrow.parquet as pq
-import torch
-from torch.nn import functional as F
 
 from ims3_ray.artifacts import Artifact
 from ims3_ray.data.classes import folder_names
 from ims3_ray.data.hub import encode_png, image_table, parquet_bytes
-from ims3_ray.data.transforms import to_pil, to_signed, to_uint8
+from ims3_ray.data.transforms import to_pil
 from ims3_ray.stages.base import Context, Stage, commit_units
 from ims3_ray.stages.sets import read_set
 
 PARQUET = "train-00000-of-00001.parquet"
-THUMBNAIL = 96
-"""Pixels along the longer side of an image on a contact sheet."""
 
 
 def run(context: Context, stage: Stage) -> None:
@@ -41,17 +37,3 @@ def unpack(context: Context, artifact: Artifact, folder: str) -> None:
     for row in pq.read_table(io.BytesIO(parquet)).column("image").to_pylist():
         context.storage.write(f"{folder}/images/{row['path']}", row["bytes"])
     context.storage.write(f"{folder}/data/{PARQUET}", parquet)
-
-
-def contact_sheet(pixels_NCHW: torch.Tensor, columns: int, gap: int = 1) -> bytes:
-    """uint8 images in rows of ``columns``, as one PNG on white; what is larger than a thumbnail is scaled down to one."""
-    n, c, h, w = pixels_NCHW.shape
-    if (larger := max(h, w) / THUMBNAIL) > 1:
-        h, w = round(h / larger), round(w / larger)
-        pixels_NCHW = to_uint8(F.interpolate(to_signed(pixels_NCHW), (h, w), mode="bicubic", antialias=True))
-    rows = -(-n // columns)
-    sheet = torch.full((c, rows * (h + gap) - gap, columns * (w + gap) - gap), 255, dtype=torch.uint8)
-    for i, image in enumerate(pixels_NCHW):
-        y, x = (i // columns) * (h + gap), (i % columns) * (w + gap)
-        sheet[:, y : y + h, x : x + w] = image
-    return encode_png(to_pil(sheet))

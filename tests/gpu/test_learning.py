@@ -61,7 +61,8 @@ def assert_near(found: list[dict[str, float]], expected: list[dict[str, float]],
 def test_fine_tuning_learns_what_it_learns_on_the_cpu(device: str, name: str):
     found, expected = tuner(device, objectives=OBJECTIVES[name]), tuner("cpu", objectives=OBJECTIVES[name])
     assert_near(steps(found), steps(expected), 1e-3)
-    assert distance(*(torch.cat([v.flatten() for v in load(t.adapter()).values()]) for t in (found, expected))) < 1e-3
+    there, here = (load(each.adapter()) for each in (found, expected))
+    assert max(distance(there[key], here[key]) for key in here if here[key].any()) < 1e-3
 
 
 @pytest.mark.parametrize("settings", [{"accumulate": 2}, {"activation_checkpointing": True}, {"parameters": "all"}], ids=str)

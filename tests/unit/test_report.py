@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ims3_ray.stages.export import contact_sheet
+from ims3_ray.data.contact_sheet import contact_sheet
 
 
 def opened(sheet: bytes) -> np.ndarray:

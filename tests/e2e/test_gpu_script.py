@@ -1,0 +1,158 @@
+"""``benchmarks/gpu.py`` as it runs on a bare machine, rehearsed on CPUs with small models."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ims3_ray.config import PretrainConfig
+from ims3_ray.loading import load_config
+from ims3_ray.models.checkpoints import read_metadata
+from tests.e2e.conftest import ROOT, environment
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu
+import gpu_report
+
+
+def bare(folder: Path) -> dict[str, str]:
+    """An environment without what a machine that has PyTorch alone lacks."""
+    for absent in ("ray", "mlflow", "deepspeed", "diffusers", "matplotlib"):
+        (folder / f"{absent}.py").write_text("raise ImportError(__name__)\n")
+    return environment(PYTHONPATH=str(folder), OMP_NUM_THREADS="1")  # a busy machine stalls threads that wait for each other
+
+
+def command(out: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "benchmarks/gpu.py", str(out), *arguments]
+
+
+def steps_of(out: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((out / "results.json").read_text())["steps"]
+    except FileNotFoundError:
+        return {}
+    return found
+
+
+def test_a_step_that_is_killed_loses_itself_alone_and_training_goes_on_from_what_it_left(tmp_path: Path):
+    env, out = bare(tmp_path), tmp_path / "out"
+    names = "--only=machine,students,training"
+    first = command(out, names, "--minutes=0.8")
+    with subprocess.Popen(first, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as running:
+        while not steps_of(out).get("students", {}).get("rows"):
+            assert running.poll() is None, "it ended before the step had found anything"
+            time.sleep(0.02)
+        os.killpg(steps_of(out)["students"]["pid"], signal.SIGKILL)
+        printed, _ = running.communicate(timeout=120)
+    found = steps_of(out)
+    assert running.returncode == 1, printed
+    assert [found[name]["state"] for name in ("machine", "students", "training")] == ["done", "failed", "done"]
+    assert found["students"]["rows"], "what it had found before is kept"
+    assert {"fp32"} == {row["matmul"] for row in found["machine"]["rows"] if "matmul" in row}
+    result = found["training"]["rows"][-1]
+    assert result["set"] == "fashion-mnist"
+    assert 0 <= result["agreement"] <= 100
+    assert "Generators trained by the clock" in printed
+    files = list(out.iterdir())
+    assert len(files) <= 8
+    assert all(file.stat().st_size < 16e6 for file in files)
+    weights = out / "fashion-mnist-dit.safetensors"
+    assert read_metadata(weights, "dit")["classes"].startswith("T-shirt/top\n")
+    again = subprocess.run(
+        command(out, "--only=training", "--minutes=0.4"), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert again.returncode == 0, again.stderr
+    rows = steps_of(out)["training"]["rows"]
+    assert rows[: len(found["training"]["rows"])] == found["training"]["rows"]
+    assert rows[-1]["steps"] > result["steps"]
+    assert rows[-1]["seconds"] > result["seconds"]
+    page = tmp_path / "page" / "gpu.md"
+    page.parent.mkdir()
+    assert gpu_report.write_page(out, page) == 0
+    text = page.read_text()
+    assert "fashion-mnist" in text
+    assert {picture.name for picture in (page.parent / "images").iterdir()} == {
+        "gpu-fashion-mnist.png", "gpu-fashion-mnist-loss.png",
+    }  # fmt: skip
+    assert gpu_report.write_page(out, page) == 0
+    assert page.read_text() == text, "written twice it is the same"
+
+
+def test_a_step_without_its_packages_is_named_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "pydantic" else name)
+    assert gpu.measure(tmp_path, None, 60, ["sampling"], again=False) == 0
+    found = steps_of(tmp_path)["sampling"]
+    assert found["state"] == "not run"
+    assert found["error"].startswith("needs pydantic")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["OUT", "--only=machine,fast"], "there is no step 'fast'"),
+        ([], "give OUT"),
+        (["OUT", "--minutes=0"], "above 0"),
+        (["OUT", "--data=nowhere"], "is no folder"),
+    ],
+)
+def test_a_wrong_call_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        gpu.main(arguments)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_has_to_be_copied_is_named_with_its_size(tmp_path: Path):
+    (tmp_path / "cifar10-train.parquet").write_bytes(bytes(2_500_000))
+    text = gpu.needs(tmp_path)
+    assert "2.5 MB" in text
+    assert "pydantic is here" in text
+    assert float(next(line for line in text.splitlines() if "together" in line).split()[0]) < 60
+
+
+@pytest.mark.parametrize("name", ["cifar10", "fashion-mnist"])
+def test_recipes_fit_into_a_file_of_16_megabytes(name: str):
+    import torch
+
+    from ims3_ray.models.dit import DiT
+    from ims3_ray.training.generator import dit_config
+
+    config = load_config(PretrainConfig, ROOT / "configs" / "pretrain" / f"{name}-dit-minutes.yaml")
+    with torch.device("meta"):
+        model = DiT(dit_config(config.generator, config.data.size, config.data.channels, 10))
+    assert 2 * sum(p.numel() for p in model.parameters()) + 10_000 < 16e6
+
+
+def test_a_page_without_marks_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "results.json").write_text('{"steps": {}}')
+    page = tmp_path / "page.md"
+    page.write_text("mine\n")
+    assert gpu_report.write_page(tmp_path, page) == 2
+    assert "has no lines" in capsys.readouterr().err
+    assert page.read_text() == "mine\n"
+    assert gpu_report.write_page(tmp_path / "none", page) == 2
+
+
+def test_tables_show_what_was_found_beside_what_was_predicted():
+    rows: list[dict[str, Any]] = [
+        {"case": "bf16, batch 64", "images_per_s": 18.5, "share": 0.55},
+        {"profile": "gemm", "share": 0.5, "ms": 3.0, "calls": 7},
+        {"left out": ["decoding"]},
+    ]
+    text = gpu_report.tables({"steps": {"sampling": {"state": "done", "rows": rows, "seconds": 3.2}}})
+    expected = gpu_report.PREDICTED["sampling", "bf16, batch 64"]
+    assert f"| bf16, batch 64 | 18.5 images/s, 0.55 share | {expected} |" in text
+    assert "| `gemm` | 50.0% | 3 | 7 |" in text
+    assert "Left out: decoding." in text

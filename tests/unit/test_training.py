@@ -1,0 +1,117 @@
+"""The loops of the ground floor: how a learning rate moves, and a generator in training, without Ray."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from ims3_ray import speed
+from ims3_ray.config import GeneratorTraining
+from ims3_ray.errors import UserError
+from ims3_ray.objectives.diffusion import diffusion_loss
+from ims3_ray.training.generator import GeneratorTrainer
+from ims3_ray.training.pace import ByClock, BySteps
+
+
+def test_by_steps_the_rate_rises_stays_and_falls():
+    pace = BySteps(10, warmup=4, cooldown=2)
+    assert [pace.factor(step) for step in range(11)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.5, None]
+
+
+def test_by_the_clock_it_falls_over_the_last_part_of_the_time_and_then_the_training_ends():
+    now = itertools.chain([100.0, 100.0, 104.0, 106.0, 108.0, 109.0, 110.0])
+    pace = ByClock(10.0, warmup=2, cooldown=0.4, clock=lambda: next(now))
+    # It begins at step 7: what an earlier training has taken does not count as warm-up.
+    assert [pace.factor(step) for step in range(7, 13)] == pytest.approx([0.5, 1, 1, 0.5, 0.25, None])
+
+
+def images() -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.arange(24) % 2
+    pixels = torch.zeros(24, 1, 8, 8, dtype=torch.uint8)
+    pixels[labels == 1, :, :4] = 255
+    return pixels, labels
+
+
+def trainer(**settings: Any) -> GeneratorTrainer:
+    values = {"patch_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2, "batch_size": 8, "precision": "fp32", **settings}
+    return GeneratorTrainer(GeneratorTraining.model_validate(values), images(), 2, seed=0)
+
+
+def run(trainer: GeneratorTrainer, steps: int) -> list[float]:
+    list(trainer.run(BySteps(steps, 2, 2)))
+    return trainer.losses
+
+
+def test_a_generator_learns_and_its_file_holds_the_average():
+    learner = trainer(lr=3e-3)
+    losses = run(learner, 80)
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    state = load(learner.weights(["a", "b"]))
+    for name, average in learner.ema.average.items():
+        torch.testing.assert_close(state[name].float(), average, rtol=1e-3, atol=1e-4)
+    assert any((state[name].float() - value).abs().max() > 1e-4 for name, value in learner.model.state_dict().items())
+
+
+def test_the_first_loss_is_that_of_a_model_that_predicts_no_noise():
+    learner = trainer(label_dropout=0.0)
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(8, 1, 8, 8, generator=rng)
+    assert run(learner, 1)[0] == pytest.approx(diffusion_loss(torch.zeros_like(noise), noise).item(), rel=1e-5)
+
+
+def test_stopped_and_restored_it_computes_the_same():
+    expected, first, second = run(trainer(flip=True), 6), trainer(flip=True), trainer(flip=True)
+    next(itertools.islice(first.run(BySteps(6, 2, 2)), 2, None))
+    assert first.steps == 3
+    second.restore(first.state())
+    assert run(second, 6) == pytest.approx(expected, rel=1e-6)
+
+
+def test_from_weights_alone_it_goes_on_with_the_steps_and_the_order_of_images_that_are_due():
+    first, second, other = trainer(lr=3e-3), trainer(lr=3e-3), trainer(lr=3e-3)
+    run(first, 60)
+    second.start_from({name: value.half().float() for name, value in first.ema.average.items()}, first.steps)
+    run(second, 70)
+    assert (second.steps, len(second.losses)) == (70, 10)
+    assert sum(second.losses) < 0.8 * sum(run(other, 10)), "what was learnt is kept"
+    with pytest.raises(UserError, match="another shape"):
+        trainer(hidden_size=16).start_from(dict(first.ema.average), 60)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_and_names_the_step():
+    broken = trainer()
+    with torch.no_grad():
+        broken.model.final_layer.linear.bias.fill_(float("inf"))
+    with pytest.raises(UserError, match=r"the loss of step 1 is (inf|nan); lower generator.lr"):
+        run(broken, 3)
+
+
+def test_parts_of_two_workers_are_the_whole_batch():
+    seen = [set(), set()]
+    for rank in range(2):
+        part = GeneratorTrainer(trainer().config, images(), 2, 0, rank=rank, world=2)
+        part._step = lambda index, lr, rank=rank, part=part: (  # type: ignore[method-assign, misc]
+            seen[rank].update(index.tolist()), part._unread.append(torch.zeros(()))
+        )  # fmt: skip
+        list(part.run(BySteps(3, 1, 1)))
+    assert not seen[0] & seen[1]
+    assert seen[0] | seen[1] == set(range(24))
+
+
+@pytest.mark.parametrize(("flops_per_s", "side"), [(1e15, 2048), (1e12, 2048), (1e9, 256)])
+def test_the_rate_of_matrix_products_is_measured_on_small_ones_where_large_ones_would_take_minutes(
+    flops_per_s: float, side: int, monkeypatch: pytest.MonkeyPatch
+):
+    sides = []
+
+    def seconds(device: object, dtype: object, size: int, repeats: int) -> float:
+        sides.append(size)
+        return 2 * size**3 * repeats / flops_per_s
+
+    monkeypatch.setattr(speed, "_seconds", seconds)
+    assert speed.matmul_rate.__wrapped__("cpu") == pytest.approx(flops_per_s)
+    assert sides[-1] == side
