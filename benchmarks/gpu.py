@@ -38,7 +38,7 @@ TABLE_S = 2.0
 """Kept back for the table at the end."""
 MARGIN = 0.1
 """Share of its limit by which a step is told to end before it is stopped."""
-SHORTEST_S = 4.0
+SHORTEST_S = 2.5
 """A step with less is not begun."""
 LOG_BYTES = 2**20
 """What is kept of the log: its end."""
@@ -133,10 +133,12 @@ def measure(out: Path, data: Path | None, seconds: float, names: Sequence[str], 
     # Training continues; any other step that is done stays as it is, unless it was asked for by name.
     finished = {step.name for step in STEPS if results.step(step.name).get("state") == "done"} - {"training"}
     steps = [step for step in STEPS if step.name in names and (again or step.name not in finished)]
+    lacking = {step.name: [m for m in step.modules if importlib.util.find_spec(m) is None] for step in steps}
+    possible = [step for step in steps if not lacking[step.name]]
     for step in steps:
         left = end - time.monotonic()
-        limit = left if step is steps[-1] else min(left, seconds * step.share / sum(s.share for s in steps))
-        if missing := [module for module in step.modules if importlib.util.find_spec(module) is None]:
+        limit = left if [step] == possible[-1:] else min(left, seconds * step.share / sum(s.share for s in possible or steps))
+        if missing := lacking[step.name]:
             results.change(step.name, state="not run", error=f"needs {', '.join(missing)}; see --needs", seconds=0.0)
         elif limit < SHORTEST_S:
             results.change(step.name, state="not run", error="no time was left", seconds=0.0)

@@ -20,7 +20,7 @@ def invert(predict: Predictor, z0: Tensor, t_B: Tensor, schedule: NoiseSchedule,
     """
     if not 0 <= grad_steps <= n_steps or n_steps < 1:
         raise ValueError(f"need 0 <= grad_steps <= n_steps and n_steps >= 1, not {grad_steps} and {n_steps}")
-    sigma = schedule.sigma.to(z0.device)
+    sigma = schedule.on(z0.device).sigma
     x_bar, sigma_B, time_B = z0, torch.zeros_like(t_B, dtype=sigma.dtype), torch.zeros_like(t_B)
     for step in range(1, n_steps + 1):
         next_B = t_B * step // n_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 import torch
@@ -26,18 +27,29 @@ class NoiseSchedule:
         """ᾱ_{t−1}; 1 before the first step."""
         self.sigma = ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
         """σ_t = √((1−ᾱ_t)/ᾱ_t), the noise level of the rescaled latent x̄ = z/√ᾱ in which Eq. 3 is an Euler step."""
+        self._on: dict[torch.device, NoiseSchedule] = {betas.device: self}
+
+    def on(self, device: torch.device) -> NoiseSchedule:
+        """The same schedule with its tables on ``device``. They are copied once: a copy makes the host wait for the device."""
+        if device not in self._on:
+            other = copy.copy(self)
+            for table in ("beta", "alpha_bar", "alpha_bar_previous", "sigma"):
+                setattr(other, table, getattr(self, table).to(device))
+            self._on[device] = other
+        return self._on[device]
 
     def add_noise(self, z0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
         """Eq. 4: ``z_t = √ᾱ_t · z_0 + √(1−ᾱ_t) · ε`` for one timestep ``t_B[b]`` per sample; shapes of ``z0``."""
-        alpha_bar = per_sample(self.alpha_bar.to(z0.device)[t_B], z0)
+        alpha_bar = per_sample(self.on(z0.device).alpha_bar[t_B], z0)
         return alpha_bar.sqrt() * z0 + (1 - alpha_bar).sqrt() * noise
 
     def posterior_mean(self, z0: Tensor, z_t: Tensor, t_B: Tensor) -> Tensor:
         """Mean of q(z_{t−1} | z_t, z_0) (DDPM, Ho et al. 2020, Eq. 7): a weighted sum of ``z0`` and ``z_t``."""
-        now, before = self.alpha_bar, self.alpha_bar_previous
-        of_z0 = before.sqrt() * self.beta / (1 - now)
-        of_z_t = (1 - self.beta).sqrt() * (1 - before) / (1 - now)
-        return per_sample(of_z0.to(z0.device)[t_B], z0) * z0 + per_sample(of_z_t.to(z0.device)[t_B], z0) * z_t
+        here = self.on(z0.device)
+        now, before = here.alpha_bar, here.alpha_bar_previous
+        of_z0 = before.sqrt() * here.beta / (1 - now)
+        of_z_t = (1 - here.beta).sqrt() * (1 - before) / (1 - now)
+        return per_sample(of_z0[t_B], z0) * z0 + per_sample(of_z_t[t_B], z0) * z_t
 
     @property
     def posterior_log_variance(self) -> Tensor:

@@ -228,7 +228,7 @@ class DiT(nn.Module):
     def forward(self, z_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
         with self._autocast(z_BCHW.device.type):
             tokens = self.x_embedder["proj"](z_BCHW.to(self._dtype)).flatten(2).transpose(1, 2) + self.pos_embed
-            condition_PD = self.t_embedder(t_B.to(z_BCHW.device)) + self.y_embedder(y_B)
+            condition_PD = self.t_embedder(t_B.to(z_BCHW.device, non_blocking=True)) + self.y_embedder(y_B)
             for block in self.blocks:
                 if self.recompute and torch.is_grad_enabled():
                     tokens = checkpoint(block, tokens, condition_PD, use_reentrant=False)

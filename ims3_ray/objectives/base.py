@@ -64,7 +64,7 @@ class TrainingStep:
     @property
     def z0_hat(self) -> Tensor:
         """The clean latent that the shared forward pass implies (Eq. 2), float32, not clamped."""
-        alpha_bar = per_sample(self.schedule.alpha_bar.to(self.z_t.device)[self.t_B], self.eps)
+        alpha_bar = per_sample(self.schedule.on(self.z_t.device).alpha_bar[self.t_B], self.eps)
         return predict_z0(self.z_t.float(), self.eps, alpha_bar)
 
 

@@ -26,13 +26,13 @@ def variational_bound(step: TrainingStep) -> Tensor:
     8 bits. The predicted mean is detached: only the variance learns from it. The model interpolates log-variance between
     β̃_t (output −1) and β_t (output 1).
     """
-    schedule, device = step.schedule, step.z0.device
+    schedule = step.schedule.on(step.z0.device)
     channels = step.z0.shape[1]
     if step.output.shape[1] != 2 * channels:
         raise ValueError("the variance term needs a model that predicts a variance (learn_sigma)")
     z0, z_t = step.z0.float(), step.z_t.float()
-    smallest = per_sample(schedule.posterior_log_variance.to(device)[step.t_B], z0)
-    largest = per_sample(schedule.beta.log().to(device)[step.t_B], z0)
+    smallest = per_sample(schedule.posterior_log_variance[step.t_B], z0)
+    largest = per_sample(schedule.beta.log()[step.t_B], z0)
     share = (step.output[:, channels:].float() + 1) / 2
     log_variance = share * largest + (1 - share) * smallest
     mean = schedule.posterior_mean(step.z0_hat.detach(), z_t, step.t_B)

@@ -17,8 +17,9 @@ def reverse_step(predict: Predictor, z: Tensor, t_B: Tensor, schedule: NoiseSche
 
     The implied clean latent is clamped to [−1, 1], as the released code leaves it switched on.
     """
-    ahead = torch.cat([schedule.alpha_bar[1:], torch.zeros(1, dtype=torch.float64)]).to(z.device)
-    now, following = (per_sample(table[t_B], z) for table in (schedule.alpha_bar.to(z.device), ahead))
+    alpha_bar = schedule.on(z.device).alpha_bar
+    ahead = torch.cat([alpha_bar[1:], alpha_bar.new_zeros(1)])
+    now, following = (per_sample(table[t_B], z) for table in (alpha_bar, ahead))
     z0_hat = predict_z0(z, predict(z, t_B), now).clamp(-1, 1)
     eps = (z - now.sqrt() * z0_hat) / (1 - now).sqrt()
     return following.sqrt() * z0_hat + (1 - following).sqrt() * eps

@@ -151,7 +151,10 @@ def test_tables_show_what_was_found_beside_what_was_predicted():
         {"profile": "gemm", "share": 0.5, "ms": 3.0, "calls": 7},
         {"left out": ["decoding"]},
     ]
-    text = gpu_report.tables({"steps": {"sampling": {"state": "done", "rows": rows, "seconds": 3.2}}})
+    steps: dict[str, Any] = {"sampling": {"state": "done", "rows": rows, "seconds": 3.2}}
+    assert "| bf16, batch 64 | 18.5 images/s, 0.55 share |\n" in gpu_report.tables({"steps": steps}), "a rehearsal"
+    steps["machine"] = {"state": "done", "rows": [{"device": "NVIDIA H100", "memory_gb": 85.0}], "seconds": 1.0}
+    text = gpu_report.tables({"steps": steps})
     expected = gpu_report.PREDICTED["sampling", "bf16, batch 64"]
     assert f"| bf16, batch 64 | 18.5 images/s, 0.55 share | {expected} |" in text
     assert "| `gemm` | 50.0% | 3 | 7 |" in text

@@ -122,6 +122,7 @@ def little_memory() -> Iterator[Any]:
 def test_where_memory_does_not_suffice_a_unit_is_made_in_halves(tiny_world: Path, little_memory: Any, device: str):
     size = 4096
     produce = candidates(tiny_world, device, unit_size=size)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     expected = produce("c0000-u00000")
     assert expected.batch is None
