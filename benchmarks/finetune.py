@@ -8,15 +8,15 @@
 Weights and images are random: speed does not depend on them. `share` is the rate of DiT's own operations, as config and
 paper ask for them (recomputed activations and the autoencoder's do not count), over the rate at which the same device
 multiplies large matrices of the same type. `launches alone` is one image through a DiT as deep but 64 wide: no step can take
-less than asking for its kernels does. Each case has processes of its own; the peak is that of the first one, on the GPU if
-there is one.
+less than asking for its kernels does. Called from the command line each case has processes of its own; the peak is that of the
+first one, on the GPU if there is one.
 
 Needs torch, deepspeed, pydantic, pyyaml, pillow and safetensors (diffusers for `latents encoded each step`), and no Ray.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import gc
 import json
 import multiprocessing
 import os
@@ -98,6 +98,8 @@ def measure(config: BenchmarkConfig, name: str, case: Case, build_engine: BuildE
     device = torch.device("cuda", rank) if GPU else torch.device("cpu")
     if GPU:
         torch.cuda.set_device(device)
+        gc.collect()  # of the case before, where one process measures several
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // world))
@@ -162,13 +164,13 @@ def encoder(config: BenchmarkConfig, device: torch.device) -> Callable[[], dict[
     return encode
 
 
-def engine(name: Literal["torch", "zero"]) -> BuildEngine | None:
-    """The engine by its name, for one worker; None where DeepSpeed is asked for and not installed."""
+def engine(name: Literal["torch", "zero"]) -> BuildEngine:
+    """The engine by its name, for one worker; ``ImportError`` where DeepSpeed is asked for and cannot be imported."""
     if name == "torch":
         return TorchEngine
-    if importlib.util.find_spec("deepspeed") is None:
-        return None
     join(0, 1, free_port())
+    import deepspeed  # noqa: F401
+
     return ZeroEngine
 
 

@@ -7,9 +7,9 @@
     python benchmarks/gpu.py --report OUT                           writes what OUT holds into docs/gpu.md
 
 Each step has a process and a time limit of its own. What it finds is written to OUT/results.json at once, so a step that fails
-or is stopped loses nothing but itself. A step that an earlier call has finished is not run again, unless --only names it;
-training goes on from the weights in OUT. OUT holds at most 8 files of at most 16 MB. Without a GPU the same steps run with
-small models, as a rehearsal.
+or is stopped loses nothing but itself. A second call with the same OUT runs the steps that failed, were stopped or did not run,
+and those that --only names; training goes on from the weights in OUT. OUT holds at most 8 files of at most 16 MB. Without a GPU
+the same steps run with small models, as a rehearsal.
 
 Needs PyTorch, torchvision, timm, numpy, pillow, pyarrow, safetensors, pyyaml and pytest; pydantic for all steps but `machine`,
 diffusers for the autoencoder, DeepSpeed for one row. Steps say what they lack and leave it out. Ray and MLflow are not used.
@@ -35,22 +35,22 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TABLE_S = 2.0
-"""Kept back for the table at the end."""
+"""Seconds kept back for the table at the end."""
 MARGIN = 0.1
-"""Share of its limit by which a step is told to end before it is stopped."""
+"""Share of a step's time limit: the step is asked to finish this much before it is killed."""
 SHORTEST_S = 2.5
-"""A step with less is not begun."""
+"""Seconds. A step that would have less time than this is not started."""
 LOG_BYTES = 2**20
-"""What is kept of the log: its end."""
+"""Size in bytes to which the log is cut; its end is kept."""
 
 
 @dataclass(frozen=True)
 class Step:
     name: str
     share: float
-    """Of the whole time, at most; the last step gets what the others have left."""
+    """Largest share of the whole time that the step may take. The last step also gets the time that the others did not use."""
     modules: tuple[str, ...] = ("pydantic", "timm", "pyarrow", "safetensors", "yaml", "PIL", "numpy")
-    """What it cannot run without, beside PyTorch."""
+    """Modules that the step needs besides PyTorch."""
 
 
 STEPS = (
@@ -98,7 +98,7 @@ class Results:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help="folder for the results")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of everything together (10)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time limit of the whole run in minutes (default 10)")
     parser.add_argument("--only", metavar="NAMES", help=f"some of {', '.join(step.name for step in STEPS)}")
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="holds NAME-train.parquet and NAME-test.parquet of data sets"
@@ -121,15 +121,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give OUT, the folder for the results")
     if args.minutes <= 0:
         parser.error(f"--minutes must be above 0, not {args.minutes:g}")
-    if args.data is not None and not args.data.is_dir():
-        parser.error(f"--data: '{args.data}' is no folder")
+    if args.data is not None and (problem := wrong_with(args.data)):
+        parser.error(f"--data: {problem}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step which runs is ended too
     args.out.mkdir(parents=True, exist_ok=True)
     return measure(args.out.resolve(), args.data and args.data.resolve(), args.minutes * 60, names, again=bool(args.only))
+
+
+def wrong_with(data: Path) -> str | None:
+    """One line on what is wrong with a folder of data sets, or None."""
+    if not data.is_dir():
+        return f"'{data}' is no folder"
+    missing = [f"cifar10-{split}.parquet" for split in ("train", "test") if not (data / f"cifar10-{split}.parquet").is_file()]
+    if len(missing) == 1 or (missing and not (data / "fashion-mnist-train.parquet").is_file()):
+        return f"'{data}' has no {missing[0]}"
+    return None
 
 
 def measure(out: Path, data: Path | None, seconds: float, names: Sequence[str], again: bool) -> int:
     """Run the steps; 0 if none failed, 1 otherwise. A step that ran out of time has not failed: what it found is there."""
     end, results = time.monotonic() + seconds - TABLE_S, Results(out)
+    for partial in out.glob("*.partial"):  # of a call that was killed while it wrote
+        partial.unlink()
     # Training continues; any other step that is done stays as it is, unless it was asked for by name.
     finished = {step.name for step in STEPS if results.step(step.name).get("state") == "done"} - {"training"}
     steps = [step for step in STEPS if step.name in names and (again or step.name not in finished)]
@@ -163,7 +176,7 @@ def run_step(step: Step, out: Path, data: Path | None, limit: float, results: Re
         errors.write(f"== {step.name}\n".encode())
         errors.flush()
         start = errors.tell()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment, process_group=0)
         results.change(step.name, state="running", pid=process.pid, rows=list(before), error="", limit=round(limit, 1))
         assert process.stdout is not None
         reader = threading.Thread(target=take_rows, args=(process.stdout, step.name, results), daemon=True)
@@ -176,8 +189,9 @@ def run_step(step: Step, out: Path, data: Path | None, limit: float, results: Re
         finally:
             end_group(process)
         reader.join(timeout=5)
-    state = "done" if process.returncode == 0 else "out of time" if late else "failed"
-    error = "" if state == "done" else last_line(log, start) or f"exit code {process.returncode}"
+    code = process.returncode
+    state = "done" if code == 0 else "out of time" if late else "failed"
+    error = f"killed by signal {-code}" if code < 0 else last_line(log, start) or f"exit code {code}"
     results.change(step.name, state=state, error=error if state == "failed" else "", seconds=round(time.monotonic() - began, 1))
     if log.stat().st_size > LOG_BYTES:
         log.write_bytes(log.read_bytes()[-LOG_BYTES:])
@@ -189,7 +203,10 @@ def take_rows(stream: Any, name: str, results: Results) -> None:
             row = json.loads(line)
         except ValueError:
             continue  # cut off by the end of the process
-        results.change(name, row=row)
+        if "on" in row:
+            results.change(name, **row)  # what the step runs on
+        else:
+            results.change(name, row=row)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:

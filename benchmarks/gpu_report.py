@@ -33,7 +33,8 @@ PREDICTED: dict[tuple[str, str], str] = {
 
 NUMBERS = {
     "images_per_s": "images/s", "samples_per_s": "samples/s", "epochs_per_s": "epochs/s", "share": "share",
-    "tflop_per_s": "TFLOP/s", "gb_per_s": "GB/s", "seconds": "s", "peak_gb": "GB at most", "cold_s": "s for the first time",
+    "tflop_per_s": "TFLOP/s", "gb_per_s": "GB/s", "seconds": "s", "peak_gb": "GB at most",
+    "beside_gb": "GB beside the weights", "cold_s": "s for the first time", "first_step_s": "s for the first step",
     "ms": "ms", "steps": "steps", "epochs": "epochs", "agreement": "% named as asked",
     "judge_accuracy": "% accuracy of the judge", "mb": "MB",
 }  # fmt: skip
@@ -42,7 +43,7 @@ NUMBERS = {
 TITLES = {
     "machine": "The machine", "tests": "Tests of the CUDA paths (`tests/gpu`)",
     "sampling": "Sampling: 256 pixels, DDPM in 50 steps, guidance on 3 of 4 channels",
-    "finetune": "Fine-tuning with DiffFit, batches of 8", "students": "Students and selection",
+    "finetune": "Fine-tuning with DiffFit, batches of 8 where nothing else is said", "students": "Students and selection",
     "training": "Generators trained by the clock",
 }  # fmt: skip
 
@@ -50,12 +51,13 @@ TITLES = {
 def tables(values: Mapping[str, Any]) -> str:
     """Markdown: a table for every step that has run, and one line for every other."""
     parts = []
-    on_gpu = any("memory_gb" in row for row in values["steps"].get("machine", {}).get("rows", ()))
     for name, title in TITLES.items():
         if (step := values["steps"].get(name)) is None:
             continue
-        note = f"{step['state']}{', ' + step['error'] if step.get('error') else ''}, {step.get('seconds', 0):.0f} s"
-        parts += [f"### {title}", "", f"{note[:1].upper()}{note[1:]}.", "", *_tables_of(name, step["rows"], on_gpu)]
+        where = f" on {step['on']}" if "on" in step else ""
+        why = f": {step['error']}" if step.get("error") else ""
+        note = f"State: {step['state']}{where}, {step.get('seconds', 0):.0f} s{why}."
+        parts += [f"### {title}", "", note, "", *_tables_of(name, step["rows"], step.get("gpu", False))]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -64,7 +66,7 @@ def _tables_of(name: str, rows: Sequence[Mapping[str, Any]], on_gpu: bool) -> li
     if name == "tests":
         return _tests(rows)
     lines = []
-    main = [row for row in rows if _label(row) and "profile" not in row]
+    main = [row for row in rows if _label(row) and "error" not in row]
     if main:
         lines += ["| | found | predicted for an H100 |", "|---|---|---|"] if on_gpu else ["| | found |", "|---|---|"]
         for row in main:
@@ -72,18 +74,23 @@ def _tables_of(name: str, rows: Sequence[Mapping[str, Any]], on_gpu: bool) -> li
             lines.append(f"| {_label(row)} | {_figures(row)} |{predicted}")
         lines.append("")
     if profile := [row for row in rows if "profile" in row]:
-        lines += ["| what the device was busy with | share | ms | calls |", "|---|---|---|---|"]
+        lines += [f"| what the device was busy with ({profile[0]['of']}) | share | ms | calls |", "|---|---|---|---|"]
         lines += [f"| `{row['profile']}` | {row['share']:.1%} | {row['ms']:g} | {row['calls']} |" for row in profile] + [""]
     for row in rows:
-        lines += [f"Left out: {', '.join(row['left out'])}.", ""] if row.get("left out") else []
-        lines += [f"- {line}" for line in row.get("quality", ())]
-        lines += [f"{row['set']}: {row['error']}.", ""] if "set" in row and "error" in row else []
+        subject = row.get("case") or row.get("set", "")
+        lines += [f"- Left out: {row['left out']}."] if "left out" in row else []
+        lines += [f"- Failed: {subject}: {row['error']}"] if "error" in row else []
+        lines += [f"- {subject} was trained without compilation: {row['not compiled']}"] if "not compiled" in row else []
+        lines += [f"- {subject}, {line}" for line in row.get("quality", ())]
     return [*lines, ""] if lines and lines[-1] else lines
 
 
 def _tests(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    collected = sum(row.get("collected", 0) for row in rows)
+    rows = [row for row in rows if "test" in row]
     counts = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ("passed", "failed", "skipped")}
-    lines = [", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) + "." if rows else "None ran.", ""]
+    counts["not reached"] = max(0, collected - len(rows))
+    lines = [f"Of {collected} tests: {', '.join(f'{count} {outcome}' for outcome, count in counts.items() if count)}.", ""]
     bad = [f"- `{row['test']}`: {' '.join(row['error'].split())[:300]}" for row in rows if row["outcome"] == "failed"]
     return [*lines, *bad, *([""] if bad else [])]
 
@@ -100,7 +107,7 @@ def _label(row: Mapping[str, Any]) -> str:
 
 
 def _key(row: Mapping[str, Any]) -> str:
-    """Under which the row's prediction stands."""
+    """The row's key in :data:`PREDICTED`."""
     return str(row.get("matmul") or ("copy" if "copy" in row else row.get("case") or row.get("set", "")))
 
 
@@ -128,7 +135,7 @@ def write_page(out: Path, page: Path) -> int:
         pictures.mkdir(exist_ok=True)
         shutil.copyfile(out / f"{name}-dit.png", pictures / f"gpu-{name}.png")
         curve(rows, name, pictures / f"gpu-{name}-loss.png")
-        found += f"\n![samples of the {name} generator, a row for each class](images/gpu-{name}.png)\n"
+        found += f"\n![samples of the {name} generator, ordered by class](images/gpu-{name}.png)\n"
         found += f"\n![its training loss](images/gpu-{name}-loss.png)\n"
     head, rest = text.split(BEGIN)
     page.write_text(f"{head}{BEGIN}\n\n{found}\n{END}{rest.split(END)[1]}")

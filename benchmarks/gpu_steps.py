@@ -5,13 +5,13 @@ Rows are written to the standard output as lines of JSON, as soon as they are kn
 
 from __future__ import annotations
 
-import copy
+import gc
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,15 @@ import torch
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 HALF = torch.bfloat16 if GPU else torch.float32
-"""What large models compute in. CPUs may be hundreds of times slower in bfloat16."""
+"""The type in which large models compute. CPUs may be hundreds of times slower in bfloat16."""
+COMPILING_S = 45.0
+"""Seconds that must be left for a case that torch.compile has to prepare."""
 
 Emit = Callable[[dict[str, Any]], None]
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0][:300]
 
 
 class Clock:
@@ -35,13 +41,56 @@ class Clock:
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def while_left(self, names: list[str], needed: float, emit: Emit) -> Iterator[str]:
-        """``names`` one after another, as long as ``needed`` seconds are left; those that are left out are named in a row."""
-        for position, name in enumerate(names):
-            if self.left < needed:
-                emit({"left out": names[position:]})
-                return
-            yield name
+
+class Cases:
+    """Measurements of a step, of which each may fail without the others."""
+
+    def __init__(self, emit: Emit) -> None:
+        self.emit, self.waiting, self.failed = emit, list[tuple[str, Callable[[], dict[str, Any] | None], float]](), list[str]()
+
+    def add(self, name: str, case: Callable[[], dict[str, Any] | None], needed: float) -> None:
+        """``case`` returns the figures of its row, or None where it has written rows itself; it takes ``needed`` seconds."""
+        self.waiting.append((name, case, needed))
+
+    def run(self, clock: Clock) -> None:
+        """Run what has been added, in order. A case for which too little time is left is named in a row."""
+        waiting, self.waiting = self.waiting, []
+        for name, case, needed in waiting:
+            if clock.left < needed:
+                self.emit({"left out": f"{name}: no time was left"})
+                continue
+            try:
+                figures = case()
+            except ImportError as error:
+                self.emit({"left out": f"{name}: {error.name or error} is missing"})
+            except Exception as error:  # whatever it is, the other cases can still be measured
+                traceback.print_exc()
+                self.failed.append(name)
+                self.emit({"case": name, "error": one_line(error)})
+            else:
+                if figures is not None:
+                    self.emit({"case": name, **figures})
+            gc.collect()
+            if GPU:
+                torch.cuda.empty_cache()
+
+    def finish(self) -> None:
+        """End the process with an error if a case failed."""
+        if self.failed:
+            raise SystemExit(f"these cases failed: {', '.join(self.failed)}")
+
+
+class Memory:
+    """The most memory that tensors take from now on, beside what they take already."""
+
+    def __init__(self) -> None:
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated() if GPU else 0
+
+    def beside_weights(self) -> dict[str, float]:
+        """In GB; nothing on a CPU, where it is not counted."""
+        return {"beside_gb": round((torch.cuda.max_memory_allocated() - self.before) / 1e9, 2)} if GPU else {}
 
 
 def wait() -> None:
@@ -57,13 +106,9 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def peak_gb() -> dict[str, float]:
-    """Most memory that tensors have taken since the last call, in GB; nothing on a CPU."""
-    if not GPU:
-        return {}
-    peak = torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    return {"peak_gb": round(peak / 1e9, 2)}
+def exact_float32() -> None:
+    """Products and convolutions of float32 numbers without TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def machine(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
@@ -77,6 +122,7 @@ def machine(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
         row |= {"memory_gb": round(properties.total_memory / 1e9, 1), "multiprocessors": properties.multi_processor_count}
         row |= {"cuda": torch.version.cuda}
     emit(row)
+    exact_float32()
     types = {"bf16": torch.bfloat16, "fp32": torch.float32} if GPU else {"fp32": torch.float32}
     for name, dtype in types.items():
         emit({"matmul": name, "tflop_per_s": round(matmul_rate(DEVICE, dtype) / 1e12, 3)})
@@ -91,12 +137,15 @@ def machine(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
 
 
 def tests(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
-    """``tests/gpu``, a row each."""
+    """``tests/gpu``, a row each, after a row with their number."""
     import pytest
 
     class Recorder:
+        def pytest_collection_finish(self, session: pytest.Session) -> None:
+            emit({"collected": len(session.items)})
+
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-            if report.when == "call" or report.failed:
+            if report.when == "call" or report.outcome != "passed":
                 name = report.nodeid.split("::", 1)[-1]
                 row: dict[str, Any] = {"test": name, "outcome": report.outcome, "seconds": round(report.duration, 2)}
                 if report.failed:
@@ -111,148 +160,9 @@ def tests(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
 
 def sampling(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
     """DiT-XL/2 at 256 pixels, DDPM with guidance; the autoencoder, and PNG beside it."""
-    from ims3_ray.config import SamplingConfig
-    from ims3_ray.cost import sampling_flops
-    from ims3_ray.diffusion.sampling import guided, sample
-    from ims3_ray.diffusion.schedule import NoiseSchedule
-    from ims3_ray.models.dit import PUBLISHED, DiT
-    from ims3_ray.speed import matmul_rate
+    from gpu_sampling import run
 
-    shape = PUBLISHED["XL"] if GPU else PUBLISHED["S"].model_copy(update={"patch_size": 8, "depth": 2})
-    small, middle, large = (10, 64, 128) if GPU else (1, 2, 4)
-    steps, schedule = 50 if GPU else 2, NoiseSchedule()
-    flops = sampling_flops(shape, SamplingConfig(sampler="ddpm", steps=50, cfg_scale=4.0))
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        full = DiT(shape).eval().requires_grad_(False)
-    plain, compiled = full, full
-    if GPU:
-        plain, compiled = (copy.deepcopy(full).to(HALF) for _ in range(2))
-        for block in compiled.blocks:
-            block.compile(dynamic=False)
-
-    def draw(model: DiT, batch: int, steps: int) -> None:
-        label = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-        predict = guided(model, label, shape.null_label, 4.0, 3, variance=True)
-        rngs = [torch.Generator().manual_seed(index) for index in range(batch)]
-        size = (shape.in_channels, shape.input_size, shape.input_size)
-        sample(predict, size, rngs, schedule, steps, sampler="ddpm", device=DEVICE)
-
-    cases: dict[str, Callable[[], dict[str, Any]]] = {}
-
-    def add(name: str, model: DiT, batch: int, dtype: torch.dtype, tf32: bool = False) -> None:
-        def case() -> dict[str, Any]:
-            torch.backends.cuda.matmul.allow_tf32 = False
-            possible = matmul_rate(DEVICE, dtype)
-            torch.backends.cuda.matmul.allow_tf32 = tf32
-            peak_gb()
-            cold = timed(lambda: draw(model, batch, 2))  # compiles, where that is asked for
-            images_per_s = batch / timed(lambda: draw(model, batch, steps)) * steps / 50
-            share = {} if tf32 else {"share": round(images_per_s * flops / possible, 3)}
-            return {"cold_s": round(cold, 1), "images_per_s": round(images_per_s, 3), **share, **peak_gb()}
-
-        cases[name] = case
-
-    word = "bf16" if GPU else "fp32"
-    add(f"{word}, batch {middle}", plain, middle, HALF)
-    if GPU:
-        add(f"{word}, batch {middle}, compiled", compiled, middle, HALF)
-    add(f"{word}, batch {large}", plain, large, HALF)
-    add(f"{word}, batch {small}", plain, small, HALF)
-    if GPU:
-        add("fp32, batch 1, as the published scripts", full, 1, torch.float32)
-        add("fp32, batch 10, as the published scripts", full, 10, torch.float32)
-        add("fp32 with TF32, batch 10", full, 10, torch.float32, tf32=True)
-        add(f"{word}, batch {large}, compiled", compiled, large, HALF)
-        add(f"{word}, batch {small}, compiled", compiled, small, HALF)
-    names = list(cases)
-    best = 0.0
-    for name in clock.while_left(names[:2], 4, emit):
-        row = cases[name]()
-        best = max(best, row.get("share", 0.0))
-        emit({"case": name, "tflop_per_image": round(flops / 1e12, 2), **row})
-    if clock.left > 4 and best < 0.6:
-        profile(lambda: draw(compiled, middle, 4), emit)
-    if clock.left > 8:
-        decoding(emit)
-    for name in clock.while_left(names[2:], 8 if GPU else 3, emit):
-        emit({"case": name, **cases[name]()})
-
-
-def profile(work: Callable[[], object], emit: Emit) -> None:
-    """The ten operations that take the device longest, a row each."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
-    activity = ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU
-    work()
-    with record(activities=[activity]) as recorded:
-        timed(work)
-    averages = recorded.key_averages()
-
-    def own(event: Any) -> float:
-        return float(event.self_device_time_total if GPU else event.self_cpu_time_total)
-
-    total = sum(map(own, averages)) or 1.0
-    for event in sorted(averages, key=own, reverse=True)[:10]:
-        share = round(own(event) / total, 3)
-        emit({"profile": event.key[:100], "ms": round(own(event) / 1e3, 2), "calls": event.count, "share": share})
-
-
-def decoding(emit: Emit) -> None:
-    """Stable Diffusion's autoencoder (random weights) on 256-pixel latents, and PNG on threads while it works."""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        emit({"left out": ["decoding: diffusers is missing"]})
-        return
-    from ims3_ray.cost import decoding_flops
-    from ims3_ray.data.hub import encode_png
-    from ims3_ray.data.transforms import to_pil, to_uint8
-    from ims3_ray.models.autoencoder import Autoencoder
-    from ims3_ray.speed import matmul_rate
-    from ims3_ray.stages.images import DECODED_AT_ONCE
-
-    widths, side, count = ((128, 256, 512, 512), 32, 64) if GPU else ((32, 32, 64, 64), 16, 2)
-    shape = AutoencoderKL(
-        latent_channels=4, block_out_channels=widths, layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    ).config  # fmt: skip
-    model = Autoencoder(dict(shape)).eval().requires_grad_(False).to(DEVICE, HALF).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    latents = torch.randn(count, 4, side, side, device=DEVICE, dtype=HALF).contiguous(memory_format=torch.channels_last)
-
-    @torch.inference_mode()
-    def parts() -> Iterator[torch.Tensor]:
-        for part in latents.split(DECODED_AT_ONCE):
-            yield to_uint8(model.decode(part).float())
-
-    next(parts())
-    seconds = timed(lambda: list(parts()))
-    with torch.device("meta"):
-        flops = decoding_flops(Autoencoder(dict(shape)), side)
-    rate = matmul_rate(DEVICE, HALF)
-    emit({
-        "case": "autoencoder alone", "images_per_s": round(count / seconds, 2), "tflop_per_image": round(flops / 1e12, 3),
-        "share": round(count / seconds * flops / rate, 3), **peak_gb(),
-    })  # fmt: skip
-    smooth = torch.nn.functional.interpolate(torch.rand(count, 3, 16, 16), (8 * side, 8 * side), mode="bicubic")
-    pictures = [to_pil(image) for image in to_uint8(2 * smooth - 1 + 0.02 * torch.randn_like(smooth))]
-    threads = max(1, (os.cpu_count() or 2) - 1)
-    with ThreadPoolExecutor(threads) as pool:
-        alone = timed(lambda: list(pool.map(encode_png, pictures)))
-
-        def beside() -> None:
-            waiting = []
-            for position, part in enumerate(parts()):
-                part.cpu()
-                first = position * DECODED_AT_ONCE
-                waiting += [pool.submit(encode_png, picture) for picture in pictures[first : first + len(part)]]
-            for job in waiting:
-                job.result()
-
-        both = timed(beside)
-    emit({"case": f"PNG alone, {threads} threads", "images_per_s": round(count / alone, 1)})
-    emit({"case": "autoencoder, PNG beside it", "images_per_s": round(count / both, 2)})
+    run(clock, emit)
 
 
 def finetune(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
@@ -260,17 +170,23 @@ def finetune(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
     import finetune as benchmark
 
     config = benchmark.BenchmarkConfig(image_size=256 if GPU else 128, steps=20 if GPU else 3, seconds=8 if GPU else 2)
-    cases = {"N = 2": benchmark.inversion(2), "L_Diff alone": benchmark.inversion(1, weight=0.0)}
-    cases |= {f"N = {steps}": benchmark.inversion(steps) for steps in (1, 5)}
-    cases["N = 2, compiled"] = benchmark.Case({"compile": GPU})
-    cases["N = 2, batch 32"] = benchmark.Case(batch_size=32 if GPU else 16)
-    cases["N = 2, DeepSpeed ZeRO 1"] = benchmark.Case()
-    for name in clock.while_left(list(cases), 6, emit):
-        engine = benchmark.engine("zero" if "DeepSpeed" in name else "torch")
-        if engine is None:
-            emit({"left out": [f"{name}: DeepSpeed is missing"]})
-            continue
-        emit({**benchmark.measure(config, name, cases[name], engine), "case": name})
+    inversion = benchmark.inversion
+    settings = {
+        "N = 2": inversion(2), "L_Diff alone": inversion(1, weight=0.0), "N = 1": inversion(1), "N = 5": inversion(5),
+        "N = 2, batch 32": benchmark.Case(batch_size=32 if GPU else 16), "N = 2, DeepSpeed ZeRO 1": benchmark.Case(),
+        "N = 2, compiled": benchmark.Case({"compile": GPU}),
+    }  # fmt: skip
+    cases = Cases(emit)
+    for name, case in settings.items():
+
+        def measured(name: str = name, case: Any = case) -> dict[str, Any]:
+            engine = benchmark.engine("zero" if "DeepSpeed" in name else "torch")
+            row: dict[str, Any] = benchmark.measure(config, name, case, engine)
+            return row if GPU else {key: value for key, value in row.items() if key != "peak_gb"}
+
+        cases.add(name, measured, (COMPILING_S if "compiled" in name else 8.0) if GPU else 2.0)
+    cases.run(clock)
+    cases.finish()
 
 
 def students(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
@@ -279,29 +195,30 @@ def students(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
 
     from ims3_ray.selection import select_subgroups
 
-    seconds = 4.0 if GPU else 0.2
-    names = [
-        f"{student}, {precision}" for student in ("convnet-6", "resnetap-10", "resnet-18") for precision in ("bf16", "fp32")
-    ]
-    if not GPU:
-        names = [name for name in names if "fp32" in name]
-    C, G = (1000, 100) if GPU else (20, 5)
-    devices = ["cuda", "cpu"] if GPU else ["cpu"]
-    for name in clock.while_left([*names, *(f"Eq. 10 on {device}" for device in devices)], seconds + 1, emit):
-        if name.startswith("Eq. 10"):
-            device, rng = name.split()[-1], torch.Generator().manual_seed(0)
-            candidates = torch.randn(C, G, 512, generator=rng).to(device)
-            references = candidates.mean(dim=1)
-            select_subgroups(candidates[:3], references[:3], alpha=0.4, beta=0.9)
-            taken = timed(lambda c=candidates, r=references: select_subgroups(c, r, alpha=0.4, beta=0.9))  # type: ignore[misc]
-            emit({"case": name, "C": C, "G": G, "seconds": round(taken, 2)})
-            continue
-        student, precision = name.split(", ")
-        count = {} if GPU else {"width": 8, "images_per_class": 1}
-        size = 224 if GPU else 64 if student == "convnet-6" else 32
-        config = benchmark.BenchmarkConfig(student=student, size=size, **count)
+    exact_float32()
+    cases, seconds = Cases(emit), 3.0 if GPU else 0.2
+
+    def epochs(student: str, precision: str) -> dict[str, Any]:
+        fewer = {} if GPU else {"width": 8, "images_per_class": 1}
+        size, memory = 224 if GPU else 64 if student == "convnet-6" else 32, Memory()
+        config = benchmark.BenchmarkConfig(student=student, size=size, **fewer)
         epoch = benchmark.on_the_device(config, precision=precision)
-        emit({"case": name, "epochs_per_s": round(1 / benchmark.seconds_per_epoch(epoch, seconds), 3), **peak_gb()})
+        return {"epochs_per_s": round(1 / benchmark.seconds_per_epoch(epoch, seconds), 3), **memory.beside_weights()}
+
+    def selection() -> dict[str, Any]:
+        C, G = (1000, 100) if GPU else (20, 5)
+        candidates = torch.randn(C, G, 512, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        references = candidates.mean(dim=1)
+        select_subgroups(candidates[:3], references[:3], alpha=0.4, beta=0.9)
+        taken = timed(lambda: select_subgroups(candidates, references, alpha=0.4, beta=0.9))
+        return {"C": C, "G": G, "seconds": round(taken, 2)}
+
+    for student in ("convnet-6", "resnetap-10", "resnet-18"):
+        for precision in ("bf16", "fp32") if GPU else ("fp32",):
+            cases.add(f"{student}, {precision}", lambda s=student, p=precision: epochs(s, p), seconds + 1)  # type: ignore[misc]
+    cases.add("Eq. 10", selection, 5.0 if GPU else 1.0)
+    cases.run(clock)
+    cases.finish()
 
 
 def training(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
@@ -313,12 +230,18 @@ def training(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
 
 def main() -> None:
     name, out, data, end = sys.argv[1:]
-    clock = Clock(float(end))
     rows = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else prints does so into the log
+
+    def emit(row: dict[str, Any]) -> None:
+        print(json.dumps(row), file=rows, flush=True)
+
+    device = torch.cuda.get_device_name() if GPU else "CPU"
+    emit({"on": f"{device}, torch {torch.__version__}", "gpu": GPU})
     steps = {step.__name__: step for step in (machine, tests, sampling, finetune, students, training)}
-    steps[name](Path(out), Path(data) if data else None, clock, lambda row: print(json.dumps(row), file=rows, flush=True))
+    steps[name](Path(out), Path(data) if data else None, Clock(float(end)), emit)
 
 
 if __name__ == "__main__":
+    sys.modules["gpu_steps"] = sys.modules["__main__"]  # what the other files import from here is this very module
     main()

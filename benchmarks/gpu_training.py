@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from gpu_steps import DEVICE, GPU, Clock, Emit
+from gpu_steps import DEVICE, GPU, Clock, Emit, one_line
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ims3_ray.config import PretrainConfig
+from ims3_ray.data.contact_sheet import contact_sheet
+from ims3_ray.data.sources import embedded_names
 from ims3_ray.errors import UserError
 from ims3_ray.evaluation import Labelled
 from ims3_ray.judging import judge_generator, splits_of
 from ims3_ray.loading import load_config
+from ims3_ray.speed import matmul_rate
 from ims3_ray.training.generator import GeneratorTrainer
 from ims3_ray.training.pace import ByClock
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
-SETS = {"cifar10": 0.6, "fashion-mnist": 0.4}
-"""Data sets, each with its share of the time. A recipe is ``configs/pretrain/NAME-minutes.yaml``."""
+SETS = {"cifar10": 0.65, "fashion-mnist": 0.35}
+"""Data sets, each with its share of the time. A recipe is ``configs/pretrain/NAME-dit-minutes.yaml``."""
 COOLDOWN = 0.3
 """Share of the time over which the learning rate falls."""
 SAVE_S = 45.0
-"""Seconds of training that are lost at most where the process is ended from outside."""
+"""Most seconds of training that are lost where the process is killed."""
 JUDGE_S = 40.0 if GPU else 12.0
-"""What judging and drawing take, about, which comes off a data set's time. It is cut where less is there."""
+"""Seconds reserved for judging and drawing each generator, at most 40 % of its time."""
 CURVE_ROWS = 60
 """Rows of the loss curve in each call."""
 SMALL = (
@@ -44,6 +48,103 @@ SMALL = (
 SMALL_IMAGES = 1000
 
 
+def train_all(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
+    """Every data set that is there. What one leaves of its time goes to the next, and one that fails does not stop it."""
+    sources = {name: source for name in SETS if (source := source_of(name, data)) is not None}
+    for name in SETS.keys() - sources.keys():
+        emit({"left out": f"{name}: there is no --data FOLDER with its files"})
+    failed = []
+    for position, (name, overrides) in enumerate(sources.items()):
+        share = SETS[name] / sum(SETS[each] for each in list(sources)[position:])
+        end = time.monotonic() + clock.left * share
+        try:
+            train_one(name, overrides, out, Clock(end), emit)
+        except Exception as error:
+            traceback.print_exc()
+            emit({"set": name, "error": one_line(error)})
+            failed.append(name)
+    if failed:
+        raise SystemExit(f"training failed for {', '.join(failed)}")
+
+
+def source_of(name: str, data: Path | None) -> list[str] | None:
+    """Overrides of the recipe that say where the images are; None if they are nowhere."""
+    embedded = "embedded:" + name if name in embedded_names() else None
+    train, test = ((data / f"{name}-{split}.parquet") if data else Path() for split in ("train", "test"))
+    files = {"data.path": train, "data.test_path": test}
+    where = {key: str(file) if file.is_file() else embedded for key, file in files.items()}
+    return [f"{key}={value}" for key, value in where.items()] if all(where.values()) else None
+
+
+def train_one(name: str, overrides: list[str], out: Path, clock: Clock, emit: Emit) -> None:
+    """``OUT/NAME-dit.safetensors`` and ``OUT/NAME-dit.png``; rows of the loss curve, then one of the result."""
+    began, whole = time.monotonic(), clock.left
+    config = load_config(PretrainConfig, CONFIGS / f"{name}-dit-minutes.yaml", [*overrides, *([] if GPU else SMALL)])
+    train, test, class_names = splits_of(config.data)
+    if not GPU:
+        train, test = fewer(train), fewer(test)
+    emit({"set": name, "loading_s": round(time.monotonic() - began, 2)})
+    run = Run(name, out, class_names)
+    earlier = run.earlier()
+    recipe = config.generator
+    while True:
+        trainer = GeneratorTrainer(recipe, train, len(class_names), config.seed, DEVICE)
+        if earlier is not None:
+            trainer.start_from(earlier.weights, earlier.steps)
+        try:
+            row = train_by_the_clock(trainer, run, clock, min(JUDGE_S, 0.4 * whole), earlier.seconds if earlier else 0.0, emit)
+            break
+        except Exception as error:
+            if not recipe.compile or isinstance(error, UserError):
+                raise
+            traceback.print_exc()
+            emit({"set": name, "not compiled": one_line(error)})
+            recipe = recipe.model_copy(update={"compile": False})
+    quality = judge_generator(config, run.weights, (train, test, class_names), DEVICE)
+    assert quality.samples is not None
+    columns = 10 if config.quality.images_per_class >= 10 else config.quality.images_per_class
+    (out / f"{name}-dit.png").write_bytes(contact_sheet(quality.samples, columns))
+    figures = {key: round(value, 2) for key, value in quality.figures.items()}
+    size = {"images": len(train[1]), "mb": round(run.weights.stat().st_size / 1e6, 2)}
+    emit({"set": name, "result": True, **row, **size, **figures, "quality": quality.lines})
+
+
+def train_by_the_clock(
+    trainer: GeneratorTrainer, run: Run, clock: Clock, reserved: float, seconds_before: float, emit: Emit
+) -> dict[str, Any]:
+    """Train until ``reserved`` seconds are left; returns the figures. Rates begin after the first step, which may compile."""
+    recipe, first = trainer.config, trainer.steps
+    length = max(1.0, clock.left - reserved)
+    started = shown = saved = after_first = time.monotonic()
+    shown_step = first
+    for step in trainer.run(ByClock(length, recipe.warmup_steps, COOLDOWN)):
+        now = time.monotonic()
+        if step == first + 1:
+            trainer.read_losses()  # waits for the device
+            after_first = shown = time.monotonic()
+            shown_step = step
+        elif now - shown > length / CURVE_ROWS:
+            trainer.read_losses()
+            recent = trainer.losses[shown_step - step :]
+            speed = (step - shown_step) * recipe.batch_size / (time.monotonic() - shown)
+            point = {"step": step, "seconds": round(seconds_before + now - started, 1), "loss": sum(recent) / len(recent)}
+            emit({"set": run.name, **point, "images_per_s": round(speed, 1)})
+            shown, shown_step = time.monotonic(), step
+        if now - saved > SAVE_S:
+            run.save(trainer, seconds_before + now - started, finished=False)
+            saved = time.monotonic()
+    end = time.monotonic()
+    run.save(trainer, seconds_before + end - started, finished=True)
+    images_per_s = max(0, trainer.steps - first - 1) * recipe.batch_size / max(end - after_first, 1e-9)
+    rate = 3 * images_per_s * trainer.model.config.forward_flops()
+    possible = matmul_rate(DEVICE, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+    return {
+        "steps": trainer.steps, "seconds": round(seconds_before + end - started, 1), "images_per_s": round(images_per_s, 1),
+        "share": round(rate / possible, 3), "first_step_s": round(after_first - started, 1), "compiled": recipe.compile,
+        "epochs": round(trainer.steps * recipe.batch_size / len(trainer.labels), 1),
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Earlier:
     """What an earlier call left: its averaged weights, and how far it had come."""
@@ -53,104 +154,48 @@ class Earlier:
     seconds: float
 
 
-def train_all(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
-    """Every data set that is there; what one leaves of its time goes to the next."""
-    sources = {name: source for name in SETS if (source := source_of(name, data)) is not None}
-    if not sources:
-        raise UserError("no data set was found; give --data FOLDER")
-    failed = []
-    for name, overrides in sources.items():
-        later = list(sources)[list(sources).index(name) :]
-        seconds = clock.left * SETS[name] / sum(SETS[each] for each in later)
-        try:
-            train_one(name, overrides, out, seconds, emit)
-        except (UserError, torch.OutOfMemoryError) as error:  # the other data set can still be trained
-            emit({"set": name, "error": str(error).splitlines()[0]})
-            failed.append(name)
-    if failed:
-        raise SystemExit(f"training failed for {', '.join(failed)}")
+@dataclass(frozen=True)
+class Run:
+    """The weights files of a data set. Those that training writes on the way stand beside the finished ones, which have been
+    through the cool-down, until it has ended too."""
 
+    name: str
+    out: Path
+    class_names: tuple[str, ...]
 
-def source_of(name: str, data: Path | None) -> list[str] | None:
-    """Overrides of the recipe that say where the images are; None if they are nowhere."""
-    train, test = (data / f"{name}-{split}.parquet" if data else None for split in ("train", "test"))
-    if train is not None and test is not None and train.is_file():
-        return [f"data.path={train}", *([f"data.test_path={test}"] if test.is_file() else ["data.test_path=embedded:" + name])]
-    return [f"data.path=embedded:{name}"] if name == "fashion-mnist" else None
+    @property
+    def weights(self) -> Path:
+        return self.out / f"{self.name}-dit.safetensors"
 
+    @property
+    def unfinished(self) -> Path:
+        return self.out / f"{self.name}-dit-unfinished.safetensors"
 
-def train_one(name: str, overrides: list[str], out: Path, seconds: float, emit: Emit) -> None:
-    """``OUT/NAME-dit.safetensors`` and ``OUT/NAME-dit.png``; rows of the loss curve, then one of the result."""
-    began = time.monotonic()
-    config = load_config(PretrainConfig, CONFIGS / f"{name}-dit-minutes.yaml", [*overrides, *([] if GPU else SMALL)])
-    train, test, class_names = splits_of(config.data)
-    if not GPU:
-        train, test = fewer(train), fewer(test)
-    loading_s = time.monotonic() - began
-    path = out / f"{name}-dit.safetensors"
-    earlier = read(path)
-    trainer = GeneratorTrainer(config.generator, train, len(class_names), config.seed, DEVICE)
-    if earlier is not None:
-        trainer.start_from(earlier.weights, earlier.steps)
-    trained, first = earlier.seconds if earlier else 0.0, trainer.steps
-    length = max(1.0, seconds - loading_s - min(JUDGE_S, 0.4 * seconds))
-    started = shown = saved = time.monotonic()
-    shown_step = first
-    for step in trainer.run(ByClock(length, config.generator.warmup_steps, COOLDOWN)):
-        now = time.monotonic()
-        if step == first + 1:
-            emit({"set": name, "first_step_s": round(now - started, 2), "loading_s": round(loading_s, 2)})
-            shown, shown_step = now, step
-        elif now - shown > length / CURVE_ROWS:
-            trainer.read_losses()
-            recent = trainer.losses[shown_step - step :]
-            speed = (step - shown_step) * config.generator.batch_size / (time.monotonic() - shown)
-            point = {"step": step, "seconds": round(trained + now - started, 1), "loss": round(sum(recent) / len(recent), 5)}
-            emit({"set": name, **point, "images_per_s": round(speed, 1)})
-            shown, shown_step = time.monotonic(), step
-        if now - saved > SAVE_S:
-            write(path, trainer, class_names, trained + now - started)
-            saved = time.monotonic()
-    spent = time.monotonic() - started
-    write(path, trainer, class_names, trained + spent)
-    quality = judge_generator(config, path, (train, test, class_names), DEVICE)
-    (out / f"{name}-dit.png").write_bytes(sheet(quality.samples))
-    batch, shape = config.generator.batch_size, trainer.model.config
-    images = (trainer.steps - first) * batch
-    row = {
-        "set": name, "result": True, "steps": trainer.steps, "seconds": round(trained + spent, 1), "images": len(train[1]),
-        "images_per_s": round(images / spent, 1), "epochs": round(trainer.steps * batch / len(train[1]), 1),
-        "tflop_per_s": round(3 * images * shape.forward_flops() / spent / 1e12, 3), "mb": round(path.stat().st_size / 1e6, 2),
-    }  # fmt: skip
-    emit({**row, **{key: round(value, 2) for key, value in quality.figures.items()}, "quality": quality.lines})
+    def save(self, trainer: GeneratorTrainer, seconds: float, finished: bool) -> None:
+        """The averaged weights with how far they are, whole or not at all; :class:`UserError` if a loss was not finite."""
+        trainer.read_losses()
+        progress = json.dumps({"steps": trainer.steps, "seconds": round(seconds, 1)})
+        path = self.weights if finished else self.unfinished
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(trainer.weights(self.class_names, training=progress))
+        os.replace(partial, path)
+        if finished:
+            self.unfinished.unlink(missing_ok=True)
+
+    def earlier(self) -> Earlier | None:
+        """The furthest weights that are there; :class:`UserError` if a value of them is not finite."""
+        path = next((path for path in (self.unfinished, self.weights) if path.is_file()), None)
+        if path is None:
+            return None
+        with safe_open(path, framework="pt") as file:
+            progress = json.loads((file.metadata() or {}).get("training", "{}"))
+        weights = {key: value.float() for key, value in load_file(path).items()}
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise UserError(f"'{path}' holds values that are not finite; delete it")
+        return Earlier(weights, int(progress.get("steps", 0)), float(progress.get("seconds", 0.0)))
 
 
 def fewer(images: Labelled) -> Labelled:
     """Some of the images, for a rehearsal."""
     some = torch.randperm(len(images[1]), generator=torch.Generator().manual_seed(0))[:SMALL_IMAGES]
     return images[0][some], images[1][some]
-
-
-def write(path: Path, trainer: GeneratorTrainer, class_names: tuple[str, ...], seconds: float) -> None:
-    """The averaged weights with how far they are, whole or not at all."""
-    progress = json.dumps({"steps": trainer.steps, "seconds": round(seconds, 1)})
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(trainer.weights(class_names, training=progress))
-    os.replace(partial, path)
-
-
-def read(path: Path) -> Earlier | None:
-    if not path.is_file():
-        return None
-    with safe_open(path, framework="pt") as file:
-        progress = json.loads((file.metadata() or {}).get("training", "{}"))
-    weights = {key: value.float() for key, value in load_file(path).items()}
-    return Earlier(weights, int(progress.get("steps", 0)), float(progress.get("seconds", 0.0)))
-
-
-def sheet(samples: Tensor | None) -> bytes:
-    """Ten samples of each class, a row each."""
-    from ims3_ray.data.contact_sheet import contact_sheet
-
-    assert samples is not None
-    return contact_sheet(samples, 10 if len(samples) % 10 == 0 else math.isqrt(len(samples)))

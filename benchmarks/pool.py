@@ -9,9 +9,9 @@ Weights are random and guidance is on: speed does not depend on what is drawn. A
 time: samples, decoded by Stable Diffusion's autoencoder, seen by ResNet-18, encoded as PNG on threads beside the device.
 `share` is the rate of the generator's, the autoencoder's and φ's own operations over the rate at which the same device
 multiplies large matrices of the same type. `cold` is the first unit, compilation included. `speedup` is over the `baseline`:
-one image at a time in float32, guided, as the published scripts do it. `generator alone` leaves out what comes after the
-samples, `launches alone` is a DiT as deep but 64 wide: asking for its kernels takes as long for any width. Each case has a
-process of its own.
+one image at a time in float32 (TF32 on a GPU), guided, as the published scripts do it. `generator alone` leaves out what
+comes after the samples, `launches alone` is a DiT as deep but 64 wide: asking for its kernels takes as long for any width.
+Each case has a process of its own.
 
 Needs torch, diffusers, timm, pydantic, pyarrow, pyyaml, pillow and safetensors; Ray for `pool` alone.
 """
@@ -243,6 +243,7 @@ def rates(sampling: SamplingConfig, seconds: float, images: int, flops: float, d
 
 def run_case(config: BenchmarkConfig, name: str, results: Any) -> None:
     sys.stdout = sys.stderr
+    torch.backends.cuda.matmul.allow_tf32 = "baseline" in name  # as the published scripts set it
     matmul_rate(*device_of(sampling_of(config, cases(config)[name])))  # while nothing else runs; it is measured once a process
     try:
         results.put((measure_pool if cases(config)[name].ray else measure)(config, name))

@@ -6,8 +6,8 @@
 
 `validation` is the mean of L_Diff over held-out training images (2,000, with fixed noise and evenly spread timesteps) under the
 averaged weights: it is comparable across shapes, batches and learning rates, since the task is the same. The test split is not
-used. `warm-up again` is trained for half of the time, keeps the averaged weights alone, and goes on with a fresh optimizer for
-the other half: what is lost where a whole state is too large to keep.
+used. `warm-up again` trains for half of the time, discards everything but the averaged weights, and trains for the other half
+with a new optimizer. It shows what resuming from a weights file costs.
 
 Needs torch, numpy, pillow, pyarrow, pydantic, pyyaml and safetensors, and no Ray.
 """
@@ -63,7 +63,7 @@ class Case:
     factors: dict[str, float] = field(default_factory=dict)
     """What numbers of the recipe are multiplied by."""
     toggled: tuple[str, ...] = ()
-    """Switches of the recipe that are turned over."""
+    """Switches of the recipe that are reversed."""
     cooldown: float | None = None
     again: bool = False
 
@@ -72,15 +72,15 @@ CASES = {
     "as it is": Case(),
     "patch twice as large": Case({"patch_size": 2}),
     "patch and width twice as large": Case({"patch_size": 2, "hidden_size": 2}),
-    "half as wide again": Case({"hidden_size": 1.5}),
-    "half as deep again": Case({"depth": 1.5}),
+    "1.5 times the width": Case({"hidden_size": 1.5}),
+    "1.5 times the depth": Case({"depth": 1.5}),
     "half the learning rate": Case({"lr": 0.5}),
     "twice the learning rate": Case({"lr": 2}),
     "half the batch": Case({"batch_size": 0.5}),
     "twice the batch": Case({"batch_size": 2}),
     "no cool-down": Case(cooldown=0.0),
     "cool-down over half of the time": Case(cooldown=0.5),
-    "the other choice of mirroring": Case(toggled=("flip",)),
+    "mirroring switched": Case(toggled=("flip",)),
     "compiled": Case(toggled=("compile",)),
     "warm-up again": Case(again=True),
 }

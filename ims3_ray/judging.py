@@ -3,7 +3,7 @@ and the test accuracy of an encoder's own head. Needs no Ray."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,10 +36,10 @@ class Quality:
 
     lines: list[str]
     """For the card."""
-    figures: dict[str, float]
-    """The main ones, in per cent."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Of a generator: ``judge_accuracy`` on the test split and ``agreement`` of the judge with its samples, in per cent."""
     samples: Tensor | None = None
-    """Of a generator: ten of each class, uint8 [10·classes, C, H, W]."""
+    """Of a generator: at most ten of each class, uint8 [N, C, H, W], in order of classes."""
 
 
 def judge_generator(config: PretrainConfig, weights: Path, splits: Splits, device: str) -> Quality:
@@ -78,4 +78,4 @@ def judge_encoder(config: PretrainConfig, weights: Path, splits: Splits, device:
         predicted = torch.cat([encoder.logits(to_signed(part.to(device))).argmax(dim=1).cpu() for part in pixels.split(500)])
     share = 100 * (predicted == labels).float().mean().item()
     line = f"its classification head: {share:.1f} % on the test split; features have {encoder.dim} dimensions"
-    return Quality([line], {"accuracy": share})
+    return Quality([line])

@@ -8,10 +8,11 @@ from functools import cache
 import torch
 
 LARGE = {"cpu": 2048, "cuda": 8192}
-"""Sides of matrices that are large for a device."""
+"""Largest matrix side that is measured, by device."""
 SMALL = 256
+"""Matrix side at which measuring begins on a CPU."""
 LONG_S = 0.02
-"""A product that takes longer than this is large enough: some CPUs compute some types a hundred times slower than others."""
+"""Seconds. Sides are doubled until one product takes this long: some CPUs compute some types a hundred times slower."""
 
 
 @cache

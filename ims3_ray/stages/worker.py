@@ -22,14 +22,14 @@ from ims3_ray.stages.images import ImageStore, Produced
 from ims3_ray.stages.producers import Producer
 
 GRACE_S = 2.0
-"""Seconds that an actor waits before it ends itself, in which the result of the unit that broke its device is sent off."""
+"""Seconds that an actor with a broken device waits before it exits, so that its last result is still delivered."""
 
 
-class Listener(Protocol):
-    """Somebody who is told of each unit's shard as it is made."""
+class ShardReceiver(Protocol):
+    """Receives each unit's shard when it is made."""
 
     def tell(self, unit: str, shard: bytes) -> None:
-        """A shard that was not told of is found in the storage later, so this may lose one."""
+        """Delivery may fail: shards that were not delivered are read from storage later."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Derivation:
 
     build: Callable[[str], Derive]
     artifact: Artifact
-    listeners: tuple[Listener, ...] = ()
+    listeners: tuple[ShardReceiver, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO as the engine of a fine-tuning: what the workers share out among them."""
+"""DeepSpeed ZeRO as the engine of fine-tuning: it divides optimizer state, gradients and parameters among the workers."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class GeneratorTrainer:
         self.read_losses()
         return {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema.state(),
-            "step": self.steps, "losses": self.losses,
+            "steps_before": self.steps_before, "losses": self.losses,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -129,12 +129,12 @@ class GeneratorTrainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.restore(state["ema"])
-        self.losses = list(state["losses"])
+        self.steps_before, self.losses = state["steps_before"], list(state["losses"])
 
     def start_from(self, weights: dict[str, Tensor], steps: int) -> None:
         """Go on from the averaged weights of an earlier training of so many steps, with an optimizer that has seen nothing.
 
-        This is for where a whole state is too large to keep: it takes eight times the bytes of a weights file.
+        Used where the full training state is too large to keep: it has eight times the size of the weights file.
         ``benchmarks/recipe.py`` measures what it costs. Raises :class:`UserError` for weights of another shape.
         """
         wanted = {name: tuple(p.shape) for name, p in self.model.named_parameters()}

@@ -56,6 +56,7 @@ def test_a_step_that_is_killed_loses_itself_alone_and_training_goes_on_from_what
     assert running.returncode == 1, printed
     assert [found[name]["state"] for name in ("machine", "students", "training")] == ["done", "failed", "done"]
     assert found["students"]["rows"], "what it had found before is kept"
+    assert found["students"]["error"] == "killed by signal 9"
     assert {"fp32"} == {row["matmul"] for row in found["machine"]["rows"] if "matmul" in row}
     result = found["training"]["rows"][-1]
     assert result["set"] == "fashion-mnist"
@@ -86,6 +87,28 @@ def test_a_step_that_is_killed_loses_itself_alone_and_training_goes_on_from_what
     assert page.read_text() == text, "written twice it is the same"
 
 
+def test_the_other_steps_measure_too(tmp_path: Path):
+    out, names = tmp_path / "out", ["tests", "sampling", "finetune"]
+    done = subprocess.run(
+        command(out, f"--only={','.join(names)}", "--minutes=4"), cwd=ROOT, env=bare(tmp_path), capture_output=True, text=True,
+        timeout=280,
+    )  # fmt: skip
+    found = steps_of(out)
+    assert (done.returncode, [found[name]["state"] for name in names]) == (0, ["done"] * 3), done.stdout + done.stderr
+    results = {row["test"]: row["outcome"] for row in found["tests"]["rows"] if "test" in row}
+    assert len(results) == found["tests"]["rows"][0]["collected"] > 20
+    assert set(results.values()) == {"passed", "skipped"}, "those of the autoencoder need diffusers, which is not there"
+    cases = {row["case"]: row for row in found["sampling"]["rows"] if "case" in row}
+    assert {"fp32, batch 1", "fp32, batch 2", "fp32, batch 4"} <= cases.keys()
+    for row in cases.values():
+        # 50 guided steps of the small DiT: what was found per second times what an image takes is the rate.
+        assert 0 < row["share"] < 1.5
+    assert any("diffusers is missing" in row.get("left out", "") for row in found["sampling"]["rows"])
+    tuned = {row["case"]: row["samples_per_s"] for row in found["finetune"]["rows"] if "case" in row}
+    assert tuned["L_Diff alone"] > tuned["N = 2"] > tuned["N = 5"] > 0
+    assert any("deepspeed is missing" in row.get("left out", "") for row in found["finetune"]["rows"])
+
+
 def test_a_step_without_its_packages_is_named_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "pydantic" else name)
     assert gpu.measure(tmp_path, None, 60, ["sampling"], again=False) == 0
@@ -101,6 +124,7 @@ def test_a_step_without_its_packages_is_named_and_left_out(tmp_path: Path, monke
         ([], "give OUT"),
         (["OUT", "--minutes=0"], "above 0"),
         (["OUT", "--data=nowhere"], "is no folder"),
+        (["OUT", "--data=."], "has no cifar10-train.parquet"),
     ],
 )
 def test_a_wrong_call_is_one_line(
@@ -148,14 +172,16 @@ def test_a_page_without_marks_is_not_written(tmp_path: Path, capsys: pytest.Capt
 def test_tables_show_what_was_found_beside_what_was_predicted():
     rows: list[dict[str, Any]] = [
         {"case": "bf16, batch 64", "images_per_s": 18.5, "share": 0.55},
-        {"profile": "gemm", "share": 0.5, "ms": 3.0, "calls": 7},
-        {"left out": ["decoding"]},
+        {"profile": "gemm", "of": "batch 64", "share": 0.5, "ms": 3.0, "calls": 7},
+        {"left out": "decoding"},
+        {"case": "broken", "error": "RuntimeError: no"},
     ]
     steps: dict[str, Any] = {"sampling": {"state": "done", "rows": rows, "seconds": 3.2}}
     assert "| bf16, batch 64 | 18.5 images/s, 0.55 share |\n" in gpu_report.tables({"steps": steps}), "a rehearsal"
-    steps["machine"] = {"state": "done", "rows": [{"device": "NVIDIA H100", "memory_gb": 85.0}], "seconds": 1.0}
-    text = gpu_report.tables({"steps": steps})
+    text = gpu_report.tables({"steps": {"sampling": {**steps["sampling"], "on": "NVIDIA H100", "gpu": True}}})
+    assert "State: done on NVIDIA H100, 3 s." in text
     expected = gpu_report.PREDICTED["sampling", "bf16, batch 64"]
     assert f"| bf16, batch 64 | 18.5 images/s, 0.55 share | {expected} |" in text
     assert "| `gemm` | 50.0% | 3 | 7 |" in text
-    assert "Left out: decoding." in text
+    assert "- Left out: decoding." in text
+    assert "- Failed: broken: RuntimeError: no" in text

@@ -21,12 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """All tests of this folder are marked ``gpu``; a rehearsal leaves out those that no CPU can run."""
+    """All tests of this folder are marked ``gpu``. Those that cannot run without a CUDA device, which are slow, come last; a
+    rehearsal leaves them out."""
     mine = [item for item in items if HERE in item.path.parents]
     for item in mine:
         item.add_marker(pytest.mark.gpu)
+    impossible = [item for item in mine if item.get_closest_marker("cuda_only")]
+    items.sort(key=lambda item: item in impossible)
     if config.getoption("--device", "cuda") == "cpu":
-        impossible = [item for item in mine if item.get_closest_marker("cuda_only")]
         config.hook.pytest_deselected(items=impossible)
         items[:] = [item for item in items if item not in impossible]
 

@@ -18,7 +18,7 @@ from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.models.generator import load_generator
 from ims3_ray.stages.derived import Features
-from ims3_ray.stages.images import ImageStore
+from ims3_ray.stages.images import ImageStore, Produced
 from ims3_ray.stages.producers import Candidates
 from ims3_ray.stages.worker import Derivation, UnitWorker, Work
 from ims3_ray.training.generator import GeneratorTrainer
@@ -120,24 +120,28 @@ def little_memory() -> Iterator[Any]:
 
 @pytest.mark.cuda_only
 def test_where_memory_does_not_suffice_a_unit_is_made_in_halves(tiny_world: Path, little_memory: Any, device: str):
-    size = 4096
-    produce = candidates(tiny_world, device, unit_size=size)
-    torch.cuda.empty_cache()
+    size = 32768  # of such small images: so that activations are most of the memory
+    produce = candidates(tiny_world, device, unit_size=size, steps=2)
     torch.cuda.reset_peak_memory_stats()
     expected = produce("c0000-u00000")
     assert expected.batch is None
-    little_memory(0.7 * torch.cuda.max_memory_reserved())
+    little_memory(0.7 * torch.cuda.max_memory_allocated())
     found = produce("c0000-u00000")
     assert found.batch is not None
     assert found.batch < size
     assert (found.pixels.int() - expected.pixels.int()).abs().max() <= 1
+
+
+@pytest.mark.cuda_only
+def test_where_memory_does_not_suffice_features_are_computed_in_parts(tiny_world: Path, little_memory: Any, device: str):
+    size = 32768
+    produced = Produced(torch.randint(256, (size, 1, 8, 8), dtype=torch.uint8, device=device), [""] * size)
     features = Features(tiny_world / "phi.safetensors", device)
     features.batch = size
-    little_memory(torch.cuda.get_device_properties(0).total_memory)
     torch.cuda.reset_peak_memory_stats()
-    whole = load(features("c0000-u00000", found).data)["features"]
-    little_memory(0.7 * torch.cuda.max_memory_reserved())
-    parts = load(features("c0000-u00000", found).data)["features"]
+    whole = load(features("c0000-u00000", produced).data)["features"]
+    little_memory(0.7 * torch.cuda.max_memory_allocated())
+    parts = load(features("c0000-u00000", produced).data)["features"]
     assert features.batch < size
     assert distance(parts, whole) < 1e-3
 
