@@ -14,20 +14,22 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 PREDICTED: dict[tuple[str, str], str] = {
     ("machine", "bf16"): "790 TFLOP/s",
+    ("machine", "fp32"): "50 TFLOP/s",
     ("machine", "tf32"): "400 TFLOP/s",
-    ("machine", "copy"): "2,900 GB/s (H200: 4,300)",
+    ("machine", "copy"): "2,900 GB/s",
     ("sampling", "bf16, batch 64"): "20 images/s, share 0.60",
-    ("sampling", "bf16, batch 64, compiled"): "23 images/s, share 0.70",
-    ("sampling", "bf16, batch 10"): "11 images/s, share 0.32",
-    ("sampling", "fp32, batch 1, as the published scripts"): "0.8 images/s",
-    ("sampling", "fp32, batch 10, as the published scripts"): "1.8 images/s",
+    ("sampling", "bf16, batch 64, compiled"): "24 images/s, share 0.71",
+    ("sampling", "bf16, batch 10"): "14 images/s, share 0.43",
+    ("sampling", "fp32 with TF32, batch 1, as the published scripts"): "1.4 images/s",
+    ("sampling", "fp32 with TF32, batch 10, as the published scripts"): "10 images/s",
+    ("sampling", "fp32 without TF32, batch 10"): "2 images/s",
     ("sampling", "autoencoder alone"): "500 images/s, share 0.40",
-    ("finetune", "N = 2"): "130 samples/s, share 0.20",
-    ("finetune", "N = 2, compiled"): "200 samples/s, share 0.30",
+    ("finetune", "N = 2"): "118 samples/s, share 0.18",
+    ("finetune", "N = 2, compiled"): "174 samples/s, share 0.26",
     ("finetune", "N = 2, batch 32"): "330 samples/s, share 0.50",
-    ("students", "Eq. 10 on cuda"): "2 s",
-    ("training", "cifar10"): "18,000 images/s, the judge names 85 %",
-    ("training", "fashion-mnist"): "35,000 images/s, the judge names 92 %",
+    ("students", "Eq. 10"): "1 s",
+    ("training", "cifar10"): "15,000 images/s, share 0.16, the judge names 85 %",
+    ("training", "fashion-mnist"): "32,000 images/s, the judge names 92 %",
 }
 """For an H100, before any GPU had run this: docs/gpu.md has the arithmetic."""
 
