@@ -141,8 +141,7 @@ def wrong_with(data: Path) -> str | None:
 def measure(out: Path, data: Path | None, seconds: float, names: Sequence[str], again: bool) -> int:
     """Run the steps; 0 if none failed, 1 otherwise. A step that ran out of time has not failed: what it found is there."""
     end, results = time.monotonic() + seconds - TABLE_S, Results(out)
-    for partial in out.glob("*.partial"):  # of a call that was killed while it wrote
-        partial.unlink()
+    remove_partial_files(out)
     # Training continues; any other step that is done stays as it is, unless it was asked for by name.
     finished = {step.name for step in STEPS if results.step(step.name).get("state") == "done"} - {"training"}
     steps = [step for step in STEPS if step.name in names and (again or step.name not in finished)]
@@ -157,12 +156,19 @@ def measure(out: Path, data: Path | None, seconds: float, names: Sequence[str], 
             results.change(step.name, state="not run", error="no time was left", seconds=0.0)
         else:
             run_step(step, out, data, limit, results)
+            remove_partial_files(out)
         found = results.step(step.name)
         print(f"{step.name}: {found['state']}, {found['seconds']:.0f} s {found.get('error', '')}".rstrip(), flush=True)
     from gpu_report import tables
 
     print(tables(results.values))
     return int(any(results.step(step.name)["state"] == "failed" for step in steps))
+
+
+def remove_partial_files(out: Path) -> None:
+    """What a process left that was killed while it wrote."""
+    for partial in out.glob("*.partial"):
+        partial.unlink()
 
 
 def run_step(step: Step, out: Path, data: Path | None, limit: float, results: Results) -> None:
