@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from ims3_ray.artifacts import Storage
 from ims3_ray.cluster import connected
@@ -113,14 +114,22 @@ def check_folder(config: WorkConfig, storage: Storage) -> None:
     path = f"{config.name}/config.yaml"
     if not storage.exists(path):
         return
-    mine, theirs = _what_matters(canonical(config)), _what_matters(yaml.safe_load(storage.read(path)))
-    theirs = {key: value for key, value in theirs.items() if key in mine}
+    mine, theirs = (_what_matters(plain) for plain in (canonical(config), _completed(config, storage.read(path))))
     if theirs != mine:
         key, old, new = first_difference(theirs, mine)
         raise UserError(
             f"run folder '{storage.address(config.name)}' holds another config ({key}: {old!r} there, {new!r} here); "
             f"choose another name (name={config.name}-2) or delete the folder"
         )
+
+
+def _completed(config: WorkConfig, stored: bytes) -> dict[str, Any]:
+    """A stored config with the defaults of the options that have been added since it was written, at any depth."""
+    plain: dict[str, Any] = yaml.safe_load(stored)
+    try:
+        return canonical(type(config).model_validate(plain))
+    except ValidationError:  # it has options that are no more: they count as differences
+        return plain
 
 
 DETAILS = {

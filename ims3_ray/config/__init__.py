@@ -1,6 +1,6 @@
 """The whole run as one typed tree. Read from YAML and the command line by :mod:`ims3_ray.loading`."""
 
-from ims3_ray.config.base import Section, canonical, merge, reserved
+from ims3_ray.config.base import Section, canonical, differing, merge, reserved
 from ims3_ray.config.candidates import PoolConfig, RefineConfig, SamplingConfig, SelectionConfig
 from ims3_ray.config.evaluation import AugmentConfig, EncoderTraining, EvaluationConfig, ProtocolConfig, TeacherConfig
 from ims3_ray.config.finetune import (
@@ -53,6 +53,7 @@ __all__ = [
     "TrainerConfig",
     "WorkConfig",
     "canonical",
+    "differing",
     "merge",
     "reserved",
 ]

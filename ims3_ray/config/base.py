@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,6 +28,37 @@ def canonical(section: BaseModel) -> dict[str, Any]:
     """Plain JSON values of a section, the form that is hashed and stored."""
     plain: dict[str, Any] = json.loads(section.model_dump_json())
     return plain
+
+
+def differing(section: BaseModel, without: Collection[str] = ()) -> dict[str, Any]:
+    """Plain JSON values of the fields that differ from their defaults, leaving out those named in ``without``.
+
+    This is what an artifact's key holds of a section, so an option that is added later changes no key until it is used. A
+    section inside the section is compared field by field with the default that the outer one has for it. Fields without a
+    default are always there.
+    """
+    defaults = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in type(section).model_fields.items()
+        if not field.is_required()
+    }
+    return _differing(section, defaults, without)
+
+
+def _differing(section: BaseModel, defaults: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
+    plain, found = canonical(section), {}
+    for name, value in section:
+        default = defaults.get(name, _ABSENT)
+        if name in without or value == default:
+            continue
+        if isinstance(value, BaseModel) and type(default) is type(value):
+            found[name] = _differing(value, dict(default))
+        else:
+            found[name] = plain[name]
+    return found
+
+
+_ABSENT = object()
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

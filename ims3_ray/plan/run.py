@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ims3_ray.config import ArmConfig, RunConfig, canonical
+from ims3_ray.config import ArmConfig, RunConfig, differing
 from ims3_ray.cost import (
     decoding_flops,
     embedding_dim,
@@ -30,6 +30,10 @@ PNG_SHARE = 0.6
 """What is left of pixels as PNG, of photographs."""
 
 
+PLACES_AND_SPEED = ("trainer", "checkpoint_every", "activation_checkpointing", "accumulate", "zero_stage", "compile")
+"""Settings of a fine-tuning that say where, how safely and how fast it runs: they change rounding at most."""
+
+
 class RunBuilder(Builder):
     """Every method is given the config as the arm has it that the stage is for."""
 
@@ -46,7 +50,7 @@ class RunBuilder(Builder):
         if config.encoder not in self._by_encoder:
             self._by_encoder[config.encoder] = Models(config)
         m = self._by_encoder[config.encoder]
-        params: dict[str, Any] = {"phi": m.phi.digest, "shape": canonical(m.phi_shape)}
+        params: dict[str, Any] = {"phi": m.phi.digest, "shape": differing(m.phi_shape)}
         if asked_by or set(self.classes.names) <= set(known_classes(m.phi_path)):
             labels = self.classes.source_labels if images.kind == "encode" else self.classes.generator_labels
             positions = class_positions(m.phi_path, self.classes.names, asked_by or "")
@@ -122,14 +126,14 @@ class RunBuilder(Builder):
             raise UserError(
                 f"generator '{m.weights.name}' predicts no variance; set finetune.objectives.diffusion.variance=false"
             )
-        params: dict[str, Any] = canonical(tuning)
-        for detail in ("trainer", "checkpoint_every", "activation_checkpointing", "accumulate", "zero_stage", "compile"):
-            params.pop(detail)  # where, how safely and how fast it runs changes rounding at most
+        labels = list(self.classes.generator_labels)
+        groups = class_groups(labels, tuning.classes_per_group)
+        params: dict[str, Any] = {
+            "finetune": differing(tuning, without=(*PLACES_AND_SPEED, "classes_per_group")), "generator": m.generator.digest,
+            "seed": config.seed, "groups": groups,
+        }  # fmt: skip
         if tuning.objectives.couple_samples:  # but these terms look at what a worker has before it
             params["parts"] = [tuning.trainer.num_workers, tuning.accumulate]
-        labels = list(self.classes.generator_labels)
-        groups = class_groups(labels, params.pop("classes_per_group"))
-        params |= {"generator": m.generator.digest, "seed": config.seed, "groups": groups}
         counts = dict(zip(labels, self.classes.counts, strict=True))
         images = sum(tuning.total_steps(sum(counts[label] for label in group)) * tuning.batch_size for group in groups)
         inputs = {"encode": self.encode("train")}
@@ -151,7 +155,9 @@ class RunBuilder(Builder):
     def instability(self, config: RunConfig) -> Stage:
         """What is measured of the generators before and after a fine-tuning."""
         measured, finetune = config.instability, self.finetune(config)
-        params = {**canonical(measured), "seed": config.seed, "classes": list(self.classes.generator_labels)}
+        params = {
+            "instability": differing(measured), "seed": config.seed, "classes": list(self.classes.generator_labels),
+        }  # fmt: skip
         return self._once(
             Stage(
                 "instability", "instability (Eq. 12)", params, {"finetune": finetune, **finetune.inputs},
@@ -165,7 +171,9 @@ class RunBuilder(Builder):
         per_class = config.selection.images_per_class if arm.select == "first" else config.pool_size
         units = tuple(unit for label in self.classes.generator_labels for unit in units_of(label, per_class, s.unit_size))
         images = len(units) * s.unit_size
-        params = {**canonical(s), "store": config.pool.store, "generator": m.generator.digest, "seed": config.seed}
+        params: dict[str, Any] = {
+            "sampling": differing(s), "store": config.pool.store, "generator": m.generator.digest, "seed": config.seed,
+        }  # fmt: skip
         inputs = {"finetune": self.finetune(config)} if arm.finetune else {}
         names = [self._tuned(config) if arm.finetune else "pretrained"]
         if s.mode_guidance.strength:
@@ -226,8 +234,10 @@ class RunBuilder(Builder):
     def _refine(self, label: str, title: str, config: RunConfig, chosen: Stage) -> Stage:
         """The chosen images, optimised further by the generator that they come from."""
         m, source = self.models, chosen.inputs["images"]
-        params = {**canonical(config.refine), "generator": m.generator.digest, "seed": config.seed,
-                  "labels": list(self.classes.generator_labels)}  # fmt: skip
+        params = {
+            "refine": differing(config.refine), "generator": m.generator.digest, "seed": config.seed,
+            "labels": list(self.classes.generator_labels),
+        }  # fmt: skip
         inputs = {"set": chosen} | {name: stage for name, stage in source.inputs.items() if name == "finetune"}
         if m.vae:
             inputs["images"] = source  # their latents, if they are kept

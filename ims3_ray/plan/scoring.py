@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ims3_ray.config import ProtocolConfig, WorkConfig, canonical
+from ims3_ray.config import ProtocolConfig, WorkConfig, differing
 from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.cost import embedding_flops, evaluation_flops
 from ims3_ray.data.classes import match_classes
@@ -99,7 +99,7 @@ class Builder(Data):
     def teacher(self) -> Stage:
         """The teacher of soft labels, trained on the real training split."""
         training, data, images = self.work.evaluation.teacher.training, self.work.data, self.encode("train")
-        params = {**canonical(training), "classes": list(self.classes.names)}
+        params = {"training": differing(training), "classes": list(self.classes.names)}
         shape = EncoderConfig(
             model=training.model, model_args=training.model_args, channels=data.channels,
             num_classes=len(self.classes.names), mean=0.0, std=1.0,
@@ -122,7 +122,7 @@ class Builder(Data):
 
     def _evaluate(self, title: str, images: Stage, protocol: ProtocolConfig, student: str, ipc: int, row: str) -> Stage:
         config, teacher = self.work.evaluation, self.work.evaluation.teacher
-        params: dict[str, Any] = {**canonical(protocol), "students": [student]}
+        params: dict[str, Any] = {"protocol": differing(protocol, without=("students",)), "student": student}
         params["classes"] = list(self.classes.names)  # a set is known by its images alone
         inputs, weights = {"set": images, "test": self.encode("test")}, {}
         if config.val_per_class:

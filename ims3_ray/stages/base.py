@@ -8,12 +8,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ims3_ray.artifacts import Artifact, Storage, key_of
-from ims3_ray.config import RunConfig, WorkConfig
+from ims3_ray.config import (
+    EncoderTraining,
+    FinetuneConfig,
+    InstabilityConfig,
+    ProtocolConfig,
+    RefineConfig,
+    RunConfig,
+    SamplingConfig,
+    WorkConfig,
+)
 from ims3_ray.data.classes import ClassTable
+from ims3_ray.models.encoder import EncoderConfig
 from ims3_ray.stages.weights import Weights
 from ims3_ray.tracking import Untracked
 
@@ -37,7 +48,22 @@ VERSION = {
     "export": 1,
     "evaluate": 3,
 }
-"""Raised when a stage's output changes for the same input: old artifacts are then no longer taken for new ones."""
+"""Raised when a stage's output changes for the same input: old artifacts are then no longer taken for new ones.
+
+A default of :data:`SETTINGS` that changes is such a change, since keys hold what differs from the defaults alone.
+"""
+
+SETTINGS: dict[str, type[BaseModel]] = {
+    "embed": EncoderConfig,
+    "teacher": EncoderTraining,
+    "finetune": FinetuneConfig,
+    "instability": InstabilityConfig,
+    "generate": SamplingConfig,
+    "refine": RefineConfig,
+    "evaluate": ProtocolConfig,
+}
+"""The settings of a kind of stage of which its key holds what differs from the defaults. ``tests/unit/defaults.json`` has the
+defaults by version."""
 
 
 SETS = ("select", "refine", "given")

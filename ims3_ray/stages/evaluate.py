@@ -143,10 +143,10 @@ def run_all(context: Context, stages: Sequence[Stage], at_once: int | None = Non
 
 def _exam(context: Context, stage: Stage) -> Exam:
     storage, val = context.storage, stage.inputs.get("val")
-    plain = {key: value for key, value in stage.params.items() if key in ProtocolConfig.model_fields}
+    protocol = ProtocolConfig.model_validate({**stage.params["protocol"], "students": [stage.params["student"]]})
     teacher = stage.inputs["teacher"].artifact(storage) if "teacher" in stage.inputs else stage.weights.get("teacher")
     return Exam(
-        ProtocolConfig.model_validate(plain), stage.inputs["set"].artifact(storage), Split.of(context, stage.inputs["test"]),
+        protocol, stage.inputs["set"].artifact(storage), Split.of(context, stage.inputs["test"]),
         Split(val.artifact(storage), tuple((unit,) for unit in val.units)) if val else None, teacher, context.classes.names,
         context.config.evaluation.threads_per_task,
     )  # fmt: skip

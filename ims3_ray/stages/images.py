@@ -72,8 +72,8 @@ class ImageStore:
     def of(cls, stage: Stage, storage: Storage) -> ImageStore:
         if stage.kind == "encode":
             return cls(stage.artifact(storage), "pixels")
-        params = stage.params
-        return cls(stage.artifact(storage), params["store"], stage.weights.get("autoencoder"), params["precision"])
+        precision = stage.run.sampling.precision
+        return cls(stage.artifact(storage), stage.params["store"], stage.weights.get("autoencoder"), precision)
 
     def write(self, unit: str, produced: Produced, encoders: Executor) -> str:
         """Store a unit; returns the SHA-256 of its shard."""

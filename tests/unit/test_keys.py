@@ -1,0 +1,169 @@
+"""What an artifact's key holds: settings that differ from their defaults, so that new options re-key nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import Field
+
+from ims3_ray.artifacts import Storage
+from ims3_ray.config import (
+    AugmentConfig,
+    EncoderTraining,
+    FinetuneConfig,
+    ProtocolConfig,
+    RunConfig,
+    SamplingConfig,
+    Section,
+    canonical,
+    differing,
+)
+from ims3_ray.errors import UserError
+from ims3_ray.pipeline import check_folder
+from ims3_ray.plan import Plan, make_plan
+from ims3_ray.stages.base import SETTINGS, VERSION
+from tests.conftest import tiny_values
+
+RECORD = Path(__file__).with_name("defaults.json")
+
+
+def defaults_of(section: type[Any]) -> dict[str, Any]:
+    """Default of every option, by its dotted name."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        if field.is_required():
+            continue
+        value = field.get_default(call_default_factory=True)
+        inner = _flat(canonical(value), f"{name}.") if isinstance(value, Section) else {name: json.loads(json.dumps(value))}
+        found |= inner
+    return found
+
+
+def _flat(plain: dict[str, Any], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in plain.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and key != "model_args" else {prefix + key: value}
+    return found
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_default_changes_with_the_version_alone(kind: str):
+    """If this fails: raise ``VERSION[kind]`` in ``stages/base.py`` for a default that has changed. Then write the defaults
+    anew, which a new option needs too: ``python -m tests.unit.test_keys``."""
+    recorded = json.loads(RECORD.read_text())[kind]
+    now = {"version": VERSION[kind], "defaults": defaults_of(SETTINGS[kind])}
+    if recorded["version"] == VERSION[kind]:
+        changed = {key for key, value in recorded["defaults"].items() if now["defaults"].get(key, value) != value}
+        assert not changed, f"the defaults of {sorted(changed)} have changed and VERSION['{kind}'] has not"
+    assert now == recorded, "defaults.json does not hold the defaults as they are"
+
+
+def test_what_differs_is_found_at_every_depth_and_free_tables_are_taken_whole():
+    assert differing(SamplingConfig()) == {}
+    assert differing(SamplingConfig(steps=7, cfg_scale=2.0)) == {"steps": 7}
+    tuned = FinetuneConfig.model_validate({"objectives": {"inversion_matching": {"n_steps": 5}}, "trainer": {"num_workers": 3}})
+    assert differing(tuned, without=("trainer",)) == {"objectives": {"inversion_matching": {"n_steps": 5}}}
+    # A table that lacks an entry of the default is another table.
+    smaller = EncoderTraining(model_args={"layers": [1, 1, 1, 1]})
+    assert differing(smaller) == {"model_args": {"layers": [1, 1, 1, 1]}}
+    # The default of the outer section counts: its augmentation shifts by 2, that of the class by 0.
+    assert differing(ProtocolConfig(augment=AugmentConfig())) == {"augment": {"max_shift": 0}}
+    assert differing(ProtocolConfig(augment=AugmentConfig(max_shift=2))) == {}
+    for protocol in (ProtocolConfig(epochs={1: 5, 10: 3}), ProtocolConfig(augment=AugmentConfig(flip=True))):
+        rebuilt = {**differing(protocol)}
+        if "augment" in rebuilt:
+            rebuilt["augment"] = {**canonical(ProtocolConfig().augment), **rebuilt["augment"]}
+        assert ProtocolConfig.model_validate(rebuilt) == protocol
+
+
+class Sampling(SamplingConfig):
+    """As it might be after an upgrade."""
+
+    new_option: int = Field(default=3)
+
+
+def plan_of(world: Path, tmp_path: Path, **changes: Any) -> Plan[RunConfig]:
+    return make_plan(RunConfig.model_validate(tiny_values(world, tmp_path, **changes)))
+
+
+def keys(plan: Plan[RunConfig], tmp_path: Path) -> dict[str, str | None]:
+    return {stage.title: stage.key(Storage.at(str(tmp_path))) for stage in plan.stages}
+
+
+def test_an_option_that_is_added_later_changes_no_key_until_it_is_used(tiny_world: Path, tmp_path: Path):
+    before = RunConfig.model_validate(tiny_values(tiny_world, tmp_path))
+    values = before.sampling.model_dump()
+    expected = keys(make_plan(before), tmp_path)
+    after = before.model_copy(update={"sampling": Sampling(**values)})
+    used = before.model_copy(update={"sampling": Sampling(**values, new_option=4)})
+    assert keys(make_plan(after), tmp_path) == expected
+    changed = {title for title, key in keys(make_plan(used), tmp_path).items() if key != expected[title]}
+    assert {title for title in changed if title.startswith("generate")} == {t for t in expected if t.startswith("generate")}
+    assert "fine-tune" not in changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sampling": {"cfg_scale": 3.0}},
+        {"finetune": {"objectives": {"inversion_matching": {"similarity": "l2"}}}},
+        {"finetune": {"flip": True}},
+        {"selection": {"alpha": 0.7}},
+        {"seed": 5},
+    ],
+    ids=str,
+)
+def test_a_setting_that_is_changed_changes_keys_and_changed_back_gives_them_back(
+    change: dict[str, Any], tiny_world: Path, tmp_path: Path
+):
+    before, after, again = (keys(plan_of(tiny_world, tmp_path, **c), tmp_path) for c in ({}, change, {}))
+    assert before == again
+    assert before != after
+
+
+def folder_of(world: Path, tmp_path: Path, remove: str | None = None, **changes: Any) -> tuple[RunConfig, Storage]:
+    """A run folder that holds a config without the option ``remove`` (dotted), as an older version wrote it."""
+    config, storage = RunConfig.model_validate(tiny_values(world, tmp_path, **changes)), Storage.at(str(tmp_path))
+    plain = canonical(config)
+    if remove is not None:
+        *path, last = remove.split(".")
+        inner = plain
+        for part in path:
+            inner = inner[part]
+        del inner[last]
+    storage.write(f"{config.name}/config.yaml", yaml.safe_dump(plain).encode())
+    return config, storage
+
+
+@pytest.mark.parametrize(
+    "option", ["seed", "sampling.compile", "finetune.objectives.minimax.shared", "evaluation.protocols.hard.augment.flip"]
+)
+def test_a_run_folder_goes_on_after_an_upgrade_that_adds_an_option(option: str, tiny_world: Path, tmp_path: Path):
+    check_folder(*folder_of(tiny_world, tmp_path, option))
+
+
+def test_an_added_option_that_is_used_is_another_config(tiny_world: Path, tmp_path: Path):
+    config, storage = folder_of(tiny_world, tmp_path, "sampling.cfg_scale", sampling={"cfg_scale": 3.0})
+    with pytest.raises(UserError, match=r"sampling.cfg_scale: 2.0 there, 3.0 here"):
+        check_folder(config, storage)
+
+
+def test_an_option_that_is_no_more_is_named(tiny_world: Path, tmp_path: Path):
+    config, storage = folder_of(tiny_world, tmp_path)
+    plain = {**canonical(config), "sampling": {**canonical(config.sampling), "eta": 0.5}}
+    storage.write(f"{config.name}/config.yaml", yaml.safe_dump(plain).encode())
+    with pytest.raises(UserError, match=r"sampling.eta: 0.5 there, None here"):
+        check_folder(config, storage)
+
+
+def record() -> None:
+    found = {kind: {"version": VERSION[kind], "defaults": defaults_of(section)} for kind, section in SETTINGS.items()}
+    RECORD.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    record()
