@@ -1,0 +1,99 @@
+"""The card of a distilled set, and the page of a report, from results that are written down here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from ims3_ray.config import RunConfig
+from ims3_ray.data.classes import ClassTable
+from ims3_ray.report.card import accuracy_rows, dataset_card, plain
+from ims3_ray.report.html import render_report
+from ims3_ray.results import spread
+
+NAMES = ("cat", "dog|<q>", "eel")
+
+
+def row(*last: float, val: list[float] | None = None) -> dict[str, Any]:
+    found = {"last": spread(last), "best": spread([value + 1 for value in last]), "per_class": [50.0, 60.0, 70.0]}
+    found["curve"] = [{"epoch": 1, "loss": 1.5, "test": 40.0}, {"epoch": 4, "loss": 0.5, "test": last[0]}]
+    return found | ({"val": spread(val)} if val else {})
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    stages = [
+        {"stage": "encode", "title": "encode train images", "key": "k1", "seconds": 3.0, "images": 30},
+        {"stage": "select", "title": "select (IMS3)", "key": "k2", "seconds": 0.0, "images": 6},
+    ]
+    return {
+        "name": "mine", "finished": "2026-01-02T03:04:05+00:00", "metric": "top-1 accuracy in %", "skipped_images": ["bad.png"],
+        "stages": stages,
+        "sets": {
+            "random": {"title": "Random real", "content": "0" * 16, "images": 6, "rows": {"hard/convnet-3": row(50.0)}},
+            "ims3": {
+                "title": "IMS3", "content": "abcdef0123456789", "images": 6,
+                "rows": {"hard/convnet-3": row(60.0, 62.0, val=[60.5, 61.5])},
+            },
+        },
+    }  # fmt: skip
+
+
+def config() -> RunConfig:
+    values = {"name": "mine", "storage": "/secret/place", "cluster": {"address": "secret:6379"}, "export": "ims3"}
+    return RunConfig.model_validate({**values, "selection": {"images_per_class": 2}})
+
+
+def classes() -> ClassTable:
+    return ClassTable(NAMES, (0, 1, 2), (0, 1, 2), (10, 10, 10))
+
+
+def test_accuracies_stand_in_a_row_for_each_set_and_protocol(results: dict[str, Any]):
+    assert accuracy_rows(results)[2:] == [
+        "| Random real | hard/convnet-3 | 50.0 | 51.0 |  |",
+        "| IMS3 | hard/convnet-3 | 61.0 ± 1.4 | 62.0 ± 1.4 | 61.0 ± 0.7 |",
+    ]
+
+
+def test_the_card_has_what_the_hub_reads_and_says_nothing_of_where_it_was_made(results: dict[str, Any]):
+    card = dataset_card(config(), classes(), results)
+    _, header, body = card.split("---\n", 2)
+    (found,) = yaml.safe_load(header)["configs"]
+    assert found["data_files"] == [{"split": "train", "path": "data/train-*.parquet"}]
+    assert "6 images in 3 classes (cat, dog&#124;&lt;q&gt;, eel)" in body
+    assert "arm IMS3" in body
+    assert "`abcdef0123456789`" in body
+    assert "secret" not in card
+    shown = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
+    assert shown["selection"]["images_per_class"] == 2
+
+
+def test_names_in_markdown_are_text():
+    assert plain("a |\n<script>") == "a &#124; &lt;script&gt;"
+
+
+def test_the_report_shows_every_set_its_curve_and_what_was_left_out(results: dict[str, Any]):
+    losses = {
+        "fine-tune": [{"step": 1.0, "loss": 2.0, "loss_diffusion": 0.5}, {"step": 2.0, "loss": 1.0, "loss_diffusion": 0.25}]
+    }
+    page = render_report(
+        config(), classes(), results, sheets={"random": b"one", "ims3": b"two"},
+        confusions={}, losses=losses, tables={},
+    )  # fmt: skip
+    for text in (
+        "IMS3",
+        "61.0 ± 1.4",
+        "Random real",
+        "bad.png",
+        "encode train images",
+        "L_Diff",
+        "epoch 4",
+        "abcdef0123456789",
+    ):
+        assert text in page, text
+    assert "dog|&lt;q&gt;" in page
+    assert "<q>" not in page
+    assert "data:image/png;base64,dHdv" in page, "the sheet lies in the page"
+    assert 'src="http' not in page
