@@ -36,8 +36,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TABLE_S = 2.0
 """Seconds kept back for the table at the end."""
-MARGIN = 0.1
-"""Share of a step's time limit: the step is asked to finish this much before it is killed."""
+MARGIN, MOST_MARGIN_S = 0.1, 8.0
+"""Share of a step's time limit, and most seconds: the step is asked to finish this much before it is killed."""
 SHORTEST_S = 2.5
 """Seconds. A step that would have less time than this is not started."""
 LOG_BYTES = 2**20
@@ -175,7 +175,7 @@ def run_step(step: Step, out: Path, data: Path | None, limit: float, results: Re
     """One step in a process group of its own, which is ended at the limit. Its rows come over a pipe as lines of JSON."""
     before = results.step(step.name).get("rows", []) if step.name == "training" else []
     began, log = time.monotonic(), out / "log.txt"
-    end = began + limit * (1 - MARGIN)  # the monotonic clock is the machine's, so the step reads the same
+    end = began + limit - min(limit * MARGIN, MOST_MARGIN_S)  # the monotonic clock is the machine's, so the step reads the same
     command = [sys.executable, str(HERE / "gpu_steps.py"), step.name, str(out), str(data or ""), f"{end:.1f}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with log.open("ab") as errors:

@@ -30,6 +30,11 @@ def report(script: str, *arguments: str, env: dict[str, str], timeout: float = 2
     return found
 
 
+def flop_of(row: dict[str, Any]) -> float:
+    """TFLOP that a sample takes by a row's rates."""
+    return float(row["tflop_per_s"] / row["samples_per_s"])
+
+
 def test_random_kills_over_a_whole_run_change_nothing(tiny_world: Path, tmp_path: Path):
     """The short form of the soak."""
     run = whole_values(tiny_world, tmp_path)
@@ -43,23 +48,26 @@ def test_random_kills_over_a_whole_run_change_nothing(tiny_world: Path, tmp_path
 def test_fine_tuning_is_measured_on_a_machine_without_ray(without_ray: dict[str, str], tmp_path: Path):
     (tmp_path / "diffusers.py").write_text("raise ImportError(__name__)\n")
     cases = "cases=[ZeRO 2, L_Diff alone]"
-    found = report("finetune", "workers=2", "batch_size=1", "steps=1", cases, env=without_ray)
+    found = report("finetune", "workers=2", "batch_size=1", "steps=3", cases, env=without_ray)
     assert found["model"].startswith("DiT-")
     assert [row["case"] for row in found["cases"]] == ["ZeRO 2", "L_Diff alone"]
+    matching, alone = found["cases"]
+    # Inversion matching with N = 2 takes five passes where L_Diff takes two, however fast they are.
+    assert flop_of(matching) / flop_of(alone) == pytest.approx(5 / 2, rel=0.15)
     for row in found["cases"]:
-        assert row["share"] > 0
-        assert row["samples_per_s"] * row["ms_per_step"] / 1e3 == pytest.approx(2, rel=0.02)
-        assert row["peak_gb"] > 0.1
+        assert 0 < row["share"] < 1.5
+        assert 0.1 < row["peak_gb"] < 8
 
 
 def test_making_candidates_is_measured_on_a_machine_without_ray(without_ray: dict[str, str]):
     small = ("model=S", "patch=8", "image_size=64", "batch=2", "units=1", "steps=2")
-    found = report("pool", *small, "cases=[baseline, unit]", env=without_ray)
-    assert [row["case"] for row in found["cases"]] == ["baseline", "unit"]
-    for row, images in zip(found["cases"], (1, 2), strict=True):
-        assert row["images_per_s"] * row["s_per_unit"] == pytest.approx(images, rel=0.05)
+    found = report("pool", *small, "cases=[baseline, 'unit, fp32']", env=without_ray)
+    assert [row["case"] for row in found["cases"]] == ["baseline", "unit, fp32"]
+    for row in found["cases"]:
         assert 0 < row["share"] < 1.5
-    assert found["cases"][0]["speedup"] == 1
+        # Nearly all of it is the autoencoder: 622 GFLOP at 256 pixels, a sixteenth of that at 64.
+        assert 0.01 < row["tflop_per_image"] < 0.1
+        assert 0.1 < row["peak_gb"] < 8
 
 
 def test_selection_is_measured_on_a_machine_without_ray(without_ray: dict[str, str]):
@@ -68,8 +76,9 @@ def test_selection_is_measured_on_a_machine_without_ray(without_ray: dict[str, s
         (4, "pool"), (4, "selected"), (8, "pool"), (8, "selected"),
     ]  # fmt: skip
     for row in found["cases"]:
-        assert row["seconds"] > 0
-        assert row["gap"] >= 0
+        assert 0 < row["seconds"] < 60
+        assert (row["gap"] == 0) or row["coupling"] == "selected"
+        assert row["objective"] < 0, "subgroups lie nearer to their references than to other classes"
 
 
 def test_evaluation_is_measured_on_a_machine_without_ray(without_ray: dict[str, str]):
@@ -77,7 +86,6 @@ def test_evaluation_is_measured_on_a_machine_without_ray(without_ray: dict[str, 
     found = report("evaluation", *small, "cases=[DataLoader, device]", env=without_ray)
     assert [row["case"] for row in found["cases"]] == ["DataLoader", "device"]
     for row in found["cases"]:
-        assert row["speedup"] * found["cases"][0]["epochs_per_s"] == pytest.approx(row["epochs_per_s"], rel=0.02)
         assert 0 < row["share"] < 1
 
 

@@ -101,11 +101,13 @@ def test_the_other_steps_measure_too(tmp_path: Path):
     cases = {row["case"]: row for row in found["sampling"]["rows"] if "case" in row}
     assert {"fp32, batch 1", "fp32, batch 2", "fp32, batch 4"} <= cases.keys()
     for row in cases.values():
-        # 50 guided steps of the small DiT: what was found per second times what an image takes is the rate.
-        assert 0 < row["share"] < 1.5
+        assert row["images_per_s"] > 0
+        assert row["share"] > 0
     assert any("diffusers is missing" in row.get("left out", "") for row in found["sampling"]["rows"])
-    tuned = {row["case"]: row["samples_per_s"] for row in found["finetune"]["rows"] if "case" in row}
-    assert tuned["L_Diff alone"] > tuned["N = 2"] > tuned["N = 5"] > 0
+    tuned = {row["case"]: row["tflop_per_s"] / row["samples_per_s"] for row in found["finetune"]["rows"] if "case" in row}
+    # Passes of a sample: two for L_Diff, one for each inversion step, one more for that which carries the gradient.
+    for name, passes in {"L_Diff alone": 2, "N = 1": 4, "N = 5": 8, "N = 2, batch 32": 5, "N = 2, compiled": 5}.items():
+        assert tuned[name] / tuned["N = 2"] == pytest.approx(passes / 5, rel=0.15), name
     assert any("deepspeed is missing" in row.get("left out", "") for row in found["finetune"]["rows"])
 
 
