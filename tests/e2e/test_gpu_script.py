@@ -26,7 +26,7 @@ import gpu_report
 def bare(folder: Path) -> dict[str, str]:
     """An environment without what a machine that has PyTorch alone lacks."""
     for absent in ("ray", "mlflow", "deepspeed", "diffusers", "matplotlib"):
-        (folder / f"{absent}.py").write_text("raise ImportError(__name__)\n")
+        (folder / f"{absent}.py").write_text("raise ModuleNotFoundError(__name__, name=__name__)\n")
     return environment(PYTHONPATH=str(folder), OMP_NUM_THREADS="1")  # a busy machine stalls threads that wait for each other
 
 
