@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ims3_ray import compat
 from ims3_ray.config import FinetuneConfig
-from ims3_ray.training.finetuning import Trained
+from ims3_ray.training.finetuning import Trained, gradient_norm
 
 TAG = "engine"
 BUCKET = 500_000_000
@@ -54,13 +54,10 @@ class ZeroEngine:
         self.engine.backward(loss * (share * self.scale))
 
     def step(self) -> Tensor | float | None:
-        norm = self._norm_without_zero() if self.stage == 0 else None
+        # DeepSpeed keeps the norm under ZeRO only. This one is right on the last piece, when gradients are whole.
+        norm = gradient_norm(self.trained) if self.stage == 0 else None
         self.engine.step()
         return self.engine.get_global_grad_norm() if norm is None else norm
-
-    def _norm_without_zero(self) -> Tensor:
-        """DeepSpeed keeps the norm under ZeRO only. Right on the last piece, when gradients are whole."""
-        return torch.nn.utils.get_total_norm([p.grad for _, p in self.trained if p.grad is not None])
 
     def gathered(self) -> AbstractContextManager[Any]:
         return self.zero.GatheredParameters([p for _, p in self.trained], enabled=self.stage == 3)

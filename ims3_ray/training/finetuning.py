@@ -120,6 +120,11 @@ BuildEngine = Callable[[nn.Module, torch.optim.Optimizer, Trained, FinetuneConfi
 """(model, optimizer, trained parameters, config, number of workers) → engine."""
 
 
+def gradient_norm(trained: Trained) -> Tensor:
+    """ℓ2 norm of the gradients that are there, over all trained parameters."""
+    return torch.nn.utils.get_total_norm([p.grad for _, p in trained if p.grad is not None])
+
+
 class TorchEngine:
     """PyTorch alone, for one worker."""
 
@@ -138,7 +143,7 @@ class TorchEngine:
         self._taken += 1
         if self._taken % self.pieces:
             return None
-        norm = torch.nn.utils.get_total_norm([p.grad for _, p in self.trained if p.grad is not None])
+        norm = gradient_norm(self.trained)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
