@@ -1,15 +1,15 @@
-"""Chaos soak: random SIGKILLs over whole runs on a cluster of several raylets, as JSON.
+"""Fault test: random SIGKILLs during whole runs on a cluster of several raylets; the report is JSON.
 
     python benchmarks/chaos.py                      100 kills: 20 minutes on two CPU cores
     python benchmarks/chaos.py kills=10 seed=3
-    python benchmarks/chaos.py --config FILE        of another run than the one below
+    python benchmarks/chaos.py --config FILE        values from a file
 
-Victims are drawn from what is alive: the job's command, the task that it runs in (the head has no CPUs), a Ray Train worker, a
-generator actor, the S3 actor, a raylet with all its processes. A command that ends is given again until its run is finished;
-then comes the next run, from nothing, until all kills are spent. A node that was killed is replaced. `same` says that every
-run ended with the hashes, Parquet bytes and accuracies of the undisturbed one; `missing` and `unexpected` count units of its
-pools. `lost_s_per_kill` is what the runs took beyond undisturbed ones: work that was lost, starts, detection, waiting.
-Exit code 1 if anything differs.
+Victims are drawn from the processes that are alive: the job's command, the task that it runs in (the head has no CPUs), a Ray
+Train worker, a generator actor, the S3 actor, a raylet with all its processes. A command that fails is started again until its
+run is finished; then another run starts from nothing, until all kills are done. A killed node is replaced. `same` says whether
+every run ended with the hashes, Parquet bytes and accuracies of the undisturbed run; `missing` and `unexpected` count the units
+that its pools lack or have in excess. `lost_s_per_kill` is the time in seconds by which the runs took longer than undisturbed
+ones, per kill: lost work, restarts, detection of failures, waiting. The exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from pydantic import Field
 from ray.cluster_utils import Cluster
 
 from ims3_ray.cli import main
+from ims3_ray.cluster.hardware import hardware
 from ims3_ray.config import Section
 from ims3_ray.errors import UserError
-from ims3_ray.hardware import hardware
 
 ROOT = Path(__file__).parents[1]
-VICTIMS = {  # by what their processes call themselves
+VICTIMS = {  # kind of victim → part of the title of its process
     "task": "ray::_drive", "train worker": "ray::RayTrainWorker", "generator actor": "ray::MapWorker",
     "S3 actor": "ray::S3Selector",
 }  # fmt: skip
@@ -52,26 +52,26 @@ RUN: dict[str, Any] = {
     "instability": {"images": 0},
     "evaluation": {"protocols": {"hard": {"width": 16, "epochs": 30, "validations": 2}}, "seeds": [0, 1], "val_per_class": 5},
 }
-"""What is run, unless a file says otherwise: a minute on two cores."""
+"""Config of the run, to which `run` adds; it takes a minute on two cores."""
 
 
 class ChaosConfig(Section):
     kills: int = Field(default=100, ge=1)
     seed: int = Field(default=0, ge=0)
-    """Of when and whom."""
+    """Seed for the times of the kills and the choice of victims."""
     every_s: float = Field(default=10.0, gt=0)
-    """Seconds between kills, on average."""
+    """Mean time between kills, in seconds."""
     nodes: int = Field(default=2, ge=1)
-    """Beside the head, with two CPUs each."""
+    """Number of nodes besides the head, with two CPUs each."""
     run: dict[str, Any] = Field(default={})
-    """Values of the run beside those above."""
+    """Config values that are added to those of the run above or replace them."""
 
 
 class Raylets:
-    """A head without CPUs and some nodes; one that was killed is replaced."""
+    """A cluster with a head without CPUs and some nodes; a killed node is replaced."""
 
     def __init__(self, count: int) -> None:
-        # With a dashboard of its own: Ray Train asks it, and would ask another cluster's that listens on the default port.
+        # The cluster has its own dashboard: Ray Train queries it, and could else reach another cluster's on the default port.
         head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": _free_port()}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(count):
@@ -79,7 +79,7 @@ class Raylets:
         self.cluster.wait_for_nodes()
 
     def find(self, name: str) -> list[psutil.Process]:
-        """Processes of this cluster's nodes that call themselves so."""
+        """Processes of this cluster's nodes whose command line contains ``name``."""
         found = []
         for node in self.cluster.list_all_nodes():
             with suppress(psutil.NoSuchProcess, KeyError):
@@ -106,7 +106,7 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 class Job:
-    """The command, given again until its run is finished."""
+    """The job's command, which is started again until its run is finished."""
 
     def __init__(self, config: Path, log: Path) -> None:
         self.config, self.log, self.commands = config, log, 0
@@ -120,9 +120,9 @@ class Job:
             )
 
     def is_finished(self) -> bool:
-        """Starts it again if it has ended otherwise."""
+        """Whether the run is finished; a command that ended with an error is started again."""
         code = self.process.poll()
-        if code == 2:  # nothing that another try could mend
+        if code == 2:  # bad input: another attempt would fail too
             raise UserError(f"{self.config}: {self.log.read_text().splitlines()[-1]}")
         if code is not None and code != 0:
             self.start()
@@ -130,7 +130,7 @@ class Job:
 
 
 class Killer:
-    """Kills one after another until it has used up what it may."""
+    """Kills one victim after another, up to the number of kills in the config."""
 
     def __init__(self, config: ChaosConfig, raylets: Raylets) -> None:
         self.config, self.raylets, self.rng = config, raylets, random.Random(config.seed)
@@ -142,11 +142,11 @@ class Killer:
         return self.config.kills - self.killed.total()
 
     def look(self, job: Job) -> None:
-        """Kill somebody if it is time."""
+        """Kill a victim if the time of the next kill has come."""
         if not self.left or time.monotonic() < self.next or job.process.poll() is not None:
             return
         alive = {kind: found for kind, name in VICTIMS.items() if (found := self.raylets.find(name))}
-        rare = sorted(set(alive) - {"task"})  # alive for a part of a run: two in three kills are theirs then
+        rare = sorted(set(alive) - {"task"})  # alive during a part of a run only; then two in three kills hit them
         always = ["command", "raylet", *(["task"] if "task" in alive else [])]
         kind = self.rng.choice(rare if rare and self.rng.random() < 2 / 3 else always)
         if kind == "command":
@@ -162,7 +162,7 @@ class Killer:
 
 
 def outcome(storage: Path) -> dict[str, Any]:
-    """What must be the same: hash, accuracies, bytes of the exported set, hashes of every unit of the pools."""
+    """What must be equal in all runs: hash, accuracies, bytes of the exported set, hash of every unit of the pools."""
     results = json.loads((storage / "soak" / "results.json").read_text())
     units = {}
     for kind in ("encode", "generate", "embed"):
@@ -192,7 +192,7 @@ def soak(config: ChaosConfig) -> None:
 
 
 def _finish(config: ChaosConfig, raylets: Raylets, storage: Path, killer: Killer | None = None) -> int:
-    """One run to its end; how many commands it took."""
+    """Carry out one run to its end; return how often the command was started."""
     file, cluster = storage.with_suffix(".yaml"), {"address": raylets.cluster.address, "wait_s": 300}
     file.write_text(yaml.safe_dump({**RUN, **config.run, "name": "soak", "storage": str(storage), "cluster": cluster}))
     job = Job(file, storage.with_suffix(".log"))
@@ -209,7 +209,7 @@ def _finish(config: ChaosConfig, raylets: Raylets, storage: Path, killer: Killer
 def _disturb(
     config: ChaosConfig, raylets: Raylets, folder: Path, whole: dict[str, Any], undisturbed: float
 ) -> dict[str, Any]:  # fmt: skip
-    """Runs until the kills are spent, and what came out."""
+    """Carry out runs until all kills are done; return the report."""
     killer, runs, same, missing, unexpected = Killer(config, raylets), 0, True, 0, 0
     began, commands = time.monotonic(), 0
     while killer.left:
@@ -231,6 +231,6 @@ def _disturb(
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("RAY_health_check_failure_threshold", "3")  # a node that is gone is noticed sooner
+    os.environ.setdefault("RAY_health_check_failure_threshold", "3")  # detects a dead node sooner
     os.environ.setdefault("RAY_health_check_period_ms", "1000")
     sys.exit(main(__doc__ or "", ChaosConfig, soak))

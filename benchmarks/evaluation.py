@@ -1,13 +1,14 @@
-"""Epochs/s of a student, as JSON: images and augmentation on the device, against a DataLoader with PIL transforms.
+"""Epochs/s of a student, as JSON: images and augmentation on the device, compared with a DataLoader with PIL transforms.
 
     python benchmarks/evaluation.py                                ConvNet-3 on CPUs; ResNetAP-10 at 224 pixels on a GPU
     python benchmarks/evaluation.py student=convnet-6 size=224     another student
     python benchmarks/evaluation.py 'cases=[device]'               one of the cases
 
 All cases train the same student with the augmentation of Minimax's hard-label protocol (crop, mirroring, jitter, lighting,
-CutMix) on random images: speed does not depend on them. `DataLoader` does as that protocol's code: decoded images in memory,
-transforms one by one in worker processes, which start anew each epoch. `kept` keeps the workers. Validation is left out.
-`share` is the rate of the student's own operations over the device's own matmul rate; `speedup` is over `DataLoader`.
+CutMix) on random images, since speed does not depend on the images. `DataLoader` works as that protocol's code does: decoded
+images in memory, transformed one by one in worker processes, which are started anew each epoch; `workers kept` keeps them.
+Validation is left out. `share` is the rate of the student's own operations divided by the matmul rate of the device;
+`speedup` is relative to `DataLoader`.
 
 Needs torch, torchvision, numpy, pydantic, pyyaml and pillow, and no Ray.
 """
@@ -27,13 +28,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ims3_ray.cli import main
+from ims3_ray.cluster.speed import matmul_rate
 from ims3_ray.config import ProtocolConfig, Section
 from ims3_ray.data.augment import EIGENVALUES, EIGENVECTORS, cutmix
 from ims3_ray.data.transforms import to_pil
 from ims3_ray.errors import UserError
-from ims3_ray.evaluation import IMAGENET_MEAN, IMAGENET_STD, Training
 from ims3_ray.models.students import forward_flops
-from ims3_ray.speed import matmul_rate
+from ims3_ray.training.students import IMAGENET_MEAN, IMAGENET_STD, Training
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -44,15 +45,15 @@ WARM_UP = 2
 class BenchmarkConfig(Section):
     student: str = "resnetap-10" if GPU else "convnet-3"
     width: int = Field(default=128 if GPU else 32, ge=1)
-    """Of a ConvNet."""
+    """Channels of every layer of a ConvNet."""
     size: int = Field(default=224 if GPU else 32, ge=8)
     images_per_class: int = Field(default=10, ge=1)
     workers: int = Field(default=8 if GPU else 2, ge=0)
-    """Of the DataLoader."""
+    """Number of worker processes of the DataLoader."""
     seconds: float = Field(default=20, gt=0)
-    """About so long each case is timed."""
+    """Approximate time for which each case is timed, in seconds."""
     cases: tuple[str, ...] = ()
-    """Names of the cases to run; all when empty."""
+    """Names of the cases to run; all cases when empty."""
 
 
 def protocol_of(config: BenchmarkConfig, **changes: Any) -> ProtocolConfig:
@@ -73,7 +74,7 @@ def on_the_device(config: BenchmarkConfig, **changes: Any) -> Callable[[], objec
 
 
 class Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """Decoded images in memory, each transformed when it is asked for."""
+    """Decoded images in memory, each transformed when it is read."""
 
     def __init__(self, pixels: Tensor, labels: Tensor) -> None:
         from torchvision import transforms

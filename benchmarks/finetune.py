@@ -2,14 +2,14 @@
 
     python benchmarks/finetune.py                                 DiT-S/8 on CPUs; DiT-XL/2 on a GPU if there is one
     python benchmarks/finetune.py model=B patch=4 batch_size=16   another size
-    python benchmarks/finetune.py workers=2                       a GPU each, or a part of the CPU's cores, as ZeRO is meant for
+    python benchmarks/finetune.py workers=2                       several workers, with a GPU or a part of the CPU cores each
     python benchmarks/finetune.py 'cases=[ZeRO 1, compiled]'      some of the cases
 
-Weights and images are random: speed does not depend on them. `share` is the rate of DiT's own operations, as config and
-paper ask for them (recomputed activations and the autoencoder's do not count), over the rate at which the same device
-multiplies large matrices of the same type. `launches alone` is one image through a DiT as deep but 64 wide: no step can take
-less than asking for its kernels does. Called from the command line each case has processes of its own; the peak is that of the
-first one, on the GPU if there is one.
+Weights and images are random: speed does not depend on them. `share` is the rate of the DiT's operations that the config
+requires (recomputed activations and the autoencoder do not count), divided by the rate at which the same device multiplies
+large matrices of the same type. `launches alone` trains on one image with a DiT that has the same depth but width 64: it shows
+the time for launching the kernels, which no step can go below. On the command line each case runs in processes of its own. The
+peak memory is that of the first process, on the GPU if there is one.
 
 Needs torch, deepspeed, pydantic, pyyaml, pillow and safetensors (diffusers for `latents encoded each step`), and no Ray.
 """
@@ -33,15 +33,15 @@ import torch
 from pydantic import Field
 
 from ims3_ray.cli import main
+from ims3_ray.cluster.speed import matmul_rate
 from ims3_ray.config import FinetuneConfig, Section
-from ims3_ray.cost import finetune_flops
 from ims3_ray.data.clean_images import CleanImages
 from ims3_ray.errors import UserError
 from ims3_ray.models.dit import PUBLISHED, DiT
+from ims3_ray.models.generators.dit import DiTGenerator
 from ims3_ray.seeds import generator_for
-from ims3_ray.speed import matmul_rate
 from ims3_ray.stages.zero import ZeroEngine
-from ims3_ray.training.finetuning import BuildEngine, Finetuner, TorchEngine
+from ims3_ray.training.finetuning import BuildEngine, Finetuner, TorchEngine, finetune_flops
 
 GPU = torch.cuda.is_available()
 WARM_UP = 2
@@ -53,25 +53,26 @@ class BenchmarkConfig(Section):
     patch: Literal[2, 4, 8] = 2 if GPU else 8
     image_size: int = Field(default=256, multiple_of=64)
     batch_size: int = Field(default=8, ge=1)
-    """Of each worker."""
+    """Images per step and worker."""
     workers: int = Field(default=1, ge=1)
     steps: int = Field(default=50 if GPU else 20, ge=1)
-    """Timed steps of a case, after two that are not; fewer where `seconds` run out."""
+    """Timed steps of a case, after two steps that are not timed; fewer if `seconds` have passed."""
     seconds: float = Field(default=30, gt=0)
+    """Time after which no further step of a case is started, in seconds; ignored with several workers."""
     cases: tuple[str, ...] = ()
-    """Names of the cases to run; all when empty."""
+    """Names of the cases to run; all cases when empty."""
 
 
 @dataclass(frozen=True)
 class Case:
     settings: dict[str, Any] = field(default_factory=dict)
-    """What differs from ZeRO 1, N = 2 and bf16 on a GPU, fp32 on CPUs."""
+    """Settings that differ from ZeRO 1, N = 2 and bf16 on a GPU or fp32 on CPUs."""
     cached: bool = True
-    """Latents are drawn from moments in memory; else each step encodes its images."""
+    """Whether latents are drawn from moments in memory; otherwise each step encodes its images."""
     thin: bool = False
-    """One image and a width of 64."""
+    """Whether the case uses one image and a DiT of width 64."""
     batch_size: int | None = None
-    """Of each worker, if not the config's."""
+    """Images per step and worker, if they differ from the config's."""
 
 
 def inversion(steps: int, weight: float = 0.002) -> Case:
@@ -98,7 +99,7 @@ def measure(config: BenchmarkConfig, name: str, case: Case, build_engine: BuildE
     device = torch.device("cuda", rank) if GPU else torch.device("cpu")
     if GPU:
         torch.cuda.set_device(device)
-        gc.collect()  # of the case before, where one process measures several
+        gc.collect()  # frees the memory of the previous case, if one process measures several
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -110,7 +111,7 @@ def measure(config: BenchmarkConfig, name: str, case: Case, build_engine: BuildE
     settings = {"precision": "bf16" if GPU else "fp32", "batch_size": each * world, **case.settings}
     tuning = FinetuneConfig.model_validate({"trainer": {"num_workers": world}, **settings})
     with device:
-        tuner = Finetuner(DiT(shape), tuning, device, rank, world, build_engine)
+        tuner = Finetuner(DiT(shape), DiTGenerator.of_shape(shape), tuning, device, rank, world, build_engine)
     labels = torch.arange(IMAGES) % 10
     latents = (IMAGES, 1, shape.in_channels, shape.input_size, shape.input_size)
     moments = {key: torch.randn(latents, dtype=torch.float16) for key in ("mean", "log_variance")}
@@ -122,18 +123,20 @@ def measure(config: BenchmarkConfig, name: str, case: Case, build_engine: BuildE
                 moments[key][:each] = values
         index = (torch.arange(tuning.batch_size) + number) % IMAGES
         images = CleanImages(moments, labels, flip=False)
-        tuner.step(tuner.draw(images, index, generator_for(0, "benchmark", number)))  # waits for the device
+        tuner.step(tuner.draw(images, index, generator_for(0, "benchmark", number)))  # waits until the device has finished
 
     for number in range(WARM_UP):
         one_step(number)
     began, taken = time.perf_counter(), 0
-    while taken < config.steps and (world > 1 or time.perf_counter() - began < config.seconds):  # workers agree on a number
+    while taken < config.steps and (
+        world > 1 or time.perf_counter() - began < config.seconds
+    ):  # workers take equally many steps
         one_step(WARM_UP + taken)
         taken += 1
     seconds = (time.perf_counter() - began) / taken
     peak = torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     dtype = torch.bfloat16 if tuning.precision == "bf16" else torch.float32
-    flop_rate = tuning.batch_size / seconds * finetune_flops(shape, tuning)
+    flop_rate = tuning.batch_size / seconds * finetune_flops(DiTGenerator.of_shape(shape), tuning)
     possible = matmul_rate(device, dtype) * world
     return {
         "case": name, "ms_per_step": round(seconds * 1e3, 1), "samples_per_s": round(tuning.batch_size / seconds, 2),
@@ -143,7 +146,7 @@ def measure(config: BenchmarkConfig, name: str, case: Case, build_engine: BuildE
 
 
 def encoder(config: BenchmarkConfig, device: torch.device) -> Callable[[], dict[str, torch.Tensor]]:
-    """What a run without cached latents does at each step: Stable Diffusion's autoencoder (random weights) on its images."""
+    """Encode images with Stable Diffusion's autoencoder (random weights), as each step of a run without cached latents does."""
     from diffusers import AutoencoderKL
 
     from ims3_ray.models.autoencoder import Autoencoder
@@ -165,7 +168,7 @@ def encoder(config: BenchmarkConfig, device: torch.device) -> Callable[[], dict[
 
 
 def engine(name: Literal["torch", "zero"]) -> BuildEngine:
-    """The engine by its name, for one worker; ``ImportError`` where DeepSpeed is asked for and cannot be imported."""
+    """The engine of that name, for one worker. Raises ``ImportError`` if DeepSpeed is needed and cannot be imported."""
     if name == "torch":
         return TorchEngine
     join(0, 1, free_port())
@@ -175,7 +178,7 @@ def engine(name: Literal["torch", "zero"]) -> BuildEngine:
 
 
 def join(rank: int, workers: int, port: int) -> None:
-    """What DeepSpeed reads of the group that this process belongs to."""
+    """Set the environment variables from which DeepSpeed learns the process group and this process's rank in it."""
     group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({"DS_BUILD_OPS": "0", **{key: str(value) for key, value in group.items()}})
 
@@ -187,7 +190,7 @@ def free_port() -> int:
 
 
 def worker(config: BenchmarkConfig, name: str, rank: int, port: int, results: Any) -> None:
-    sys.stdout = sys.stderr  # DeepSpeed's log lines are no part of the JSON
+    sys.stdout = sys.stderr  # keeps DeepSpeed's log lines out of the JSON
     join(rank, config.workers, port)
     try:
         row = measure(config, name, cases()[name], ZeroEngine, rank)

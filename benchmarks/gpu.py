@@ -1,18 +1,19 @@
 """Measures on one GPU what only a GPU can show, and trains generators with all the time that is left.
 
-    python benchmarks/gpu.py OUT                                    ten minutes, with the data that the package holds
+    python benchmarks/gpu.py OUT                                    ten minutes, with the data embedded in the package
     python benchmarks/gpu.py OUT --data FOLDER --minutes 10         also FOLDER/cifar10-train.parquet, cifar10-test.parquet
     python benchmarks/gpu.py OUT --only machine,tests               some of the steps
     python benchmarks/gpu.py --needs --data FOLDER                  what to copy to a bare machine, and how large it is
     python benchmarks/gpu.py --report OUT                           writes what OUT holds into docs/gpu.md
 
-Each step has a process and a time limit of its own. What it finds is written to OUT/results.json at once, so a step that fails
-or is stopped loses nothing but itself. A second call with the same OUT runs the steps that failed, were stopped or did not run,
-and those that --only names; training goes on from the weights in OUT. OUT holds at most 8 files of at most 16 MB. Without a GPU
-the same steps run with small models, as a rehearsal.
+Each step has a process and a time limit of its own. Its results are written to OUT/results.json at once, so that a step that
+fails or is stopped does not affect other results. A second call with the same OUT runs the steps that failed, were stopped or
+did not run, and those that --only names; training continues from the weights in OUT. OUT holds at most 8 files of at most
+16 MB. Without a GPU the same steps run with small models, as a rehearsal.
 
 Needs PyTorch, torchvision, timm, numpy, pillow, pyarrow, safetensors, pyyaml and pytest; pydantic for all steps but `machine`,
-diffusers for the autoencoder, DeepSpeed for one row. Steps say what they lack and leave it out. Ray and MLflow are not used.
+diffusers for the autoencoder, DeepSpeed for one row. Steps report what is missing and leave out the measurements that need it.
+Ray and MLflow are not used.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TABLE_S = 2.0
-"""Seconds kept back for the table at the end."""
+"""Seconds reserved for printing the table at the end."""
 MARGIN, MOST_MARGIN_S = 0.1, 8.0
-"""Share of a step's time limit, and most seconds: the step is asked to finish this much before it is killed."""
+"""A step is asked to finish this share of its time limit, but at most this many seconds, before it is killed."""
 SHORTEST_S = 2.5
-"""Seconds. A step that would have less time than this is not started."""
+"""Shortest time limit of a step in seconds; a step with less time is not started."""
 LOG_BYTES = 2**20
-"""Size in bytes to which the log is cut; its end is kept."""
+"""Largest size of the log in bytes; of a longer log only the end is kept."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ STEPS = (
     Step("students", 0.08),
     Step("training", 0.40),
 )
-"""In order of worth."""
+"""The steps in order of importance, in which they run."""
 
 WHEELS = {
     "pydantic": ("all steps but `machine`", ("pydantic", "pydantic-core", "annotated-types", "typing-inspection")),
@@ -69,11 +70,11 @@ WHEELS = {
     "diffusers": ("the autoencoder, in `tests` and `sampling`", ("diffusers", "importlib-metadata", "zipp")),
     "deepspeed": ("one row of `finetune`; built here with DS_BUILD_OPS=0", ("deepspeed", "hjson")),
 }
-"""Module → what wants it, and the wheels to carry where a machine has PyTorch and little else."""
+"""Module → what needs it, and the wheels to copy to a machine that has little besides PyTorch."""
 
 
 class Results:
-    """``OUT/results.json``, whole after every change."""
+    """The file ``OUT/results.json``, which is replaced atomically with every change."""
 
     def __init__(self, out: Path) -> None:
         self.path, self.lock = out / "results.json", threading.Lock()
@@ -84,7 +85,7 @@ class Results:
         return found
 
     def change(self, name: str, **values: Any) -> None:
-        """Set values of a step; ``row`` is added to its rows."""
+        """Set values of a step; the value ``row`` is appended to its rows."""
         with self.lock:
             step = self.values["steps"].setdefault(name, {"rows": []})
             if (row := values.pop("row", None)) is not None:
@@ -123,13 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--minutes must be above 0, not {args.minutes:g}")
     if args.data is not None and (problem := wrong_with(args.data)):
         parser.error(f"--data: {problem}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step which runs is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running step is ended too
     args.out.mkdir(parents=True, exist_ok=True)
     return measure(args.out.resolve(), args.data and args.data.resolve(), args.minutes * 60, names, again=bool(args.only))
 
 
 def wrong_with(data: Path) -> str | None:
-    """One line on what is wrong with a folder of data sets, or None."""
+    """One line that describes what is wrong with a folder of data sets; None if nothing is."""
     if not data.is_dir():
         return f"'{data}' is no folder"
     missing = [f"cifar10-{split}.parquet" for split in ("train", "test") if not (data / f"cifar10-{split}.parquet").is_file()]
@@ -139,10 +140,10 @@ def wrong_with(data: Path) -> str | None:
 
 
 def measure(out: Path, data: Path | None, seconds: float, names: Sequence[str], again: bool) -> int:
-    """Run the steps; 0 if none failed, 1 otherwise. A step that ran out of time has not failed: what it found is there."""
+    """Run the steps; return 0 if none failed, else 1. A step that ran out of time has not failed: its results are kept."""
     end, results = time.monotonic() + seconds - TABLE_S, Results(out)
     remove_partial_files(out)
-    # Training continues; any other step that is done stays as it is, unless it was asked for by name.
+    # Training continues; any other finished step is not repeated unless --only names it.
     finished = {step.name for step in STEPS if results.step(step.name).get("state") == "done"} - {"training"}
     steps = [step for step in STEPS if step.name in names and (again or step.name not in finished)]
     lacking = {step.name: [m for m in step.modules if importlib.util.find_spec(m) is None] for step in steps}
@@ -166,16 +167,16 @@ def measure(out: Path, data: Path | None, seconds: float, names: Sequence[str], 
 
 
 def remove_partial_files(out: Path) -> None:
-    """What a process left that was killed while it wrote."""
+    """Remove files that a process had not finished writing when it was killed."""
     for partial in out.glob("*.partial"):
         partial.unlink()
 
 
 def run_step(step: Step, out: Path, data: Path | None, limit: float, results: Results) -> None:
-    """One step in a process group of its own, which is ended at the limit. Its rows come over a pipe as lines of JSON."""
+    """Run one step in a process group of its own, which is killed at the limit. Its rows come over a pipe as lines of JSON."""
     before = results.step(step.name).get("rows", []) if step.name == "training" else []
     began, log = time.monotonic(), out / "log.txt"
-    end = began + limit - min(limit * MARGIN, MOST_MARGIN_S)  # the monotonic clock is the machine's, so the step reads the same
+    end = began + limit - min(limit * MARGIN, MOST_MARGIN_S)  # the step's process reads the same monotonic clock
     command = [sys.executable, str(HERE / "gpu_steps.py"), step.name, str(out), str(data or ""), f"{end:.1f}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with log.open("ab") as errors:
@@ -208,9 +209,9 @@ def take_rows(stream: Any, name: str, results: Results) -> None:
         try:
             row = json.loads(line)
         except ValueError:
-            continue  # cut off by the end of the process
+            continue  # the line was cut off when the process ended
         if "on" in row:
-            results.change(name, **row)  # what the step runs on
+            results.change(name, **row)  # the device and the versions that the step uses
         else:
             results.change(name, row=row)
 
@@ -227,7 +228,7 @@ def last_line(log: Path, start: int) -> str:
 
 
 def needs(data: Path | None) -> str:
-    """What has to be copied to a machine that has PyTorch and no Ray, with sizes in MB."""
+    """What must be copied to a machine that has PyTorch but not Ray, with sizes in MB."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0:
         files = [ROOT / name for name in listed.stdout.split("\0") if name]

@@ -1,4 +1,4 @@
-"""What ``benchmarks/gpu.py`` has found, as tables, beside what had been predicted; and the page that shows them."""
+"""Tables that compare the results of ``benchmarks/gpu.py`` with predictions, and the page of the docs that shows them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-"""What lies between these lines of the page is written by ``--report``."""
+"""``--report`` writes the text between these lines of the page."""
 
 PREDICTED: dict[tuple[str, str], str] = {
     ("machine", "bf16"): "790 TFLOP/s",
@@ -31,7 +31,7 @@ PREDICTED: dict[tuple[str, str], str] = {
     ("training", "cifar10"): "15,000 images/s, share 0.16, the judge names 85 %",
     ("training", "fashion-mnist"): "32,000 images/s, the judge names 92 %",
 }
-"""For an H100, before any GPU had run this: docs/gpu.md has the arithmetic."""
+"""(step, case) → prediction for an H100, made before the script had run on any GPU; docs/gpu.md explains the arithmetic."""
 
 NUMBERS = {
     "images_per_s": "images/s", "samples_per_s": "samples/s", "epochs_per_s": "epochs/s", "share": "share",
@@ -40,7 +40,7 @@ NUMBERS = {
     "ms": "ms", "steps": "steps", "epochs": "epochs", "agreement": "% named as asked",
     "judge_accuracy": "% accuracy of the judge", "mb": "MB",
 }  # fmt: skip
-"""Fields of a row that are figures, with their units, in the order in which they are shown."""
+"""Numeric fields of a row and their units, in the order in which they are shown."""
 
 TITLES = {
     "machine": "The machine", "tests": "Tests of the CUDA paths (`tests/gpu`)",
@@ -51,7 +51,7 @@ TITLES = {
 
 
 def tables(values: Mapping[str, Any]) -> str:
-    """Markdown: a table for every step that has run, and one line for every other."""
+    """Results in Markdown: for each step its state, and tables of its rows if it has any."""
     parts = []
     for name, title in TITLES.items():
         if (step := values["steps"].get(name)) is None:
@@ -64,7 +64,7 @@ def tables(values: Mapping[str, Any]) -> str:
 
 
 def _tables_of(name: str, rows: Sequence[Mapping[str, Any]], on_gpu: bool) -> list[str]:
-    """Predictions stand beside what a GPU has shown, and not beside a rehearsal."""
+    """Predictions are shown beside results from a GPU, but not beside those of a rehearsal on CPUs."""
     if name == "tests":
         return _tests(rows)
     lines = []
@@ -98,7 +98,7 @@ def _tests(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    """What a row is about; empty for a point of a curve."""
+    """The title of a row; empty for a point of a curve."""
     if "device" in row:
         return " ".join(str(row[key]) for key in ("device", "driver", "torch") if row.get(key))
     if "matmul" in row:
@@ -120,7 +120,7 @@ def _figures(row: Mapping[str, Any]) -> str:
 
 
 def write_page(out: Path, page: Path) -> int:
-    """Put the tables of ``out`` between the marks of ``page``, sheets and curves beside it; 2 with one line where it cannot."""
+    """Write the tables of ``out`` between the marks of ``page``, and the images next to it; on an error print it, return 2."""
     file = out / "results.json"
     if not file.is_file():
         print(f"error: '{file}' does not exist; --report takes the OUT of an earlier call", file=sys.stderr)
@@ -146,7 +146,7 @@ def write_page(out: Path, page: Path) -> int:
 
 
 def curve(rows: Sequence[Mapping[str, Any]], name: str, picture: Path) -> None:
-    """The training loss over seconds of training."""
+    """Plot the training loss against the seconds of training."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The step ``sampling`` of ``benchmarks/gpu.py``: DiT-XL/2, the autoencoder, and PNG encoding beside it."""
+"""The step ``sampling`` of ``benchmarks/gpu.py``: DiT-XL/2, the autoencoder, and PNG encoding in parallel with it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from typing import Any
 import torch
 from gpu_steps import COMPILING_S, DEVICE, GPU, HALF, Cases, Clock, Emit, Memory, exact_float32, timed
 
+from ims3_ray.cluster.speed import matmul_rate
 from ims3_ray.config import SamplingConfig
-from ims3_ray.cost import decoding_flops, sampling_flops
-from ims3_ray.data.hub import encode_png
 from ims3_ray.data.transforms import to_pil, to_uint8
-from ims3_ray.diffusion.sampling import guided, sample
+from ims3_ray.diffusion.prediction import guided
+from ims3_ray.diffusion.samplers.base import sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.engine.images import DECODED_AT_ONCE
+from ims3_ray.io.parquet import encode_png
+from ims3_ray.models.autoencoder import decoding_flops
 from ims3_ray.models.dit import PUBLISHED, DiT
-from ims3_ray.speed import matmul_rate
-from ims3_ray.stages.images import DECODED_AT_ONCE
+from ims3_ray.models.generators.dit import DiTGenerator
+from ims3_ray.stages.candidates import sampling_flops
 
 STEPS = 50
-"""DDPM steps of an image, as the published baselines draw it."""
+"""Number of DDPM steps per image, as in the published baselines."""
 AIM = 0.6
-"""The share of the device's rate below which the slowest operations are listed."""
+"""The slowest operations are listed if the share of the device's matmul rate is below this."""
 
 
 def run(clock: Clock, emit: Emit) -> None:
-    """Cases in order of worth: those that have to be compiled first come last, but for the one that the aim is about."""
+    """Run the cases in order of importance. Cases that need compilation come last, except the one that should reach the aim."""
     shape = PUBLISHED["XL"] if GPU else PUBLISHED["S"].model_copy(update={"patch_size": 8, "depth": 2})
     small, middle, large = (10, 64, 128) if GPU else (1, 2, 4)
-    flops = sampling_flops(shape, SamplingConfig(sampler="ddpm", steps=STEPS, cfg_scale=4.0))
+    flops = sampling_flops(DiTGenerator.of_shape(shape), SamplingConfig(sampler="ddpm", steps=STEPS, cfg_scale=4.0))
     torch.manual_seed(0)
     with torch.device(DEVICE):
         full = DiT(shape).eval().requires_grad_(False)
@@ -44,7 +47,7 @@ def run(clock: Clock, emit: Emit) -> None:
             possible = matmul_rate(DEVICE, dtype)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
             memory, steps = Memory(), STEPS if GPU else 2
-            cold = timed(lambda: draw(model, batch, 2))  # compiles, where that is asked for
+            cold = timed(lambda: draw(model, batch, 2))  # includes compilation, where the case has it
             images_per_s = batch / timed(lambda: draw(model, batch, steps)) * steps / STEPS
             share = images_per_s * flops / possible
             shares.append(share)
@@ -87,7 +90,7 @@ def draw(model: DiT, batch: int, steps: int) -> None:
 
 
 def profile(work: Callable[[], object], of: str, emit: Emit) -> None:
-    """The ten operations that take the device longest, a row each."""
+    """Emit a row for each of the ten operations that take most time on the device."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -106,7 +109,7 @@ def profile(work: Callable[[], object], of: str, emit: Emit) -> None:
 
 
 def decoding(emit: Emit) -> None:
-    """Stable Diffusion's autoencoder (random weights) on 256-pixel latents, and PNG encoding on threads while it works."""
+    """Measure Stable Diffusion's autoencoder (random weights) on latents of 256-pixel images, alone and with PNG encoding."""
     from diffusers import AutoencoderKL
 
     from ims3_ray.models.autoencoder import Autoencoder

@@ -1,6 +1,7 @@
-"""The steps of ``benchmarks/gpu.py``, each run by it in a process of its own: STEP OUT DATA END, by the monotonic clock.
+"""The steps of ``benchmarks/gpu.py``, which runs each in a process of its own with the arguments STEP OUT DATA END.
 
-Rows are written to the standard output as lines of JSON, as soon as they are known; all else goes to the standard error.
+END is a time of the monotonic clock. Rows are written to the standard output as lines of JSON, as soon as they are known;
+all other output goes to the standard error.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import torch
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 HALF = torch.bfloat16 if GPU else torch.float32
-"""The type in which large models compute. CPUs may be hundreds of times slower in bfloat16."""
+"""Data type in which large models compute: CPUs may be hundreds of times slower in bfloat16 than in float32."""
 COMPILING_S = 45.0
-"""Seconds that must be left for a case that torch.compile has to prepare."""
+"""Seconds that must be left to start a case that uses torch.compile."""
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -32,7 +33,7 @@ def one_line(error: Exception) -> str:
 
 
 class Clock:
-    """The time that a step has: until ``end`` of the monotonic clock."""
+    """The time limit of a step: the time ``end`` of the monotonic clock."""
 
     def __init__(self, end: float) -> None:
         self.end = end
@@ -43,17 +44,17 @@ class Clock:
 
 
 class Cases:
-    """Measurements of a step, of which each may fail without the others."""
+    """Measurements of a step; the failure of one does not stop the others."""
 
     def __init__(self, emit: Emit) -> None:
         self.emit, self.waiting, self.failed = emit, list[tuple[str, Callable[[], dict[str, Any] | None], float]](), list[str]()
 
     def add(self, name: str, case: Callable[[], dict[str, Any] | None], needed: float) -> None:
-        """``case`` returns the figures of its row, or None where it has written rows itself; it takes ``needed`` seconds."""
+        """``case`` returns the figures of its row, or None if it emits rows itself; it should take ``needed`` seconds."""
         self.waiting.append((name, case, needed))
 
     def run(self, clock: Clock) -> None:
-        """Run what has been added, in order. A case for which too little time is left is named in a row."""
+        """Run the added cases in order. A case for which too little time is left is not run but named in a row."""
         waiting, self.waiting = self.waiting, []
         for name, case, needed in waiting:
             if clock.left < needed:
@@ -63,7 +64,7 @@ class Cases:
                 figures = case()
             except ImportError as error:
                 self.emit({"left out": f"{name}: {error.name or error} is missing"})
-            except Exception as error:  # whatever it is, the other cases can still be measured
+            except Exception as error:  # whatever the error is, the other cases can still be measured
                 traceback.print_exc()
                 self.failed.append(name)
                 self.emit({"case": name, "error": one_line(error)})
@@ -81,7 +82,7 @@ class Cases:
 
 
 class Memory:
-    """The most memory that tensors take from now on, beside what they take already."""
+    """Peak GPU memory of tensors since this object was created, beyond what was allocated at that time."""
 
     def __init__(self) -> None:
         if GPU:
@@ -89,7 +90,7 @@ class Memory:
         self.before = torch.cuda.memory_allocated() if GPU else 0
 
     def beside_weights(self) -> dict[str, float]:
-        """In GB; nothing on a CPU, where it is not counted."""
+        """The peak in GB; empty on a CPU, where it is not measured."""
         return {"beside_gb": round((torch.cuda.max_memory_allocated() - self.before) / 1e9, 2)} if GPU else {}
 
 
@@ -107,14 +108,14 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def exact_float32() -> None:
-    """Products and convolutions of float32 numbers without TF32."""
+    """Switch TF32 off for float32 matrix products and convolutions."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def machine(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
-    """Card, driver, and what it reaches on large matrix products and copies."""
-    from ims3_ray.hardware import hardware
-    from ims3_ray.speed import matmul_rate
+    """Name of the device and its driver, and its rates for large matrix products and copies."""
+    from ims3_ray.cluster.hardware import hardware
+    from ims3_ray.cluster.speed import matmul_rate
 
     row = {**hardware(DEVICE), "cpus": os.cpu_count()}
     if GPU:
@@ -137,7 +138,7 @@ def machine(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
 
 
 def tests(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
-    """``tests/gpu``, a row each, after a row with their number."""
+    """Run ``tests/gpu``: a row with the number of tests, then a row for each."""
     import pytest
 
     class Recorder:
@@ -159,14 +160,14 @@ def tests(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
 
 
 def sampling(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
-    """DiT-XL/2 at 256 pixels, DDPM with guidance; the autoencoder, and PNG beside it."""
+    """Speed of DiT-XL/2 at 256 pixels with guided DDPM sampling, and of the autoencoder, alone and with PNG encoding."""
     from gpu_sampling import run
 
     run(clock, emit)
 
 
 def finetune(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
-    """DiT-XL/2 with DiffFit, batches of 8, by PyTorch alone; with DeepSpeed too where it is installed."""
+    """Speed of fine-tuning DiT-XL/2 with DiffFit, mostly in batches of 8: by PyTorch alone, and by DeepSpeed if installed."""
     import finetune as benchmark
 
     config = benchmark.BenchmarkConfig(image_size=256 if GPU else 128, steps=20 if GPU else 3, seconds=8 if GPU else 2)
@@ -222,7 +223,7 @@ def students(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
 
 
 def training(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
-    """The generators of ``configs/pretrain/*-minutes.yaml``, as long as the time allows."""
+    """Train the generators of ``configs/pretrain/*-minutes.yaml`` for as long as the time allows."""
     from gpu_training import train_all
 
     train_all(out, data, clock, emit)
@@ -231,7 +232,7 @@ def training(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
 def main() -> None:
     name, out, data, end = sys.argv[1:]
     rows = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever else prints does so into the log
+    os.dup2(2, 1)  # everything else that is printed goes into the log
 
     def emit(row: dict[str, Any]) -> None:
         print(json.dumps(row), file=rows, flush=True)
@@ -243,5 +244,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.modules["gpu_steps"] = sys.modules["__main__"]  # what the other files import from here is this very module
+    sys.modules["gpu_steps"] = sys.modules["__main__"]  # files that import gpu_steps get this module, not a copy
     main()

@@ -1,4 +1,4 @@
-"""The step ``training`` of ``benchmarks/gpu.py``: generators of small images, trained by the clock, judged and drawn from."""
+"""The step ``training`` of ``benchmarks/gpu.py``: trains generators of small images by the clock and judges their samples."""
 
 from __future__ import annotations
 
@@ -16,40 +16,41 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ims3_ray.cluster.speed import matmul_rate
+from ims3_ray.commands.quality import judge_generator, splits_of
 from ims3_ray.config import PretrainConfig
+from ims3_ray.config.loading import load_config
 from ims3_ray.data.contact_sheet import contact_sheet
-from ims3_ray.data.sources import embedded_names
+from ims3_ray.data.sources.embedded import embedded_names
 from ims3_ray.errors import UserError
-from ims3_ray.evaluation import Labelled
-from ims3_ray.judging import judge_generator, splits_of
-from ims3_ray.loading import load_config
-from ims3_ray.speed import matmul_rate
 from ims3_ray.training.generator import GeneratorTrainer
 from ims3_ray.training.pace import ByClock
+from ims3_ray.training.students import Labelled
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
 SETS = {"cifar10": 0.65, "fashion-mnist": 0.35}
-"""Data sets, each with its share of the time. A recipe is ``configs/pretrain/NAME-dit-minutes.yaml``."""
+"""Name of each data set → its share of the time. Its recipe is ``configs/pretrain/NAME-dit-minutes.yaml``."""
 COOLDOWN = 0.3
-"""Share of the time over which the learning rate falls."""
+"""Share of the training time, at its end, over which the learning rate falls."""
 SAVE_S = 45.0
-"""Most seconds of training that are lost where the process is killed."""
+"""Seconds between saves: the most training time that is lost if the process is killed."""
 JUDGE_S = 40.0 if GPU else 12.0
-"""Seconds reserved for judging and drawing each generator, at most 40 % of its time."""
+"""Seconds reserved for drawing and judging samples of each generator; at most 40 % of its time is reserved."""
 CURVE_ROWS = 60
-"""Rows of the loss curve in each call."""
+"""Approximate number of rows of a loss curve."""
 SMALL = (
     "generator={hidden_size: 32, depth: 2, num_heads: 2, patch_size: 4, batch_size: 32, warmup_steps: 5, precision: fp32}",
     "generator.compile=false",
     "quality={images_per_class: 4, sampling: {steps: 3, unit_size: 4}, judge: {width: 8, epochs: 1, precision: fp32}}",
     f"quality.threads={torch.get_num_threads()}",
 )
-"""What a rehearsal on CPUs changes."""
+"""Config overrides of a rehearsal on CPUs."""
 SMALL_IMAGES = 1000
+"""Number of images per split in a rehearsal."""
 
 
 def train_all(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
-    """Every data set that is there. What one leaves of its time goes to the next, and one that fails does not stop it."""
+    """Train on every available data set. Time that one does not use goes to the next; a failure does not stop the next."""
     sources = {name: source for name in SETS if (source := source_of(name, data)) is not None}
     for name in SETS.keys() - sources.keys():
         emit({"left out": f"{name}: there is no --data FOLDER with its files"})
@@ -68,7 +69,7 @@ def train_all(out: Path, data: Path | None, clock: Clock, emit: Emit) -> None:
 
 
 def source_of(name: str, data: Path | None) -> list[str] | None:
-    """Overrides of the recipe that say where the images are; None if they are nowhere."""
+    """Overrides of the recipe with the location of the images; None if they are not available."""
     embedded = "embedded:" + name if name in embedded_names() else None
     train, test = ((data / f"{name}-{split}.parquet") if data else Path() for split in ("train", "test"))
     files = {"data.path": train, "data.test_path": test}
@@ -77,7 +78,7 @@ def source_of(name: str, data: Path | None) -> list[str] | None:
 
 
 def train_one(name: str, overrides: list[str], out: Path, clock: Clock, emit: Emit) -> None:
-    """``OUT/NAME-dit.safetensors`` and ``OUT/NAME-dit.png``; rows of the loss curve, then one of the result."""
+    """Write ``OUT/NAME-dit.safetensors`` and ``OUT/NAME-dit.png``; emit rows of the loss curve, then one with the result."""
     began, whole = time.monotonic(), clock.left
     config = load_config(PretrainConfig, CONFIGS / f"{name}-dit-minutes.yaml", [*overrides, *([] if GPU else SMALL)])
     train, test, class_names = splits_of(config.data)
@@ -112,7 +113,7 @@ def train_one(name: str, overrides: list[str], out: Path, clock: Clock, emit: Em
 def train_by_the_clock(
     trainer: GeneratorTrainer, run: Run, clock: Clock, reserved: float, seconds_before: float, emit: Emit
 ) -> dict[str, Any]:
-    """Train until ``reserved`` seconds are left; returns the figures. Rates begin after the first step, which may compile."""
+    """Train until ``reserved`` seconds are left; return the figures. Rates exclude the first step, which may compile."""
     recipe, first = trainer.config, trainer.steps
     length = max(1.0, clock.left - reserved)
     started = shown = saved = after_first = time.monotonic()
@@ -120,7 +121,7 @@ def train_by_the_clock(
     for step in trainer.run(ByClock(length, recipe.warmup_steps, COOLDOWN)):
         now = time.monotonic()
         if step == first + 1:
-            trainer.read_losses()  # waits for the device
+            trainer.read_losses()  # waits until the device has finished
             after_first = shown = time.monotonic()
             shown_step = step
         elif now - shown > length / CURVE_ROWS:
@@ -147,7 +148,7 @@ def train_by_the_clock(
 
 @dataclass(frozen=True)
 class Earlier:
-    """What an earlier call left: its averaged weights, and how far it had come."""
+    """The averaged weights of an earlier call, with the steps and seconds of training behind them."""
 
     weights: dict[str, Tensor]
     steps: int
@@ -156,8 +157,8 @@ class Earlier:
 
 @dataclass(frozen=True)
 class Run:
-    """The weights files of a data set. Those that training writes on the way stand beside the finished ones, which have been
-    through the cool-down, until it has ended too."""
+    """The weights files of a data set. While training runs, it writes unfinished weights to a separate file, so that finished
+    weights of an earlier call, whose cool-down is complete, are kept until this training ends as well."""
 
     name: str
     out: Path
@@ -172,7 +173,7 @@ class Run:
         return self.out / f"{self.name}-dit-unfinished.safetensors"
 
     def save(self, trainer: GeneratorTrainer, seconds: float, finished: bool) -> None:
-        """The averaged weights with how far they are, whole or not at all; :class:`UserError` if a loss was not finite."""
+        """Save the averaged weights and their progress atomically. Raises :class:`UserError` if a loss was not finite."""
         trainer.read_losses()
         progress = json.dumps({"steps": trainer.steps, "seconds": round(seconds, 1)})
         path = self.weights if finished else self.unfinished
@@ -183,7 +184,7 @@ class Run:
             self.unfinished.unlink(missing_ok=True)
 
     def earlier(self) -> Earlier | None:
-        """The furthest weights that are there; :class:`UserError` if a value of them is not finite."""
+        """The weights with the most training, if any. Raises :class:`UserError` if one of their values is not finite."""
         path = next((path for path in (self.unfinished, self.weights) if path.is_file()), None)
         if path is None:
             return None
@@ -196,6 +197,6 @@ class Run:
 
 
 def fewer(images: Labelled) -> Labelled:
-    """Some of the images, for a rehearsal."""
+    """A random part of the images, for a rehearsal."""
     some = torch.randperm(len(images[1]), generator=torch.Generator().manual_seed(0))[:SMALL_IMAGES]
     return images[0][some], images[1][some]

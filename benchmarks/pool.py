@@ -1,17 +1,18 @@
-"""Images/s of making candidates, as JSON: batch, precision, compilation, samplers, against the way the published scripts
-sample.
+"""Images/s of making candidates, as JSON: the effects of batch, precision, compilation and sampler, compared with the way in
+which the published scripts sample.
 
     python benchmarks/pool.py                                  DiT-S/8 on CPUs; DiT-XL/2 on a GPU if there is one
     python benchmarks/pool.py 'cases=[baseline, unit]'         some of the cases
-    python benchmarks/pool.py actors=2 'cases=[pool]'          the same units through Ray, by so many actors
+    python benchmarks/pool.py actors=2 'cases=[pool]'          the same units through Ray, by this number of actors
 
-Weights are random and guidance is on: speed does not depend on what is drawn. A unit is what an actor of the pool makes at a
-time: samples, decoded by Stable Diffusion's autoencoder, seen by ResNet-18, encoded as PNG on threads beside the device.
-`share` is the rate of the generator's, the autoencoder's and φ's own operations over the rate at which the same device
-multiplies large matrices of the same type. `cold` is the first unit, compilation included. `speedup` is over the `baseline`:
-one image at a time in float32 (TF32 on a GPU), guided, as the published scripts do it. `generator alone` leaves out what
-comes after the samples, `launches alone` is a DiT as deep but 64 wide: asking for its kernels takes as long for any width.
-Each case has a process of its own.
+Weights are random and guidance is on: speed does not depend on the images. A unit is the work that an actor of the pool does at
+a time: drawing samples, decoding them with Stable Diffusion's autoencoder, computing features with ResNet-18 (φ) and encoding
+PNG, the last on threads while the device works on. `share` is the rate of the generator's, the autoencoder's and φ's own
+operations, divided by the rate at which the same device multiplies large matrices of the same type. `cold_s` is the time of the
+first unit in seconds, compilation included. `speedup` is relative to `baseline`: one guided image at a time in float32 (TF32 on
+a GPU), as in the published scripts. `generator alone` leaves out what follows sampling. `launches alone` uses a DiT of the same
+depth but width 64: it shows the time for launching the kernels, which does not depend on the width. Each case runs in a process
+of its own.
 
 Needs torch, diffusers, timm, pydantic, pyarrow, pyyaml, pillow and safetensors; Ray for `pool` alone.
 """
@@ -33,14 +34,16 @@ import torch
 from pydantic import Field
 
 from ims3_ray.cli import main
+from ims3_ray.cluster.hardware import hardware
+from ims3_ray.cluster.speed import matmul_rate
 from ims3_ray.config import SamplingConfig, Section, canonical
-from ims3_ray.cost import decoding_flops, embedding_flops, sampling_flops
 from ims3_ray.errors import UserError
-from ims3_ray.hardware import hardware
+from ims3_ray.models.autoencoder import decoding_flops
 from ims3_ray.models.checkpoints import pack
 from ims3_ray.models.dit import PUBLISHED, DiT, DiTConfig
-from ims3_ray.models.encoder import Encoder, EncoderConfig
-from ims3_ray.speed import matmul_rate
+from ims3_ray.models.encoder import Encoder, EncoderConfig, embedding_cost
+from ims3_ray.models.generators.dit import DiTGenerator
+from ims3_ray.stages.candidates import sampling_flops
 
 GPU = torch.cuda.is_available()
 
@@ -50,27 +53,29 @@ class BenchmarkConfig(Section):
     patch: Literal[2, 4, 8] = 2 if GPU else 8
     image_size: int = Field(default=256, multiple_of=64)
     steps: int = Field(default=50 if GPU else 10, ge=1)
-    """Of the sampler; cost is nearly proportional to it."""
+    """Number of sampling steps; the cost is nearly proportional to it."""
     batch: int = Field(default=64 if GPU else 8, ge=1)
-    """Images of a unit."""
+    """Number of images in a unit."""
     units: int = Field(default=4, ge=1)
-    """Timed units of a case, after one that is not; fewer where `seconds` run out."""
+    """Timed units of a case, after one unit that is not timed; fewer if `seconds` have passed."""
     seconds: float = Field(default=60, gt=0)
+    """Time after which no further unit of a case is started, in seconds."""
     actors: int = Field(default=1, ge=1)
-    """Of the case `pool`: a GPU each, or one CPU thread."""
+    """Number of actors of the case `pool`, each with a GPU or one CPU thread."""
     cases: tuple[str, ...] = ()
-    """Names of the cases to run; all but `pool` when empty."""
+    """Names of the cases to run; all cases but `pool` when empty."""
 
 
 @dataclass(frozen=True)
 class Case:
     settings: dict[str, Any] = field(default_factory=dict)
-    """What differs from DDPM, bf16, guidance on 3 of 4 channels and the config's batch and steps."""
+    """Settings that differ from DDPM, bf16, guidance on 3 of 4 channels and the config's batch and steps."""
     whole: bool = True
-    """Decoded, seen by φ and encoded; else samples alone."""
+    """Whether samples are decoded, passed through φ and encoded as PNG; otherwise they are only drawn."""
     width: int | None = None
-    """Of another DiT than the config's."""
+    """Width of the DiT, if it differs from the config's."""
     ray: bool = False
+    """Whether the units are made by an actor pool on Ray."""
 
 
 def cases(config: BenchmarkConfig) -> dict[str, Case]:
@@ -108,7 +113,7 @@ def shape_of(config: BenchmarkConfig, case: Case) -> DiTConfig:
 
 
 def write_models(config: BenchmarkConfig, case: Case, folder: Path) -> None:
-    """Random weights in the formats that a run reads: ``dit.safetensors``, ``vae/``, ``phi.safetensors``."""
+    """Write random weights in the formats that a run reads: ``dit.safetensors``, ``vae/``, ``phi.safetensors``."""
     from diffusers import AutoencoderKL
 
     shape = shape_of(config, case)
@@ -127,21 +132,22 @@ def flops_of(config: BenchmarkConfig, case: Case, folder: Path) -> float:
     from ims3_ray.models.autoencoder import autoencoder_path, empty_autoencoder
     from ims3_ray.models.encoder import encoder_config
 
-    flops = sampling_flops(shape_of(config, case), sampling_of(config, case))
+    flops = sampling_flops(DiTGenerator.of_shape(shape_of(config, case)), sampling_of(config, case))
     if case.whole:
         vae = empty_autoencoder(autoencoder_path(str(folder / "vae")))
         flops += decoding_flops(vae, config.image_size // 8)
-        flops += embedding_flops(encoder_config(folder / "phi.safetensors"), config.image_size)
+        shape = encoder_config(folder / "phi.safetensors").model_dump_json()
+        flops += embedding_cost(shape, config.image_size)[0]
     return flops
 
 
 def measure(config: BenchmarkConfig, name: str) -> dict[str, Any]:
-    """Units by one actor's code, without Ray: device work of a unit while the images of the one before are encoded."""
-    from ims3_ray.data.hub import encode_png
+    """Make units with the code of one actor, without Ray; images are encoded while the device works on the next unit."""
     from ims3_ray.data.transforms import to_pil
+    from ims3_ray.io.parquet import encode_png
     from ims3_ray.models.autoencoder import autoencoder_path
-    from ims3_ray.stages.derived import Features
-    from ims3_ray.stages.producers import Candidates
+    from ims3_ray.stages.candidates import Candidates
+    from ims3_ray.stages.embed import Features
 
     case, device = cases(config)[name], "cuda" if GPU else "cpu"
     sampling = sampling_of(config, case)
@@ -164,7 +170,7 @@ def measure(config: BenchmarkConfig, name: str) -> dict[str, Any]:
                 torch.cuda.synchronize()
 
         began = time.perf_counter()
-        one_unit(0)  # reads the weights, and compiles where that is asked for
+        one_unit(0)  # includes reading the weights, and compilation where the case has it
         cold = time.perf_counter() - began
     waiting.clear()
     began, done = time.perf_counter(), 0
@@ -177,25 +183,24 @@ def measure(config: BenchmarkConfig, name: str) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     row = {"case": name, "cold_s": round(cold, 2), "peak_gb": round(peak / 1e9, 2)}
     if produce.batch < sampling.unit_size:
-        row["batch"] = produce.batch  # what memory sufficed for
+        row["batch"] = produce.batch  # the largest batch that fitted into memory
     return row | rates(sampling, seconds, sampling.unit_size, flops)
 
 
 def measure_pool(config: BenchmarkConfig, name: str) -> dict[str, Any]:
-    """The same units on a Ray Data actor pool; its start is not counted, the writing of shards is."""
-    from ims3_ray.artifacts import Artifact, Storage
-    from ims3_ray.cluster import connected
+    """Make the same units on a Ray Data actor pool. The time for its start is not counted; that for writing shards is."""
+    from ims3_ray.cluster.joining import connected
     from ims3_ray.config import ActorsConfig, ClusterConfig
+    from ims3_ray.engine.actors import run_units
+    from ims3_ray.engine.images import ImageStore
+    from ims3_ray.engine.weights import Weights
+    from ims3_ray.engine.worker import Derivation, Work
+    from ims3_ray.io.artifacts import Artifact, Storage
     from ims3_ray.models.autoencoder import autoencoder_path
     from ims3_ray.models.encoder import encoder_path
     from ims3_ray.models.generator import generator_path
-    from ims3_ray.stages.actors import run_units
-    from ims3_ray.stages.base import Stage
-    from ims3_ray.stages.derived import derive_of
-    from ims3_ray.stages.images import ImageStore
-    from ims3_ray.stages.producers import candidates_of
-    from ims3_ray.stages.weights import Weights
-    from ims3_ray.stages.worker import Derivation, Work
+    from ims3_ray.stages.candidates import candidates_of
+    from ims3_ray.stages.embed import Embed
 
     case = cases(config)[name]
     sampling = sampling_of(config, case)
@@ -209,7 +214,7 @@ def measure_pool(config: BenchmarkConfig, name: str) -> dict[str, Any]:
         }
         storage = Storage.at(str(folder / "storage"))
         images, embedded = Artifact(storage, "generate", "benchmark"), Artifact(storage, "embed", "benchmark")
-        features = Derivation(derive_of(Stage("embed", "embed", {}, weights=weights)), embedded)
+        features = Derivation(Embed("embed", {}, weights=weights).derive(), embedded)
         work = Work(candidates_of(sampling, weights, None, 0), ImageStore(images, "png"), (features,), images)
         actors = ActorsConfig(count=config.actors, gpus=1 if GPU else 0)
         needed = {"GPU": float(config.actors)} if GPU else {"CPU": float(config.actors)}
@@ -221,7 +226,7 @@ def measure_pool(config: BenchmarkConfig, name: str) -> dict[str, Any]:
                     raise UserError(f"unit {unit} failed: {entry['error']}")
                 ends.append(time.perf_counter())
         flops = flops_of(config, case, folder)
-    steady = ends[config.actors - 1 :]  # each actor's first unit has warmed it up
+    steady = ends[config.actors - 1 :]  # without the first units, in which each actor warms up
     seconds = (steady[-1] - steady[0]) / (len(steady) - 1)
     row = {"case": name, "actors": config.actors}
     return row | rates(sampling, seconds, sampling.unit_size, flops, config.actors if GPU else 1)
@@ -243,8 +248,8 @@ def rates(sampling: SamplingConfig, seconds: float, images: int, flops: float, d
 
 def run_case(config: BenchmarkConfig, name: str, results: Any) -> None:
     sys.stdout = sys.stderr
-    torch.backends.cuda.matmul.allow_tf32 = "baseline" in name  # as the published scripts set it
-    matmul_rate(*device_of(sampling_of(config, cases(config)[name])))  # while nothing else runs; it is measured once a process
+    torch.backends.cuda.matmul.allow_tf32 = "baseline" in name  # as in the published scripts
+    matmul_rate(*device_of(sampling_of(config, cases(config)[name])))  # measured once per process, while nothing else runs
     try:
         results.put((measure_pool if cases(config)[name].ray else measure)(config, name))
     except (torch.OutOfMemoryError, UserError) as error:

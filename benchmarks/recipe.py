@@ -1,13 +1,13 @@
-"""Which small generator learns most in a given time, as JSON: one change of the recipe at a time, each trained by the clock.
+"""Which small generator learns most in a given time, as JSON: each case changes the recipe in one way and trains equally long.
 
     python benchmarks/recipe.py data.path=/data/cifar10 data.size=32 data.channels=3
     python benchmarks/recipe.py 'cases=[as it is, half the batch]' seconds=600
     python benchmarks/recipe.py 'generator={hidden_size: 192, depth: 6}'     another recipe to change
 
 `validation` is the mean of L_Diff over held-out training images (2,000, with fixed noise and evenly spread timesteps) under the
-averaged weights: it is comparable across shapes, batches and learning rates, since the task is the same. The test split is not
+averaged weights. It is comparable across shapes, batches and learning rates, since the task is the same. The test split is not
 used. `warm-up again` trains for half of the time, discards everything but the averaged weights, and trains for the other half
-with a new optimizer. It shows what resuming from a weights file costs.
+with a new optimizer. It shows the cost of resuming from a weights file.
 
 Needs torch, numpy, pillow, pyarrow, pydantic, pyyaml and safetensors, and no Ray.
 """
@@ -25,18 +25,19 @@ from pydantic import Field
 from torch import Tensor
 
 from ims3_ray.cli import main
+from ims3_ray.cluster.hardware import hardware
 from ims3_ray.config import DataConfig, GeneratorTraining, Section
 from ims3_ray.data.batches import load_pixels
 from ims3_ray.data.sources import open_source
 from ims3_ray.data.transforms import to_signed
 from ims3_ray.errors import UserError
-from ims3_ray.hardware import hardware
 from ims3_ray.objectives.diffusion import diffusion_loss
 from ims3_ray.seeds import generator_for
 from ims3_ray.training.generator import GeneratorTrainer
 from ims3_ray.training.pace import ByClock
 
 HELD_OUT = 2000
+"""Number of training images that are held out for validation."""
 GPU = torch.cuda.is_available()
 
 
@@ -45,15 +46,15 @@ class BenchmarkConfig(Section):
     generator: GeneratorTraining = GeneratorTraining(
         patch_size=2, hidden_size=64, depth=4, batch_size=32, lr=1e-3, warmup_steps=100, precision="fp32"
     )
-    """What the cases change."""
+    """The recipe that the cases change."""
     seconds: float = Field(default=480, gt=0)
-    """Training time of each case."""
+    """Training time of each case in seconds."""
     cooldown: float = Field(default=0.25, gt=0, le=1)
     """Share of the time at the end over which the learning rate falls to zero."""
     threads: int = Field(default=1, ge=1)
     seed: int = 0
     cases: tuple[str, ...] = ()
-    """Names of the cases to run; all when empty."""
+    """Names of the cases to run; all cases when empty."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,13 @@ class Case:
     """One change of the recipe."""
 
     factors: dict[str, float] = field(default_factory=dict)
-    """What numbers of the recipe are multiplied by."""
+    """Name of a number in the recipe → the factor by which it is multiplied."""
     toggled: tuple[str, ...] = ()
-    """Switches of the recipe that are reversed."""
+    """Names of the switches of the recipe that are reversed."""
     cooldown: float | None = None
+    """Share of the time for the cool-down, if it differs from the config's."""
     again: bool = False
+    """Whether training restarts from the averaged weights after half of the time."""
 
 
 CASES = {

@@ -1,12 +1,14 @@
-"""Seconds and peak memory of Eq. 10, as JSON: exact over the pool, and between the selected groups with its lower bound.
+"""Seconds and peak memory of solving Eq. 10, as JSON: exactly (`pool`), and in its coupled form (`selected`).
 
-    python benchmarks/selection.py                        C in 10, 100, 1000 and G in 5, 10, 100; some five minutes on two cores
+    python benchmarks/selection.py                        C in 10, 100, 1000, G in 5, 10, 100; about 5 minutes on two cores
     python benchmarks/selection.py classes=[1000] groups=[10]
 
-Centroids are random directions around one of their class, of D features. `seconds` begin with the centroids in memory;
-`share` is the rate of the (CG)²·D multiply-adds that all pairs take, over the rate at which this machine multiplies float64
-matrices: each pair is computed once and serves both sides, so it may exceed 1. `path` counts the selections that any α : β
-can give. Each case has a process of its own. Needs torch, pydantic and pyyaml, and no Ray.
+Centroids are random vectors of D features around a centre for each class. `seconds` does not include making them. `share` is
+the rate of (CG)²·D multiply-adds, one dot product for each ordered pair, divided by the rate at which this machine multiplies
+float64 matrices; it may exceed 1, since each unordered pair is computed only once. `gap` is the difference between objective
+and lower bound. `path` is the number of distinct selections over all ratios α : β. Each case runs in a process of its own.
+
+Needs torch, pydantic and pyyaml, and no Ray.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ import torch
 from pydantic import Field
 
 from ims3_ray.cli import main
+from ims3_ray.cluster.hardware import hardware
+from ims3_ray.cluster.speed import matmul_rate
 from ims3_ray.config import Section
-from ims3_ray.hardware import hardware
 from ims3_ray.selection import path, select_subgroups
-from ims3_ray.speed import matmul_rate
 
 MOST_FOR_PATH = 10_000
-"""Candidates up to which the path is measured too: its table is that of `pool`."""
+"""The path is measured too for up to this number of candidates, with the coupling `pool` only."""
 
 
 class BenchmarkConfig(Section):
@@ -37,6 +39,7 @@ class BenchmarkConfig(Section):
     groups: tuple[int, ...] = (5, 10, 100)
     couplings: tuple[Literal["pool", "selected"], ...] = ("pool", "selected")
     features: int = Field(default=512, ge=2)
+    """D, the number of features of a centroid."""
     alpha: float = Field(default=0.4, ge=0)
     beta: float = Field(default=0.9, ge=0)
 

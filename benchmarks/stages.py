@@ -1,12 +1,12 @@
 """Seconds and images/s of every stage of a run, as JSON.
 
-    python benchmarks/stages.py                         the embedded default, from nothing, in a temporary folder
+    python benchmarks/stages.py                         the default run on the embedded data, in a temporary folder
     python benchmarks/stages.py sampling.steps=50       with overrides, as in jobs/distill.py
     python benchmarks/stages.py --config FILE
 
-`share` is the floating-point rate of a stage, start-up included, over the rate at which this machine multiplies two large
-float32 matrices with all its cores: what is missing is start-up, memory traffic and small layers. Evaluation counts the
-seconds of its students, which run side by side.
+`share` is the floating-point rate of a stage, start-up included, divided by the rate at which this machine multiplies two large
+float32 matrices with all its cores; the rest is lost to start-up, memory traffic and small layers. The seconds of evaluation
+are the sum over its students, which run in parallel.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from contextlib import redirect_stdout
 import torch
 
 from ims3_ray.cli import main
+from ims3_ray.cluster.speed import matmul_rate
+from ims3_ray.commands.distill import distill
 from ims3_ray.config import RunConfig
-from ims3_ray.pipeline import distill
 from ims3_ray.plan import make_plan
-from ims3_ray.speed import matmul_rate
 
 
 def benchmark(config: RunConfig) -> None:

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from ims3_ray import compat
 
 if TYPE_CHECKING:
+    from ims3_ray.commands.distill import compare as compare
+    from ims3_ray.commands.distill import distill as distill
+    from ims3_ray.commands.distill import evaluate as evaluate
     from ims3_ray.config import CompareConfig as CompareConfig
     from ims3_ray.config import EvaluateConfig as EvaluateConfig
     from ims3_ray.config import RunConfig as RunConfig
     from ims3_ray.config import SweepConfig as SweepConfig
     from ims3_ray.errors import UserError as UserError
-    from ims3_ray.pipeline import RunResult as RunResult
-    from ims3_ray.pipeline import compare as compare
-    from ims3_ray.pipeline import distill as distill
-    from ims3_ray.pipeline import evaluate as evaluate
-    from ims3_ray.search.driver import sweep as sweep
+    from ims3_ray.report.results import RunResult as RunResult
+    from ims3_ray.search.tune import sweep as sweep
 
 compat.install()
 
@@ -30,11 +30,11 @@ _WHERE = {
     "RunConfig": "ims3_ray.config",
     "SweepConfig": "ims3_ray.config",
     "UserError": "ims3_ray.errors",
-    "RunResult": "ims3_ray.pipeline",
-    "compare": "ims3_ray.pipeline",
-    "distill": "ims3_ray.pipeline",
-    "evaluate": "ims3_ray.pipeline",
-    "sweep": "ims3_ray.search.driver",
+    "RunResult": "ims3_ray.report.results",
+    "compare": "ims3_ray.commands.distill",
+    "distill": "ims3_ray.commands.distill",
+    "evaluate": "ims3_ray.commands.distill",
+    "sweep": "ims3_ray.search.tune",
 }
 __all__ = [
     "CompareConfig",
@@ -51,7 +51,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the ground floor must load without Ray."""
+    """Import on first use, so that modules that do not need Ray load without it."""
     if name not in _WHERE:
         raise AttributeError(f"module 'ims3_ray' has no attribute '{name}'")
     from importlib import import_module

@@ -5,23 +5,31 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from ims3_ray.config import PretrainConfig, WorkConfig
+from ims3_ray.config.files import read_values
+from ims3_ray.config.keys import check_keys
 from ims3_ray.errors import IncompletePool, UserError
-from ims3_ray.loading import Tree, load_config
+
+if TYPE_CHECKING:
+    from ims3_ray.config.loading import Tree
 
 
 def main(
     doc: str,
-    tree: type[Tree],
-    run: Callable[[Tree], None],
-    plan: Callable[[Tree], str] | None = None,
+    tree: type[Tree] | str,
+    run: Callable[[Tree], None] | str,
+    plan: Callable[[Tree], str] | str | None = None,
     arguments: list[str] | None = None,
 ) -> int:
     """Parse, load the config, call ``run`` (or print ``plan`` for ``--dry-run``).
 
-    Exit codes: 0 done, 1 work that failed on every attempt (one line on stderr), 2 the user can put something right (one
-    line), 130 interrupted; anything else that goes wrong is a traceback and 1.
+    ``tree``, ``run`` and ``plan`` may be given as ``module:name``. They are then imported only when needed, so that ``--help``
+    and the error for a misspelt key appear at once.
+
+    Exit codes: 0 success, 1 work that failed on every attempt (one line on stderr), 2 an error that the user can correct (one
+    line on stderr), 130 interrupted. Any other error gives a traceback and 1.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, e.g. selection.alpha=0.4")
@@ -32,11 +40,16 @@ def main(
         parser.add_argument("--dry-run", action="store_true", help="print the plan and stop: nothing is computed or written")
     args = parser.parse_intermixed_args(arguments)
     try:
-        config = load_config(tree, args.config, args.overrides)
+        values = read_values(args.config, args.overrides)
+        if isinstance(tree, str):
+            check_keys(tree.partition(":")[2], values)
+        from ims3_ray.config.loading import build
+
+        config: Any = build(_found(tree), values)
         if plan is not None and args.dry_run:
-            print(plan(config))
+            print(_found(plan)(config))
         else:
-            _run(run, config)
+            _run(_found(run), config)
     except (UserError, IncompletePool) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
@@ -46,11 +59,22 @@ def main(
     return 0
 
 
-def _run(run: Callable[[Tree], None], config: Tree) -> None:
-    """Where there is room for it, if it is work for a cluster; benchmarks run where Ray is not installed, too."""
+def _found(named: Any) -> Any:
+    """The object that a string ``module:name`` names; any other value is returned unchanged."""
+    if not isinstance(named, str):
+        return named
+    module, _, name = named.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _run(run: Callable[[Any], None], config: Any) -> None:
+    """Call ``run(config)``. Work for a cluster runs on a node that has CPUs for it; anything else, such as a benchmark, runs
+    here and needs no Ray."""
+    from ims3_ray.config import PretrainConfig, WorkConfig
+
     if not isinstance(config, WorkConfig | PretrainConfig):
         run(config)
         return
-    from ims3_ray.driver import run_off_the_head
+    from ims3_ray.cluster.off_head import run_off_the_head
 
     run_off_the_head(run, config)

@@ -1,7 +1,7 @@
-"""What has to be put right before third-party packages work on a machine without CUDA.
+"""Corrections that third-party packages need to work on a machine without CUDA.
 
-PyPI's torchvision is built against CUDA. Beside a CPU build of PyTorch its operator library does not load, and
-``import torchvision`` (hence timm) stops at the missing operator ``torchvision::nms``. Declaring the schemas of the two
+PyPI's torchvision is built against CUDA. With a CPU build of PyTorch its operator library does not load, and
+``import torchvision`` (hence timm) fails at the missing operator ``torchvision::nms``. Declaring the schemas of the two
 operators that torchvision touches while it is imported is enough: nothing in this project calls them. The hook runs
 in every process that imports ``ims3_ray`` (Ray workers included), costs nothing until torchvision is imported, and does
 nothing where torchvision's own library loads.
@@ -16,7 +16,7 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
 
-_keep_alive: list[Any] = []  # a torch.library.Library takes its operators with it when it is collected
+_keep_alive: list[Any] = []  # a torch.library.Library removes its operators when it is garbage-collected
 
 
 class _BeforeTorchvision(MetaPathFinder):
@@ -58,7 +58,7 @@ def declare_torchvision_operators() -> None:
 def prepare_deepspeed() -> None:
     """Keep DeepSpeed from compiling its shared-memory collective on CPUs (80 s, needs ninja and a C++ compiler).
 
-    gloo serves instead. Call before ``deepspeed.initialize``; on GPUs the op does not exist and nothing changes.
+    gloo is used instead. Call before ``deepspeed.initialize``; on GPUs the op does not exist and nothing changes.
     """
     import deepspeed.ops
 
@@ -66,8 +66,8 @@ def prepare_deepspeed() -> None:
 
 
 def load_deepspeed_file(path: str, map_location: Any = None) -> Any:
-    """A file of a DeepSpeed checkpoint, which lies where others may write. DeepSpeed itself would run what a forged one says:
-    this reads tensors, plain values and the three classes that ZeRO's state names."""
+    """Load a file of a DeepSpeed checkpoint from a place where others may write. DeepSpeed itself would run code from a forged
+    file; this function accepts only tensors, plain values and the three classes that occur in ZeRO's state."""
     import torch
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

@@ -6,7 +6,7 @@ import re
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line: what is wrong, where, what to do. Exit code 2."""
+    """An error that the user can correct. The message is one line: what is wrong, where, what to do. Exit code 2."""
 
 
 class IncompletePool(Exception):

@@ -1,4 +1,4 @@
-"""One line of progress with rate and time left: rewritten on a terminal, printed now and then in a log."""
+"""One line of progress with rate and time left: rewritten in place on a terminal, printed at intervals in a log."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ TERMINAL_EVERY_S = 0.2
 
 
 class Progress:
-    """Counts ``total`` things of a stage. Use as a context manager; ``advance`` as they are done.
+    """Shows how many of ``total`` things of a stage are done. Use it as a context manager and call :meth:`advance`.
 
-    ``price`` is what an hour of the stage costs: progress then says what was spent and what is to come.
+    ``price`` is the cost of an hour of the stage. If it is given, the line also shows the cost so far and the cost to come.
     """
 
     def __init__(self, title: str, total: float, unit: str, stream: TextIO | None = None, price: float = 0.0) -> None:
@@ -43,7 +43,7 @@ class Progress:
         self.at(self.done + amount)
 
     def at(self, done: float, note: str = "") -> None:
-        """``done`` of ``total`` are finished; the rate is measured from the first report on, so start-up does not count."""
+        """Report that ``done`` of ``total`` are finished. The rate is measured from the first report on, without start-up."""
         now = time.monotonic()
         self.done = done
         if self._first is None:
@@ -69,7 +69,7 @@ class Progress:
         self._stream.flush()
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that is not overwritten."""
         self._stream.write(f"\r\x1b[2K{text}\n" if self._terminal else f"{text}\n")
         self._stream.flush()
 

@@ -1,4 +1,4 @@
-"""The one seed function: every random choice is addressed by what it is for, never by when or where it is drawn."""
+"""The only source of seeds: a seed depends on the purpose and address of a random choice, never on when or where it is made."""
 
 from __future__ import annotations
 

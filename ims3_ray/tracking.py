@@ -1,6 +1,8 @@
-"""MLflow: one run per job, a child run below it per set or point. One thread of the driver is the only writer.
+"""Tracking with MLflow: one run per job, with a child run per set or per point of a sweep. One thread of the driver is the only
+writer.
 
-All that is tracked lies on the storage too: a server that is lost holds nothing up, and the same command tells it the rest.
+Everything that is tracked is also on the storage, so a lost server does not delay the job, and the same command sends it the
+rest later.
 """
 
 from __future__ import annotations
@@ -18,31 +20,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ims3_ray.artifacts import Storage
 from ims3_ray.config import WorkConfig, canonical
 from ims3_ray.errors import UserError, masked
+from ims3_ray.io.artifacts import Storage
 
 BATCH = 1000
-"""Metrics that MLflow takes at once."""
+"""Number of metrics that MLflow accepts in one call."""
 LONGEST_PARAM = 6000
-"""Characters that MLflow keeps of a parameter's value."""
+"""Maximum number of characters of a parameter's value that MLflow keeps."""
 PARENT = "mlflow.parentRunId"
 DIGEST = "ims3.digest"
-"""Tag of a child run: of what it was told."""
+"""Tag of a child run that holds a hash of its parameters and metrics."""
 WAIT_S = (1.0, 30.0)
-"""Between attempts to reach a lost server: at first, at most."""
+"""Seconds between attempts to reach a lost server: initial value, maximum."""
 CLIENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the thread tries again itself
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the writing thread retries itself
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
-"""Metric → (step, value)."""
+"""Metric → its (step, value) pairs."""
 
 
 def slug(title: str) -> str:
-    """A title as MLflow takes it in names."""
+    """``title`` with only characters that MLflow accepts in names."""
     return re.sub(r"\W+", "_", title.replace("+", "and")).strip("_")
 
 
@@ -60,34 +62,35 @@ def tracking_uri(config: WorkConfig, storage: Storage) -> str:
 
 
 class Untracked:
-    """What stages may tell while they run, where nobody listens: a sweep's driver logs later what they left on storage."""
+    """The interface through which running stages log, without effect: in a sweep, the driver later logs what they have
+    stored."""
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Single values."""
+        """Log single values."""
 
     def losses(self, history: Sequence[Mapping[str, float]], prefix: str = "") -> None:
-        """Rows of a fine-tuning as metrics ``{prefix}NAME``; steps that are there already are left alone."""
+        """Log the rows of a fine-tuning as metrics ``{prefix}NAME``; steps that were logged before are skipped."""
 
 
 class Tracker(Untracked):
     """The MLflow run of a run folder, created at first and continued after an interruption.
 
-    Its methods return at once. Raises :class:`UserError` if a server does not take a run that is new; one that is lost later is
-    tried again and again, and in the end :attr:`complete` says whether it has everything.
+    The methods that log return at once. Raises :class:`UserError` if a server does not accept a new run. A server that is lost
+    later is tried again until the job ends; :attr:`complete` then says whether it has received everything.
     """
 
     def __init__(self, config: WorkConfig, storage: Storage) -> None:
         os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT.items()})
         import mlflow
 
-        for noisy in ("mlflow", "alembic"):  # the creation of a fresh database is no news
+        for noisy in ("mlflow", "alembic"):  # hides messages about the creation of a database
             logging.getLogger(noisy).setLevel(logging.WARNING)
         self.config, self.storage, self.uri = config, storage, tracking_uri(config, storage)
         self.complete, self.run_id, self.experiment_id = True, "", ""
-        self._connect = partial(mlflow.MlflowClient, self.uri)  # not set_tracking_uri, which reaches into later runs
+        self._connect = partial(mlflow.MlflowClient, self.uri)  # not set_tracking_uri, which affects later runs too
         self._client: Any = None
         self._logged: dict[str, int] = {}
-        """The last step that MLflow has of a series of losses."""
+        """Metric of losses → the last of its steps that MLflow has."""
         self._children: dict[str, tuple[str, str, str]] | None = None
         self._note = f"{config.name}/mlflow_run_id"
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue()
@@ -106,16 +109,16 @@ class Tracker(Untracked):
 
     @property
     def _ours(self) -> bool:
-        """Whether the database is the run folder's own: creating it takes seconds and does not fail."""
+        """Whether the database is a file in the run folder: creating it takes seconds, but is not expected to fail."""
         return self.config.tracking.uri is None and "MLFLOW_TRACKING_URI" not in os.environ
 
     @property
     def client(self) -> Any:
-        """MLflow's own; waits until all that was told is there."""
+        """MLflow's client, after a wait until all logging calls are done."""
         self._calls.join()
         return self._client
 
-    # What can be told
+    # Logging
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         self._tell(partial(self._log, None, {name: [(step, value)] for name, value in values.items()}))
@@ -126,18 +129,20 @@ class Tracker(Untracked):
     def child(
         self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], curves: Curves, *, failed: str = ""
     ) -> None:
-        """A finished (or ``failed``: why) child run, curves as stepped metrics; nothing if it is there and knows the same."""
+        """Log a finished child run, or a failed one if ``failed`` holds a reason, with its curves as metrics with steps. A
+        finished child run with the same parameters and metrics is kept as it is."""
         self._tell(partial(self._log_child, name, dict(params), dict(metrics), dict(curves), failed))
 
     def forget_failure(self, name: str) -> None:
-        """Delete a child run of that name if it is one that failed."""
+        """Delete the child run of that name if it failed."""
         self._tell(partial(self._delete_child, name, "FAILED"))
 
     def file(self, name: str, data: bytes) -> None:
         self._tell(partial(self._log_file, name, data))
 
     def finish(self, status: str) -> None:
-        """``status``: FINISHED, FAILED or KILLED. Waits until all is told; a server that is away is asked once more."""
+        """Set the status of the run: FINISHED, FAILED or KILLED. Waits for the remaining calls; calls that fail from now on are
+        not repeated."""
         self._tell(lambda: self._client.set_terminated(self.run_id, status))
         self._leaving.set()
         self._calls.put(None)
@@ -152,7 +157,7 @@ class Tracker(Untracked):
     def _tell(self, call: Callable[[], None]) -> None:
         self._calls.put(call)
 
-    # The thread
+    # Methods of the writing thread
 
     def _write(self) -> None:
         self._try(self._begin)
@@ -162,7 +167,7 @@ class Tracker(Untracked):
             self._calls.task_done()
 
     def _try(self, call: Callable[[], None]) -> None:
-        """Until the server has taken or refused it; once more only if the job has ended."""
+        """Repeat ``call`` until the server has accepted or refused it, but no longer once the job has ended."""
         wait, most = WAIT_S
         while True:
             try:
@@ -180,7 +185,7 @@ class Tracker(Untracked):
                 wait = min(2 * wait, most)
 
     def _begin(self) -> None:
-        """Take up the run of an interrupted job, or create one."""
+        """Continue the run of an interrupted job, or create a new one."""
         if self.run_id:
             return
         from mlflow.exceptions import MlflowException
@@ -196,7 +201,7 @@ class Tracker(Untracked):
             except MlflowException as error:
                 if not _refused(error):
                     raise
-                # another server, or one that has lost its database: it is told everything anew
+                # another server, or one that has lost its database: everything is logged to a new run
         self.experiment_id = self._experiment()
         run_id = self._client.create_run(self.experiment_id, run_name=self.config.name).info.run_id
         self._log_params(run_id, dict(_flat(canonical(self.config))))
@@ -243,7 +248,7 @@ class Tracker(Untracked):
         status, digest = "FAILED" if failed else "FINISHED", _digest(params, metrics)
         if self._known_children().get(name, ("", "", ""))[1:] == ("FINISHED", digest):
             return
-        self._delete_child(name)  # told in part, failed then, or known otherwise since
+        self._delete_child(name)  # it was logged in part, has failed, or has other values
         tags = {PARENT: self.run_id, DIGEST: digest} | ({"error": failed} if failed else {})
         run_id = self._client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
         self._known_children()[name] = (run_id, "RUNNING", digest)
@@ -253,14 +258,14 @@ class Tracker(Untracked):
         self._known_children()[name] = (run_id, status, digest)
 
     def _delete_child(self, name: str, status: str = "") -> None:
-        """If there is one of that name (and that status)."""
+        """Delete the child run of that name, if there is one (and if it has that ``status``, where one is given)."""
         run_id, how, _ = self._known_children().get(name, ("", "", ""))
         if run_id and status in ("", how):
             self._client.delete_run(run_id)
             del self._known_children()[name]
 
     def _known_children(self) -> dict[str, tuple[str, str, str]]:
-        """Name → (id, status, digest) of the child runs that are there."""
+        """Name → (id, status, digest) of the child runs that MLflow has."""
         if self._children is None:
             found: dict[str, tuple[str, str, str]] = {}
             page: str | None = None
@@ -285,7 +290,7 @@ def _digest(params: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
 
 
 def _refused(error: Exception) -> bool:
-    """Whether trying again leads nowhere: the server answers, and says no."""
+    """Whether another attempt is useless, because the server answered and refused the call."""
     status = getattr(error, "get_http_status_code", lambda: 500)()
     return isinstance(error, TypeError | ValueError | PermissionError) or (400 <= status < 500 and status not in (408, 429))
 

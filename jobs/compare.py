@@ -1,10 +1,10 @@
-"""Compare methods of distillation on one engine: all arms at several numbers of images per class, from shared artifacts.
+"""Compare distillation methods with the same code: all arms at several numbers of images per class, from shared artifacts.
 
     python jobs/compare.py --config configs/compare/fashion_mnist.yaml
     python jobs/compare.py --config configs/compare/fashion_mnist.yaml budgets=[10] draws=[0,1,2] --dry-run
 
-Leaves table.md, report.html and results.json with differences and their standard errors. Interrupted, the same command
-continues.
+Writes table.md, report.html and results.json with the differences between methods and their standard errors. After an
+interruption the same command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from __future__ import annotations
 import sys
 
 from ims3_ray.cli import main
-from ims3_ray.config import CompareConfig
-from ims3_ray.estimate import describe
-from ims3_ray.pipeline import compare
-from ims3_ray.plan import make_comparison
-from ims3_ray.report.terminal import print_comparison
 
-
-def run(config: CompareConfig) -> None:
-    print_comparison(compare(config))
-
+JOBS = "ims3_ray.commands.jobs"
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or "", CompareConfig, run, lambda config: describe(make_comparison(config))))
+    sys.exit(
+        main(
+            __doc__ or "",
+            "ims3_ray.config:CompareConfig",
+            f"{JOBS}:run_compare",
+            f"{JOBS}:plan_compare",
+        )
+    )

@@ -1,4 +1,4 @@
-"""Convert the weights of a generator between the formats they come in (told by the names), with an adapter merged if given:
+"""Convert the weights of a generator between file formats, which are recognised by the names, and optionally merge an adapter:
 
 python jobs/convert.py generator=DiT-XL-2-256x256.pt out=dit-xl-2-256.safetensors
 python jobs/convert.py generator=facebook/DiT-XL-2-256 out=DiT-XL-2-256.pt
@@ -23,13 +23,13 @@ from ims3_ray.models.generator import generator_path, load_generator
 
 class ConvertConfig(Section):
     generator: str = "embedded:fashion-mnist-dit"
-    """What is converted: a file, a diffusers folder or a hub id."""
+    """The generator to convert: a file, a diffusers folder or a hub id."""
     adapter: str | None = None
-    """`adapter-0.safetensors` of a fine-tuning, to be merged into the weights."""
+    """Adapter to merge into the weights: `adapter-0.safetensors` of a fine-tuning."""
     classes: str | None = None
-    """Text file with one class name a line, in order of the labels, for weights that do not name them."""
+    """Text file with one class name per line, in the order of the labels, for weights without class names."""
     out: str = "generator.safetensors"
-    """`*.safetensors`, `*.pt`, or a folder to be made in diffusers' layout."""
+    """Output: `*.safetensors`, `*.pt`, or a folder that is created in diffusers' layout."""
 
 
 def run(config: ConvertConfig) -> None:

@@ -1,4 +1,4 @@
-"""Pack a labelled image set (or a part of it) as Parquet in the Hub's layout, as the embedded data were made:
+"""Pack a labelled image set, or a part of it, as Parquet in the Hub's layout. The embedded data were made in this way:
 
 python jobs/pack.py data.path=/usr/share/datasets/fashion-mnist split=train per_class=1000 out=train.parquet
 python jobs/pack.py data.path=/usr/share/datasets/fashion-mnist split=test out=test.parquet
@@ -14,16 +14,16 @@ from pydantic import Field
 
 from ims3_ray.cli import main
 from ims3_ray.config import DataConfig, Section
-from ims3_ray.data.hub import encode_png, image_table, parquet_bytes
 from ims3_ray.data.sources import open_source
 from ims3_ray.errors import UserError
+from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
 
 
 class PackConfig(Section):
     data: DataConfig = DataConfig()
     split: str = "train"
     per_class: int | None = Field(default=None, ge=1)
-    """Images drawn at random per class; all of them when unset."""
+    """Number of images per class, drawn at random; all images when unset."""
     seed: int = 0
     out: str = "packed.parquet"
 

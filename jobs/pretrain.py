@@ -3,7 +3,7 @@
     python jobs/pretrain.py --config configs/pretrain/fashion-mnist-dit.yaml
     python jobs/pretrain.py --config configs/pretrain/fashion-mnist-dit.yaml generator.steps=100
 
-Works for every data source that the project reads. Interrupted, the same command continues from the last checkpoint.
+It works with every data source of the project. After an interruption the same command continues from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -11,14 +11,8 @@ from __future__ import annotations
 import sys
 
 from ims3_ray.cli import main
-from ims3_ray.config import PretrainConfig
 
-
-def run(config: PretrainConfig) -> None:
-    from ims3_ray.pretraining import pretrain
-
-    pretrain(config)
-
+JOBS = "ims3_ray.commands.jobs"
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or "", PretrainConfig, run))
+    sys.exit(main(__doc__ or "", "ims3_ray.config:PretrainConfig", f"{JOBS}:run_pretrain"))

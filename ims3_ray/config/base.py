@@ -1,4 +1,4 @@
-"""What every part of a config has in common."""
+"""The base of all config sections, and functions that convert, compare and merge their values."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
+
+from ims3_ray.component import Section as Section
+from ims3_ray.component import defaults_of
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-"""What may be part of a file's name and of a metric's."""
+"""A name that is valid as part of a file name and of the name of a metric."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 def reserved(cpus: float, gpus: float) -> dict[str, float]:
-    """What Ray reserves for a worker with so many of each."""
+    """The resources that Ray reserves for a worker with ``cpus`` CPUs and ``gpus`` GPUs."""
     return {kind: n for kind, n in (("CPU", cpus), ("GPU", gpus)) if n}
-
-
-class Section(BaseModel):
-    """Base of every part of the tree: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
 
 def canonical(section: BaseModel) -> dict[str, Any]:
@@ -33,16 +30,11 @@ def canonical(section: BaseModel) -> dict[str, Any]:
 def differing(section: BaseModel, without: Collection[str] = ()) -> dict[str, Any]:
     """Plain JSON values of the fields that differ from their defaults, leaving out those named in ``without``.
 
-    This is what an artifact's key holds of a section, so an option that is added later changes no key until it is used. A
-    section inside the section is compared field by field with the default that the outer one has for it. Fields without a
-    default are always there.
+    The key of an artifact holds these values of a section, so an option that is added later changes no key until it is used. A
+    nested section is compared field by field with the default that the outer section has for it. Fields without a default are
+    always included.
     """
-    defaults = {
-        name: field.get_default(call_default_factory=True)
-        for name, field in type(section).model_fields.items()
-        if not field.is_required()
-    }
-    return _differing(section, defaults, without)
+    return _differing(section, defaults_of(type(section)), without)
 
 
 def _differing(section: BaseModel, defaults: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
@@ -62,7 +54,8 @@ _ABSENT = object()
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``base``: mappings merge key by key, all else replaces, tables by number (of epochs, say) too."""
+    """``base`` updated by ``over``: mappings merge key by key; any other value replaces the one in ``base``, and so does a
+    table whose keys are numbers (of images per class, say)."""
     merged = dict(base)
     for key, value in over.items():
         inner = merged.get(key)

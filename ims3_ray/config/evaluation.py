@@ -1,42 +1,43 @@
-"""What a set of images is worth: protocols by which students are trained on it, and the teacher of soft labels."""
+"""How sets of images are evaluated: the protocols by which students are trained on a set, and the teacher of soft labels."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from ims3_ray.config.base import Fraction, Name, Section
 from ims3_ray.config.finetune import TrainerConfig
-from ims3_ray.models.students import Norm, check_student
 
 Count = Annotated[int, Field(ge=1)]
 ByIpc = Count | Annotated[dict[Count, Count], Field(min_length=1)]
-"""A number, or a table of it by images per class: that of the first bound that is not exceeded, the last one beyond."""
+"""A number, or a table that maps images per class to the number. Each key of the table is an upper bound: the entry with the
+smallest bound that is not exceeded applies, and beyond the largest bound the entry of the largest."""
 
 
 def for_ipc(value: ByIpc, ipc: int) -> int:
-    """What :data:`ByIpc` says for ``ipc`` images per class."""
+    """The value of a :data:`ByIpc` for ``ipc`` images per class."""
     if isinstance(value, int):
         return value
     return next((value[bound] for bound in sorted(value) if ipc <= bound), value[max(value)])
 
 
 class AugmentConfig(Section):
-    """What happens to a batch of training images, on their device, in this order."""
+    """Augmentations of a batch of training images, applied on the device of the batch, in this order."""
 
     shuffle_patches: int = Field(default=1, ge=1)
-    """Cut into so many patches a side, which change places (RDED: 2); 1 is none."""
+    """Number of patches per side into which each image is cut; the patches are then shuffled (RDED: 2). 1 leaves the image
+    whole."""
     crop: tuple[Fraction, Fraction] | None = None
-    """RandomResizedCrop: the share of the area that is kept."""
+    """Smallest and largest share of the area that RandomResizedCrop keeps; no crop when unset."""
     max_shift: int = Field(default=0, ge=0)
-    """Random shift by up to so many pixels."""
+    """Largest random shift in each direction, in pixels."""
     flip: bool = False
-    """Random horizontal mirroring."""
+    """Whether images are mirrored horizontally at random."""
     jitter: Fraction = 0.0
-    """ColorJitter of brightness, contrast and saturation, in random order."""
+    """Strength of ColorJitter: brightness, contrast and saturation change, in random order, by factors from 1 ± this value."""
     lighting: float = Field(default=0.0, ge=0)
-    """AlexNet's colour noise along ImageNet's principal components; its standard deviation."""
+    """Standard deviation of AlexNet's colour noise along ImageNet's principal components."""
 
     @model_validator(mode="after")
     def _area(self) -> AugmentConfig:
@@ -46,49 +47,58 @@ class AugmentConfig(Section):
 
 
 class ProtocolConfig(Section):
-    """Training of a student from scratch on a set, tested on the real test split. configs/protocols/ has the literature's."""
+    """How a student is trained from scratch on a set and tested on the real test split. configs/protocols/ holds the protocols
+    of the literature."""
 
-    students: tuple[Annotated[str, AfterValidator(check_student)], ...] = Field(default=("convnet-3",), min_length=1)
-    """`convnet-DEPTH`, `resnetap-10`, `resnet-18`, `resnet-50`, `resnet-101`, `timm/NAME`: a row of the table each."""
-    labels: Literal["hard", "soft"] = "hard"
-    """`soft`: those of the teacher, on the fly, for every batch as it is after augmentation."""
-    norm: Norm = "instance"
-    """Of ConvNets and ResNets."""
+    students: tuple[str, ...] = Field(default=("convnet-3",), min_length=1)
+    """Students to train: `convnet-DEPTH`, `resnetap-10`, `resnet-18`, `resnet-50`, `resnet-101` or `timm/NAME`. Each is a row
+    of the results table."""
+    labels: Literal["hard", "soft", "stored"] = "hard"
+    """Labels that students learn. `hard`: the class. `soft`: the outputs of the teacher, computed for every batch after its
+    augmentation. `stored`: the soft labels that are stored with the set."""
+    norm: Literal["instance", "batch"] = "instance"
+    """Kind of normalisation layers in ConvNets and ResNets."""
     width: int = Field(default=128, ge=1)
-    """Channels of every layer of a ConvNet."""
+    """Number of channels of every layer of a ConvNet."""
     size: int | None = Field(default=None, ge=8)
-    """Height and width of what students see; data.size when unset."""
+    """Height and width of the images that students are trained and tested on, in pixels; data.size when unset."""
     test_crop: Fraction = Field(default=1.0, gt=0)
-    """Share of a test image's sides that is kept, in its centre (RDED: 0.875)."""
+    """Share of the height and width of a test image that a central crop keeps (RDED: 0.875)."""
     normalise: Literal["set", "imagenet"] = "set"
-    """By mean and deviation of all pixels of the set, or by ImageNet's of each colour."""
+    """Statistics that normalise the images: `set` uses one mean and standard deviation of all pixels of the set, `imagenet`
+    those of ImageNet for each colour."""
     epochs: ByIpc = 300
-    """A number, or a table by images per class such as `{1: 3000, 10: 2000}`: up to the bound so many; the last beyond."""
+    """Number of epochs, or a table by images per class: `{1: 3000, 10: 2000}` means 3000 epochs for up to 1 image per class and
+    2000 for up to 10. More images per class use the last entry."""
     batch_size: ByIpc = 64
-    """Also a number or a table. Never more than the set has images."""
+    """Number of images per batch, or a table by images per class as in `epochs`. A batch never has more images than the set."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(default=0.01, gt=0)
     momentum: Fraction = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float = Field(default=5e-4, ge=0)
-    """AdamW leaves it off biases and norms."""
+    """Weight decay. AdamW does not apply it to biases and normalisation layers."""
     decay: Literal["cosine", "half_cosine", "steps"] = "cosine"
-    """By epoch: to 0; to half (RDED); by 5 after two thirds and after five sixths (Minimax)."""
+    """Decay of the learning rate, by epoch: `cosine` to 0; `half_cosine` to half of its start (RDED); `steps` divides it by 5
+    after two thirds and again after five sixths of the epochs (Minimax)."""
     augment: AugmentConfig = AugmentConfig(max_shift=2)
     cutmix: bool = False
-    """On every batch: one permutation, one box, its area from Beta(1, 1)."""
+    """Whether CutMix is applied to every batch, with one permutation and one box per batch; the share of the image that the box
+    covers is drawn from Beta(1, 1)."""
     temperature: float = Field(default=20.0, gt=0)
-    """T of the soft labels' loss, KL of the softmaxes at T, without the factor T²."""
+    """Temperature T of the soft-label loss, the KL divergence of the softmaxes at T, without the factor T²."""
     validations: int = Field(default=100, ge=1)
-    """Evenly spaced tests; `best` is the best of them, `last` the final one, `val` the one at the best validation accuracy."""
+    """Number of evenly spaced tests during training. `best` is the best test accuracy among them, `last` the one after the last
+    epoch, `val` the one at the epoch with the best validation accuracy."""
     validate_from: Fraction = Field(default=0.0, lt=1)
-    """Share of the epochs before the first of them."""
+    """Share of the epochs that pass before the evenly spaced tests begin."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the network's arithmetic; weights and losses stay in float32."""
+    """Number format of the student's arithmetic; weights and losses stay in float32."""
 
 
 class EncoderTraining(Section):
-    """Training of a timm network as a classifier of the training split: φ, or the teacher of soft labels."""
+    """Training of a timm network as a classifier of the training split. It becomes the encoder φ or the teacher of soft
+    labels."""
 
     model: str = "resnet18"
     model_args: dict[str, Any] = Field(default={"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]})
@@ -101,16 +111,17 @@ class EncoderTraining(Section):
 
 
 class TeacherConfig(Section):
-    """Whose labels are soft."""
+    """The teacher, a classifier whose outputs are the soft labels."""
 
     weights: str | None = None
-    """A classifier that knows the classes: `embedded:NAME`, a file, a timm folder or hub id; unset: trained on the real set."""
+    """Weights of a classifier of these classes: `embedded:NAME`, a file, a folder as timm saves it or a hub id. When unset, a
+    classifier is trained on the real training images."""
     training: EncoderTraining = EncoderTraining()
     trainer: TrainerConfig = TrainerConfig(num_workers=1)
 
 
 class EvaluationConfig(Section):
-    """Every set is scored by every protocol, student and seed: a Ray task each."""
+    """How sets are scored. Every combination of a set, a protocol, a student and a seed is one Ray task."""
 
     protocols: dict[Name, ProtocolConfig] = Field(
         default={
@@ -118,10 +129,11 @@ class EvaluationConfig(Section):
         },
         min_length=1,
     )
-    """By the name that the table gives them; null removes one."""
+    """Protocols by name; the results table shows these names. `null` removes a protocol."""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     val_per_class: int = Field(default=50, ge=0)
-    """Real training images of each class, not of the set, that choose the epoch of `val`; 0 leaves it out."""
+    """Number of real training images of each class that choose the epoch of `val`; images of the set are left out. 0 means that
+    there is no `val`."""
     teacher: TeacherConfig = TeacherConfig()
     cpus_per_task: float = Field(default=1, gt=0)
     gpus_per_task: float = Field(default=0, ge=0)
@@ -129,5 +141,5 @@ class EvaluationConfig(Section):
 
     @property
     def rows(self) -> dict[str, tuple[str, str]]:
-        """Title of each row of the table → its protocol and student."""
+        """Title of each row of the results table → its protocol and student."""
         return {f"{name}/{student}": (name, student) for name, p in self.protocols.items() for student in p.students}

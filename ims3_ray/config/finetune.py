@@ -7,20 +7,23 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ims3_ray.component import Components
 from ims3_ray.config.base import Fraction, Section, reserved
+from ims3_ray.objectives.base import Objective
 
 
 class TrainerConfig(Section):
-    """Ray Train: how many workers, with what."""
+    """The workers of Ray Train: their number and the resources of each."""
 
     num_workers: int = Field(default=2, ge=1)
     max_workers: int | None = Field(default=None, ge=1)
-    """Elastic: as many workers as there is room for, from num_workers up to this, changed while it runs."""
+    """Largest number of workers of elastic training. Ray Train then uses as many workers as the cluster has room for, at least
+    num_workers, and changes their number during training. When unset, there are always num_workers."""
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)
     threads_per_worker: int = Field(default=1, ge=1)
     max_failures: int = Field(default=3, ge=0)
-    """Times that Ray Train restarts the workers from the last checkpoint."""
+    """Number of times that Ray Train restarts the workers from the last checkpoint after a failure."""
 
     @model_validator(mode="after")
     def _range(self) -> TrainerConfig:
@@ -38,82 +41,43 @@ class TrainerConfig(Section):
         return reserved(self.cpus_per_worker, self.gpus_per_worker)
 
 
-class DiffusionObjective(Section):
-    """L_Diff (Eq. 6)."""
+class ObjectivesConfig(Components):
+    """The objectives of fine-tuning, which minimises their weighted sum. A weight of 0 leaves a term out and costs nothing."""
 
-    weight: float = Field(default=1.0, ge=0)
-    variance: bool = False
-    """Add the variational bound that trains a learned variance (generators with `learn_sigma`, as DiT's release)."""
-
-
-class InversionMatchingObjective(Section):
-    """L_IM as the paper prints it (Eq. 5, Algorithm 1)."""
-
-    weight: float = Field(default=0.002, ge=0)
-    """λ_IM of Eq. 7; 0 leaves the term out."""
-    n_steps: int = Field(default=2, ge=1)
-    """Inversion steps from z_0 to each sample's own t (N of Eq. 3)."""
-    grad_steps: int = Field(default=1, ge=1)
-    """The last so many steps carry the gradient; without any, L_IM has none."""
-    similarity: Literal["cosine", "l1", "l2"] = "cosine"
-    """How z_inv is compared with z_t (Table 7)."""
-
-    @model_validator(mode="after")
-    def _grad_steps_within(self) -> InversionMatchingObjective:
-        if self.grad_steps > self.n_steps:
-            raise ValueError(f"grad_steps={self.grad_steps} exceeds n_steps={self.n_steps}; lower it")
-        return self
-
-
-class ReleasedObjective(Section):
-    """L_IM as the authors' released code computes it; see docs/method.md."""
-
-    weight: float = Field(default=0.0, ge=0)
-
-
-class MinimaxObjective(Section):
-    """The two terms of Minimax diffusion, with per-class memories of latents."""
-
-    representativeness: float = Field(default=0.0, ge=0)
-    """Weight λ_r; Minimax uses 0.002."""
-    diversity: float = Field(default=0.0, ge=0)
-    """Weight λ_d; Minimax uses 0.008."""
-    memory: int = Field(default=64, ge=1)
-    """Latents remembered per class, real and predicted each."""
-    shared: bool = False
-    """One memory for all workers instead of one each."""
-
-
-class ObjectivesConfig(Section):
-    """What fine-tuning minimises: the weighted sum of these. A weight of 0 leaves a term out and costs nothing."""
-
-    diffusion: DiffusionObjective = DiffusionObjective()
-    inversion_matching: InversionMatchingObjective = InversionMatchingObjective()
-    inversion_matching_released: ReleasedObjective = ReleasedObjective()
-    minimax: MinimaxObjective = MinimaxObjective()
+    registries = (Objective.registry,)
 
     @model_validator(mode="after")
     def _something(self) -> ObjectivesConfig:
-        minimax = self.minimax.representativeness + self.minimax.diversity
-        if self.diffusion.weight + self.inversion_matching.weight + self.inversion_matching_released.weight + minimax == 0:
+        if not self.active:
             raise ValueError("every objective has weight 0, so there is nothing to learn; set diffusion.weight=1")
         return self
 
     @property
+    def active(self) -> list[type[Objective]]:
+        """The objectives with a weight above 0, sorted by name."""
+        return [objective for objective in Objective.registry.values() if objective.is_on(self.of(objective))]
+
+    def made(self) -> list[Objective]:
+        """The active objectives, ready to be called. Those that do not need the shared forward pass come first, so that the
+        first of their own forward passes computes the shared one in the same batch."""
+        return [objective(self.of(objective)) for objective in sorted(self.active, key=lambda each: each.needs_output)]
+
+    @property
     def title(self) -> str:
-        """The terms that are on."""
-        minimax = self.minimax.representativeness + self.minimax.diversity
-        terms = {
-            "diffusion": self.diffusion.weight, "IM": self.inversion_matching.weight,
-            "IM as released": self.inversion_matching_released.weight, "minimax": minimax,
-        }  # fmt: skip
-        return " + ".join(name for name, weight in terms.items() if weight)
+        """The titles of the active objectives."""
+        return " + ".join(objective.title(self.of(objective)) for objective in self.active)
 
     @property
     def couple_samples(self) -> bool:
-        """Whether a term compares images of a batch with each other, so that it matters how a batch is parted."""
-        minimax = self.minimax.representativeness + self.minimax.diversity
-        return self.inversion_matching_released.weight + minimax > 0
+        """Whether a term compares images of a batch with each other, so that the way in which a batch is divided matters."""
+        return any(objective.couples_samples for objective in self.active)
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """Number of forward passes of a step, including the shared one, and how many of them carry a gradient."""
+        shared = int(any(objective.needs_output for objective in self.active))
+        own = [objective.passes(self.of(objective)) for objective in self.active]
+        return shared + sum(forward for forward, _ in own), shared + sum(backward for _, backward in own)
 
 
 class FinetuneConfig(Section):
@@ -121,38 +85,44 @@ class FinetuneConfig(Section):
 
     steps: int | None = Field(default=120, ge=1)
     epochs: float | None = Field(default=None, gt=0)
-    """Passes over the images, instead of `steps` (set that to null)."""
+    """Number of passes over the images. It is an alternative to `steps`, which must then be null."""
     batch_size: int = Field(default=32, ge=1)
-    """Global batch: all workers together."""
+    """Number of images in the global batch, over all workers."""
     accumulate: int = Field(default=1, ge=1)
-    """Each worker takes its part of a batch in so many pieces and adds their gradients up: less memory, same step."""
+    """Number of pieces into which each worker divides its part of a batch; their gradients are added. More pieces need less
+    memory, and the step stays the same."""
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     parameters: Literal["difffit", "all"] = "difffit"
-    """What is trained: DiffFit's biases, norms, label table and scale vectors, or everything."""
+    """Parameters that are trained: biases, norms, the label table and scale vectors (`difffit`), or everything (`all`)."""
     scaled_blocks: int = Field(default=14, ge=0)
-    """DiffFit puts scale vectors γ into the first so many blocks."""
+    """Number of blocks, counted from the first, to which DiffFit adds scale vectors γ."""
     objectives: ObjectivesConfig = ObjectivesConfig()
     flip: bool = False
-    """Mirror half of the images at random; right for photographs, wrong for digits."""
+    """Whether half of the images, chosen at random, are mirrored; right for photographs, wrong for digits."""
     label_dropout: Fraction = 0.1
-    """Share of samples that L_Diff sees without their class, as classifier-free guidance needs."""
+    """Share of samples whose class is hidden from the model in L_Diff, as classifier-free guidance needs."""
     ema_decay: Fraction = 0.99
-    """The adapter is the exponential moving average of the trained parameters."""
+    """Decay of the exponential moving average of the trained parameters. The average becomes the adapter."""
     ema_warmup: bool = True
-    """Start with smaller decays, so that the average forgets the pretrained values soon (DiT's and Minimax's code do not)."""
+    """Whether the average starts with smaller decays, so that it forgets the pretrained values soon (the code of DiT and of
+    Minimax does not do this)."""
     classes_per_group: int | None = Field(default=None, ge=1)
-    """Fine-tune groups of at most so many classes independently and in parallel, each with its own adapter."""
+    """Largest number of classes in a group. Groups are fine-tuned independently and in parallel, each with its own adapter.
+    When unset, all classes are one group."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: frozen weights and arithmetic in bfloat16; what is trained, its gradients and optimizer stay float32."""
+    """Number format. With `bf16`, frozen weights and arithmetic are in bfloat16; the trained parameters, their gradients and
+    the optimizer's state stay in float32."""
     compile: bool = False
-    """torch.compile each transformer block (all share one compilation); pays off after some minutes of GPU work."""
+    """Whether each transformer block is compiled with torch.compile. All blocks share one compilation, which pays off after
+    some minutes of GPU work."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations: less memory, a third more work."""
+    """Whether the backward pass recomputes each block instead of keeping its activations: less memory for a third more work."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO: what the workers share among them (1: optimizer state, 2: gradients too, 3: parameters too)."""
+    """Stage of DeepSpeed ZeRO, which says what is partitioned among the workers: 0 nothing, 1 the optimizer's state, 2
+    gradients too, 3 parameters too."""
     checkpoint_every: int = Field(default=50, ge=1)
-    """Steps after which a restart need not begin again."""
+    """Number of steps between checkpoints; after a failure, training resumes from the last checkpoint."""
     trainer: TrainerConfig = TrainerConfig()
 
     @model_validator(mode="after")
@@ -174,5 +144,5 @@ class FinetuneConfig(Section):
         return self
 
     def total_steps(self, images: int) -> int:
-        """Steps of a fine-tuning on so many images."""
+        """Number of steps of a fine-tuning on this number of images."""
         return self.steps if self.steps is not None else math.ceil((self.epochs or 0) * images / self.batch_size)

@@ -4,56 +4,112 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ims3_ray.component import first_error
 from ims3_ray.config.base import Name, Section, canonical, merge
-from ims3_ray.config.candidates import PoolConfig, RefineConfig, SamplingConfig, SelectionConfig
+from ims3_ray.config.candidates import PoolConfig, SamplingConfig, SelectionConfig, SynthesisConfig
 from ims3_ray.config.finetune import FinetuneConfig
 from ims3_ray.config.work import WorkConfig
-from ims3_ray.selection.base import Per
+from ims3_ray.selection.base import Per, Selector, SubgroupSelector
+from ims3_ray.synthesis.base import Synthesis
 
-Overridable = Literal["finetune", "sampling", "selection", "pool", "refine"]
+Overridable = Literal[
+    "finetune", "sampling", "selection", "pool", "synthesis", "data", "encoder", "generator", "autoencoder"
+]  # fmt: skip
 
 
 class InstabilityConfig(Section):
-    """The generator's instability coefficient (Eq. 12) at noise inverted from real images, before and after fine-tuning."""
+    """Measurement of the generator's instability coefficient (Eq. 12) at noise inverted from real images, before and after
+    fine-tuning."""
 
     images: int = Field(default=3, ge=0)
-    """Images it is measured at, spread over the classes; 0 leaves it out."""
+    """Number of real images at which the coefficient is measured, spread over the classes; 0 skips the measurement."""
     steps: int = Field(default=8, ge=1)
-    """Evenly spaced steps of inversion and of sampling."""
+    """Number of steps of inversion and of sampling, evenly spaced over the timesteps."""
     probes: int = Field(default=1, ge=1)
-    """Random directions of the Lanczos estimate at each step."""
+    """Number of random directions of the Lanczos estimate at each step."""
     lanczos_steps: int = Field(default=6, ge=1)
-    """Each costs about four forward passes. Too few overestimate, the same before and after."""
+    """Number of Lanczos steps; each costs about four forward passes. Too few overestimate the coefficient, before and after
+    fine-tuning alike."""
     exact_up_to: int = Field(default=64, ge=0)
-    """Latents of at most so many values get the exact determinant."""
+    """Largest number of values of a latent for which the determinant is computed exactly instead of estimated."""
 
 
 class ArmConfig(Section):
-    """One way to come to K images per class; all arms share the stages they have in common."""
+    """One way to obtain K images per class, in four slots: `images`, `select`, `synthesise` and `labels`. Arms share the stages
+    that they have in common."""
 
     title: str
-    images: Literal["real", "generated"]
+    images: Literal["real", "generated", "given", "none"]
+    """Source of the images: training images (`real`), samples of the generator (`generated`), an existing set at `path`
+    (`given`), or none, when `synthesise` makes images from nothing (`none`)."""
+    path: str | None = None
+    """The set that `images: given` reads: a folder, a Parquet file or a hub id. `{k}` in it stands for the number of images per
+    class."""
     finetune: bool = False
-    select: Literal["first", "random", "s3", "closest", "herding", "k_center", "moments", "confidence", "least_confidence"] = (
-        "first"
-    )
-    """How K images are chosen: docs/selection.md."""
+    """Whether the generator is fine-tuned with the settings in `finetune`."""
+    select: str = "first"
+    """Selector that chooses the K images of each class: docs/selection.md. A given set is used unchanged."""
     per: Per = "image"
-    """Any K images, or one of the subgroups of K that S3 chooses from. S3 itself always takes a subgroup."""
-    refine: bool = False
-    """Whether the chosen images are optimised further, as `refine` says."""
-    overrides: dict[Overridable, dict[str, Any]] = Field(default={})
-    """What this arm does otherwise than the run: values of those sections."""
+    """What the selector chooses: any K images (`image`), or one of the subgroups of K images (`group`). Selectors that compare
+    all classes, such as `s3`, always choose a subgroup."""
+    synthesise: str | None = None
+    """Method that makes the set from the chosen or given images, or from nothing, with its settings in `synthesis`; none when
+    unset."""
+    labels: Literal["hard", "soft"] = "hard"
+    """`hard`: each image has its class as label. `soft`: the teacher's logits are stored with each image as well."""
+    overrides: dict[Overridable, Any] = Field(default={})
+    """Settings in which this arm differs from the run: values of finetune, sampling, selection, pool and synthesis, another
+    encoder, generator or autoencoder, or data.size."""
+
+    @field_validator("select")
+    @classmethod
+    def _known_selector(cls, name: str) -> str:
+        if name not in Selector.registry:
+            raise ValueError(Selector.registry.unknown(name))
+        return name
+
+    @field_validator("synthesise")
+    @classmethod
+    def _known_method(cls, name: str | None) -> str | None:
+        if name is not None and name not in Synthesis.registry:
+            raise ValueError(Synthesis.registry.unknown(name))
+        return name
 
     @model_validator(mode="after")
     def _consistent(self) -> ArmConfig:
-        if self.images == "real" and (self.finetune or self.refine or self.select == "s3"):
-            raise ValueError("images: real goes with any select but s3 and without finetune and refine")
-        if "images_per_class" in self.overrides.get("selection", {}):
+        if self.finetune and self.images != "generated":
+            raise ValueError("finetune=true changes the generator, so it needs images: generated")
+        if self.images == "real" and issubclass(self.selector, SubgroupSelector):
+            raise ValueError(f"select: {self.select} chooses subgroups of generated images; choose another for images: real")
+        if self.images in ("given", "none") and self.select != "first":
+            raise ValueError(f"images: {self.images} leaves nothing to select; leave select out")
+        if (self.path is not None) != (self.images == "given"):
+            raise ValueError("images: given and path go together: give both or neither")
+        if self.images == "none" and self.synthesise is None:
+            raise ValueError("images: none needs a method that makes some; set synthesise")
+        if self.method is not None and "generator" in self.method.needs and self.images != "generated":
+            raise ValueError(f"synthesise: {self.synthesise} works on the generator's latents, so it needs images: generated")
+        if "images_per_class" in self._section("selection"):
             raise ValueError("overrides.selection.images_per_class: sets of other sizes cannot be compared; set it for the run")
+        if other := set(self._section("data")) - {"size"}:
+            raise ValueError(f"overrides.data.{min(other)}: arms share their data; of data only size can differ")
         return self
+
+    def _section(self, key: Overridable) -> dict[str, Any]:
+        found = self.overrides.get(key, {})
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def selector(self) -> type[Selector]:
+        """The component that ``select`` names."""
+        return Selector.registry[self.select]
+
+    @property
+    def method(self) -> type[Synthesis] | None:
+        """The component that ``synthesise`` names."""
+        return Synthesis.registry[self.synthesise] if self.synthesise else None
 
 
 DEFAULT_ARMS: dict[str, dict[str, Any]] = {
@@ -65,24 +121,28 @@ DEFAULT_ARMS: dict[str, dict[str, Any]] = {
 
 
 class RunConfig(WorkConfig):
-    """One distillation run. The defaults are the embedded demonstration."""
+    """One distillation run. The defaults are those of the demonstration with embedded data and weights."""
 
     seed: int = Field(default=0, ge=0)
-    """Root of all random numbers of the run, those of the students apart."""
+    """Seed of all random numbers of the run, except those of the students."""
     generator: str = "embedded:fashion-mnist-dit"
     """Weights of the class-conditional DiT: `embedded:NAME`, a file, a diffusers folder or a hub id (docs/weights.md)."""
     autoencoder: str | None = None
-    """Autoencoder of a generator of latents: a diffusers folder or a hub id (`stabilityai/sd-vae-ft-ema`); unset for pixels."""
+    """Autoencoder of a generator that works on latents: a diffusers folder or a hub id (`stabilityai/sd-vae-ft-ema`); unset for
+    a generator of pixels."""
     encoder: str = "embedded:fashion-mnist-phi"
-    """φ, the frozen feature encoder: `embedded:NAME`, a file, a folder as timm saves it, a hub id (`timm/resnet18.tv_in1k`)."""
+    """φ, the frozen feature encoder: `embedded:NAME`, a file, a folder as timm saves it or a hub id
+    (`timm/resnet18.tv_in1k`)."""
     finetune: FinetuneConfig = FinetuneConfig()
     sampling: SamplingConfig = SamplingConfig()
     pool: PoolConfig = PoolConfig()
     selection: SelectionConfig = SelectionConfig()
-    refine: RefineConfig = RefineConfig()
+    synthesis: SynthesisConfig = SynthesisConfig()
     instability: InstabilityConfig = InstabilityConfig()
+    stages: dict[Name, dict[str, Any]] = Field(default={})
+    """Kinds of stage that run in addition to those that the arms need, with their settings: docs/extending.md."""
     arms: dict[Name, ArmConfig] = Field(default_factory=lambda: {name: ArmConfig(**arm) for name, arm in DEFAULT_ARMS.items()})
-    """By the names that results have; null removes one."""
+    """Arms by name; the results show these names. `null` removes an arm."""
     export: str | None = "ims3"
     """The arm that is exported as the distilled data set."""
 
@@ -95,16 +155,15 @@ class RunConfig(WorkConfig):
                 try:
                     self._overridden(arm, section)
                 except ValidationError as error:
-                    first = error.errors()[0]
-                    where = ".".join(["arms", name, "overrides", section, *map(str, first["loc"])])
-                    raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
+                    _, message, place, _ = first_error(error)
+                    raise ValueError(f"{'.'.join(['arms', name, 'overrides', section, *place])}: {message}") from error
         for config in (self, *map(self.of_arm, self.arms)):
             config._check_pool(max(self._sizes))
         return self
 
     @property
     def _sizes(self) -> tuple[int, ...]:
-        """Numbers of images per class that are chosen."""
+        """The numbers of images per class for which sets are made."""
         return (self.selection.images_per_class,)
 
     def _check_pool(self, k: int) -> None:
@@ -115,18 +174,22 @@ class RunConfig(WorkConfig):
                 "images; raise it or lower the others"
             )
 
-    def _overridden(self, arm: ArmConfig, key: Overridable) -> Section:
-        section: Section = getattr(self, key)
-        return type(section).model_validate(merge(canonical(section), arm.overrides[key]))
+    def _overridden(self, arm: ArmConfig, key: Overridable) -> Any:
+        here, there = getattr(self, key), arm.overrides[key]
+        if isinstance(here, Section):
+            return type(here).model_validate(merge(canonical(here), there))
+        if not isinstance(there, str):
+            raise ValueError(f"overrides.{key} names weights, so it must be text, not {there!r}")
+        return there
 
     def of_arm(self, name: str) -> RunConfig:
-        """The run as this arm has it."""
+        """The config of the run with the overrides of this arm."""
         arm = self.arms[name]
         return self.model_copy(update={key: self._overridden(arm, key) for key in arm.overrides})
 
     @property
     def pool_size(self) -> int:
-        """Candidates per class."""
+        """Number of candidates per class."""
         return self.pool.per_class or self.selection.groups * self.selection.images_per_class
 
 
@@ -136,17 +199,18 @@ class CompareConfig(RunConfig):
     name: str = Field(default="compare", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Results go to `{storage}/{name}`."""
     budgets: tuple[int, ...] = Field(default=(1, 10, 50), min_length=1)
-    """Images per class, K, instead of selection.images_per_class."""
+    """Numbers of images per class (K) to compare, in place of selection.images_per_class."""
     draws: tuple[int, ...] = Field(default=(0,), min_length=1)
-    """Seeds of whole runs, instead of seed: each fine-tunes, samples and chooses anew."""
+    """Seeds of whole runs, in place of `seed`: fine-tuning, sampling and selection are repeated for each seed."""
     arms: dict[Name, ArmConfig] = Field(default={})
-    """What is compared; configs/methods/all.yaml has every method."""
+    """Arms to compare; configs/methods/all.yaml has every method."""
     against: str | None = None
-    """The arm from which the table counts differences; the first when unset."""
+    """Arm to which the table gives the differences of the others; the first arm when unset."""
     published: dict[str, dict[str, dict[int, str]]] = Field(default={})
-    """Figures of the literature to stand beside: arm → row of the table → images per class → as printed."""
+    """Published accuracies that the table shows beside the measured ones: arm → row of the table → images per class → the text
+    as printed."""
     export: None = None
-    """Nothing is exported."""
+    """Always null: a comparison exports nothing."""
 
     @model_validator(mode="after")
     def _base_exists(self) -> CompareConfig:
@@ -160,10 +224,10 @@ class CompareConfig(RunConfig):
 
     @property
     def base(self) -> str:
-        """The arm from which differences are counted."""
+        """The arm to which the differences of the others are computed."""
         return self.against or next(iter(self.arms))
 
     def at(self, images_per_class: int, draw: int) -> RunConfig:
-        """One of the runs that are compared."""
+        """The config of the run with these images per class and the seed ``draw``."""
         selection = self.selection.model_copy(update={"images_per_class": images_per_class})
         return self.model_copy(update={"selection": selection, "seed": draw})

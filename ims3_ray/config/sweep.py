@@ -1,4 +1,4 @@
-"""A search over λ_IM, α, β, G and what else a distillation can vary."""
+"""A search over λ_IM, α, β, G and other settings of a distillation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ims3_ray.component import first_error
 from ims3_ray.config.base import Section, canonical, merge
 from ims3_ray.config.run import Overridable, RunConfig
+from ims3_ray.selection.s3 import S3
 
 Settings = dict[str, Any]
 """Dotted key → value."""
@@ -19,10 +21,11 @@ INNER = (
     "selection.alpha", "selection.beta", "selection.groups", "selection.coupling", "selection.references",
     "selection.references_per_class", "encoder",
 )  # fmt: skip
-"""Keys of which all values are computed from one pool of candidates."""
+"""Keys of the inner settings: all of their values are computed from one pool of candidates."""
 
 OUTER = ("finetune.", "sampling.")
-"""What other keys begin with: each of their values costs a pool, and those of fine-tuning a fine-tuning too."""
+"""Prefixes of the keys of the outer settings: each of their values needs its own pool, and those of fine-tuning also need their
+own fine-tuning."""
 
 SYMBOLS = {
     "finetune.objectives.inversion_matching.weight": "λ_IM",
@@ -41,12 +44,12 @@ def symbol(key: str) -> str:
 
 
 def title_of(settings: Settings) -> str:
-    """As in ``λ_IM=0.002, α=0.4``."""
+    """The settings as text, as in ``λ_IM=0.002, α=0.4``."""
     return ", ".join(f"{symbol(key)}={_shown(value)}" for key, value in settings.items())
 
 
 def trial_title(settings: Settings) -> str:
-    """Of an outer setting, which is empty where only inner ones vary."""
+    """The title of a trial, given its outer settings, which are empty if only inner settings vary."""
     return title_of(settings) or "the trial"
 
 
@@ -55,12 +58,12 @@ def _shown(value: Any) -> str:
 
 
 class Range(Section):
-    """An interval that random and optuna draw from."""
+    """An interval from which the methods ``random`` and ``optuna`` draw values."""
 
     low: float
     high: float
     log: bool = False
-    """Draw evenly in the logarithm."""
+    """Whether the logarithm of the value is drawn uniformly, instead of the value."""
     integer: bool = False
 
     @model_validator(mode="after")
@@ -71,27 +74,29 @@ class Range(Section):
 
 
 class SearchConfig(Section):
-    """How the settings outside of selection are tried, and what decides."""
+    """How the outer settings are searched, and which result decides."""
 
     method: Literal["grid", "random", "optuna"] = "grid"
-    """Of the outer settings (finetune, sampling); all combinations of the inner ones are always looked at."""
+    """Method that chooses the outer settings (finetune, sampling). All combinations of the inner settings (selection, encoder)
+    are always tried."""
     trials: int = Field(default=16, ge=1)
-    """Outer settings that random and optuna try."""
+    """Number of combinations of outer settings that `random` and `optuna` try."""
     seed: int = Field(default=0, ge=0)
-    """Of random and optuna."""
+    """Seed of the methods `random` and `optuna`."""
     concurrent: int | None = Field(default=None, ge=1)
-    """Trials at a time; as many as the cluster has room for when unset. On one that grows (`cluster.wait_s`) it must be set."""
+    """Number of trials that run at the same time; as many as the cluster has room for when unset. It must be set for a cluster
+    that grows (`cluster.wait_s`)."""
     by: Literal["accuracy", "s3", "both"] = "accuracy"
-    """What decides: final accuracy on held-out training images; the terms of Eq. 10 at the run's own α, β and encoder, which
-    needs no student; or accuracy among the `screened` best by these terms."""
+    """Criterion of the search. `accuracy`: final accuracy on held-out training images. `s3`: the terms of Eq. 10 at the run's
+    own α, β and encoder, which need no student. `both`: accuracy among the `screened` best selections by these terms."""
     screened: int = Field(default=8, ge=1)
-    """Distinct selections of each pool that `both` trains students on."""
+    """Number of distinct selections of each pool on which `both` trains students."""
     row: str | None = None
-    """The row of the table that decides (`PROTOCOL/STUDENT`); the first when unset."""
+    """Row of the results table that decides (`PROTOCOL/STUDENT`); the first row when unset."""
     early_stopping: bool = False
-    """ASHA over the draws: a trial that is behind after 1, r, r² … of them does not get the others."""
+    """Whether ASHA stops trials early: after 1, r, r² … draws only the best of every r trials continue with the next draws."""
     reduction: float = Field(default=3.0, gt=1)
-    """r of ASHA: of so many trials one goes on."""
+    """r of ASHA: one of every r trials continues."""
 
 
 class SweepConfig(RunConfig):
@@ -109,12 +114,14 @@ class SweepConfig(RunConfig):
             },
         }
     )
-    """What varies: keys of `finetune`, `sampling`, `selection` and `encoder`, with a list of values or, for random and optuna,
-    a range `{low: , high: , log: , integer: }`. What a config says replaces all of it."""
+    """Settings that vary: a tree of keys of `finetune`, `sampling`, `selection` and `encoder`. Each has a list of values or,
+    for the methods random and optuna, a range `{low: , high: , log: , integer: }`. A given space replaces the default as a
+    whole."""
     arm: str = "ims3"
-    """The arm that is searched."""
+    """Arm whose settings are searched."""
     draws: tuple[int, ...] = Field(default=(0,), min_length=1)
-    """Seeds of whole runs, instead of seed: each fine-tunes, samples and chooses anew; their mean decides."""
+    """Seeds of whole runs, in place of `seed`: fine-tuning, sampling and selection are repeated for each seed, and the mean
+    over the seeds decides."""
     search: SearchConfig = SearchConfig()
 
     @field_validator("space")
@@ -137,8 +144,8 @@ class SweepConfig(RunConfig):
         if self.arm not in self.arms:
             raise ValueError(f"arm='{self.arm}' is no arm; there is: {', '.join(self.arms)}")
         arm, search = self.arms[self.arm], self.search
-        if arm.select != "s3":
-            raise ValueError(f"arm='{self.arm}' selects by {arm.select}; a sweep is of an arm with select: s3")
+        if not issubclass(arm.selector, S3):
+            raise ValueError(f"arm='{self.arm}' selects by {arm.select}; a sweep is of an arm with select: {S3.name}")
         if search.row is not None and search.row not in self.evaluation.rows:
             raise ValueError(f"search.row='{search.row}' is no row; there is: {', '.join(self.evaluation.rows)}")
         if search.by != "s3" and not self.evaluation.val_per_class:
@@ -153,7 +160,8 @@ class SweepConfig(RunConfig):
             )
         for key, values in self.values.items():
             section, _, rest = key.partition(".")
-            own = dict(_leaves(arm.overrides.get(section, {}))) if section in get_args(Overridable) else {}  # type: ignore[call-overload]
+            here = arm.overrides.get(section) if section in get_args(Overridable) else None  # type: ignore[call-overload]
+            own = dict(_leaves(here)) if isinstance(here, Mapping) else {}
             if any(rest == name or rest.startswith(f"{name}.") for name in own):
                 raise ValueError(f"arms.{self.arm}.overrides sets {key}, which is swept; leave it out of one of the two")
             if key.startswith("finetune.") and not arm.finetune:
@@ -165,7 +173,8 @@ class SweepConfig(RunConfig):
         return self
 
     def _check(self, key: str, value: Any) -> None:
-        """A value must go with what the run has, or with the first values of all others that are swept."""
+        """Raise ``ValueError`` unless the value is valid together with the run's own settings or with the first values of all
+        other swept settings."""
         others = {
             name: found[0] if isinstance(found, list) else found.low for name, found in self.values.items() if name != key
         }
@@ -179,7 +188,7 @@ class SweepConfig(RunConfig):
 
     @property
     def values(self) -> dict[str, list[Any] | Range]:
-        """What varies, by dotted key."""
+        """The list of values or the range of each swept setting, by dotted key."""
         return {
             key: Range.model_validate(found) if isinstance(found, Mapping) else list(found)
             for key, found in _leaves(self.space)
@@ -187,11 +196,12 @@ class SweepConfig(RunConfig):
 
     @property
     def row(self) -> str:
-        """The row of the table that decides."""
+        """The row of the results table that decides."""
         return self.search.row or next(iter(self.evaluation.rows))
 
     def at(self, settings: Mapping[str, Any], draw: int | None = None) -> RunConfig:
-        """The run that has these settings, with what a distillation takes alone. Raises ``ValidationError``."""
+        """The config of one distillation with these settings, without the keys that only a sweep has. Raises
+        ``ValidationError``."""
         plain: dict[str, Any] = {key: value for key, value in canonical(self).items() if key in RunConfig.model_fields}
         for key, value in settings.items():
             tree: Any = value
@@ -202,7 +212,7 @@ class SweepConfig(RunConfig):
         return RunConfig.model_validate(plain if draw is None else plain | {"seed": draw})
 
     def inner(self) -> list[Settings]:
-        """All combinations of the settings that one pool has the answers to, but α = β = 0, which weighs nothing."""
+        """All combinations of the inner settings, without α = β = 0, which scores every subgroup alike."""
         found = _product({key: values for key, values in self.values.items() if key in INNER})
         return [
             one
@@ -211,12 +221,13 @@ class SweepConfig(RunConfig):
         ]
 
     def outer(self) -> list[Settings]:
-        """What grid or random try; for optuna, which chooses as it goes, settings that it might."""
+        """The outer settings that ``grid`` or ``random`` try. ``optuna`` chooses its settings during the search; for it these
+        are examples."""
         swept = {key: values for key, values in self.values.items() if key not in INNER}
         if self.search.method == "grid":
             return _product(swept)
         rng, found = random.Random(self.search.seed), []
-        for _ in range(50 * self.search.trials):  # a small space has no more
+        for _ in range(50 * self.search.trials):  # a small space has fewer distinct settings
             drawn = {key: _draw(values, rng) for key, values in swept.items()}
             if drawn not in found:
                 found.append(drawn)
@@ -239,12 +250,13 @@ def _product(values: Mapping[str, Any]) -> list[Settings]:
 
 
 def reason_of(error: ValidationError) -> str:
-    """In a line."""
-    return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+    """The reason of the error, in one line."""
+    return first_error(error)[1]
 
 
 def _with_numbers(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists with numbers where YAML 1.1 reads words (1e-3), and with every value once."""
+    """The tree with numbers in place of the strings that YAML 1.1 makes of some numbers (1e-3), and with every value of a list
+    only once."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -257,7 +269,8 @@ def _with_numbers(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """``1e-3`` for the word, 1 for 1.0."""
+    """The value as a number if it is text such as ``1e-3``, and as an integer if it is a whole number such as 1.0; otherwise
+    unchanged."""
     try:
         number = float(value) if isinstance(value, str | float) else value
     except ValueError:
@@ -266,7 +279,7 @@ def _number(value: Any) -> Any:
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, values) of a tree; ranges are leaves."""
+    """Yield (dotted key, values) for each leaf of a tree; ranges are leaves."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and "low" not in value:
             yield from _leaves(value, f"{prefix}{key}.")

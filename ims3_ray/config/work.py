@@ -1,4 +1,4 @@
-"""What every job has in common: data, where results go, the cluster and what of it is used."""
+"""What all jobs have in common: the data, the place of the results, the cluster and the part of it that is used."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from ims3_ray.config.evaluation import EvaluationConfig
 
 class DataConfig(Section):
     path: str = "embedded:fashion-mnist"
-    """`embedded:NAME`, a folder (IDX files, Parquet, or a folder per class), a Parquet file or a hub id (`uoft-cs/cifar10`)."""
+    """The data set: `embedded:NAME`, a folder (IDX files, Parquet files, or one folder per class), a Parquet file or a hub id
+    (`uoft-cs/cifar10`)."""
     train_split: str = "train"
     test_path: str | None = None
-    """Where the test split lies if not under `path`."""
+    """Path of the test split, in the same forms as `path`; `path` when unset."""
     test_split: str = "test"
     size: int = Field(default=28, gt=0)
-    """Height and width to which images are scaled and cropped."""
+    """Height and width to which images are scaled and cropped, in pixels."""
     channels: Literal[1, 3] = 1
     classes: tuple[str, ...] | None = Field(default=None, min_length=2)
     """Names of the classes to distil; all of them when unset."""
     unit_size: int = Field(default=500, ge=1)
-    """Images per shard of the encoded data set."""
+    """Number of images per shard of the encoded data set."""
 
 
 class ActorsConfig(Section):
@@ -35,11 +36,11 @@ class ActorsConfig(Section):
     """CPUs reserved for each actor."""
     gpus: float = Field(default=0, ge=0)
     threads: int = Field(default=1, ge=1)
-    """PyTorch threads of each actor."""
+    """Number of PyTorch threads of each actor."""
     encoders: int = Field(default=2, ge=1)
-    """Threads of each actor that encode and write images while its device works on the next unit."""
+    """Number of threads of each actor that encode and write images while its device works on the next unit."""
     max_attempts: int = Field(default=3, ge=1)
-    """Passes over units of work that failed before the stage gives up."""
+    """Number of times that a unit of work is attempted before the stage reports it as failed."""
 
     @property
     def resources(self) -> dict[str, float]:
@@ -49,7 +50,7 @@ class ActorsConfig(Section):
 
 class TrackingConfig(Section):
     uri: str | None = None
-    """MLflow tracking URI; a sqlite file in the run folder when unset."""
+    """Tracking URI of MLflow. When unset, that of `MLFLOW_TRACKING_URI`, or else a SQLite file in the run folder."""
     experiment: str = "ims3-ray"
 
     @field_validator("uri")
@@ -65,39 +66,46 @@ class TrackingConfig(Section):
 
 Price = Annotated[float, Field(ge=0)]
 Role = Literal["driver", "finetune", "pool", "evaluate"]
-"""Work that may have nodes of its own: the job itself, trainings on Ray Train, all that looks at or makes images, students."""
+"""The kinds of work that can have nodes of their own: the job itself (``driver``), training with Ray Train (``finetune``),
+making and processing images (``pool``), and training students (``evaluate``)."""
 
 
 class ClusterConfig(Section):
     address: str | None = None
-    """Ray address; unset joins the cluster of `RAY_ADDRESS` or of the job, or starts Ray on this machine."""
+    """Address of the Ray cluster. When unset, the job joins the cluster of `RAY_ADDRESS` or the one to which it was submitted,
+    or else starts Ray on this machine."""
     wait_s: float = Field(default=0, ge=0)
-    """How long each stage waits for an autoscaling cluster to grow to what it needs; 0: the cluster is as it is."""
+    """Seconds that each stage waits for an autoscaling cluster to grow to what it needs; 0 means that the cluster does not
+    grow."""
     place: dict[Role, dict[str, str]] = Field(default={})
-    """Node labels that work of each kind asks for, e.g. `{pool: {ray.io/market-type: spot}}`; unset: any node."""
+    """Labels of the nodes on which each kind of work runs, e.g. `{pool: {ray.io/market-type: spot}}`. The kinds are driver,
+    finetune, pool and evaluate; a kind without labels runs on any node."""
     driver_cpus: float = Field(default=1, gt=0)
-    """CPUs of the task that the job runs in where it was submitted on a node without any (a head with `CPU: 0`)."""
+    """CPUs reserved for the task that runs the job, if it was submitted on a node without CPUs (such as a head with
+    `CPU: 0`)."""
     gpu_price: Price | dict[Role, Price] | None = None
-    """What a GPU costs an hour, or one of each kind of work: the plan then says what it costs, progress what was spent and is
-    to come. In any currency."""
+    """Price of a GPU per hour, in any currency: one number, or one for each kind of work. With it the plan shows the expected
+    cost, and the progress shows the cost so far and the cost to come."""
     cpu_price: Price | dict[Role, Price] | None = None
-    """What a CPU costs an hour, beside GPUs."""
+    """Price of a CPU per hour, in the same forms; it is added to the price of the GPUs."""
     gpu_tflops: float = Field(default=60, gt=0)
-    """What a GPU sustains, for estimates."""
+    """Speed that a GPU sustains, in TFLOP/s; estimates use it."""
     core_gflops: float = Field(default=20, gt=0)
-    """What a CPU core sustains, for estimates where no GPU is asked for."""
+    """Speed that a CPU core sustains, in GFLOP/s; estimates use it for work that reserves no GPU."""
 
     def hourly(self, role: Role, cpus: float, gpus: float) -> float:
-        """What a worker of that kind costs an hour; 0 where no price is known."""
+        """The price per hour of a worker with these CPUs and GPUs, for this kind of work; 0 if no price is known."""
         prices = [price.get(role) if isinstance(price, dict) else price for price in (self.cpu_price, self.gpu_price)]
         return cpus * (prices[0] or 0.0) + gpus * (prices[1] or 0.0)
 
 
 class WorkConfig(Section):
-    """What is computed in stages and ends in a table of accuracies."""
+    """The common config of jobs that run in stages and produce a table of accuracies."""
 
     name: str = Field(default="demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Results go to `{storage}/{name}`."""
+    plugins: tuple[str, ...] = ()
+    """Files or modules that add components from outside the package: see docs/extending.md."""
     storage: str = "runs"
     """Folder or URI (`s3://…`, `gs://…`) that holds results and the artifacts shared by all runs."""
     data: DataConfig = DataConfig()
@@ -115,9 +123,10 @@ class WorkConfig(Section):
 
 
 class EvaluateConfig(WorkConfig):
-    """Scores sets of images that lie somewhere (`jobs/evaluate.py`)."""
+    """Scoring of existing sets of images (`jobs/evaluate.py`)."""
 
     name: str = Field(default="evaluate", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Results go to `{storage}/{name}`."""
     sets: dict[str, str] = Field(default={})
-    """Title → a folder of images per class, Parquet in the Hub's layout, or a hub id; classes are those of `data`, by name."""
+    """Sets to score, by title: a folder with one folder of images per class, Parquet files in the Hub's layout, or a hub id.
+    Their classes are matched by name with those of `data`."""

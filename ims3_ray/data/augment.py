@@ -1,7 +1,7 @@
 """Augmentation of whole batches on the device that holds them: every image draws its own parameters.
 
-Images are float [B, C, H, W] in [0, 1], ``rng`` is a generator of their device. Distributions are those of torchvision's
-transforms of the same names, which do one image at a time.
+Images are float [B, C, H, W] in [0, 1]; ``rng`` is a generator on their device. The distributions are those of torchvision's
+transforms of the same names, which process one image at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def augment(
     images: Tensor, size: int, rng: Generator, *, shuffle_patches: int = 1, crop: tuple[float, float] | None = None,
     max_shift: int = 0, flip: bool = False, jitter: float = 0.0, lighting: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """All that is asked for, in this order (the keys of ``augment`` in a config); the result is [B, C, size, size]."""
+    """Apply the augmentations that are switched on, in the order of the config's ``augment`` keys; returns [B, C, size,
+    size]."""
     if shuffle_patches > 1:
         images = shuffled_patches(images, shuffle_patches, rng)
     if crop is not None:
@@ -45,7 +46,7 @@ def augment(
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Square images, scaled with antialiasing if they are of another size."""
+    """The square images scaled to ``size``, with antialiasing; unchanged if they have this size."""
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
@@ -53,7 +54,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 @cache
 def constant(table: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A table of numbers, sent to the device once: sending makes the host wait."""
+    """A table of numbers as a tensor. It is sent to the device only once, because sending makes the host wait."""
     return torch.tensor(table, device=device, dtype=dtype)
 
 
@@ -62,7 +63,7 @@ def uniform(count: int, low: float, high: float, rng: Generator) -> Tensor:
 
 
 def shuffled_patches(images: Tensor, parts: int, rng: Generator) -> Tensor:
-    """Each image cut into parts × parts patches that change places at random; what does not divide evenly is resampled."""
+    """Each image cut into parts × parts patches, which are shuffled. Images whose size is not divisible are resampled first."""
     B, C, H, _ = images.shape
     side = -(-H // parts)
     images = F.interpolate(images, (side * parts, side * parts), mode="bilinear") if side * parts != H else images
@@ -73,7 +74,7 @@ def shuffled_patches(images: Tensor, parts: int, rng: Generator) -> Tensor:
 
 
 def crop_boxes(count: int, height: int, width: int, scale: tuple[float, float], rng: Generator) -> Tensor:
-    """RandomResizedCrop's boxes, whole pixels, int64 [count, 4]: top, left, height, width."""
+    """The boxes of RandomResizedCrop in whole pixels, int64 [count, 4]: top, left, height, width."""
     shape = (CROP_TRIES, count)
     low, high = map(math.log, CROP_RATIO)
     area = uniform(CROP_TRIES * count, *scale, rng).reshape(shape) * height * width
@@ -83,7 +84,7 @@ def crop_boxes(count: int, height: int, width: int, scale: tuple[float, float], 
     first = fits.float().argmax(dim=0)  # the first try that fits
     found = fits.any(dim=0)
     pick = torch.arange(count, device=rng.device)
-    # Where none fits: the largest box of an allowed ratio, in the centre. The images are square, so it is all of them.
+    # If no try fits: the largest box of an allowed ratio, in the centre. Images are square, so it is the whole image.
     h, w = torch.where(found, h[first, pick], height), torch.where(found, w[first, pick], width)
     top = (torch.rand(count, generator=rng, device=rng.device) * (height - h + 1)).long()
     left = (torch.rand(count, generator=rng, device=rng.device) * (width - w + 1)).long()
@@ -97,13 +98,14 @@ def random_resized_crop(images: Tensor, size: int, scale: tuple[float, float], r
 
 
 def cropped(images: Tensor, boxes_B4: Tensor, size: int) -> Tensor:
-    """Each image's own box (top, left, height, width) of it, scaled (bilinear, edges repeated) to ``size`` × ``size``."""
+    """The box (top, left, height, width) of each image, scaled (bilinear, edges repeated) to ``size`` × ``size``."""
     H, W = images.shape[-2:]
     top, left, h, w = boxes_B4.to(images.dtype).unbind(dim=1)
     centre = (torch.arange(size, device=images.device, dtype=images.dtype) + 0.5) / size
 
     def inside(first: Tensor, length: Tensor, whole: int) -> Tensor:
-        """Where output pixels lie in the box, clamped to its own pixels' centres, in grid_sample's −1 … 1."""
+        """Positions of the output pixels in grid_sample's coordinates (−1 … 1), clamped to the centres of the box's own
+        pixels."""
         at = first[:, None] + (centre * length[:, None]).clamp(min=0.5).minimum(length[:, None] - 0.5)
         return 2 * at / whole - 1
 
@@ -124,15 +126,15 @@ def shifted(images: Tensor, max_shift: int, rng: Generator) -> Tensor:
 
 
 def mirrored(images: Tensor, rng: Generator) -> Tensor:
-    """Each image mirrored or not."""
+    """Each image mirrored horizontally with probability one half."""
     chosen = torch.rand(len(images), generator=rng, device=rng.device) < 0.5
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
 def jittered(images: Tensor, strength: float, rng: Generator) -> Tensor:
-    """Brightness, contrast and saturation of each image, by factors from 1 ± ``strength``, in an order of its own.
+    """Brightness, contrast and saturation of each image changed by factors from 1 ± ``strength``, in a random order per image.
 
-    Each is a blend with a degenerate image: black, the mean grey, the image in grey.
+    Each change blends the image with a degenerate one: black, the mean grey of the image, or the image in grey.
     """
     B, C = images.shape[:2]
     factors = uniform(3 * B, 1 - strength, 1 + strength, rng).reshape(3, B, 1, 1, 1).to(images.dtype)
@@ -163,8 +165,8 @@ def lit(images: Tensor, std: float, rng: Generator) -> Tensor:
 def cutmix(images: Tensor, rng: Generator) -> tuple[Tensor, Tensor, float]:
     """CutMix (Yun et al. 2019) with one box and one permutation for the batch, the box's share from Beta(1, 1).
 
-    Returns the mixed images, the permutation [B] that the box came from, and the share of each image that is still its own.
-    ``rng`` is of the CPU: nothing here waits for the device.
+    Returns the mixed images, the permutation [B] of the images that fill the box, and the share of each image that is still its
+    own. ``rng`` is a generator on the CPU, so that nothing here waits for the device.
     """
     B, _, H, W = images.shape
     lam, y, x = torch.rand(3, generator=rng).tolist()

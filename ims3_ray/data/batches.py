@@ -11,16 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ims3_ray.data.sources import ImageSource
+from ims3_ray.data.sources import Source
 from ims3_ray.data.transforms import to_pixels
 from ims3_ray.seeds import generator_for
 
 MOST_THREADS = 16
-"""Threads that decode images, one for each CPU at most."""
+"""Largest number of threads that decode images; there is at most one for each CPU."""
 
 
-def load_pixels(source: ImageSource, size: int, channels: int) -> tuple[Tensor, Tensor, list[str]]:
-    """All images that decode: uint8 ``[N, C, H, W]``, labels int64 ``[N]``, and the names of those that do not."""
+def load_pixels(source: Source, size: int, channels: int) -> tuple[Tensor, Tensor, list[str]]:
+    """All images that can be decoded, uint8 ``[N, C, H, W]``, their labels, int64 ``[N]``, and the names of the images that
+    cannot be decoded."""
 
     def decoded(index: int) -> NDArray[np.uint8] | None:
         try:
@@ -38,10 +39,10 @@ def load_pixels(source: ImageSource, size: int, channels: int) -> tuple[Tensor, 
 
 
 def batch_indices(count: int, batch_size: int, rank: int, world: int, seed: int, first_step: int = 0) -> Iterator[Tensor]:
-    """This rank's part of each global batch, for ever, from step ``first_step`` on.
+    """Yield this rank's part of each global batch, without end, from step ``first_step`` on.
 
-    Every epoch is a fresh permutation that depends on (seed, epoch) alone, so a restarted worker continues with
-    the very batches it would have seen. Batches run over epoch borders; all of a rank's have the same size.
+    Every epoch is a new permutation that depends only on (seed, epoch), so a worker that is restarted continues with the same
+    batches. Batches continue across the borders of epochs; all batches of a rank have the same size.
     """
     first, end = batch_size * rank // world, batch_size * (rank + 1) // world
     step = first_step

@@ -1,4 +1,4 @@
-"""The class table: one place where names, the data's labels and the generator's labels meet."""
+"""The class table, and functions that match classes by name."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ class ClassTable:
     names: tuple[str, ...]
     source_labels: tuple[int, ...]
     """Label of each class in the data source."""
-    generator_labels: tuple[int, ...]
-    """Label of each class in the generator: looked up by name, never by rank of a folder."""
     counts: tuple[int, ...]
-    """Training images of each class."""
+    """Number of training images of each class."""
 
 
 def chosen_labels(class_names: Sequence[str], chosen: Sequence[str] | None) -> list[int]:
-    """Source labels of the ``chosen`` classes (all when None); unknown names are errors that name the nearest."""
+    """Source labels of the ``chosen`` classes (all when None). Raises :class:`UserError` for an unknown name, with the most
+    similar known one."""
     for name in chosen or ():
         if name not in class_names:
             near = difflib.get_close_matches(name, class_names, n=1, cutoff=0.0)
@@ -37,7 +36,7 @@ def chosen_labels(class_names: Sequence[str], chosen: Sequence[str] | None) -> l
 
 
 def count_images(labels: NDArray[np.int64], class_names: Sequence[str], chosen: Sequence[int], needed: int) -> list[int]:
-    """Images per chosen class; :class:`UserError` for one with fewer than ``needed``."""
+    """Number of images of each chosen class. Raises :class:`UserError` for a class with fewer than ``needed``."""
     counts = np.bincount(labels, minlength=len(class_names))
     for label in chosen:
         if counts[label] < needed:
@@ -49,9 +48,9 @@ def count_images(labels: NDArray[np.int64], class_names: Sequence[str], chosen: 
 
 
 def match_classes(wanted: Sequence[str], found: Sequence[str], where: str) -> list[int]:
-    """Position in ``found`` of each class that is ``wanted``: by name, or by the name that its folder has.
+    """Position in ``found`` of each class in ``wanted``, matched by its name or by the name of its folder.
 
-    Raises :class:`UserError` for one that is missing and one that is too many.
+    Raises :class:`UserError` if a wanted class is missing or ``found`` has another class.
     """
     positions = {name: position for position, name in enumerate(found)}
     labels = []
@@ -70,7 +69,8 @@ def match_classes(wanted: Sequence[str], found: Sequence[str], where: str) -> li
 
 
 def class_groups(labels: Sequence[int], at_most: int | None) -> list[list[int]]:
-    """``labels`` cut into as few groups as hold ``at_most`` each (one group when None), in order, sizes differing by one."""
+    """``labels`` divided, in order, into as few groups as possible of at most ``at_most`` labels (one group when None). The
+    sizes of the groups differ by at most one."""
     count = -(-len(labels) // at_most) if at_most else 1
     return [part.tolist() for part in np.array_split(np.asarray(labels), count)]
 
@@ -84,17 +84,18 @@ def imagenet_wnids() -> tuple[str, ...]:
 
 
 def folder_name(class_name: str) -> str:
-    """A class name as a folder name on every file system."""
+    """The class name as a folder name that is valid on every file system."""
     return re.sub(r"[^\w.-]+", "_", class_name).strip("_.") or "class"
 
 
 def folder_names(class_names: Sequence[str]) -> list[str]:
-    """A folder for each class, where several would have the same one with the class's number behind it."""
+    """A folder name for each class. If several classes would have the same folder name, the later ones have their label
+    appended."""
     found: list[str] = []
     taken = set[str]()
     for label, name in enumerate(class_names):
         folder = folder_name(name)
-        if folder.casefold() in taken:  # some file systems do not tell cases apart
+        if folder.casefold() in taken:  # some file systems ignore upper and lower case
             folder = f"{folder}-{label}"
         taken.add(folder.casefold())
         found.append(folder)

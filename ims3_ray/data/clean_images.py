@@ -1,4 +1,4 @@
-"""What fine-tuning draws its z_0 from."""
+"""The clean images or latents z_0 that fine-tuning draws its batches from."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import torch
 from torch import Generator, Tensor
 
 from ims3_ray.data.transforms import to_signed
-from ims3_ray.models.autoencoder import draw
 
 
 class CleanImages:
-    """Labelled z_0 in memory: pixels, or latents drawn from their cached moments; mirrored at random with ``flip``.
+    """Labelled z_0 in memory: pixels, or latents drawn from their cached moments. With ``flip`` they are mirrored at random.
 
     ``tensors`` hold either ``pixels`` (uint8 [n, C, H, W]) or ``mean`` and ``log_variance`` ([n, flips, C, h, w] each).
     """
@@ -22,10 +21,16 @@ class CleanImages:
         self.shape = next(iter(tensors.values())).shape[-3:]
 
     def batch(self, index: Tensor, rng: Generator) -> Tensor:
-        """z_0 [n, C, H, W] of the images ``index``, float32; draws from ``rng`` for all of them."""
+        """z_0 [n, C, H, W] of the images at ``index``, float32. Random numbers are drawn from ``rng`` for all of these
+        images."""
         mirror = torch.rand(len(index), generator=rng) < 0.5 if self.flip else torch.zeros(len(index), dtype=torch.bool)
         if "pixels" in self.tensors:
             signed = to_signed(self.tensors["pixels"][index])
             return torch.where(mirror[:, None, None, None], signed.flip(-1), signed)
         mean, log_variance = (self.tensors[name][index, mirror.long()].float() for name in ("mean", "log_variance"))
-        return draw(mean, log_variance, torch.randn(mean.shape, generator=rng))
+        return sample_latents(mean, log_variance, torch.randn(mean.shape, generator=rng))
+
+
+def sample_latents(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
+    """A sample of latents with this mean and log-variance, given standard normal ``noise``."""
+    return mean + (0.5 * log_variance).exp() * noise

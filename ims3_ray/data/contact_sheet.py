@@ -1,19 +1,19 @@
-"""Many images on one picture, to look at."""
+"""Contact sheets: one picture that shows many images."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
 
-from ims3_ray.data.hub import encode_png
 from ims3_ray.data.transforms import to_pil, to_signed, to_uint8
+from ims3_ray.io.parquet import encode_png
 
 THUMBNAIL = 96
-"""Pixels along the longer side of an image on a contact sheet."""
+"""Largest length, in pixels, of the longer side of an image on a contact sheet."""
 
 
 def contact_sheet(pixels_NCHW: torch.Tensor, columns: int, gap: int = 1) -> bytes:
-    """uint8 images in rows of ``columns``, as one PNG on white; what is larger than a thumbnail is scaled down to one."""
+    """One PNG with uint8 images in rows of ``columns`` on white. Images larger than a thumbnail are scaled down to one."""
     n, c, h, w = pixels_NCHW.shape
     if (larger := max(h, w) / THUMBNAIL) > 1:
         h, w = round(h / larger), round(w / larger)

@@ -1,4 +1,4 @@
-"""Encoded images of anybody to pixels."""
+"""Decodes encoded images from untrusted sources to pixels."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import io
 from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-"""Pillow reads others too, some of them by starting other programs."""
+"""Formats that are decoded. Pillow reads others too, some of them by starting other programs."""
 MOST_PIXELS = 100_000_000
-"""Of an image: a small file may promise any number, for which memory would be taken."""
+"""Largest number of pixels of an image: a small file may declare any number, for which memory would be allocated."""
 
 
 def decode(encoded: bytes) -> Image.Image:
-    """The image in ``encoded``, fully decoded; ``OSError`` if it is truncated or no image."""
+    """The image in ``encoded``, fully decoded. Raises ``OSError`` if the image is truncated or the bytes are no image."""
     try:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         if image.width * image.height > MOST_PIXELS:

@@ -11,7 +11,7 @@ from torch import Tensor
 def to_pixels(image: Image.Image, size: int, channels: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """``image`` as uint8 ``[channels, size, size]``: shorter side scaled to ``size`` (area, then bicubic), centre cropped.
 
-    Repeated halving before the final bicubic step is ADM's and DiT's preprocessing; it avoids aliasing.
+    Halving the image repeatedly before the final bicubic step is the preprocessing of ADM and DiT; it avoids aliasing.
     """
     image = image.convert("L" if channels == 1 else "RGB")
     while min(image.size) >= 2 * size:
@@ -26,12 +26,12 @@ def to_pixels(image: Image.Image, size: int, channels: int) -> np.ndarray[tuple[
 
 
 def to_signed(pixels: Tensor) -> Tensor:
-    """uint8 0 … 255 to float32 in [−1, 1], the range in which generators work."""
+    """Convert uint8 values 0 … 255 to float32 values in [−1, 1], the range in which generators work."""
     return pixels.float() / 127.5 - 1
 
 
 def to_uint8(signed: Tensor) -> Tensor:
-    """Float in [−1, 1] (values outside are clamped) to uint8, rounding to nearest."""
+    """Convert float values in [−1, 1] (values outside are clamped) to uint8, rounding to the nearest integer."""
     return ((signed.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

@@ -1,1 +1,1 @@
-"""Noise schedule, guided sampling, inversion. Tensors in, tensors out."""
+"""The noise schedule, guided sampling and inversion. All functions take and return tensors."""

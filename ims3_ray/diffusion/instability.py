@@ -9,11 +9,12 @@ from torch import Generator, Tensor
 from torch.func import jacrev, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ims3_ray.diffusion.sampling import Predictor, ddim_step
+from ims3_ray.diffusion.prediction import Predictor
+from ims3_ray.diffusion.samplers.ddim import ddim_step
 from ims3_ray.diffusion.schedule import NoiseSchedule
 
 Map = Callable[[Tensor], Tensor]
-"""[B, …] → [B, …], each sample for itself."""
+"""A function [B, …] → [B, …] that treats each sample independently of the others."""
 
 
 def log_instability(
@@ -27,7 +28,7 @@ def log_instability(
     lanczos_steps: int = 8,
     generator: Generator | None = None,
 ) -> Tensor:
-    """log Ē_F of Eq. 12 at each of ``noise`` [B, C, H, W]; returns float64 [B].
+    """log Ē_F of Eq. 12 at each sample of ``noise`` [B, C, H, W]; returns float64 [B].
 
     F is the deterministic sampler (Eq. 1, ``num_steps`` steps, no clamping) from its first timestep down to the clean latent.
     The geometric mean of the singular values of its Jacobian is |det J_F|^(1/n), n = C·H·W, and by the chain rule the
@@ -66,8 +67,8 @@ def log_volume(f: Map, z: Tensor, probes: int, steps: int, generator: Generator 
 
     Stochastic Lanczos quadrature (Ubaru, Chen & Saad 2017): the mean over random directions v of the Gauss quadrature of
     vᵀ·log(JᵀJ)·v, whose nodes come from ``steps`` Lanczos steps. One product with JᵀJ costs a forward- and a reverse-mode
-    derivative of ``f``; samples of a batch go side by side. The logarithm's even derivatives are negative, so the quadrature
-    errs upwards, the less the more steps: compare values that were found with the same settings.
+    derivative of ``f``; the samples of a batch are computed together. The logarithm's even derivatives are negative, so the
+    quadrature overestimates, by less the more steps it takes: compare only values computed with the same settings.
     """
     back = vjp(f, z)[1]
 
@@ -84,13 +85,14 @@ def log_volume(f: Map, z: Tensor, probes: int, steps: int, generator: Generator 
 
 
 def _gauss_nodes(product: Map, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights [B, steps] of the quadrature that Lanczos steps from the unit vectors ``start`` [B, n] give."""
+    """Nodes and weights, [B, steps] each, of the quadrature from ``steps`` Lanczos steps that begin at unit vectors [B, n]."""
     basis = [start]
     diagonal, beside = [], []
     for _ in range(steps):
         w = product(basis[-1])
         diagonal.append((w * basis[-1]).sum(dim=1))
-        for _ in range(2):  # orthogonal to all before, twice: rounding would bring copies of found eigenvalues back
+        # Made orthogonal to all earlier vectors, twice: rounding would otherwise bring back eigenvalues already found.
+        for _ in range(2):
             for q in basis:
                 w = w - (w * q).sum(dim=1, keepdim=True) * q
         norm = w.norm(dim=1, keepdim=True)

@@ -7,16 +7,16 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ims3_ray.diffusion.sampling import Predictor
+from ims3_ray.diffusion.prediction import Predictor
 from ims3_ray.diffusion.schedule import NoiseSchedule, per_sample
 
 
 def invert(predict: Predictor, z0: Tensor, t_B: Tensor, schedule: NoiseSchedule, n_steps: int, grad_steps: int) -> Tensor:
-    """``z_t^inv``: the clean latents ``z0`` [B, …] carried by the model itself to each sample's own timestep ``t_B``.
+    """``z_t^inv``: the clean latents ``z0`` [B, …] inverted by the model to each sample's own timestep ``t_B``.
 
     Eq. 3 as an Euler step in σ-space: with x̄ = z/√ᾱ and σ = √((1−ᾱ)/ᾱ), ``x̄ ← x̄ + (σ_i − σ_{i−1})·ε_θ(z_{i−1}, t_{i−1})``
     over ``n_steps`` steps evenly spaced in t, from the clean latent (σ = 0) to t. Only the last ``grad_steps`` carry a
-    gradient: one or two are what the running time in the paper's Table 9 leaves room for.
+    gradient: the running time in the paper's Table 9 is short enough for one or two such steps only.
     """
     if not 0 <= grad_steps <= n_steps or n_steps < 1:
         raise ValueError(f"need 0 <= grad_steps <= n_steps and n_steps >= 1, not {grad_steps} and {n_steps}")

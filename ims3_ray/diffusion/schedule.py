@@ -1,4 +1,4 @@
-"""The variance-preserving noise schedule of DDPM and the views of it that the paper uses."""
+"""The variance-preserving noise schedule of DDPM and the quantities derived from it that the paper uses."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Spacing = Literal["leading", "linspace"]
 class NoiseSchedule:
     """ᾱ_t of the linear β schedule (1e-4 → 0.02 over 1000 steps) that DiT was trained with.
 
-    All tables are float64 ``[num_steps]``; ``alpha_bar[t]`` is the signal power after ``t + 1`` noising steps, the
-    convention of diffusers' and DiT's integer timestep ``t``.
+    All tables are float64 ``[num_steps]``; ``alpha_bar[t]`` is the signal power after ``t + 1`` noising steps, as for the
+    integer timestep ``t`` of diffusers and DiT.
     """
 
     def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
@@ -30,7 +30,7 @@ class NoiseSchedule:
         self._on: dict[torch.device, NoiseSchedule] = {betas.device: self}
 
     def on(self, device: torch.device) -> NoiseSchedule:
-        """The same schedule with its tables on ``device``. They are copied once: a copy makes the host wait for the device."""
+        """The same schedule with its tables on ``device``. They are copied only once, since each copy blocks the host."""
         if device not in self._on:
             other = copy.copy(self)
             for table in ("beta", "alpha_bar", "alpha_bar_previous", "sigma"):
@@ -39,7 +39,7 @@ class NoiseSchedule:
         return self._on[device]
 
     def add_noise(self, z0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
-        """Eq. 4: ``z_t = √ᾱ_t · z_0 + √(1−ᾱ_t) · ε`` for one timestep ``t_B[b]`` per sample; shapes of ``z0``."""
+        """Eq. 4: ``z_t = √ᾱ_t · z_0 + √(1−ᾱ_t) · ε`` for one timestep ``t_B[b]`` per sample; shaped as ``z0``."""
         alpha_bar = per_sample(self.on(z0.device).alpha_bar[t_B], z0)
         return alpha_bar.sqrt() * z0 + (1 - alpha_bar).sqrt() * noise
 
@@ -53,15 +53,15 @@ class NoiseSchedule:
 
     @property
     def posterior_log_variance(self) -> Tensor:
-        """log β̃_t, float64 [num_steps]: β̃_0 is zero, so the value of step 1 stands in for it, as in DiT's release."""
+        """log β̃_t, float64 [num_steps]: β̃_0 is zero and is replaced by the value of step 1, as in DiT's release."""
         variance = self.beta * (1 - self.alpha_bar_previous) / (1 - self.alpha_bar)
         return torch.cat([variance[1:2], variance[1:]]).log()
 
     def respaced(self, num_steps: int, spacing: Spacing = "leading") -> Tensor:
         """``num_steps`` evenly spaced timesteps in rising order, int64.
 
-        "leading" counts from zero in whole steps, as DDIM; "linspace" reaches from zero to the last timestep, rounded (only
-        the last one for a single step).
+        "leading" counts from zero with a whole-numbered step size, as DDIM does; "linspace" runs from zero to the last
+        timestep, rounded (a single step is the last timestep).
         """
         if not 1 <= num_steps <= self.num_steps:
             raise ValueError(f"number of sampling steps must lie in 1 … {self.num_steps}, not {num_steps}")

@@ -1,4 +1,4 @@
-"""The autoencoder in whose latents a DiT works: diffusers' AutoencoderKL behind the scaling that DiT was trained with."""
+"""The autoencoder in whose latent space a DiT works: diffusers' AutoencoderKL with the scaling that DiT was trained with."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from ims3_ray.data.files import local_copy
 from ims3_ray.errors import UserError
-from ims3_ray.models.hub import fetch, is_hub_id
+from ims3_ray.io.files import local_copy
+from ims3_ray.io.hub import fetch, is_hub_id
 
 CLASS = "AutoencoderKL"
 NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 class Autoencoder(nn.Module):
-    """Images in [−1, 1] to the moments of their latents and back. Frozen."""
+    """Maps images in [−1, 1] to the moments of their latents, and latents back to images. Its weights are frozen."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -27,7 +28,7 @@ class Autoencoder(nn.Module):
 
         self.vae = AutoencoderKL.from_config(config)
         self.scale = float(self.vae.config.scaling_factor)
-        """Latents are multiplied by it (0.18215 for Stable Diffusion's), which brings them to about unit variance."""
+        """Factor by which latents are multiplied, so that their variance is about one (0.18215 for Stable Diffusion's)."""
 
     @property
     def image_channels(self) -> int:
@@ -48,17 +49,13 @@ class Autoencoder(nn.Module):
         return posterior.mean * self.scale, posterior.logvar + 2 * math.log(self.scale)
 
     def decode(self, z_BCHW: Tensor) -> Tensor:
-        """Images, not clamped, of scaled latents."""
+        """The images, not clamped, of scaled latents."""
         return self.vae.decode(z_BCHW / self.scale).sample
 
 
-def draw(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
-    """A sample of the latents whose moments are given."""
-    return mean + (0.5 * log_variance).exp() * noise
-
-
 def autoencoder_path(reference: str) -> Path:
-    """The weights file of a diffusers autoencoder: its folder, a pipeline's folder, or a hub id (fetched to its cache)."""
+    """The weights file of a diffusers autoencoder: its folder, a pipeline's folder, or a hub id (downloaded to the hub's
+    cache)."""
     folder = local_copy(reference)
     if not folder.exists() and is_hub_id(reference):
         folder = fetch(reference, ["config.json", *NAMES, "vae/*"], "autoencoder")
@@ -82,13 +79,13 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def empty_autoencoder(path: Path) -> Autoencoder:
-    """The shape of the autoencoder in ``path`` on the meta device: no weights are read."""
+    """The autoencoder in ``path`` on the meta device: tensors have shapes only, and no weights are read."""
     with torch.device("meta"):
         return Autoencoder(_config(path.parent))
 
 
 def load_autoencoder(path: Path) -> Autoencoder:
-    """The autoencoder with its weights, frozen, in evaluation mode; :class:`UserError` if they do not fit."""
+    """The autoencoder with its weights, frozen, in evaluation mode. Raises :class:`UserError` if the weights do not fit."""
     from diffusers import AutoencoderKL
 
     model = Autoencoder(_config(path.parent))
@@ -97,3 +94,18 @@ def load_autoencoder(path: Path) -> Autoencoder:
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"autoencoder '{path}' does not load ({str(error).splitlines()[0]}); fetch it again") from error
     return model.eval().requires_grad_(False)
+
+
+def encoding_flops(autoencoder: Autoencoder, size: int) -> float:
+    """Floating-point operations of encoding one image of ``size`` × ``size`` pixels, counted on a model without weights."""
+    with FlopCounterMode(display=False) as counter:
+        autoencoder.moments(torch.zeros(1, autoencoder.image_channels, size, size, device="meta"))
+    return float(counter.get_total_flops())
+
+
+def decoding_flops(autoencoder: Autoencoder, size: int) -> float:
+    """Floating-point operations of decoding one image from latents of ``size`` × ``size``, counted on a model without
+    weights."""
+    with FlopCounterMode(display=False) as counter:
+        autoencoder.decode(torch.zeros(1, autoencoder.latent_channels, size, size, device="meta"))
+    return float(counter.get_total_flops())

@@ -1,4 +1,4 @@
-"""Weights files: safetensors with the model's shape in the metadata, read without building the model first."""
+"""Weights files: safetensors with the shape of the model in the metadata, which is read without building the model first."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from ims3_ray.data.files import local_copy
 from ims3_ray.errors import UserError
+from ims3_ray.io.files import local_copy
 
 EMBEDDED_PREFIX = "embedded:"
 
 
 def weights_path(reference: str) -> Path:
-    """The file behind ``embedded:NAME`` or a path; :class:`UserError` if there is none."""
+    """The file that ``embedded:NAME`` or a path refers to. Raises :class:`UserError` if it does not exist."""
     if reference.startswith(EMBEDDED_PREFIX):
         name = reference.removeprefix(EMBEDDED_PREFIX)
         path = Path(str(resources.files("ims3_ray.models") / "embedded" / f"{name}.safetensors"))
@@ -32,7 +32,8 @@ def weights_path(reference: str) -> Path:
 
 
 def pack(model: nn.Module, config: dict[str, Any], kind: str, dtype: torch.dtype | None = None, **extra: str) -> bytes:
-    """``model``'s parameters and buffers as a safetensors file that also says which ``kind`` and shape of model it is."""
+    """The parameters and buffers of ``model`` as a safetensors file that also records the ``kind`` and the shape of the
+    model."""
     state = {
         name: tensor.detach().cpu().to(dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in model.state_dict().items()
@@ -41,7 +42,7 @@ def pack(model: nn.Module, config: dict[str, Any], kind: str, dtype: torch.dtype
 
 
 def read_metadata(path: Path, kind: str | None = None) -> dict[str, str]:
-    """Metadata of a weights file, checked to be of the given kind (if any); ``metadata["config"]`` is JSON."""
+    """The metadata of a weights file, checked for the given kind (if any); ``metadata["config"]`` is JSON."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -56,7 +57,7 @@ def read_metadata(path: Path, kind: str | None = None) -> dict[str, str]:
 
 
 def check_fit(build: Callable[[Any], nn.Module], config: Any, path: Path) -> None:
-    """:class:`UserError` naming the first tensor of ``path`` that does not fit ``build(config)``; reads no weights."""
+    """Raise :class:`UserError` naming the first tensor of ``path`` that does not fit ``build(config)``; reads no weights."""
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in build(config).state_dict().items()}
     with safe_open(path, framework="pt") as file:
@@ -65,7 +66,7 @@ def check_fit(build: Callable[[Any], nn.Module], config: Any, path: Path) -> Non
 
 
 def load_into(model: nn.Module, path: Path) -> None:
-    """Copy the tensors of ``path`` into ``model``; :class:`UserError` names the first tensor that does not fit."""
+    """Copy the tensors of ``path`` into ``model``. Raises :class:`UserError` naming the first tensor that does not fit."""
     wanted = model.state_dict()
     state = load_file(path)
     compare_shapes({k: tuple(v.shape) for k, v in wanted.items()}, {k: tuple(v.shape) for k, v in state.items()}, path)
@@ -73,7 +74,7 @@ def load_into(model: nn.Module, path: Path) -> None:
 
 
 def compare_shapes(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], path: Path) -> None:
-    """:class:`UserError` naming the first tensor that is missing, of another shape, or too many."""
+    """Raise :class:`UserError` naming the first tensor that is missing, has another shape, or is not part of the model."""
     for name, shape in wanted.items():
         if name not in found:
             raise UserError(f"weights '{path}' do not fit the model: '{name}' is missing")

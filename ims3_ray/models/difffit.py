@@ -24,10 +24,11 @@ def _apply_gamma(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) ->
 
 
 def add_difffit(model: DiT, scaled_blocks: int) -> list[str]:
-    """Add the γ (ones) to the first ``scaled_blocks`` blocks, freeze the rest; returns the names of what is trained.
+    """Add scale vectors γ, initialised to one, to the first ``scaled_blocks`` blocks and freeze all parameters that are not
+    trained. Returns the names of the trained parameters.
 
-    Per block: 3D on the qkv output, D on the projection, D on each of the two branches. At initialisation the
-    function computed is unchanged.
+    In a block of width D, γ has 3D values for the qkv output, D for the projection, and D for each of the two branches. At
+    initialisation, the model computes the same function as before.
     """
     for module in _scaled_modules(model, scaled_blocks):
         linear = [m for m in module.modules() if isinstance(m, nn.Linear)][-1]
@@ -45,7 +46,7 @@ def add_difffit(model: DiT, scaled_blocks: int) -> list[str]:
 def merge_adapter(model: DiT, adapter: dict[str, Tensor]) -> None:
     """Load an adapter into a plain pretrained ``model`` with each γ folded into the weights before it.
 
-    The result has the pretrained model's parameters and cost and computes the fine-tuned function.
+    The result has the same parameters and cost as the pretrained model, and computes the fine-tuned function.
     """
     plain = {name: tensor for name, tensor in adapter.items() if not name.endswith("gamma")}
     model.load_state_dict({**model.state_dict(), **plain})

@@ -1,8 +1,8 @@
 """Diffusion transformer (DiT, Peebles & Xie 2023, arXiv 2212.09748) with adaLN-Zero conditioning.
 
-Written here rather than taken from diffusers because fine-tuning needs one label-drop decision per sample
-(diffusers' module draws one per block) and one shared time/label embedding. Weights in diffusers' layout are
-read by :mod:`ims3_ray.models.checkpoints`.
+DiT is implemented here rather than taken from diffusers because fine-tuning needs one label-drop decision per sample
+(diffusers' module draws one per block) and one shared time/label embedding. Weights in diffusers' layout are read by
+:mod:`ims3_ray.models.dit_files`.
 
 Shape letters: B batch, C channels, H height, W width, T tokens, D width of the model.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class DiTConfig(BaseModel):
-    """Shape of a DiT. Stored in the metadata of its weights file."""
+    """Shape of a DiT. It is stored in the metadata of the weights file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,6 +33,7 @@ class DiTConfig(BaseModel):
     num_heads: int = Field(gt=0)
     num_classes: int = Field(gt=0, description="the null label of classifier-free guidance is this number")
     learn_sigma: bool = Field(default=False, description="predict a variance beside the noise (as DiT-XL/2 does)")
+    prediction: Literal["epsilon", "v"] = Field(default="epsilon", description="what it was trained to predict")
 
     @model_validator(mode="after")
     def _divisible(self) -> DiTConfig:
@@ -140,7 +142,8 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x_BTD: Tensor, condition_PD: Tensor) -> Tensor:
-        """``condition_PD`` serves the P equal parts of the batch, whose tokens are then one long row each."""
+        """``condition_PD`` has one condition for each of P equal parts of the batch; the tokens of a part are modulated as one
+        sequence."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition_PD).chunk(6, dim=1)
         parts = (len(condition_PD), -1, x_BTD.shape[2])
         attended = self.attn(modulate(self.norm1(x_BTD).reshape(parts), shift1, scale1).reshape(x_BTD.shape))
@@ -184,17 +187,17 @@ class LabelEmbedder(nn.Module):
 class DiT(nn.Module):
     """Class-conditional noise predictor ε_θ(z_t, t, y).
 
-    Parameter names are those of the DiT release, so its checkpoints load as they are. ``model(z, t, y)`` takes ``z`` [B, C,
-    H, W], ``t`` [B] (0 … 999) and ``y`` [B] (``config.null_label`` for "no class") and returns the predicted noise [B, C, H,
-    W], or [B, 2C, H, W] with ``learn_sigma``. Where P equal parts of the batch share timestep and class each, as in guided
-    sampling, ``t`` and ``y`` may be [P]: the conditions are then embedded and projected once a part. Label dropping is the
-    caller's, not the module's: see :func:`ims3_ray.objectives.diffusion.drop_labels`.
+    Parameter names are those of the DiT release, so its checkpoints load unchanged. ``model(z, t, y)`` takes ``z`` [B, C, H,
+    W], ``t`` [B] (0 … 999) and ``y`` [B] (``config.null_label`` for "no class") and returns the predicted noise [B, C, H, W],
+    or [B, 2C, H, W] with ``learn_sigma``. If the batch consists of P equal parts and the samples of a part share timestep and
+    class, as in guided sampling, ``t`` and ``y`` may be [P]: conditions are then embedded and projected once per part. The
+    module drops no labels; callers do: see :func:`ims3_ray.objectives.diffusion.drop_conditions`.
     """
 
     compute_dtype: torch.dtype | None = None
-    """Autocast to this type inside :meth:`forward`; None leaves it to the caller."""
+    """Type to which :meth:`forward` autocasts; None leaves autocasting to the caller."""
     recompute: bool = False
-    """Keep no activations inside the blocks: the backward pass computes them again."""
+    """Whether the activations inside the blocks are discarded and computed again in the backward pass."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -210,7 +213,7 @@ class DiT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """DiT's initialisation: every block starts as the identity, the output starts at zero."""
+        """Initialise as DiT does: every block starts as the identity, and the output starts at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

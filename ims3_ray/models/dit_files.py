@@ -1,6 +1,6 @@
 """The files that DiT weights come in: this project's safetensors, the DiT release's ``.pt``, a diffusers pipeline.
 
-None is opened by unpickling foreign objects, and a model's shape is known before its weights are read.
+No file is opened by unpickling arbitrary objects, and the shape of a model is known before its weights are read.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ DIFFUSERS_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_mod
 
 @dataclass(frozen=True)
 class DiTFile:
-    """A weights file of which the shape is known; ``layout`` is ``ims3``, ``diffusers`` or ``release``."""
+    """A weights file of a DiT whose shape is known; ``layout`` is ``ims3``, ``diffusers`` or ``release``."""
 
     path: Path
     layout: str
     config: DiTConfig
     classes: tuple[str, ...]
-    """Names by label, empty where the file does not say. ImageNet-1K's are wnids."""
+    """Class names by label; empty if the file does not name its classes. Classes of ImageNet-1K are named by their wnids."""
 
     def state(self, meta: bool = False) -> dict[str, Tensor]:
-        """Tensors by the DiT release's names; without data on the meta device, which reads no weights.
+        """The tensors under the names of the DiT release. With ``meta`` they are on the meta device and no weights are read.
 
         Raises :class:`UserError` naming the first tensor that does not fit the shape.
         """
@@ -57,7 +57,7 @@ class DiTFile:
 
 
 def open_dit(path: Path) -> DiTFile:
-    """Tell a weights file's format by what is in it, and the model's shape with it.
+    """Detect the format of a weights file, and the shape of the model, from the content of the file.
 
     * safetensors whose metadata carry the shape (this project's);
     * a diffusers transformer: ``config.json`` beside it says so;
@@ -92,10 +92,11 @@ def find_diffusers(folder: Path) -> Path | None:
 
 
 def write_dit(model: DiT, classes: tuple[str, ...], out: Path) -> None:
-    """Write ``model`` in the format that ``out`` asks for by its name, appearing there only when whole.
+    """Write ``model`` in the format that the name of ``out`` implies. ``out`` appears only when it is complete.
 
-    ``*.safetensors``: this project's; ``*.pt``: a plain state dict of the DiT release; anything else: a folder with a diffusers
-    transformer (``transformer/`` and ``model_index.json``, to which a pipeline needs autoencoder and scheduler added).
+    ``*.safetensors``: this project's format; ``*.pt``: a plain state dict of the DiT release; anything else: a folder with a
+    diffusers transformer (``transformer/`` and ``model_index.json``; for a pipeline, the autoencoder and the scheduler must be
+    added).
     """
     draft = out.with_name(out.name + ".part")
     if out.suffix == ".safetensors":
@@ -113,7 +114,8 @@ def write_dit(model: DiT, classes: tuple[str, ...], out: Path) -> None:
 
 
 def _is_diffusers_dit(config: Mapping[str, Any]) -> bool:
-    """The pipelines on the hub are older than the class: theirs is the general transformer with adaLN-Zero."""
+    """Whether the config is that of a diffusers DiT. The pipelines on the hub are older than diffusers' DiT class: they use the
+    general transformer with adaLN-Zero."""
     older = config.get("_class_name") == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
     return older or config.get("_class_name") == DIFFUSERS_CLASS
 
@@ -130,8 +132,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _foreign_classes(config: DiTConfig, names: list[str]) -> tuple[str, ...]:
-    """A foreign generator of 1,000 classes is taken for one of ImageNet-1K, whose labels follow the sorted wnids, unless it
-    names other classes. (The pipelines on the hub name ImageNet's in English.)"""
+    """The class names of a generator from another project. With 1,000 classes it is assumed to be one of ImageNet-1K, whose
+    labels follow the sorted wnids, unless it names other classes. (The pipelines on the hub name ImageNet's classes in
+    English.)"""
     imagenet = not names or names[0] == imagenet_wnids()[0] or names[0].startswith("tench")
     return imagenet_wnids() if config.num_classes == 1000 and imagenet else tuple(names)
 
@@ -150,8 +153,9 @@ def _tensors(path: Path, meta: bool) -> dict[str, Tensor]:
 
 
 def _unpickled(path: Path, meta: bool) -> dict[str, Tensor]:
-    """Tensors of a ``.pt``: torch's restricted unpickler, which knows the settings that DiT's training script stores beside."""
-    lazily = not meta and zipfile.is_zipfile(path)  # files from before PyTorch 1.6 cannot be mapped
+    """The tensors of a ``.pt`` file, read with torch's restricted unpickler. It also accepts the settings
+    (``argparse.Namespace``) that DiT's training script stores in the same file."""
+    lazily = not meta and zipfile.is_zipfile(path)  # files from before PyTorch 1.6 cannot be memory-mapped
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="meta" if meta else "cpu", weights_only=True, mmap=lazily)
@@ -172,7 +176,8 @@ def _unpickled(path: Path, meta: bool) -> dict[str, Tensor]:
 
 
 def _release_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
-    """The shape of a DiT read off its tensors. The number of heads is not in them: it is that of the published family."""
+    """The shape of a DiT, derived from its tensors. They do not determine the number of heads, which is that of the published
+    family, or else one per 64 channels."""
     try:
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]
         tokens = shapes["pos_embed"][1]
@@ -220,7 +225,7 @@ OUTSIDE = {
     "final_layer.adaLN_modulation.1": "proj_out_1",
     "final_layer.linear": "proj_out_2",
 }
-"""Linear maps outside the blocks: DiT's name → diffusers'."""
+"""Linear layers outside the blocks: DiT's name → diffusers' name."""
 INSIDE = {
     "attn.proj": "attn1.to_out.0",
     "mlp.fc1": "ff.net.0.proj",
@@ -231,12 +236,14 @@ CONDITION = {
     "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
 }
-"""Diffusers keeps a copy of the time and label embedding in every block; DiT has one."""
+"""Layers of the time embedding: DiT's name → diffusers' name. Diffusers keeps a copy of the time and label embedding in every
+block; DiT has one."""
 TABLE = ("y_embedder.embedding_table.weight", "norm1.emb.class_embedder.embedding_table.weight")
 
 
 def _from_diffusers(theirs: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Diffusers' names and separate q, k, v to DiT's; names that are missing stay missing, for the check of shapes."""
+    """Convert diffusers' names and separate q, k, v to those of DiT. Tensors that are missing stay missing; the check of shapes
+    reports them."""
     pairs = {**OUTSIDE, **{ours: f"transformer_blocks.0.{name}" for ours, name in CONDITION.items()}}
     for i in range(depth):
         pairs |= {f"blocks.{i}.{ours}": f"transformer_blocks.{i}.{name}" for ours, name in INSIDE.items()}

@@ -10,7 +10,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Ema:
-    """Average of the named parameters; with ``warmup`` early ones forget the start: the n-th decay is at most (1+n)/(10+n)."""
+    """Exponential moving average of the named parameters. With ``warmup`` the n-th decay is at most (1+n)/(10+n), so that the
+    average soon forgets the initial values."""
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], decay: float, warmup: bool = True) -> None:
         self.decay, self.warmup, self.updates = decay, warmup, 0

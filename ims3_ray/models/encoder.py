@@ -1,9 +1,10 @@
-"""φ: the frozen feature encoder, a timm network behind a fixed resizing and normalisation."""
+"""φ, the frozen feature encoder: a fixed resizing and normalisation of the images, followed by a timm network."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,20 +12,22 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from ims3_ray.data.classes import imagenet_wnids
-from ims3_ray.data.files import local_copy
 from ims3_ray.errors import UserError
+from ims3_ray.io.files import local_copy
+from ims3_ray.io.hub import fetch, is_hub_id
 from ims3_ray.models.checkpoints import check_fit, load_into, read_metadata, weights_path
-from ims3_ray.models.hub import fetch, is_hub_id
 
 TIMM_WEIGHTS = "model.safetensors"
 FETCHING = {"checkpoint_path", "cache_dir", "features_only"}
-"""Arguments of ``timm.create_model`` that are about files, or about another kind of network."""
+"""Arguments of ``timm.create_model`` that concern files or another kind of network."""
 
 
 class EncoderConfig(BaseModel):
-    """What has to be known to build φ; stored in the metadata of its weights file, or read off timm's ``config.json``."""
+    """The settings that are needed to build φ. They are stored in the metadata of its weights file, or read from timm's
+    ``config.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,17 +36,18 @@ class EncoderConfig(BaseModel):
     channels: int
     num_classes: int
     mean: float | tuple[float, ...]
-    """Of images in [−1, 1], for all channels or for each; so is ``std``."""
+    """Mean of images in [−1, 1], one value for all channels or one for each; ``std`` has the same form."""
     std: float | tuple[float, ...]
     size: int | None = None
-    """Height and width to which images are scaled first; as they come when None."""
+    """Height and width to which images are scaled first, in pixels; None leaves their size unchanged."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     projection: bool = False
-    """Features are what the head makes of the pooled ones: the image embedding of CLIP, whose head is no classifier."""
+    """Whether the features are the output of the head instead of the pooled features. CLIP's image embedding is such a feature;
+    its head is not a classifier."""
 
     @model_validator(mode="after")
     def _nothing_is_fetched(self) -> EncoderConfig:
-        """timm loads weights from wherever such arguments say; ours come from the file that they lie in."""
+        """Reject arguments that make timm load weights from another place than the encoder's own file."""
         wrong = [key for key in self.model_args if key.startswith("pretrained") or key in FETCHING]
         if wrong or ":" in self.model:
             raise ValueError(f"{wrong[0] if wrong else self.model} would have timm fetch weights from elsewhere")
@@ -51,7 +55,7 @@ class EncoderConfig(BaseModel):
 
 
 class Encoder(nn.Module):
-    """Images in [−1, 1], [B, C, H, W], to ℓ2-normalised pooled features φ(x) [B, D] (section 4.2)."""
+    """Maps images in [−1, 1], [B, C, H, W], to ℓ2-normalised pooled features φ(x) [B, D] (section 4.2)."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -75,14 +79,14 @@ class Encoder(nn.Module):
         return self.network.forward_features((x_BCHW - self.get_buffer("mean")) / self.get_buffer("std"))
 
     def logits(self, x_BCHW: Tensor) -> Tensor:
-        """Class scores [B, num_classes] of the head φ was trained with."""
+        """Class scores [B, num_classes] of the head that φ was trained with."""
         return self.network.forward_head(self._features(x_BCHW))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.look(x_BCHW)[0]
 
     def look(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """φ(x) [B, D] and the class scores of :meth:`logits`, from one pass."""
+        """φ(x) [B, D] and the class scores of :meth:`logits`, from one forward pass."""
         found = self._features(x_BCHW)
         scores = self.network.forward_head(found)
         features = scores if self.config.projection else self.network.forward_head(found, pre_logits=True)
@@ -90,7 +94,8 @@ class Encoder(nn.Module):
 
 
 def encoder_path(reference: str) -> Path:
-    """The weights file behind ``embedded:NAME``, a file, a folder as timm saves it, or a hub id (fetched to its cache)."""
+    """The weights file that a reference names: ``embedded:NAME``, a file, a folder as timm saves it, or a hub id (downloaded to
+    the hub's cache)."""
     folder = local_copy(reference)
     if not folder.exists() and is_hub_id(reference):
         folder = fetch(reference, ["config.json", TIMM_WEIGHTS], "encoder")
@@ -106,7 +111,7 @@ def _of_timm(path: Path) -> bool:
 
 
 def encoder_config(path: Path) -> EncoderConfig:
-    """The shape of the φ in ``path``."""
+    """The settings of the encoder in ``path``."""
     if not _of_timm(path):
         try:
             return EncoderConfig.model_validate_json(read_metadata(path, "encoder")["config"])
@@ -128,16 +133,16 @@ def encoder_config(path: Path) -> EncoderConfig:
 
 
 def _is_clip_tower(architecture: str, tag: str) -> bool:
-    """Whether timm's head is CLIP's projection: so it is unless the tower was fine-tuned (``_ft_``) as a classifier."""
+    """Whether the head in timm is CLIP's projection. It is, unless the tower was fine-tuned (``_ft_``) as a classifier."""
     return "clip" in architecture and not {"ft", "in1k", "in12k"} & set(tag.split("_"))
 
 
 def check_encoder(path: Path) -> None:
-    """:class:`UserError` naming what of ``path`` does not fit the model; reads no weights."""
+    """Raise :class:`UserError` naming what in ``path`` does not fit the model; reads no weights."""
     config = encoder_config(path)
     try:
         check_fit(lambda shape: Encoder(shape).network if _of_timm(path) else Encoder(shape), config, path)
-    except RuntimeError as error:  # timm's word for an architecture that it does not know
+    except RuntimeError as error:  # timm's error for an unknown architecture
         raise UserError(f"encoder '{path}' is a network that timm does not build ({error})") from error
 
 
@@ -149,7 +154,7 @@ def load_encoder(path: Path) -> Encoder:
 
 
 def known_classes(path: Path) -> tuple[str, ...]:
-    """The classes of φ's own classifier by index; empty if it has none or does not name them."""
+    """The classes of φ's own classifier by index; empty if φ has no classifier or the file does not name the classes."""
     if _of_timm(path):
         shape = encoder_config(path)
         return imagenet_wnids() if shape.num_classes == len(imagenet_wnids()) and not shape.projection else ()
@@ -157,7 +162,8 @@ def known_classes(path: Path) -> tuple[str, ...]:
 
 
 def class_positions(path: Path, class_names: Sequence[str], asked_by: str) -> list[int]:
-    """Index of each class in φ's own classifier, by name; :class:`UserError` if it has none or does not know a class."""
+    """Index of each class in φ's own classifier, by name. Raises :class:`UserError` if φ has no classifier or the classifier
+    does not know a class."""
     known = known_classes(path)
     if unknown := [name for name in class_names if name not in known]:
         raise UserError(
@@ -165,3 +171,16 @@ def class_positions(path: Path, class_names: Sequence[str], asked_by: str) -> li
             "choose one that was trained on these classes, or do without"
         )
     return [known.index(name) for name in class_names]
+
+
+@cache
+def embedding_cost(shape: str, size: int) -> tuple[float, int]:
+    """Floating-point operations of φ on one image, counted on a model without weights, and the number of its features.
+
+    ``shape`` is an :class:`EncoderConfig` as JSON.
+    """
+    config = EncoderConfig.model_validate_json(shape)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        encoder = Encoder(config).eval()
+        encoder(torch.zeros(1, config.channels, size, size))
+    return float(counter.get_total_flops()), encoder.dim

@@ -1,65 +1,48 @@
-"""The pretrained generator: a DiT with the class table it was trained with."""
+"""Opens the pretrained generator that a reference names, whatever its family."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
 from pathlib import Path
 
-from ims3_ray.data.files import local_copy
+from torch import nn
+
 from ims3_ray.errors import UserError
+from ims3_ray.io.files import local_copy
+from ims3_ray.io.hub import fetch, is_hub_id
 from ims3_ray.models.checkpoints import weights_path
-from ims3_ray.models.dit import DiT, DiTConfig
-from ims3_ray.models.dit_files import find_diffusers, open_dit
-from ims3_ray.models.hub import fetch, is_hub_id
+from ims3_ray.models.generators.base import Generator
 
 
 def generator_path(reference: str) -> Path:
-    """The weights file behind ``embedded:NAME``, a file, a diffusers pipeline folder, or a hub id (fetched to its cache).
+    """The weights file that a reference names: ``embedded:NAME``, a file, a folder as its family stores it, or a hub id
+    (downloaded to the hub's cache).
 
-    Raises :class:`UserError` where there is none.
+    Raises :class:`UserError` if there is none.
     """
+    families = list(Generator.registry.values())
     folder = local_copy(reference)
     if not folder.exists() and is_hub_id(reference):
-        folder = fetch(reference, ["model_index.json", "transformer/*"], "generator")
+        folder = fetch(reference, [pattern for family in families for pattern in family.hub_files], "generator")
     if not folder.is_dir():
         return weights_path(reference)
-    if (path := find_diffusers(folder)) is None:
-        raise UserError(
-            f"generator '{reference}' is a folder without a diffusers DiT (transformer/config.json and its weights)"
-        )
-    return path
+    for family in families:
+        if (path := family.find(folder)) is not None:
+            return path
+    raise UserError(f"generator '{reference}' is a folder without a diffusers DiT (transformer/config.json and its weights)")
 
 
-def generator_config(path: Path) -> DiTConfig:
-    return open_dit(path).config
+def open_generator(path: Path) -> Generator:
+    """The description of the generator in ``path``. If no family can read it, raises the :class:`UserError` of the first
+    family."""
+    errors = []
+    for family in Generator.registry.values():
+        try:
+            return family.open(path)
+        except UserError as error:
+            errors.append(error)
+    raise errors[0]
 
 
-def check_generator(path: Path) -> None:
-    """:class:`UserError` naming the first tensor that does not fit the model; reads no weights."""
-    open_dit(path).state(meta=True)
-
-
-def load_generator(path: Path) -> DiT:
-    """The DiT in ``path`` with its weights, float32, in evaluation mode."""
-    file = open_dit(path)
-    model = DiT(file.config)
-    model.load_state_dict({name: tensor.float() for name, tensor in file.state().items()})
-    return model.eval()
-
-
-def class_indices(path: Path, class_names: Sequence[str]) -> list[int]:
-    """The generator's label of each class, by name and never by position.
-
-    Raises :class:`UserError` naming the nearest known class for one that the generator was not trained with.
-    """
-    known = open_dit(path).classes
-    if not known:
-        raise UserError(f"generator '{path.name}' does not name its classes; convert it with jobs/convert.py classes=FILE")
-    indices = []
-    for name in class_names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
-            raise UserError(f"the generator '{path.name}' knows no class '{name}'; nearest: {', '.join(near)}")
-        indices.append(known.index(name))
-    return indices
+def load_generator(path: Path) -> nn.Module:
+    """The network in ``path`` with its weights, float32, in evaluation mode."""
+    return open_generator(path).load()

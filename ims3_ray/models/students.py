@@ -10,47 +10,70 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ims3_ray.errors import UserError
+
 Norm = Literal["instance", "batch"]
 Downsample = Literal["stride", "pool"]
-
-RESNETS: dict[str, tuple[Downsample, type[BasicBlock | Bottleneck], tuple[int, int, int, int]]]
-"""Student → how it downsamples, its block, blocks per stage."""
 
 TIMM = "timm/"
 CONVNET = re.compile(r"convnet-([1-9])")
 
 
-def check_student(name: str) -> str:
-    """``name`` if :func:`build_student` knows it; ``ValueError`` otherwise."""
+Builder = Callable[[int, int, int, "Norm", int], nn.Module]
+"""(channels, size, num_classes, norm, width) → a network with fresh weights, which maps images [B, channels, size, size] to
+logits [B, num_classes]."""
+
+STUDENTS: dict[str, Builder] = {}
+"""Name → builder, for the students that have a fixed name, including those of plugins."""
+
+
+def student(name: str) -> Callable[[Builder], Builder]:
+    """Decorator that registers a builder under a name, which ``evaluation.protocols.NAME.students`` can then use."""
+
+    def enter(build: Builder) -> Builder:
+        there = STUDENTS.get(name)
+        if there is not None and (there.__module__, there.__qualname__) != (build.__module__, build.__qualname__):
+            raise UserError(f"there are two students called '{name}'; call the one of the plugin otherwise")
+        STUDENTS[name] = build
+        return build
+
+    return enter
+
+
+def student_builder(name: str) -> Builder:
+    """The builder of the student of that name. Raises :class:`UserError` for an unknown name."""
+    if depth := CONVNET.fullmatch(name):
+        return partial(_convnet, int(depth[1]))
+    if name in STUDENTS:
+        return STUDENTS[name]
     if name.startswith(TIMM):
         import timm
 
-        known = timm.is_model(name.removeprefix(TIMM))
-    else:
-        known = name in RESNETS or CONVNET.fullmatch(name) is not None
-    if not known:
-        raise ValueError(
-            f"no student '{name}'; there is convnet-DEPTH, {', '.join(RESNETS)}, and timm/NAME for timm's networks"
-        )
-    return name
+        if timm.is_model(name.removeprefix(TIMM)):
+            return partial(_of_timm, name.removeprefix(TIMM))
+    raise UserError(
+        f"no student '{name}'; there is convnet-DEPTH, {', '.join(sorted(STUDENTS))}, and timm/NAME for timm's networks"
+    )
 
 
 def build_student(
     name: str, channels: int, size: int, num_classes: int, norm: Norm = "instance", width: int = 128
 ) -> nn.Module:
-    """A student with fresh weights: images [B, channels, size, size] to logits [B, num_classes].
+    """A student with fresh weights, which maps images [B, channels, size, size] to logits [B, num_classes].
 
-    ``width`` is that of a ConvNet's layers. Networks of timm keep the normalisation that they come with.
-    Raises ``ValueError`` for an unknown name and for images too small for a ConvNet.
+    ``width`` is the number of channels of a ConvNet's layers. Networks of timm keep their own normalisation. Raises
+    :class:`UserError` for an unknown name and ``ValueError`` for images too small for a ConvNet.
     """
-    if depth := CONVNET.fullmatch(check_student(name)):
-        return ConvNet(channels, size, num_classes, width, int(depth[1]), norm)
-    if name in RESNETS:
-        downsample, block, blocks = RESNETS[name]
-        return ResNet(block, blocks, downsample, channels, size, num_classes, norm)
+    return student_builder(name)(channels, size, num_classes, norm, width)
+
+
+def _convnet(depth: int, channels: int, size: int, num_classes: int, norm: Norm, width: int) -> nn.Module:
+    return ConvNet(channels, size, num_classes, width, depth, norm)
+
+
+def _of_timm(architecture: str, channels: int, size: int, num_classes: int, norm: Norm, width: int) -> nn.Module:
     import timm
 
-    architecture = name.removeprefix(TIMM)
     config = timm.get_pretrained_cfg(architecture)
     more = {"img_size": size} if config is not None and config.fixed_input_size else {}
     network: nn.Module = timm.create_model(architecture, in_chans=channels, num_classes=num_classes, **more)
@@ -58,21 +81,22 @@ def build_student(
 
 
 def norm_layer(norm: Norm, channels: int) -> nn.Module:
-    """Affine. Instance norm is written as group norm with one group per channel, as in Minimax's protocol."""
+    """An affine normalisation layer. Instance norm is implemented as group norm with one group per channel, as in Minimax's
+    protocol."""
     return nn.GroupNorm(channels, channels) if norm == "instance" else nn.BatchNorm2d(channels)
 
 
 def he_normal(network: nn.Module) -> None:
-    """He et al. 2015: normal over the fan-out of each convolution."""
+    """Initialise each convolution with the normal distribution of He et al. 2015, scaled by its fan-out."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 class ConvNet(nn.Module):
-    """The ConvNet of the distillation literature: ``depth`` × (3×3 conv, norm, ReLU, 2×2 average pool), linear.
+    """The ConvNet of the distillation literature: ``depth`` × (3×3 conv, norm, ReLU, 2×2 average pool), then a linear layer.
 
-    Input [B, in_channels, size, size], output logits [B, num_classes].
+    The input is [B, in_channels, size, size], the output logits [B, num_classes].
     """
 
     def __init__(
@@ -98,8 +122,8 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a shortcut. ``downsample="pool"`` puts stride 1 and a 2×2 average pool in place of stride 2,
-    behind the first convolution's ReLU and behind the shortcut's convolution."""
+    """Two 3×3 convolutions and a shortcut. ``downsample="pool"`` replaces stride 2 by stride 1 and a 2×2 average pool, after
+    the first convolution's ReLU and after the shortcut's convolution."""
 
     expansion = 1
 
@@ -119,7 +143,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions and a shortcut; downsampling as in :class:`BasicBlock`, behind the 3×3."""
+    """1×1, 3×3 and 1×1 convolutions and a shortcut. Downsampling is that of :class:`BasicBlock`, after the 3×3 convolution."""
 
     expansion = 4
 
@@ -141,7 +165,7 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(inputs: int, outputs: int, stride: int, pooled: bool, norm: Callable[[int], nn.Module]) -> nn.Module:
-    """What brings a block's input to the shape of its output."""
+    """The layers that bring a block's input to the shape of its output."""
     if pooled:
         return nn.Sequential(conv(inputs, outputs, 1), nn.AvgPool2d(2), norm(outputs))
     if stride != 1 or inputs != outputs:
@@ -150,11 +174,12 @@ def shortcut(inputs: int, outputs: int, stride: int, pooled: bool, norm: Callabl
 
 
 class ResNet(nn.Module):
-    """He et al. 2016, and ResNetAP with average pooling in place of strides (Minimax's protocol). Parameters are named as
-    torchvision names them.
+    """The ResNet of He et al. 2016, and ResNetAP, which has average pooling in place of strides (Minimax's protocol).
+    Parameters have the names that torchvision gives them.
 
-    The stem goes by the images' size: to 64 pixels 3×3 at full resolution, to 128 the same and a 2×2 pool, beyond that 7×7 and
-    4-fold downsampling. Input [B, channels, size, size], output logits [B, num_classes].
+    The stem depends on the size of the images: up to 64 pixels a 3×3 convolution at full resolution, up to 128 pixels the same
+    followed by 2-fold pooling, beyond that a 7×7 convolution and 4-fold downsampling. The input is [B, channels, size, size],
+    the output logits [B, num_classes].
     """
 
     def __init__(
@@ -190,17 +215,24 @@ class ResNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-RESNETS = {
-    "resnetap-10": ("pool", BasicBlock, (1, 1, 1, 1)),
-    "resnet-18": ("stride", BasicBlock, (2, 2, 2, 2)),
-    "resnet-50": ("stride", Bottleneck, (3, 4, 6, 3)),
-    "resnet-101": ("stride", Bottleneck, (3, 4, 23, 3)),
+def _resnet(
+    downsample: Downsample, block: type[BasicBlock | Bottleneck], blocks: tuple[int, int, int, int], channels: int, size: int,
+    num_classes: int, norm: Norm, width: int,
+) -> nn.Module:  # fmt: skip
+    return ResNet(block, blocks, downsample, channels, size, num_classes, norm)
+
+
+STUDENTS |= {
+    "resnetap-10": partial(_resnet, "pool", BasicBlock, (1, 1, 1, 1)),
+    "resnet-18": partial(_resnet, "stride", BasicBlock, (2, 2, 2, 2)),
+    "resnet-50": partial(_resnet, "stride", Bottleneck, (3, 4, 6, 3)),
+    "resnet-101": partial(_resnet, "stride", Bottleneck, (3, 4, 23, 3)),
 }
 
 
 @cache
 def forward_flops(name: str, channels: int, size: int, num_classes: int, norm: Norm, width: int) -> float:
-    """Floating-point operations of one image, counted on a network without weights."""
+    """Floating-point operations of one forward pass of one image, counted on a network without weights."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter:

@@ -1,1 +1,1 @@
-"""Training objectives. Tensors in, tensors out."""
+"""Objectives of fine-tuning, one file each. They take and return tensors."""

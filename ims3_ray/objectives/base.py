@@ -1,16 +1,17 @@
-"""What a fine-tuning objective sees and gives, and how objectives add up."""
+"""The interface of a fine-tuning objective, and the weighted sum of several."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ims3_ray.diffusion.sampling import predict_z0
+from ims3_ray.component import Component, Registry
+from ims3_ray.diffusion.prediction import Parametrisation, epsilon_of, predict_z0, target_of
 from ims3_ray.diffusion.schedule import NoiseSchedule, per_sample
 
 
@@ -23,43 +24,63 @@ class TrainingStep:
     z0: Tensor
     """Clean images or latents, [B, C, H, W]."""
     y_B: Tensor
-    """Labels."""
+    """The condition that the model is given for each image, [B, …]; for DiT the label of the image's class."""
     dropped_B: Tensor
-    """Labels with some replaced by the null label, as classifier-free guidance is trained."""
+    """``y_B`` with some conditions replaced by the null condition, to train for classifier-free guidance."""
     t_B: Tensor
     noise: Tensor
     output_is_needed: bool = True
-    """Whether an objective looks at ``output``."""
+    """Whether any objective uses ``output``."""
+    parametrisation: Parametrisation = "epsilon"
+    """The quantity that the model predicts."""
+    labels_B: Tensor | None = None
+    """Label of each image's class, int64 [B]; None where ``y_B`` holds the labels."""
     _output: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.z_t = self.schedule.add_noise(self.z0, self.noise, self.t_B)
-        """Eq. 4."""
+        """``z0`` with noise added (Eq. 4), [B, C, H, W]."""
+        self.class_B = self.y_B if self.labels_B is None else self.labels_B
+        """Label of each image's class, int64 [B]."""
 
     @property
     def output(self) -> Tensor:
-        """``model(z_t, t, dropped)``: predicted noise [B, C, H, W], followed by C channels of variance if it learns one."""
+        """``model(z_t, t, dropped)``: its prediction [B, C, H, W], followed by C channels of variance if it learns one."""
         if self._output is None:
             self._output = self.model(self.z_t, self.t_B, self.dropped_B)
         return self._output
 
     def predict(self, z: Tensor, t_B: Tensor) -> Tensor:
-        """The conditional model's noise at ``z``.
+        """The noise that the conditional model predicts at ``z``.
 
-        The first call with gradient takes the shared forward pass along: at the small batches of fine-tuning one pass over
-        twice the batch costs less than two, with half as many kernels to launch (docs/finetuning.md has the figures).
+        The first call with gradient also computes the shared forward pass: at the small batches of fine-tuning one pass over
+        twice the batch costs less than two passes, as half as many kernels are launched (figures: docs/finetuning.md).
         """
         if self._output is None and self.output_is_needed and torch.is_grad_enabled():
             pairs = ((self.z_t, z), (self.t_B, t_B), (self.dropped_B, self.y_B))
             self._output, output = self.model(*map(torch.cat, pairs)).chunk(2)
         else:
             output = self.model(z, t_B, self.y_B)
-        return output[:, : self.z0.shape[1]]
+        return self.epsilon(output, z, t_B)
+
+    def epsilon(self, output: Tensor, z: Tensor, t_B: Tensor) -> Tensor:
+        """The noise [B, C, H, W] that the model's ``output`` at ``z`` implies."""
+        return epsilon_of(output[:, : self.z0.shape[1]], z, t_B, self.schedule, self.parametrisation)
+
+    @property
+    def predicted(self) -> Tensor:
+        """The model's prediction at z_t, [B, C, H, W] float32."""
+        return self.output[:, : self.z0.shape[1]].float()
+
+    @property
+    def target(self) -> Tensor:
+        """What the model should predict at z_t, [B, C, H, W]."""
+        return target_of(self.z0, self.noise, self.t_B, self.schedule, self.parametrisation)
 
     @property
     def eps(self) -> Tensor:
-        """ε_θ(z_t, t), [B, C, H, W] float32."""
-        return self.output[:, : self.z0.shape[1]].float()
+        """The predicted noise ε_θ(z_t, t), [B, C, H, W] float32."""
+        return self.epsilon(self.output.float(), self.z_t.float(), self.t_B)
 
     @property
     def z0_hat(self) -> Tensor:
@@ -68,39 +89,75 @@ class TrainingStep:
         return predict_z0(self.z_t.float(), self.eps, alpha_bar)
 
 
-class Objective(ABC):
-    """A weighted sum of named scalar terms of a training step."""
+class Objective(Component, ABC):
+    """A weighted sum of named scalar terms of a training step, made from its ``Config``.
 
-    needs_output = True
-    """Whether it looks at the forward pass that objectives share."""
+    Its settings are ``finetune.objectives.NAME`` in a config. A weight of 0 leaves a term out and costs nothing.
+    """
 
-    def __init__(self, **weights: float) -> None:
-        self.weights = weights
+    registry = Registry["type[Objective]"]("objective", "ims3_ray.objectives")
+    needs_output: ClassVar[bool] = True
+    """Whether the objective uses the forward pass that objectives share."""
+    couples_samples: ClassVar[bool] = False
+    """Whether the objective compares the images of a batch with each other; its value depends on how a batch is divided."""
+
+    term_titles: ClassVar[Mapping[str, str]] = {}
+    """Name of a term → its name in figures, where the two differ."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.weights = {name: weight for name, weight in self.terms(config).items() if weight}
+        """Name of each term whose weight is not 0 → its weight."""
+
+    @classmethod
+    @abstractmethod
+    def terms(cls, config: Any) -> Mapping[str, float]:
+        """Name of each term → its weight."""
+
+    @classmethod
+    def title(cls, config: Any) -> str:
+        """Name of the objective for titles."""
+        return cls.name
+
+    @classmethod
+    def is_on(cls, config: Any) -> bool:
+        """Whether the weight of any of its terms is not 0."""
+        return any(cls.terms(config).values())
+
+    @classmethod
+    def passes(cls, config: Any) -> tuple[int, int]:
+        """Number of forward passes that the objective makes besides the shared one, and how many of them carry a gradient."""
+        return 0, 0
+
+    @classmethod
+    def needs_variance(cls, config: Any) -> bool:
+        """Whether the generator must predict a variance."""
+        return False
 
     @abstractmethod
     def __call__(self, step: TrainingStep) -> dict[str, Tensor]:
-        """The terms named in ``weights``, not weighted."""
+        """The terms named in ``weights``, before weighting."""
 
     def state(self) -> dict[str, Tensor]:
-        """What must be kept to go on after an interruption."""
+        """State that is needed to resume after an interruption."""
         return {}
 
-    def restore(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - most keep nothing
-        """Take up what :meth:`state` gave."""
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Restore what :meth:`state` returned."""
 
 
 class Losses(NamedTuple):
     total: Tensor
     terms: dict[str, Tensor]
-    """Each term before it was weighted."""
+    """Name of each term → its value before weighting."""
 
 
 def add_up(objectives: Sequence[Objective], step: TrainingStep) -> Losses:
-    """Σ weight·term over all objectives (Eq. 7 for L_Diff and λ_IM·L_IM)."""
+    """Σ weight·term over all objectives (with L_Diff and λ_IM·L_IM this is Eq. 7)."""
     total, terms = torch.zeros((), device=step.z0.device), dict[str, Tensor]()
     for objective in objectives:
         found = objective(step)
         terms |= found
         for name, value in found.items():
-            total = total + objective.weights[name] * value
+            total = total + objective.weights.get(name, 0.0) * value
     return Losses(total, terms)

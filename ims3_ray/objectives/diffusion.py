@@ -1,30 +1,37 @@
-"""L_Diff (Eq. 6), with the bound that trains a learned variance, and the label dropping of classifier-free guidance."""
+"""L_Diff (Eq. 6), the variational bound for a learned variance, and dropping of conditions for classifier-free guidance."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Generator, Tensor
 
+from ims3_ray.component import Section
 from ims3_ray.diffusion.schedule import per_sample
 from ims3_ray.objectives.base import Objective, TrainingStep
 
 HALF_BIN = 1 / 255
-"""Half the distance of two neighbouring 8-bit values in [−1, 1]."""
+"""Half the distance between two neighbouring 8-bit values in [−1, 1]."""
 
 
-def diffusion_loss(predicted_noise: Tensor, noise: Tensor) -> Tensor:
-    """Eq. 6, ``‖ε_θ(z_t, c) − ε‖²``, as the mean over all elements (the reduction DiT and its descendants use)."""
-    return (predicted_noise.float() - noise.float()).square().mean()
+def diffusion_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """Eq. 6, ``‖ε_θ(z_t, c) − ε‖²``, as the mean over all elements (the reduction DiT and its descendants use).
+
+    For a model that predicts v, ``predicted`` and ``target`` are velocities.
+    """
+    return (predicted.float() - target.float()).square().mean()
 
 
 def variational_bound(step: TrainingStep) -> Tensor:
     """The term that trains a learned variance (Nichol & Dhariwal 2021, Eq. 4 and 15), in bits per dimension.
 
-    KL of the model's p(z_{t−1} | z_t) from q(z_{t−1} | z_t, z_0); at t = 0 the negative log-likelihood of z_0 in bins of
-    8 bits. The predicted mean is detached: only the variance learns from it. The model interpolates log-variance between
-    β̃_t (output −1) and β_t (output 1).
+    KL(q(z_{t−1} | z_t, z_0) ‖ p(z_{t−1} | z_t)) with the model's p; at t = 0 the negative log-likelihood of z_0 in 8-bit bins.
+    The predicted mean is detached, so that this term trains the variance only. The model interpolates the log-variance
+    between β̃_t (output −1) and β_t (output 1).
     """
     schedule = step.schedule.on(step.z0.device)
     channels = step.z0.shape[1]
@@ -46,7 +53,7 @@ def variational_bound(step: TrainingStep) -> Tensor:
 
 
 def _bin_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log of a Gaussian's mass in the 8-bit bin around ``x`` ∈ [−1, 1]; the first and last bin reach to infinity."""
+    """Log of the mass of a Gaussian in the 8-bit bin around ``x`` ∈ [−1, 1]; the first and last bin extend to ∓∞."""
     std = (0.5 * log_variance).exp()
     above = torch.where(x > 0.999, 1.0, torch.special.ndtr((x + HALF_BIN - mean) / std))
     below = torch.where(x < -0.999, 0.0, torch.special.ndtr((x - HALF_BIN - mean) / std))
@@ -54,19 +61,35 @@ def _bin_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor
 
 
 class Diffusion(Objective):
-    """L_Diff; with ``variance`` the bound that keeps a learned variance trained, as DiT's release adds it."""
+    """L_Diff and, with ``variance``, the variational bound that trains a learned variance, as in DiT's release."""
 
-    def __init__(self, weight: float = 1.0, variance: bool = False) -> None:
-        super().__init__(diffusion=weight, **({"variance": weight} if variance else {}))
+    name = "diffusion"
+    term_titles: ClassVar[Mapping[str, str]] = {"diffusion": "L_Diff", "variance": "variational bound"}
+
+    class Config(Section):
+        """L_Diff (Eq. 6)."""
+
+        weight: float = Field(default=1.0, ge=0)
+        """Weight of L_Diff, and of the variational bound if it is added."""
+        variance: bool = False
+        """Whether to add the variational bound that trains a learned variance (generators with `learn_sigma`, such as DiT)."""
+
+    @classmethod
+    def terms(cls, config: Config) -> Mapping[str, float]:
+        return {"diffusion": config.weight, **({"variance": config.weight} if config.variance else {})}
+
+    @classmethod
+    def needs_variance(cls, config: Config) -> bool:
+        return config.variance
 
     def __call__(self, step: TrainingStep) -> dict[str, Tensor]:
-        terms = {"diffusion": diffusion_loss(step.eps, step.noise)}
+        terms = {"diffusion": diffusion_loss(step.predicted, step.target)}
         if "variance" in self.weights:
             terms["variance"] = variational_bound(step)
         return terms
 
 
-def drop_labels(y_B: Tensor, null_label: int, probability: float, generator: Generator | None = None) -> Tensor:
-    """Each label replaced by ``null_label`` with the given probability: one decision per sample."""
-    drop = torch.rand(y_B.shape, generator=generator, device=y_B.device) < probability
-    return torch.where(drop, null_label, y_B)
+def drop_conditions(y_B: Tensor, null: Tensor | int, probability: float, generator: Generator | None = None) -> Tensor:
+    """The conditions [B, …], each replaced as a whole by ``null`` with the given probability."""
+    drop = torch.rand(len(y_B), generator=generator, device=y_B.device) < probability
+    return torch.where(drop.reshape(-1, *[1] * (y_B.dim() - 1)), torch.as_tensor(null, dtype=y_B.dtype, device=y_B.device), y_B)

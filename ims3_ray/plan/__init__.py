@@ -1,60 +1,97 @@
-"""From a config to the stages it needs, before Ray starts."""
+"""Plans the stages that a config needs, before Ray starts."""
 
 from __future__ import annotations
 
-from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig
-from ims3_ray.errors import UserError
-from ims3_ray.plan.layout import DERIVED, Config, Plan, Scored, ordered
-from ims3_ray.plan.run import RunBuilder
-from ims3_ray.plan.scoring import Builder
-from ims3_ray.plan.sweep import SweepPlan, make_sweep
+from typing import Any
 
-__all__ = ["DERIVED", "Config", "Plan", "Scored", "SweepPlan", "make_comparison", "make_evaluation", "make_plan", "make_sweep"]
+from pydantic import ValidationError
+
+from ims3_ray.component import first_error
+from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig
+from ims3_ray.engine.executor import arranged
+from ims3_ray.engine.planner import Planner
+from ims3_ray.engine.stage import Stage
+from ims3_ray.errors import UserError
+from ims3_ray.plan.arms import set_of
+from ims3_ray.plan.layout import Config, Plan, Scored
+from ims3_ray.plan.sweep import SweepPlan, make_sweep
+from ims3_ray.stages.evaluate import plan_rows
+from ims3_ray.stages.export import Export
+from ims3_ray.stages.given import ReadGiven
+from ims3_ray.stages.instability import MeasureInstability
+
+__all__ = ["Config", "Plan", "Scored", "SweepPlan", "make_comparison", "make_evaluation", "make_plan", "make_sweep"]
 
 
 def make_plan(config: RunConfig) -> Plan[RunConfig]:
-    """Open the sources, check the weights, lay out the stages. Raises :class:`UserError` for bad input."""
+    """Open the sources, check the weights and plan the stages. Raises :class:`UserError` for bad input."""
     _check_arms(config)
-    builder = RunBuilder(config, config.selection.images_per_class)
-    sets = {name: _scored(builder, config, name) for name, arm in config.arms.items()}
-    if config.instability.images and any(arm.finetune and not arm.overrides.get("finetune") for arm in config.arms.values()):
-        builder.instability(config)
-    export = builder.export(sets[config.export].images, config, config.export) if config.export else None
-    return Plan(config, builder.classes, ordered(builder.stages.values()), sets, export)
+    planner = Planner(config, config.selection.images_per_class)
+    sets = {name: _scored(planner, config, name) for name in config.arms}
+    if config.instability.images and any(arm.finetune and "finetune" not in arm.overrides for arm in config.arms.values()):
+        MeasureInstability.plan(planner, config)
+    _plan_beside(planner, config, sets)
+    export = None
+    if config.export:
+        export = Export.plan(planner, sets[config.export].images, config.of_arm(config.export), config.export)
+    return Plan(config, planner.classes, arranged(planner.stages), sets, export)
 
 
 def make_comparison(config: CompareConfig) -> Plan[CompareConfig]:
-    """All arms at all numbers of images per class and draws; sets are named ``ARM K=…`` with the draw if there are several."""
+    """Plan all arms at all numbers of images per class and all draws. Sets are named ``ARM K=…``, and with the draw if there
+    are several."""
     _check_arms(config)
-    builder = RunBuilder(config, max(config.budgets))
+    planner = Planner(config, max(config.budgets))
     sets = {}
     for k in config.budgets:
         for draw in config.draws:
             for name in config.arms:
                 which = f" K={k}" + (f" draw={draw}" if len(config.draws) > 1 else "")
-                sets[name + which] = _scored(builder, config.at(k, draw), name, which)
-    return Plan(config, builder.classes, ordered(builder.stages.values()), sets)
+                sets[name + which] = _scored(planner, config.at(k, draw), name, which)
+    _plan_beside(planner, config, sets)
+    return Plan(config, planner.classes, arranged(planner.stages), sets)
 
 
 def make_evaluation(config: EvaluateConfig) -> Plan[EvaluateConfig]:
-    """The scoring of sets that lie somewhere."""
+    """Plan the scoring of existing sets."""
     if not config.sets:
         raise UserError("no set to score; name at least one, as in sets.mine=FOLDER")
-    builder = Builder(config)
+    planner = Planner(config)
     sets = {}
     for title, path in config.sets.items():
-        images = builder.given(title, path)
-        ipc = -(-images.images // len(builder.classes.names))
-        sets[title] = Scored(title, 0, images, builder.evaluate(title, images, ipc))
-    return Plan(config, builder.classes, ordered(builder.stages.values()), sets)
+        images = ReadGiven.plan(planner, title, path)
+        ipc = -(-images.images // len(planner.classes.names))
+        sets[title] = Scored(title, 0, images, dict(plan_rows(planner, title, images, ipc)))
+    return Plan(config, planner.classes, arranged(planner.stages), sets)
 
 
 def _check_arms(config: RunConfig) -> None:
     if not config.arms:
         raise UserError("there is no arm; name some under arms, or extend from configs/methods/")
+    stored = [name for name, protocol in config.evaluation.protocols.items() if protocol.labels == "stored"]
+    for name, arm in config.arms.items():
+        if stored and arm.labels == "hard" and arm.images in ("real", "generated") and arm.synthesise is None:
+            raise UserError(
+                f"arms.{name} has no soft labels, which evaluation.protocols.{stored[0]} takes (labels: stored); "
+                f"set arms.{name}.labels=soft"
+            )
 
 
-def _scored(builder: RunBuilder, config: RunConfig, name: str, which: str = "") -> Scored:
+def _scored(planner: Planner, config: RunConfig, name: str, which: str = "") -> Scored:
     arm, k = config.arms[name], config.selection.images_per_class
-    images = builder.set_of(name + which, arm.title + which, arm, config.of_arm(name))
-    return Scored(arm.title, k, images, builder.evaluate(arm.title + which, images, k), name, config.seed)
+    images = set_of(planner, name + which, arm.title + which, arm, config.of_arm(name))
+    return Scored(arm.title, k, images, dict(plan_rows(planner, arm.title + which, images, k)), name, config.seed)
+
+
+def _plan_beside(planner: Planner, config: RunConfig, sets: dict[str, Scored]) -> None:
+    """Plan the kinds of stage that the config names under ``stages``; each kind plans itself from the sets."""
+    for name, plain in config.stages.items():
+        kind: Any = Stage.registry[name]
+        if not hasattr(kind, "plan_beside"):
+            raise UserError(f"stages.{name}: stages of this kind run where arms need them; leave it out")
+        try:
+            settings = kind.Config.model_validate(plain)
+        except ValidationError as error:
+            _, message, place, _ = first_error(error)
+            raise UserError(f"config {'.'.join(['stages', name, *place])}: {message}") from error
+        kind.plan_beside(planner, config, settings, {title: scored.images for title, scored in sets.items()})

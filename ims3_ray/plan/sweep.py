@@ -1,4 +1,5 @@
-"""The stages of a search: of each trial up to its pool, and of the selections that are worth students."""
+"""Plans the stages of a search: those of each trial up to its candidate pool, and those of the selections that are evaluated
+with students."""
 
 from __future__ import annotations
 
@@ -10,29 +11,32 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ims3_ray.artifacts import Storage
 from ims3_ray.config import RunConfig, SweepConfig
 from ims3_ray.config.sweep import Settings, reason_of, title_of
+from ims3_ray.engine.executor import arranged
+from ims3_ray.engine.planner import Planner
+from ims3_ray.engine.stage import Stage
 from ims3_ray.errors import UserError
-from ims3_ray.plan.layout import Plan, ordered
-from ims3_ray.plan.run import RunBuilder
+from ims3_ray.io.artifacts import Storage
+from ims3_ray.plan.arms import chosen_of, set_of
+from ims3_ray.plan.layout import Plan
 from ims3_ray.selection.grid import Weighing, most_selections
-from ims3_ray.stages.base import VERSION, Stage
+from ims3_ray.stages.evaluate import plan_rows
 
 
 def id_of(settings: Any) -> str:
-    """8 hex digits of a trial's settings, or of other plain values."""
+    """8 hex digits of the hash of a trial's settings, or of other plain values."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
 class Question:
-    """Inner settings with the same φ and the same references, which the centroids of one selection answer."""
+    """Inner settings with the same φ and the same references: all of them choose among the centroids of one selection."""
 
     stage: Stage
-    """A selection among the largest number of subgroups."""
+    """The selection among the largest number of subgroups."""
     inner: tuple[int, ...]
-    """Positions in :attr:`Trial.inner`."""
+    """Positions of the settings in :attr:`Trial.inner`."""
 
 
 @dataclass
@@ -43,26 +47,25 @@ class Trial:
     draw: int
     inner: list[Settings]
     configs: list[RunConfig]
-    """As each of ``inner`` has it."""
+    """The config of the run with each of the settings in ``inner``."""
     questions: list[Question]
     judge: Stage
-    """The selection by the run's own φ and references: the terms by which selections of all settings are compared."""
+    """The selection by the run's own φ and references. Its terms are the measure that compares selections of all settings."""
     stages: list[Stage]
-    """All that is needed before the first choice."""
+    """The stages that have to run before the first selection."""
     scoring: list[Stage]
-    """As the students of any selection are trained and tested."""
+    """The stages that train and test the students of one selection; those of any other selection differ in their set alone."""
 
     def keys(self, storage: Storage) -> list[str | None]:
-        """Of the data, weights, code and config that its record depends on."""
-        kinds = ("select", "refine", "evaluate")
+        """Keys of the data, weights, code and config that the trial's record depends on."""
         others = [
             [stage.params, {name: one.key(storage) for name, one in stage.inputs.items() if name != "set"}]
             for stage in self.scoring
         ]
-        return [*(stage.key(storage) for stage in self.stages), id_of([[VERSION[kind] for kind in kinds], others])]
+        return [*(stage.key(storage) for stage in self.stages), id_of([versions_of([self.judge, *self.scoring]), others])]
 
     def weighing(self, position: int) -> Weighing:
-        """Of an inner setting."""
+        """The parameters of Eq. 10 of the inner setting at ``position``."""
         s = self.configs[position].selection
         return Weighing(s.alpha, s.beta, s.groups, s.coupling)
 
@@ -74,21 +77,21 @@ class Trial:
 
 @dataclass
 class SweepPlan(Plan[SweepConfig]):
-    """``stages`` are those that all trials need, made before the first."""
+    """The plan of a search. ``stages`` are those that all trials need; they run before the first trial."""
 
     trials: list[Trial] = field(default_factory=list)
-    """Those that are known: every one of grid and random; for optuna the first of them stands for the others."""
+    """The trials that are known in advance: all of grid and random; for optuna those of one setting, as an example."""
     count: int = 0
-    """Outer settings."""
+    """Number of outer settings."""
     evaluation_flops: float = 0.0
-    """Of the students of one selection."""
-    builder: RunBuilder | None = None
-    """With which the trials were made, and others can be."""
+    """Floating-point operations of the synthesis, labels and students of one selection."""
+    planner: Planner | None = None
+    """The planner of ``trials``, by which further trials can be planned."""
 
     def trial(self, settings: Settings, draw: int) -> Trial:
-        """Any trial."""
-        assert self.builder is not None
-        return make_trial(self.config, self.builder, settings, draw)
+        """Plan a trial, which need not be one of ``trials``."""
+        assert self.planner is not None
+        return make_trial(self.config, self.planner, settings, draw)
 
     @property
     def points(self) -> int:
@@ -96,22 +99,26 @@ class SweepPlan(Plan[SweepConfig]):
 
 
 def make_sweep(config: SweepConfig) -> SweepPlan:
-    """All that can be known before. Raises :class:`UserError` for bad input, of any trial."""
-    builder = RunBuilder(config, config.selection.images_per_class)
+    """Plan all that can be known before the search. Raises :class:`UserError` for bad input of any known trial."""
+    planner = Planner(config, config.selection.images_per_class)
     optuna = config.search.method == "optuna"
     known = config.outer()[:1] if optuna else config.outer()
-    trials = [make_trial(config, builder, settings, draw) for settings in known for draw in config.draws]
-    shared = [stage for stage in ordered(builder.stages.values()) if not is_own(stage)]
-    chosen = trials[0].scoring[0].inputs["set"] if trials[0].scoring else None
-    refining = chosen.flops if chosen is not None and chosen.kind == "refine" else 0.0
+    trials = [make_trial(config, planner, settings, draw) for settings in known for draw in config.draws]
+    shared = [stage for stage in arranged(planner.stages) if not stage.belongs_to_arm]
     return SweepPlan(
-        config, builder.classes, shared, trials=trials, count=config.search.trials if optuna else len(known),
-        evaluation_flops=refining + sum(stage.flops for stage in trials[0].scoring), builder=builder,
+        config, planner.classes, shared, trials=trials, count=config.search.trials if optuna else len(known),
+        evaluation_flops=sum(stage.flops for stage in after_choice(trials[0])), planner=planner,
     )  # fmt: skip
 
 
-def make_trial(config: SweepConfig, builder: RunBuilder, settings: Settings, draw: int) -> Trial:
-    """One draw of one outer setting, with one ``builder`` for all."""
+def after_choice(trial: Trial) -> list[Stage]:
+    """The stages after each selection of a trial that is evaluated: its synthesis and labels, if any, and its students."""
+    made = [stage for stage in before(trial.scoring) if stage.makes_set and "set" in stage.inputs]
+    return [*made, *trial.scoring]
+
+
+def make_trial(config: SweepConfig, planner: Planner, settings: Settings, draw: int) -> Trial:
+    """Plan one draw of one outer setting. All trials of a search share one ``planner``."""
     inner, arm = config.inner(), config.arms[config.arm]
     configs = [_at(config, {**settings, **each}, draw) for each in inner]
     base = _at(config, settings, draw)
@@ -119,9 +126,9 @@ def make_trial(config: SweepConfig, builder: RunBuilder, settings: Settings, dra
     title = title_of(settings) or arm.title
 
     def among(groups: int, each: RunConfig) -> Stage:
-        """The set that is chosen among so many subgroups."""
+        """The set that is chosen among ``groups`` subgroups of each class."""
         widened = each.model_copy(update={"selection": each.selection.model_copy(update={"groups": groups})})
-        return builder.set_of(f"{config.arm} {id_of(settings)}", title, arm, widened)
+        return set_of(planner, f"{config.arm} {id_of(settings)}", title, arm, widened)
 
     alike: dict[str, list[int]] = {}
     for position, each in enumerate(configs):
@@ -130,37 +137,32 @@ def make_trial(config: SweepConfig, builder: RunBuilder, settings: Settings, dra
     for positions in alike.values():
         first, own = configs[positions[0]], max(configs[position].selection.groups for position in positions)
         questions.append(
-            Question(_selected(among(most if first.selection.references == "real" else own, first)), tuple(positions))
+            Question(chosen_of(among(most if first.selection.references == "real" else own, first)), tuple(positions))
         )
     images = among(most, base)
-    rows = {} if config.search.by == "s3" else builder.evaluate(title, images, config.selection.images_per_class)
-    judge = _selected(images)
-    stages = ordered(_before([judge, *(question.stage for question in questions)]))
+    rows = {} if config.search.by == "s3" else plan_rows(planner, title, images, config.selection.images_per_class)
+    judge = chosen_of(images)
+    stages = arranged(before([judge, *(question.stage for question in questions)]))
     return Trial(settings, draw, inner, configs, questions, judge, stages, list(rows.values()))
 
 
 def _at(config: SweepConfig, settings: Settings, draw: int) -> RunConfig:
-    """As the arm has it. :class:`UserError` for settings that do not go together."""
+    """The arm's config with these settings. Raises :class:`UserError` for settings that contradict each other."""
     try:
         return config.at(settings, draw).of_arm(config.arm)
     except ValidationError as error:
         raise UserError(f"space: {title_of(settings)} is impossible: {reason_of(error)}") from error
 
 
-def _selected(images: Stage) -> Stage:
-    """The selection that a set comes from."""
-    return images.inputs["set"] if images.kind == "refine" else images
-
-
 def _references(config: RunConfig) -> str:
-    """What the centroids of a selection depend on, beside the pool."""
+    """The settings, as text, that the centroids of a selection depend on apart from the candidates."""
     s = config.selection
     pool = config.pool_size if s.references == "generated" else 0
     return json.dumps([config.encoder, s.references, s.references_per_class, pool])
 
 
-def _before(stages: Iterable[Stage]) -> list[Stage]:
-    """Everything that these stages come from."""
+def before(stages: Iterable[Stage]) -> list[Stage]:
+    """All stages that are direct or indirect inputs of ``stages``."""
     found: list[Stage] = []
 
     def visit(stage: Stage) -> None:
@@ -174,12 +176,6 @@ def _before(stages: Iterable[Stage]) -> list[Stage]:
     return found
 
 
-def is_own(stage: Stage) -> bool:
-    """Whether a stage belongs to a trial: it is or comes from a generator, its candidates, a selection of them."""
-    own = ("finetune", "generate", "select", "refine", "evaluate")
-    return stage.kind in own or any(map(is_own, stage.inputs.values()))
-
-
-def generator_of(settings: Settings, draw: int) -> str:
-    """What trials have in common that fine-tune alike."""
-    return id_of({key: value for key, value in settings.items() if key.startswith("finetune.")} | {"draw": draw})
+def versions_of(stages: Iterable[Stage]) -> list[list[Any]]:
+    """Name and version of each kind of stage."""
+    return sorted([name, version] for name, version in {stage.name: stage.version for stage in stages}.items())

@@ -1,1 +1,1 @@
-"""Figures, HTML report, dataset card."""
+"""Result tables, figures, HTML reports and the dataset card."""

@@ -8,7 +8,7 @@ import yaml
 
 from ims3_ray.config import RunConfig, canonical
 from ims3_ray.data.classes import ClassTable
-from ims3_ray.results import KINDS, Results, spread_text
+from ims3_ray.report.results import KINDS, Results, summary_text
 
 
 def accuracy_rows(results: Results) -> list[str]:
@@ -16,22 +16,22 @@ def accuracy_rows(results: Results) -> list[str]:
     rows = ["| images | protocol | last | best | val |", "|---|---|---|---|---|"]
     for found in results["sets"].values():
         for row, values in found["rows"].items():
-            cells = [plain(found["title"]), row, *(spread_text(values.get(kind)) for kind in KINDS)]
+            cells = [plain(found["title"]), row, *(summary_text(values.get(kind)) for kind in KINDS)]
             rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
 PRIVATE = ("storage", "tracking", "cluster")
-"""Sections that say where a run ran: nobody's business who reads the card."""
+"""Sections of the config that say where a run was computed. They are private, and the card leaves them out."""
 
 
 def plain(text: str) -> str:
-    """A name as text in Markdown, whatever it holds."""
+    """A name as plain text in Markdown, with special characters escaped."""
     return html.escape(" ".join(text.split())).replace("|", "&#124;")
 
 
 def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> str:
-    """Markdown with the metadata that the Hub's viewer reads."""
+    """The dataset card as Markdown, with the metadata that the Hub's viewer reads."""
     assert config.export is not None
     arm, k = results["sets"][config.export], config.selection.images_per_class
     names = ", ".join(map(plain, classes.names))

@@ -10,7 +10,8 @@ COLOURS = ("#0b6e99", "#d1730f", "#3a8a3a", "#a83232", "#7a5aa6", "#7a5230", "#c
 
 
 def line_chart(points: Sequence[tuple[float, float]], window: int = 10) -> str:
-    """A line of (x, y): every point in grey, their running mean over ``window`` in colour, axes with their ends named."""
+    """A chart of points (x, y): a grey line through every point, a coloured line of their running mean over ``window`` points,
+    and axes whose ends are labelled."""
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     low, high = min(ys), max(ys)
     span_x, span_y = (xs[-1] - xs[0]) or 1, (high - low) or 1
@@ -37,7 +38,7 @@ def line_chart(points: Sequence[tuple[float, float]], window: int = 10) -> str:
 
 
 def curve_chart(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """A line of (epoch, value) for each name, with a legend."""
+    """A chart with a line of points (epoch, value) for each name, and a legend."""
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points]
     low, high, first, last = min(ys), max(ys), min(xs), max(xs)

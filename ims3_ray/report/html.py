@@ -1,4 +1,4 @@
-"""The reports: one HTML file each with everything inside, figures included."""
+"""The reports: each is one HTML file that contains everything, including its figures."""
 
 from __future__ import annotations
 
@@ -10,45 +10,36 @@ from typing import Any
 import jinja2
 import yaml
 
-from ims3_ray.comparison import difference_text, significant
 from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, SweepConfig, WorkConfig, canonical
 from ims3_ray.config.sweep import title_of
 from ims3_ray.data.classes import ClassTable
+from ims3_ray.objectives.base import Objective
+from ims3_ray.report.comparison import difference_text, significant
 from ims3_ray.report.figures import curve_chart, line_chart
-from ims3_ray.results import Results, spread_text
+from ims3_ray.report.results import Results, summary_text
 
 SHEET_CLASSES = 50
-"""The images of so many classes are shown; browsers draw no pictures of tens of thousands of pixels."""
+"""Largest number of classes whose images are shown: browsers do not draw pictures that are tens of thousands of pixels high."""
 CONFUSED_CLASSES = 30
-"""Tables of classes are shown for so many; ``confusion.safetensors`` has them for any number."""
+"""Largest number of classes for which confusion tables are shown; ``confusion.safetensors`` has them for any number."""
 
 SHOWN_SELECTIONS = 20
-"""The best of a search are shown; ``points.csv`` has all points."""
-
-TERM_TITLES = {
-    "loss_diffusion": "L_Diff",
-    "loss_variance": "variational bound",
-    "loss_inversion_matching": "L_IM",
-    "loss_inversion_matching_released": "L_IM (released reading)",
-    "loss_representativeness": "representativeness",
-    "loss_diversity": "diversity",
-}
+"""Number of the best selections of a search that are shown; ``points.csv`` has all points."""
 
 Table = list[list[float]]
-"""Confusion in per cent of each class's images."""
+"""A confusion table, in per cent of the images of each class."""
 
 
 def render_report(
     config: RunConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes], confusions: dict[str, Table],
     losses: dict[str, list[dict[str, float]]], tables: dict[str, dict[str, Any]],
 ) -> str:  # fmt: skip
-    """HTML of a distillation: ``sheets`` are PNGs by arm, ``losses`` the rows of ``losses.json`` by fine-tuning, ``tables`` the
-    terms of S3 by arm."""
+    """The HTML of a distillation's report: ``sheets`` are PNGs by arm, ``losses`` the rows of ``losses.json`` by fine-tuning,
+    ``tables`` the terms of S3 by arm."""
     charts = {
         f"{title}: {term}" if len(losses) > 1 else term: line_chart([(int(row["step"]), row[key]) for row in rows])
         for title, rows in losses.items()
-        for key, term in TERM_TITLES.items()
-        if rows and key in rows[0]
+        for key, term in _terms_of(rows)
     }
     return _render(
         "report.html",
@@ -66,19 +57,19 @@ def render_report(
 def render_evaluation(
     config: EvaluateConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes], confusions: dict[str, Table]
 ) -> str:  # fmt: skip
-    """HTML of ``jobs/evaluate.py``."""
+    """The HTML of the report of ``jobs/evaluate.py``."""
     return _render("evaluation.html", config, classes, results, sheets=sheets, curves=_curves(results), confusions=confusions)
 
 
 def render_comparison(config: CompareConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes]) -> str:
-    """HTML of ``jobs/compare.py``."""
+    """The HTML of the report of ``jobs/compare.py``."""
     return _render("comparison.html", config, classes, results, sheets=sheets)
 
 
 def render_sweep(
     config: SweepConfig, classes: ClassTable, results: Results, figures: Mapping[str, Mapping[str, bytes]]
 ) -> str:  # fmt: skip
-    """HTML of ``jobs/sweep.py``; ``figures`` by name and format."""
+    """The HTML of the report of ``jobs/sweep.py``; ``figures`` are by name and format."""
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # points that choose the same images
     for point in results["points"]:
         if point["objective"] is not None:
@@ -91,12 +82,19 @@ def render_sweep(
     )  # fmt: skip
 
 
+def _terms_of(rows: list[dict[str, float]]) -> list[tuple[str, str]]:
+    """Key and title of each term of the loss in the rows of a training."""
+    titles = {name: title for objective in Objective.registry.values() for name, title in objective.term_titles.items()}
+    keys = [key for key in (rows[0] if rows else {}) if key.startswith("loss_")]
+    return [(key, titles.get(key.removeprefix("loss_"), key.removeprefix("loss_"))) for key in keys]
+
+
 def _render(template: str, config: WorkConfig, classes: ClassTable, results: Results, **more: Any) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.PackageLoader("ims3_ray", "report")
     )
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
-    environment.filters |= {"exp": math.exp, "significant": significant, "difference": difference_text, "spread": spread_text}
+    environment.filters |= {"exp": math.exp, "significant": significant, "difference": difference_text, "spread": summary_text}
     rows = [row for found in results["sets"].values() for row in found["rows"].values()]
     return environment.get_template(template).render(
         config=config, classes=classes, shown=classes.names[:SHEET_CLASSES], results=results,

@@ -1,4 +1,5 @@
-"""Plots of a search as matplotlib figures: the α–β heat map, curves over one setting, trials of a range."""
+"""Plots of a search as matplotlib figures: the α–β heat map, curves over one setting, and the trials of a setting with a
+range."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def heat_map(
     rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], titles: tuple[str, str, str],
     best: tuple[int, int],
 ) -> dict[str, bytes]:  # fmt: skip
-    """Values by row and column, NaN for none, the best framed; ``titles`` of rows, columns and values."""
+    """A heat map of ``values`` by row and column (NaN for none), with a frame around the best; ``titles`` are those of rows,
+    columns and values."""
     with rc_context(STYLE):
         figure = Figure(figsize=(1.6 + 0.55 * len(columns), 1.1 + 0.42 * len(rows)), layout="constrained")
         axes = figure.subplots()
@@ -64,7 +66,7 @@ def curves(
 
 
 def scatter(points: Sequence[tuple[float, float]], x_title: str, y_title: str, log: bool) -> dict[str, bytes]:
-    """(value of a setting, best of the trial), for settings that are drawn from a range."""
+    """A scatter plot of points (value of a setting, best objective of the trial), for settings that are drawn from a range."""
     with rc_context(STYLE):
         figure = Figure(figsize=(4.2, 2.8), layout="constrained")
         axes = figure.subplots()

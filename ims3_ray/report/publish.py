@@ -1,4 +1,4 @@
-"""What a finished job leaves in its folder, and in MLflow."""
+"""Writes the results of a finished job to its folder and to MLflow."""
 
 from __future__ import annotations
 
@@ -9,27 +9,30 @@ from typing import Any
 
 import torch
 
-from ims3_ray.artifacts import Storage
-from ims3_ray.comparison import comparison_tables, markdown
 from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, canonical
 from ims3_ray.data.contact_sheet import contact_sheet
-from ims3_ray.plan import Config, Plan, Scored
+from ims3_ray.engine.sets import read_set
+from ims3_ray.engine.shards import pack_tensors
+from ims3_ray.engine.stage import Context
+from ims3_ray.io.artifacts import Storage
+from ims3_ray.plan.arms import chosen_of
+from ims3_ray.plan.layout import Config, Plan, Scored
 from ims3_ray.report.card import dataset_card
+from ims3_ray.report.comparison import comparison_tables, markdown
 from ims3_ray.report.html import CONFUSED_CLASSES, SHEET_CLASSES, Table, render_comparison, render_evaluation, render_report
-from ims3_ray.results import KINDS, Results
-from ims3_ray.stages.adapters import Adapters, series
-from ims3_ray.stages.base import Context, pack_tensors
+from ims3_ray.report.results import KINDS, Results
 from ims3_ray.stages.evaluate import confusion
 from ims3_ray.stages.export import unpack
-from ims3_ray.stages.sets import read_set
 from ims3_ray.tracking import Tracker
 
 SHEET_IMAGES = 10
-"""Of a class that are shown: a comparison shows the sets of about so many, a scored set the first ones."""
+"""Number of images per class on a contact sheet. A comparison shows the sets whose images per class are closest to this number;
+a scored set shows its first images."""
 
 
 def publish(context: Context, plan: Plan[RunConfig], results: Results, tracker: Tracker) -> None:
-    """Of a distillation: ``distilled/``, ``contact_sheet.png``, ``report.html``, the MLflow run, and last ``results.json``."""
+    """Write the results of a distillation: ``distilled/``, ``contact_sheet.png``, ``report.html``, the MLflow run and, last,
+    ``results.json``."""
     config, storage, name = plan.config, context.storage, plan.config.name
     k = config.selection.images_per_class
     sheets = {arm: contact_sheet(_images(context, scored), k) for arm, scored in plan.sets.items()}
@@ -39,7 +42,7 @@ def publish(context: Context, plan: Plan[RunConfig], results: Results, tracker: 
         files["README.md"] = dataset_card(config, plan.classes, results).encode()
         storage.write(f"{name}/distilled/README.md", files["README.md"])
         storage.write(f"{name}/contact_sheet.png", sheets[config.export])
-    tables = s3_tables(context, plan)
+    tables = selection_tables(context, plan)
     report = render_report(
         config, plan.classes, results, sheets=sheets, confusions=_confusions(context, plan), losses=_losses(context, plan),
         tables=tables,
@@ -57,10 +60,10 @@ def publish(context: Context, plan: Plan[RunConfig], results: Results, tracker: 
 
 
 def publish_scores(context: Context, plan: Plan[EvaluateConfig], results: Results, tracker: Tracker) -> None:
-    """Of the scoring of sets: ``report.html``, the MLflow run, and last ``results.json``."""
+    """Write the results of scoring sets: ``report.html``, the MLflow run and, last, ``results.json``."""
     sheets = {}
     for title, scored in plan.sets.items():
-        images, labels = read_set(scored.images.artifact(context.storage), SHEET_CLASSES)
+        images, labels = read_set(scored.images.artifact(context.storage), SHEET_CLASSES)[:2]
         columns = min(SHEET_IMAGES, int(labels.bincount().min()))
         first = [(labels == position).nonzero()[:columns, 0] for position in labels.unique()]
         sheets[title] = contact_sheet(images[torch.cat(first)], columns)
@@ -70,7 +73,8 @@ def publish_scores(context: Context, plan: Plan[EvaluateConfig], results: Result
 
 
 def publish_comparison(context: Context, plan: Plan[CompareConfig], results: Results, tracker: Tracker) -> None:
-    """Of a comparison: ``table.md``, ``report.html``, the MLflow run, and last ``results.json`` with the tables."""
+    """Write the results of a comparison: ``table.md``, ``report.html``, the MLflow run and, last, ``results.json`` with the
+    tables."""
     config = plan.config
     results["tables"] = comparison_tables(plan, results)
     table = markdown(config, results["tables"]).encode()
@@ -93,7 +97,8 @@ def _finish(
     context: Context, plan: Plan[Config], results: Results, tracker: Tracker, report: str, files: Mapping[str, bytes],
     params: Mapping[str, Mapping[str, Any]],
 ) -> None:  # fmt: skip
-    """Files of every kind of job; in MLflow a child run per set with its accuracies and its students' curves."""
+    """Write the files that every kind of job has, and to MLflow a child run per set with its accuracies and the curves of its
+    students."""
     storage, name = context.storage, plan.config.name
     storage.write(f"{name}/confusion.safetensors", pack_tensors(**_counts(context, plan)))
     storage.write(f"{name}/report.html", report.encode())
@@ -122,26 +127,25 @@ def _finish(
 
 
 def _tell_losses(plan: Plan[Config], storage: Storage, tracker: Tracker) -> None:
-    """Those that were told while they came are known; others are of another run, or the server was away."""
-    finetunes = [stage for stage in plan.stages if stage.kind == "finetune"]
-    for stage in finetunes:
-        adapters = Adapters.of(stage, storage)
-        for group in range(len(adapters.groups)):
-            tracker.losses(adapters.losses(group), series(stage, group, len(finetunes) > 1))
+    """Log the losses of all trainings to MLflow. Steps that were logged during the run are skipped; the others belong to an
+    earlier run, or the server could not be reached at the time."""
+    for stage in plan.stages:
+        for prefix, rows in stage.curves(storage).items():
+            tracker.losses(rows, prefix)
 
 
 def _run_name(key: str, scored: Scored) -> str:
-    """What MLflow calls a set: its title, and what follows the arm's name in the plan (images per class, draw)."""
+    """The name of a set in MLflow: its title, then what follows the arm's name in the plan's key (images per class, draw)."""
     return scored.title.replace("+", "and") + key.removeprefix(scored.arm or key)
 
 
 def _images(context: Context, scored: Scored) -> torch.Tensor:
-    """Of the classes that the report shows."""
-    return read_set(scored.images.artifact(context.storage), SHEET_CLASSES)[0]
+    """The images of the classes that the report shows, uint8 [N, C, H, W]."""
+    return read_set(scored.images.artifact(context.storage), SHEET_CLASSES).pixels
 
 
 def _counts(context: Context, plan: Plan[Config]) -> dict[str, torch.Tensor]:
-    """``SET/ROW`` → confusion of the final weights, the sum over students, int64 [C, C]."""
+    """``SET/ROW`` → confusion matrix of the final weights, summed over students, int64 [C, C]."""
     return {
         f"{name}/{row}": confusion(stage.artifact(context.storage), stage.units)
         for name, scored in plan.sets.items()
@@ -158,24 +162,21 @@ def _confusions(context: Context, plan: Plan[Config]) -> dict[str, Table]:
 
 
 def _losses(context: Context, plan: Plan[RunConfig]) -> dict[str, list[dict[str, float]]]:
-    """The rows of each fine-tuning's steps, the mean over class groups where there are several."""
+    """The losses at each step of each fine-tuning, averaged over class groups if there are several."""
     found = {}
     for stage in plan.stages:
-        if stage.kind == "finetune":
-            adapters = Adapters.of(stage, context.storage)
-            groups = [adapters.losses(group) for group in range(len(adapters.groups))]
+        if groups := list(stage.curves(context.storage).values()):
             steps = range(max(map(len, groups)))
             at_step = [[rows[step] for rows in groups if step < len(rows)] for step in steps]
             found[stage.title] = [{key: statistics.fmean(row[key] for row in rows) for key in rows[0]} for rows in at_step]
     return found
 
 
-def s3_tables(context: Context, plan: Plan[RunConfig]) -> dict[str, dict[str, Any]]:
-    """Arm → the terms of Eq. 10 of every candidate subgroup, for arms that selected by S3."""
+def selection_tables(context: Context, plan: Plan[RunConfig]) -> dict[str, dict[str, Any]]:
+    """Arm → the terms of the objective of every candidate subgroup, for arms whose selector looks at all classes."""
     tables = {}
     for name, scored in plan.sets.items():
-        selected = scored.images.inputs["set"] if scored.images.kind == "refine" else scored.images
-        manifest = selected.manifest(context.storage) or {}
-        if manifest.get("s3"):
-            tables[name] = manifest["s3"]
+        manifest = chosen_of(scored.images).manifest(context.storage) or {}
+        if manifest.get("table"):
+            tables[name] = manifest["table"]
     return tables

@@ -1,25 +1,24 @@
-"""The tables that jobs end with."""
+"""The tables that jobs print when they end."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
 
-from ims3_ray.comparison import difference_text
 from ims3_ray.config.sweep import title_of, trial_title
-from ims3_ray.pipeline import RunResult
-from ims3_ray.results import KINDS, spread_text
+from ims3_ray.report.comparison import difference_text
+from ims3_ray.report.results import KINDS, RunResult, summary_text
 
 
 def print_result(result: RunResult, console: Console | None = None) -> None:
-    """A line per set and row with mean ± std, then where the report lies."""
+    """Print a line per set and row with mean ± standard deviation, then the path of the report."""
     console = console or Console(highlight=False)
     sets = result.results["sets"].values()
     several = any(len(found["rows"]) > 1 for found in sets)
     table = _table("images", *(["protocol"] if several else []), *KINDS)
     for found in sets:
         for row, values in found["rows"].items():
-            table.add_row(found["title"], *([row] if several else []), *(spread_text(values.get(kind)) for kind in KINDS))
+            table.add_row(found["title"], *([row] if several else []), *(summary_text(values.get(kind)) for kind in KINDS))
     console.print(result.results["metric"], soft_wrap=True)
     console.print(table)
     if skipped := result.results["skipped_images"]:
@@ -34,7 +33,7 @@ def _print_end(result: RunResult, console: Console) -> None:
 
 
 def print_comparison(result: RunResult, console: Console | None = None) -> None:
-    """A table per number of images per class and protocol."""
+    """Print a table per number of images per class and row, then the path of the report."""
     console = console or Console(highlight=False)
     console.print(result.results["metric"], soft_wrap=True)
     for found in result.results["tables"]:
@@ -43,7 +42,7 @@ def print_comparison(result: RunResult, console: Console | None = None) -> None:
         for line in found["lines"]:
             cells = [
                 line["title"],
-                *(spread_text(line.get(kind)) for kind in KINDS),
+                *(summary_text(line.get(kind)) for kind in KINDS),
                 difference_text(line["difference"]),
             ]
             table.add_row(*cells, *([line["published"] or ""] if found["published"] else []))
@@ -52,7 +51,8 @@ def print_comparison(result: RunResult, console: Console | None = None) -> None:
 
 
 def print_sweep(result: RunResult, console: Console | None = None) -> None:
-    """What was made, a line per trial, the best point and where it lies."""
+    """Print a line per trial, the counts of what was computed, the best point, and the paths of its config and of the
+    report."""
     console, found = console or Console(highlight=False), result.results
     made = found["counts"]
     table = _table("trial", "status", "distinct selections", "best objective", "at")
@@ -70,7 +70,7 @@ def print_sweep(result: RunResult, console: Console | None = None) -> None:
     console.print(found["metric"], soft_wrap=True)
     if best := found["best"]:
         rows = [
-            f"{row}: held-out {spread_text(v.get('held_out'))}, test {spread_text(v['last'])}"
+            f"{row}: held-out {summary_text(v.get('held_out'))}, test {summary_text(v['last'])}"
             for row, v in best["rows"].items()
         ]
         console.print("; ".join([f"best: {title_of(best['settings'])}", *rows]), soft_wrap=True)

@@ -1,1 +1,1 @@
-"""Searches: Ray Tune tries what costs a pool, each pool answers for all settings of selection."""
+"""Searches: Ray Tune tries the settings that each need their own candidate pool; a pool serves all settings of selection."""

@@ -1,4 +1,4 @@
-"""What trials leave on storage, and the points that it amounts to."""
+"""The records that trials leave on storage, and the points that follow from them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ims3_ray.artifacts import Storage
-from ims3_ray.comparison import pooled
 from ims3_ray.config import SweepConfig
 from ims3_ray.config.sweep import Settings
+from ims3_ray.io.artifacts import Storage
 from ims3_ray.plan.sweep import id_of
+from ims3_ray.report.comparison import pooled
 
 Record = dict[str, Any]
-"""What a trial found, as JSON: ``keys`` of its stages, ``selections`` (distinct ones: groups, ``score`` by the run's own
-measure, hash of the images, accuracies), ``points`` (inner settings, the selection of each, its terms), ``stages``."""
+"""What one draw of a trial found, as JSON: ``keys`` of its stages; the distinct ``selections`` (groups, ``score`` by the run's
+own φ, references, α and β, hash of the images, accuracies); ``points`` (inner settings, the index of the selection of each,
+its terms); rows of its ``stages``."""
 
 
 def record_path(config: SweepConfig, settings: Settings, draw: int) -> str:
@@ -25,7 +26,7 @@ def record_path(config: SweepConfig, settings: Settings, draw: int) -> str:
 
 
 def settings_path(config: SweepConfig, settings: Settings) -> str:
-    """Of a trial that has begun."""
+    """Path of the settings of a trial that has begun."""
     return f"{config.name}/trials/{id_of(settings)}.settings"
 
 
@@ -34,7 +35,7 @@ def error_path(config: SweepConfig, settings: Settings) -> str:
 
 
 def read_records(config: SweepConfig, storage: Storage, settings: Settings, draws: Sequence[int]) -> list[Record]:
-    """Of those draws that have one."""
+    """The records of those of ``draws`` that have one."""
     paths = [record_path(config, settings, draw) for draw in draws]
     return [json.loads(storage.read(path)) for path in paths if storage.exists(path)]
 
@@ -44,7 +45,7 @@ Point = dict[str, Any]
 
 @dataclass
 class Tried:
-    """An outer setting: the draws that it got, and what went wrong."""
+    """An outer setting that was tried: the records of its draws, and the error if it failed."""
 
     settings: Settings
     records: list[Record]
@@ -57,7 +58,7 @@ class Tried:
 
 
 def points_of(config: SweepConfig, tried: Tried) -> Iterator[Point]:
-    """All inner settings of a trial: means over its draws, spreads over the students of all."""
+    """One point per inner setting of a trial: means over its draws, and spreads over the students of all draws."""
     for position, inner in enumerate(config.inner()) if tried.records else ():
         points = [record["points"][position] for record in tried.records]
         selections = [record["selections"][p["selection"]] for record, p in zip(tried.records, points, strict=True)]
@@ -76,6 +77,6 @@ def points_of(config: SweepConfig, tried: Tried) -> Iterator[Point]:
 
 
 def objective_of(config: SweepConfig, records: Sequence[Record]) -> float:
-    """Of a trial's best inner setting; −∞ if none has students in every draw."""
+    """The objective of a trial's best inner setting; −∞ if none has an objective (accuracy needs students in every draw)."""
     found = (point["objective"] for point in points_of(config, Tried({}, list(records))))
     return float(max((value for value in found if value is not None), default=-math.inf))

@@ -1,22 +1,24 @@
-"""What a search found, as plain values; and what it will cost."""
+"""The results of a search as plain values, and the estimate of what it will cost."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ims3_ray.artifacts import Storage
 from ims3_ray.config import SweepConfig
 from ims3_ray.config.sweep import Range, symbol, title_of
-from ims3_ray.estimate import hours_between
+from ims3_ray.engine.stage import Stage
+from ims3_ray.io.artifacts import Storage
+from ims3_ray.plan.estimate import hours_between
 from ims3_ray.plan.sweep import SweepPlan, id_of
-from ims3_ray.results import Results, stage_row
+from ims3_ray.report.results import Results, stage_row
 from ims3_ray.search.records import Tried, points_of
 
 
 def gather_sweep(plan: SweepPlan, trials: Sequence[Tried], storage: Storage) -> Results:
-    """Everything about a search that has ended."""
+    """The results of a search that has ended."""
     config = plan.config
     points = [point for tried in trials for point in points_of(config, tried)]
     whole = {id_of(tried.settings) for tried in trials if tried.status(config) == "finished"}
@@ -39,7 +41,7 @@ def gather_sweep(plan: SweepPlan, trials: Sequence[Tried], storage: Storage) -> 
 
 
 def metric(config: SweepConfig) -> str:
-    """What decides, in a sentence."""
+    """A phrase that describes the measure by which the search decides."""
     draws = f", run seeds {', '.join(map(str, config.draws))}" if len(config.draws) > 1 else ""
     if config.search.by == "s3":
         return f"the terms of Eq. 10 at the run's own α : β and encoder decide{draws}; no student was trained"
@@ -62,7 +64,7 @@ def _trial(config: SweepConfig, tried: Tried) -> dict[str, Any]:
 
 
 def _stages(trials: Sequence[Tried]) -> Iterator[dict[str, Any]]:
-    """The stages of all trials, each once."""
+    """Rows of the stages of all trials, each stage once."""
     seen = set()
     for tried in trials:
         for record in tried.records:
@@ -79,27 +81,27 @@ def _skipped(plan: SweepPlan, storage: Storage) -> list[str]:
 
 
 def counts(plan: SweepPlan, trials: Sequence[Tried]) -> dict[str, int]:
-    """What there is: points, and how little was made for them."""
+    """The number of points, and of the fine-tunings, pools, selections and students that were made for them."""
     rows = list(_stages(trials))
-    kinds = {kind: sum(row["stage"] == kind for row in rows) for kind in ("finetune", "generate", "evaluate")}
-    students = kinds["evaluate"] * len(plan.config.evaluation.seeds)
+    made = Counter(Stage.registry[row["stage"]].counted for row in rows)
+    students = made["evaluations"] * len(plan.config.evaluation.seeds)
     contents = {found["content"] for tried in trials for record in tried.records for found in record["selections"]}
     return {
         "points": sum(1 for tried in trials for _ in points_of(plan.config, tried)),
-        "fine_tunes": kinds["finetune"], "pools": kinds["generate"],
+        "fine_tunes": made["fine_tunes"], "pools": made["pools"],
         "distinct_selections": sum(len(record["selections"]) for tried in trials for record in tried.records),
         "evaluated": len(contents - {None}), "students": students,
     }  # fmt: skip
 
 
 def planned(plan: SweepPlan) -> dict[str, float]:
-    """The same before the start; selections are the most that there can be, FLOPs with them."""
+    """The numbers of :func:`counts` as estimated before the start, with FLOPs. Values named ``most_…`` are upper limits."""
     config, known = plan.config, plan.trials
     scale = plan.count * len(config.draws) / len(known)
     own = {id(stage): stage for trial in known for stage in trial.stages if stage not in plan.stages}.values()
-    tuning = [stage for stage in own if stage.kind == "finetune"]
+    tuning = [stage for stage in own if stage.exclusive]
     tunes = scale if any(key.startswith("finetune.") for key in config.values) else len(config.draws) / max(1, len(tuning))
-    finetunes, pools = len(tuning) * tunes, sum(stage.kind == "generate" for stage in own) * scale
+    finetunes, pools = len(tuning) * tunes, sum(stage.counted == "pools" for stage in own) * scale
     selections = sum(trial.most_selections for trial in known) * scale
     most = {"accuracy": selections, "s3": 0, "both": min(selections, len(known) * scale * config.search.screened)}
     made = sum(stage.flops * (tunes if stage in tuning else scale) for stage in own)
@@ -120,19 +122,16 @@ def describe_sweep(plan: SweepPlan) -> str:
     ]
     draws = f", {len(config.draws)} draws each" if len(config.draws) > 1 else ""
     stages = {stage.key(storage): stage for trial in plan.trials for stage in trial.stages}
-    there = {
-        kind: sum(not stage.missing(storage) for stage in stages.values() if stage.kind == kind)
-        for kind in ("finetune", "generate")
-    }
-    candidates = max((stage.images for stage in stages.values() if stage.kind == "generate"), default=0)
+    there = Counter(stage.counted for stage in stages.values() if not stage.missing(storage))
+    candidates = max((stage.images for stage in stages.values() if stage.counted == "pools"), default=0)
     rows, seeds = len(config.evaluation.rows), len(config.evaluation.seeds)
     most = f"at most {p['most_evaluated']:,}·{rows * seeds}"
     students = f"students: {'none' if config.search.by == 's3' else most}"
     return "\n".join(
         [
             f"{p['points']:,} points ({' × '.join(factors)}{draws}), {config.search.method}",
-            f"fine-tunes: {p['fine_tunes']} ({there['finetune']} there), pools of {candidates:,} candidates: {p['pools']} "
-            f"({there['generate']} there)",
+            f"fine-tunes: {p['fine_tunes']} ({there['fine_tunes']} there), pools of {candidates:,} candidates: {p['pools']} "
+            f"({there['pools']} there)",
             f"distinct selections: at most {p['most_selections']:,}, {students}",
             f"{p['flops'] / 1e9:,.4g} GFLOP, with all students {p['most_flops'] / 1e9:,.4g}: "
             + hours_between(config, p["flops"], p["most_flops"]),

@@ -1,4 +1,5 @@
-"""What Ray Tune runs: a process that waits for a trial and reports. There is one for each, so it imports next to nothing."""
+"""The function that Ray Tune runs: it waits for a trial and reports the objective. Each trial has a process for it, so this
+module imports next to nothing."""
 
 from __future__ import annotations
 
@@ -9,16 +10,16 @@ import ray
 from ray import tune
 
 DEATHS = 3
-"""Times that a trial's actor is started again."""
+"""Times that a trial's actor is restarted before the trial fails."""
 
 
-def wait_for_trial(chosen: dict[str, Any], desk: Any, draws: Sequence[int]) -> None:
-    """Have the draws of a setting made one after another; report the objective over those so far after each."""
+def wait_for_trial(chosen: dict[str, Any], board: Any, draws: Sequence[int]) -> None:
+    """Run the draws of a setting one after another; after each, report the objective over the draws so far."""
     settings, deaths, actor = settings_of(chosen), 0, None
     for number, draw in enumerate(draws, start=1):
         while True:
             try:
-                actor = actor or ray.get(desk.start.remote())
+                actor = actor or ray.get(board.start.remote())
                 objective = float(ray.get(actor.run.remote(settings, draw)))
                 break
             except ray.exceptions.ActorDiedError:

@@ -1,15 +1,16 @@
-"""The images nearest to the centroid of the real ones: S3 without its second term, for images or for groups."""
+"""The images, or the subgroup, nearest to the centroid of the real images: S3 without its second term."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ims3_ray.selection.base import ClassImages, Selector, lowest
+from ims3_ray.selection.base import ClassImages, ClassSelector, lowest
 from ims3_ray.selection.subgroups import centroid
 
 
-class ClosestToReal(Selector):
+class ClosestToReal(ClassSelector):
+    name = "closest"
     needs = frozenset({"features", "references"})
 
     def images(self, images: ClassImages, k: int) -> Tensor:

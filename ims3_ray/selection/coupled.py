@@ -11,35 +11,36 @@ from torch import Tensor
 from ims3_ray.selection.distances import log_distance
 
 TABLE_VALUES = 2**27
-"""All pairs of candidates are kept where they are no more than this: 1 GiB."""
+"""The most pairs of candidates that are kept in a table, which then takes 1 GiB."""
 
 START_PAIRS = 3e7
-"""Random starts are as many as this allows, of C²G pairs each, between 1 and :data:`MOST_STARTS`: with many classes each pair
-weighs little, the landscape is nearly separable and one start does; with few classes starts cost nothing."""
+"""Budget of pairs that sets the number of random starts: a start takes C²G pairs, and there are between 1 and
+:data:`MOST_STARTS` starts. With many classes each pair has little weight, the objective is nearly separable and one start
+suffices; with few classes starts cost almost nothing."""
 
 MOST_STARTS = 32
 
 
 class _Rivals:
-    """``log(1 − σ)`` of a class's candidates to the subgroups that are selected of the other classes, summed over these."""
+    """Sums of ``log(1 − σ)`` between a class's candidates and the selected subgroups of the other classes."""
 
     def __init__(self, c_CGD: Tensor, groups_SC: Tensor) -> None:
         self.c = c_CGD
         self.chosen_SCD = c_CGD[torch.arange(len(c_CGD), device=c_CGD.device), groups_SC]
 
     def sum(self, i: int) -> Tensor:
-        """[S, G]"""
+        """The sum for each candidate of class i in each start, [S, G]."""
         pairs = torch.stack([log_distance(self.c[i], chosen_CD) for chosen_CD in self.chosen_SCD])
         pairs[:, :, i] = 0
         return pairs.sum(dim=2)
 
     def move(self, i: int, starts: Tensor, old: Tensor, new: Tensor) -> None:
-        """Class i of ``starts`` selects ``new`` instead of ``old``."""
+        """In the given ``starts``, class i now selects subgroup ``new`` instead of ``old``."""
         self.chosen_SCD[starts, i] = self.c[i, new]
 
 
 class _TabledRivals:
-    """The same from a table of all pairs: the sums are kept and follow every move."""
+    """As :class:`_Rivals`, but from a table of all pairs: the sums are stored and updated with every move."""
 
     def __init__(self, pairs_CGCG: Tensor, groups_SC: Tensor) -> None:
         self.pairs = pairs_CGCG
@@ -53,8 +54,8 @@ class _TabledRivals:
         self.sums_SCG[starts] += self.pairs[i, new] - self.pairs[i, old]
 
 
-def room_for_pairs(C: int, G: int, device: torch.device) -> Tensor | None:
-    """Where to keep all pairs of candidates, float64 [C, G, C, G]; None where they are too many."""
+def buffer_for_pairs(C: int, G: int, device: torch.device) -> Tensor | None:
+    """An empty table for all pairs of candidates, float64 [C, G, C, G]; None where there are too many pairs."""
     return torch.empty(C, G, C, G, dtype=torch.float64, device=device) if (C * G) ** 2 <= TABLE_VALUES else None
 
 
@@ -63,9 +64,9 @@ def descend(
 ) -> tuple[Tensor, Tensor]:
     """Minimise ``Σ_i [attraction_i − β/(C−1) Σ_{j≠i} log(1 − σ(c_i, c_j))]`` over one subgroup per class, C > 1.
 
-    Class by class takes its best subgroup while the others stay, from the ``separable`` optimum and from random starts, until
-    none moves; the best end is returned: its groups [C] and the mean ``log(1 − σ)`` of every candidate to them [C, G]. Each
-    end is a local optimum; how far from the global one at most, the lower bound says.
+    Coordinate descent from the ``separable`` optimum and from random starts: one class after another takes its best subgroup
+    while the other classes keep theirs, until no class changes. Each result is a local optimum. Returned are the groups [C]
+    of the best one and the mean ``log(1 − σ)`` between every candidate and these groups, [C, G].
     """
     C, G, _ = c_CGD.shape
     random_starts = int(min(MOST_STARTS, max(1, START_PAIRS // (C * C * G))))
@@ -73,7 +74,7 @@ def descend(
     groups_SC = torch.cat([separable[None], drawn])
     rivals = _Rivals(c_CGD, groups_SC) if pairs_CGCG is None else _TabledRivals(pairs_CGCG, groups_SC)
     starts = torch.arange(len(groups_SC), device=groups_SC.device)
-    # A pair stands in both classes' sums, so moving class i changes the objective by twice its own repulsion.
+    # A pair is part of both classes' sums, so a move of class i changes the objective by twice its own repulsion.
     weight = beta / (C - 1)
     moved = True
     while moved:

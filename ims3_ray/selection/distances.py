@@ -1,4 +1,4 @@
-"""``log(1 − σ)`` between centroids, and the two tables that Eq. 10 needs of all pairs of candidates.
+"""``log(1 − σ)`` between centroids, and the two tables over all pairs of candidates that Eq. 10 needs.
 
 Shape letters: C classes, G candidate subgroups per class, D features.
 """
@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 TILE = 1024
-"""Candidates along each side of the block of pairs that is looked at at a time: its values stay in the processor's cache."""
+"""Candidates along each side of a block of pairs that is computed at a time; its values stay in the processor's cache."""
 
 PAIRS = 2**14
-"""Close pairs whose difference is taken at a time."""
+"""Number of close pairs whose differences are computed at a time."""
 
 CLOSE = 1e-6
-"""Below this 1 − σ is taken from the difference of the vectors, because 1 minus a rounded cosine has lost its digits."""
+"""Below this value 1 − σ is computed from the difference of the vectors, as 1 minus a rounded cosine has too few digits."""
 
 
 def log_distance(u_ND: Tensor, v_MD: Tensor) -> Tensor:
-    """``log(1 − σ)`` between rows of unit vectors in float64, [N, M].
+    """``log(1 − σ)`` between rows of float64 unit vectors, [N, M].
 
-    Clamped above log 0: a candidate that equals its reference would score −∞ and hide all others.
+    1 − σ is clamped to a positive value: a candidate that equals its reference would otherwise score −∞ whatever its other
+    terms are.
     """
     distance = torch.addmm(u_ND.new_ones(1), u_ND, v_MD.T, alpha=-1)
     if distance.numel() and distance.min() < CLOSE:
@@ -32,11 +33,11 @@ def log_distance(u_ND: Tensor, v_MD: Tensor) -> Tensor:
 
 
 def pool_tables(c_CGD: Tensor, pairs_CGCG: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Of each candidate: ``mean log(1 − σ)`` to all candidates of the other classes, and the mean over the other classes of its
-    largest one. float64 [C, G] each; zero for C = 1, where there is no rival.
+    """Two values for each candidate: the mean of ``log(1 − σ)`` over all candidates of the other classes, and the mean over the
+    other classes of the largest value for any candidate of that class. float64 [C, G] each; zero for C = 1.
 
-    Each pair of blocks of classes is multiplied once and serves both sides: (CG)²·D/2 multiply-adds, memory for one block.
-    ``pairs_CGCG`` is filled with all of them, and with zero within a class, where the caller has room.
+    Each pair of blocks of classes is multiplied once and used for both blocks: (CG)²·D/2 multiply-adds, memory for one block.
+    ``pairs_CGCG``, if given, is filled with the values of all pairs, and with zero for pairs within a class.
     """
     C, G, _ = c_CGD.shape
     total, farthest = (c_CGD.new_zeros(C, G, dtype=torch.float64) for _ in range(2))
@@ -47,7 +48,7 @@ def pool_tables(c_CGD: Tensor, pairs_CGCG: Tensor | None = None) -> tuple[Tensor
             of_rows, of_columns = c_CGD[rows], c_CGD[columns]
             pairs = log_distance(of_rows.flatten(0, 1), of_columns.flatten(0, 1))
             pairs = pairs.reshape(len(of_rows), G, len(of_columns), G)
-            if rows == columns:  # a class is no rival of its own
+            if rows == columns:  # pairs within a class do not count
                 own = torch.arange(len(of_rows), device=pairs.device)
                 pairs[own, :, own, :] = 0
             total[rows] += pairs.sum(dim=(2, 3))

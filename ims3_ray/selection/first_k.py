@@ -1,14 +1,16 @@
-"""The first K images, as they come: generated ones are independent draws, and that is the baseline without selection."""
+"""The first K images: generated images are independent draws, so this is the baseline without selection."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ims3_ray.selection.base import ClassImages, Selector
+from ims3_ray.selection.base import ClassImages, ClassSelector
 
 
-class FirstK(Selector):
+class FirstK(ClassSelector):
+    name = "first"
+
     def images(self, images: ClassImages, k: int) -> Tensor:
         return torch.arange(k)
 

@@ -1,4 +1,4 @@
-"""Many selections by Eq. 10 from the same candidates: what they have in common is computed once.
+"""Many selections by Eq. 10 from the same candidates; computations that they share are done once.
 
 Shape letters: C classes, G candidate subgroups per class, D features.
 """
@@ -21,18 +21,18 @@ class Weighing:
     alpha: float
     beta: float
     groups: int
-    """G: the first so many candidates of each class take part."""
+    """G: only the first G candidates of each class take part."""
     coupling: Coupling = "pool"
 
     @property
     def share(self) -> float:
-        """``β / (α + β)``, all that matters of the two; 0.1 : 0.2 and 0.3 : 0.6 have the same."""
+        """``β / (α + β)``, on which alone the selection depends: α : β = 0.1 : 0.2 and 0.3 : 0.6 have the same share."""
         return round(self.beta / (self.alpha + self.beta), 12)
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """A selection, and the terms of Eq. 10 at it, as means over classes."""
+    """A selection and its terms of Eq. 10, as means over classes."""
 
     groups: tuple[int, ...]
     proximity: float
@@ -42,8 +42,8 @@ class Weighed:
 def select_grid(candidates_CGD: Tensor, references_CD: Tensor, weighings: Sequence[Weighing]) -> list[Weighed]:
     """The selection of each of ``weighings``, as :func:`ims3_ray.selection.select_subgroups` finds it.
 
-    The tables of Eq. 10 are made once for each G, and each ratio α : β is solved once for each G and coupling. Raises as
-    that function, and ``ValueError`` for more groups than there are.
+    The tables of Eq. 10 are made once for each G, and each ratio α : β is solved once for each G and coupling. Raises what
+    that function raises, and ``ValueError`` for more groups than there are candidates.
     """
     found: dict[tuple[int, float, str], Weighed] = {}
     tables: dict[int, tuple[Tensor, Tensor]] = {}
@@ -69,7 +69,7 @@ def select_grid(candidates_CGD: Tensor, references_CD: Tensor, weighings: Sequen
 
 
 def terms_of(candidates_CGD: Tensor, references_CD: Tensor, choices: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
-    """Mean proximity and repulsion (Eq. 10, all candidates of the other classes) of chosen groups, by one measure for all."""
+    """Mean proximity and repulsion of each choice of groups, always by Eq. 10 over all candidates of the other classes."""
     proximity, repulsion, _ = scored(candidates_CGD, references_CD)
     return [
         (proximity.gather(1, groups).mean().item(), repulsion.gather(1, groups).mean().item())
@@ -78,8 +78,8 @@ def terms_of(candidates_CGD: Tensor, references_CD: Tensor, choices: Sequence[Se
 
 
 def most_selections(weighings: Sequence[Weighing], classes: int) -> int:
-    """No grid over these can have more distinct outcomes: each G has at most one per ratio α : β and, where the coupling is
-    ``pool``, no more than C(G − 1) + 1 (:func:`ims3_ray.selection.path`)."""
+    """Upper bound on the number of distinct selections: each G and coupling has at most one for each ratio α : β and, where
+    the coupling is ``pool``, at most C(G − 1) + 1 (:func:`ims3_ray.selection.path`)."""
     ratios: dict[tuple[int, str], set[float]] = {}
     for w in weighings:
         ratios.setdefault((w.groups, w.coupling), set()).add(w.share)

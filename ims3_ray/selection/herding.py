@@ -1,18 +1,19 @@
-"""Herding (Welling 2009): images whose mean follows the mean of the real ones, each added where it closes the gap best."""
+"""Herding (Welling 2009): each image is chosen to bring the mean of the chosen images closest to that of the real images."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ims3_ray.selection.base import ClassImages, Selector
+from ims3_ray.selection.base import ClassImages, ClassSelector
 
 
-class Herding(Selector):
+class Herding(ClassSelector):
+    name = "herding"
     needs = frozenset({"features", "references"})
 
     def images(self, images: ClassImages, k: int) -> Tensor:
-        """Step n adds ``argmin_x ‖(n+1)·μ − Σ_{s∈S} φ(s) − φ(x)‖`` over the images that are left."""
+        """Step n = 0, 1, … adds ``argmin_x ‖(n+1)·μ − Σ_{s∈S} φ(s) − φ(x)‖`` over the images not yet chosen."""
         features_ND, mean_D = images.features_ND, images.references_MD.mean(dim=0)
         chosen: list[int] = []
         owed_D = torch.zeros_like(mean_D)
@@ -26,5 +27,5 @@ class Herding(Selector):
         return torch.tensor(chosen)
 
     def cost(self, images: ClassImages, sets_SK: Tensor) -> Tensor:
-        """Distance between the means."""
+        """The distance between the mean of a set and the mean of the real images."""
         return (images.features_ND[sets_SK].mean(dim=1) - images.references_MD.mean(dim=0)).norm(dim=1)

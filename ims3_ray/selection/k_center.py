@@ -1,19 +1,20 @@
-"""k-center (Sener & Savarese 2018): images such that none of the others is far from all of them."""
+"""k-center (Sener & Savarese 2018): images chosen such that every other image is close to one of them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ims3_ray.selection.base import ClassImages, Selector
+from ims3_ray.selection.base import ClassImages, ClassSelector
 
 
-class KCenter(Selector):
+class KCenter(ClassSelector):
+    name = "k_center"
     needs = frozenset({"features"})
 
     def images(self, images: ClassImages, k: int) -> Tensor:
-        """Greedy, within twice the optimal radius: the image nearest to the mean, then each time the one farthest from all
-        chosen."""
+        """Greedy choice: the image nearest to the mean, then repeatedly the one farthest from all chosen ones. Its radius is at
+        most twice the optimal one."""
         features_ND = images.features_ND
         chosen = [int((features_ND - features_ND.mean(dim=0)).norm(dim=1).argmin())]
         nearest_N = (features_ND - features_ND[chosen[0]]).norm(dim=1)
@@ -25,6 +26,6 @@ class KCenter(Selector):
         return torch.tensor(chosen)
 
     def cost(self, images: ClassImages, sets_SK: Tensor) -> Tensor:
-        """The radius: how far the image is that is farthest from its nearest chosen one."""
+        """The radius of a set: the largest distance of any image from the nearest image of the set."""
         distance_NN = torch.cdist(images.features_ND, images.features_ND)
         return torch.stack([distance_NN[:, chosen].amin(dim=1).amax() for chosen in sets_SK])

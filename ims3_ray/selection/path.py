@@ -1,4 +1,4 @@
-"""Every selection that Eq. 10 can give, over all weights α : β.
+"""Every selection that Eq. 10 yields for some ratio of weights α : β.
 
 Shape letters: C classes, G candidate subgroups per class, D features, M selections.
 """
@@ -18,25 +18,26 @@ class SelectionPath:
     """Selection m is optimal where the share ``β / (α + β)`` lies between ``shares[m]`` and ``shares[m + 1]``."""
 
     shares: Tensor
-    """float64 [M + 1], rising from 0 (nearness alone) to 1 (distance from the other classes alone)."""
+    """float64 [M + 1], increasing from 0 (proximity alone) to 1 (repulsion from the other classes alone)."""
     groups: Tensor
-    """int64 [M, C]. Neighbours differ in at least one class."""
+    """Chosen subgroups, int64 [M, C]. Consecutive selections differ in at least one class."""
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def at(self, alpha: float, beta: float) -> Tensor:
-        """The selection for these weights, [C]; where two meet, either is optimal."""
+        """The selection for these weights, [C]; on the border of two selections both are optimal."""
         share = torch.tensor(beta / (alpha + beta), dtype=torch.float64)
         return self.groups[min(int(torch.searchsorted(self.shares[1:], share)), len(self) - 1)]
 
 
 def path(candidates_CGD: Tensor, references_CD: Tensor) -> SelectionPath:
-    """Exact for ``coupling="pool"``: a candidate's score is a line in the share w = β / (α + β), (1 − w)·proximity −
-    w·repulsion, and a class selects along the lower envelope of its G lines, of which at most G − 1 points are breaks.
+    """All selections of ``coupling="pool"``, found exactly: with the share w = β / (α + β) a candidate's score is the line
+    (1 − w)·proximity − w·repulsion, and a class selects along the lower envelope of its G lines, which has at most G − 1
+    breakpoints.
 
-    A sweep over α and β has no more than these outcomes, Σ breaks + 1 ≤ C(G − 1) + 1. Raises as
-    :func:`ims3_ray.selection.select_subgroups`.
+    A sweep over α and β has no more than these outcomes: the number of breakpoints + 1 ≤ C(G − 1) + 1. Raises what
+    :func:`ims3_ray.selection.select_subgroups` raises.
     """
     proximity_CG, repulsion_CG, _ = scored(candidates_CGD, references_CD)
     breaks: list[tuple[float, int, int]] = []
@@ -56,7 +57,7 @@ def path(candidates_CGD: Tensor, references_CD: Tensor) -> SelectionPath:
 
 
 def _lower_envelope(start_G: Tensor, fall_G: Tensor) -> list[tuple[float, int]]:
-    """(share from which it is lowest, line) of the lines ``start − share·fall`` that are lowest somewhere in [0, 1)."""
+    """(share from which it is lowest, index) of each line ``start − share·fall`` that is lowest somewhere in [0, 1)."""
     group = min(range(len(start_G)), key=lambda g: (start_G[g].item(), -fall_G[g].item(), g))
     found = [(0.0, group)]
     while True:

@@ -1,14 +1,15 @@
-"""K images at random: the baseline of real images."""
+"""K images chosen at random: the usual baseline for real images."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ims3_ray.selection.base import ClassImages, Selector
+from ims3_ray.selection.base import ClassImages, ClassSelector
 
 
-class RandomK(Selector):
+class RandomK(ClassSelector):
+    name = "random"
     draws = True
 
     def images(self, images: ClassImages, k: int) -> Tensor:

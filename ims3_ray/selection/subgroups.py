@@ -1,44 +1,21 @@
-"""Selective Subgroup Sampling: one candidate subgroup per class by Eq. 10.
+"""Selective Subgroup Sampling: the choice of one candidate subgroup per class by Eq. 10.
 
 Shape letters: C classes, G candidate subgroups per class, D features.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ims3_ray.selection.coupled import descend, room_for_pairs
+from ims3_ray.selection.base import SubgroupSelection
+from ims3_ray.selection.coupled import buffer_for_pairs, descend
 from ims3_ray.selection.distances import log_distance, pool_tables
 
 Coupling = Literal["pool", "selected"]
-
-
-@dataclass(frozen=True)
-class SubgroupSelection:
-    """The chosen subgroups and what the objective says of every candidate."""
-
-    groups: Tensor
-    """Index of the chosen subgroup of each class, int64 [C]."""
-    objective: float
-    """Eq. 10 at the choice (minimised)."""
-    lower_bound: float
-    """No choice scores below this. Equals ``objective`` for ``coupling="pool"``, whose optimum is exact."""
-    proximity_CG: Tensor
-    """``log(1 − σ(c_ig, r_i))`` of each candidate, float64; low is close to the real centroid."""
-    repulsion_CG: Tensor
-    """Mean ``log(1 − σ(c_ig, c_jh))`` over the rivals j ≠ i that the coupling names, float64; high is far from them."""
-    score_CG: Tensor
-    """``α·proximity − β·repulsion``: the candidate's part of the objective."""
-
-    @property
-    def gap(self) -> float:
-        """Zero for a proven optimum."""
-        return self.objective - self.lower_bound
 
 
 def centroid(features_ND: Tensor) -> Tensor:
@@ -53,8 +30,8 @@ def select_subgroups(
 
     ``coupling="pool"`` is Eq. 10 as printed. Its second sum runs over all candidates of the other classes, so the objective
     separates and the exact optimum is one argmin per class (ties: lowest index). ``coupling="selected"`` sums over the
-    selected subgroups of the other classes, normalised by C−1: coordinate descent from the separable optimum and random
-    starts; ``gap`` says how much better the best choice can be at most. Inputs need not be normalised. Raises ``ValueError``
+    selected subgroups of the other classes, normalised by C−1. It is solved by coordinate descent from the separable optimum
+    and random starts; ``gap`` bounds how much better the optimum can be. Inputs need not be normalised. Raises ``ValueError``
     for shapes that do not match, values that are not finite, or weights that are negative or both zero.
     """
     if not (alpha >= 0 and beta >= 0 and alpha + beta > 0):
@@ -63,27 +40,27 @@ def select_subgroups(
         raise ValueError(f"coupling must be 'pool' or 'selected', not {coupling!r}")
     coupled = coupling == "selected" and len(candidates_CGD) > 1 and beta > 0
     C, G = candidates_CGD.shape[:2]
-    pairs = room_for_pairs(C, G, candidates_CGD.device) if coupled else None
+    pairs = buffer_for_pairs(C, G, candidates_CGD.device) if coupled else None
     proximity, repulsion, farthest = scored(candidates_CGD, references_CD, pairs)
     score = alpha * proximity - beta * repulsion
     groups = score.argmin(dim=1)
     best = score.gather(1, groups[:, None]).sum().item()
     if not coupled:
         return SubgroupSelection(groups, best, best, proximity, repulsion, score)
-    total = alpha + beta  # only their ratio matters, and to the descent's tolerance too
+    total = alpha + beta  # scaled to sum to 1: the descent's tolerance is absolute, and only the ratio may matter
     c = normalize(candidates_CGD.double(), dim=-1)
     groups, repulsion = descend(c, pairs, alpha / total * proximity, beta / total, groups)
     score = alpha * proximity - beta * repulsion
     objective = score.gather(1, groups[:, None]).sum().item()
-    # Every class granted the rivals that suit it best: no choice of one subgroup per class can do better.
+    # Each class is given its best subgroup and, of each other class, the farthest candidate: no choice can score below this.
     bound = (alpha * proximity - beta * farthest).min(dim=1).values.sum().item()
     return SubgroupSelection(groups, objective, bound, proximity, repulsion, score)
 
 
 def scored(candidates_CGD: Tensor, references_CD: Tensor, pairs_CGCG: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The tables of Eq. 10, float64 [C, G] each: nearness to the reference, repulsion from all candidates of the other
-    classes, and from the farthest of each. ``pairs_CGCG`` as in :func:`pool_tables`. Raises ``ValueError`` for shapes that do
-    not match and for vectors that have no direction.
+    """The tables of Eq. 10, float64 [C, G] each: proximity to the reference, repulsion from all candidates of the other
+    classes, and repulsion from the farthest candidate of each. ``pairs_CGCG`` is as in :func:`pool_tables`. Raises
+    ``ValueError`` for shapes that do not match, for values that are not finite and for zero vectors.
     """
     _check(candidates_CGD, references_CD)
     c, r = normalize(candidates_CGD.double(), dim=-1), normalize(references_CD.double(), dim=-1)

@@ -1,1 +1,1 @@
-"""The Ray layer: schedules, stores and retries; holds no formula."""
+"""The stages of a plan: they schedule work on Ray, store its results and retry failures, and contain no formulas."""

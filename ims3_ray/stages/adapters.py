@@ -1,4 +1,4 @@
-"""What fine-tuning leaves per class group, and the generator with the adapter of a class's group merged."""
+"""What fine-tuning stores for each class group, and the generator with the adapter of a class's group merged into it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load
+from torch import nn
 
-from ims3_ray.artifacts import Artifact, Storage
-from ims3_ray.models.difffit import merge_adapter
-from ims3_ray.models.dit import DiT
-from ims3_ray.models.generator import load_generator
-from ims3_ray.stages.base import Stage, commit_units
-from ims3_ray.tracking import slug
+from ims3_ray.diffusion.prediction import Predictor
+from ims3_ray.engine.shards import commit_units
+from ims3_ray.engine.stage import Stage
+from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.models.generator import open_generator
+from ims3_ray.models.generators.base import Generator
 
 
 def group_unit(group: int) -> str:
@@ -24,23 +25,17 @@ def group_unit(group: int) -> str:
 
 
 def group_checkpoints(group: int) -> str:
-    """Folder of the artifact in which a class group's checkpoints lie until it is committed."""
+    """Folder of the artifact that holds a class group's checkpoints until the group is committed."""
     return f"train-{group}"
-
-
-def series(stage: Stage, group: int, several: bool) -> str:
-    """What goes before the names of a group's losses, where there are several groups or fine-tunings."""
-    name = slug(stage.title) if several else ""
-    return "".join(f"{part}/" for part in (name, group_unit(group) if len(stage.units) > 1 else "") if part)
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """The committed groups of a fine-tuning: ``adapter-G.safetensors`` and ``losses-G.json`` each."""
+    """The committed groups of a fine-tuning. Group G has the files ``adapter-G.safetensors`` and ``losses-G.json``."""
 
     artifact: Artifact
     groups: list[list[int]]
-    """Labels of each group's classes."""
+    """The generator's labels of the classes in each group."""
 
     @classmethod
     def of(cls, finetune: Stage, storage: Storage) -> Adapters:
@@ -50,42 +45,56 @@ class Adapters:
         return next(number for number, labels in enumerate(self.groups) if label in labels)
 
     def losses(self, group: int) -> list[dict[str, float]]:
-        """The rows of all steps."""
+        """The losses of a group, one row per step."""
         rows: list[dict[str, float]] = json.loads(self.artifact.read(f"losses-{group}.json"))
         return rows
 
     def commit(self, group: int, outcome: dict[str, Any], images: int, seconds: float) -> None:
-        """Write what :func:`ims3_ray.stages.finetune.finetune_loop` returned; then its checkpoints are not needed."""
+        """Write what :func:`~ims3_ray.stages.finetune_worker.finetune_loop` returned, commit the group and delete its
+        checkpoints."""
         digest = self.artifact.write(f"adapter-{group}.safetensors", outcome["adapter"])
         self.artifact.write(f"losses-{group}.json", json.dumps(outcome["history"]).encode())
         commit_units(self.artifact, {group_unit(group): {"sha256": digest, "images": images}}, seconds)
         self.artifact.storage.delete(f"{self.artifact.folder}/{group_checkpoints(group)}")
 
-    def merge(self, group: int, model: DiT) -> None:
-        """Merge a group's adapter into the pretrained ``model``."""
-        merge_adapter(model, load(self.artifact.read(f"adapter-{group}.safetensors")))
+    def merge(self, group: int, generator: Generator, network: nn.Module) -> None:
+        """Merge a group's adapter into the pretrained ``network``."""
+        generator.merge(network, load(self.artifact.read(f"adapter-{group}.safetensors")))
 
 
 class GroupModels:
-    """The pretrained generator, or the fine-tuned one of a class's group. Holds one at a time: classes come in order."""
+    """Loads the network of a class: the pretrained generator, or the one fine-tuned for the class's group.
+
+    It keeps one network at a time, since classes are asked for in order.
+    """
 
     def __init__(
         self, weights: Path, adapters: Adapters | None, device: str, dtype: torch.dtype = torch.float32, compiled: bool = False
     ) -> None:
-        self.weights, self.adapters, self.device = weights, adapters, device
+        self.generator, self.adapters, self.device = open_generator(weights), adapters, device
         self.dtype, self.compiled = dtype, compiled
-        self.held: tuple[int | None, DiT] | None = None
+        self.held: tuple[int | None, nn.Module] | None = None
 
-    def of_class(self, label: int) -> DiT:
+    def of_class(self, label: int) -> nn.Module:
+        """The network of a class."""
         group = self.adapters.group_of(label) if self.adapters else None
         if self.held is None or self.held[0] != group:
-            self.held = None  # its memory goes before the next one comes
-            model = load_generator(self.weights)
+            self.held = None  # frees its memory before the next network is loaded
+            network = self.generator.load()
             if self.adapters and group is not None:
-                self.adapters.merge(group, model)
-            model.to(self.device, self.dtype)
+                self.adapters.merge(group, self.generator, network)
+            network.to(self.device, self.dtype)
             if self.compiled:
-                for block in model.blocks:
+                for block in self.generator.repeated(network):
                     block.compile(dynamic=False)
-            self.held = (group, model)
+            self.held = (group, network)
         return self.held[1]
+
+    def predictor(
+        self, label: int, count: int = 1, cfg_scale: float = 1.0, cfg_channels: int | None = None,
+        *, cfg_interval: tuple[float, float] = (0.0, 1.0), variance: bool = False,
+    ) -> Predictor:  # fmt: skip
+        """The predictor of ε of a class, as :meth:`ims3_ray.models.generators.base.Generator.predictor` describes it."""
+        return self.generator.predictor(
+            self.of_class(label), label, count, cfg_scale, cfg_channels, cfg_interval=cfg_interval, variance=variance
+        )

@@ -1,63 +1,149 @@
-"""Evaluation as parallel Ray tasks, one per (set of images, protocol, student, seed)."""
+"""Evaluation: students are trained on a set and tested on the real test split, in one Ray task per student and seed."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ims3_ray.artifacts import Artifact
-from ims3_ray.cluster import own_device, placed, results
-from ims3_ray.config import ProtocolConfig, reserved
-from ims3_ray.errors import IncompletePool
-from ims3_ray.evaluation import Labelled, Teacher, train_student
-from ims3_ray.models.encoder import Encoder, class_positions, load_encoder
+from ims3_ray import plugins
+from ims3_ray.cluster.capacity import wait_for_capacity
+from ims3_ray.cluster.joining import own_device, placed, results
+from ims3_ray.config import ProtocolConfig, WorkConfig, differing, reserved
+from ims3_ray.config.evaluation import for_ipc
+from ims3_ray.engine.planner import Planner
+from ims3_ray.engine.sets import HeldOutSplit, RealSplit, read_set
+from ims3_ray.engine.shards import commit_units, note, pack_tensors, read_many
+from ims3_ray.engine.stage import Context, Stage, Worker
+from ims3_ray.engine.weights import Weights
+from ims3_ray.errors import IncompletePool, UserError
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.models.students import forward_flops, student_builder
 from ims3_ray.progress import Progress
-from ims3_ray.room import wait_for_room
-from ims3_ray.stages.base import Context, Stage, commit_units, pack_tensors, read_many
-from ims3_ray.stages.sets import Split, note, read_set
-from ims3_ray.stages.weights import Weights
+from ims3_ray.stages.encode import Encode
+from ims3_ray.stages.held_out import HoldOut
+from ims3_ray.stages.teacher import TeacherInput, load_teacher, plan_teacher, teacher_of
+from ims3_ray.training.students import Labelled, LabelledSet, train_student
 
-TEACHER_SHARD = "teacher.safetensors"
+
+@dataclass(eq=False)
+class Evaluate(Stage):
+    """Trains and tests students. Each student seed is a unit: its accuracies are in the manifest, its confusion matrix in
+    the shard."""
+
+    name, version, settings, of_arm, runs_last, counted = "evaluate", 3, ProtocolConfig, True, True, "evaluations"
+
+    @classmethod
+    def plan(cls, planner: Planner, title: str, images: Stage, ipc: int, row: str) -> Evaluate:
+        """Plan the students of one row of the table (``PROTOCOL/STUDENT``) on the set ``images``, which has ``ipc`` images per
+        class."""
+        config, data, names = planner.work.evaluation, planner.work.data, planner.classes.names
+        protocol_name, student = config.rows[row]
+        protocol = config.protocols[protocol_name]
+        check_protocol(planner, protocol_name, protocol)
+        inputs: dict[str, Stage] = {"set": images, "test": Encode.plan(planner, "test", data)}
+        if config.val_per_class:
+            inputs["val"] = HoldOut.plan(planner)
+        teacher = plan_teacher(planner) if protocol.labels == "soft" else TeacherInput()
+        params: dict[str, Any] = {
+            "protocol": differing(protocol, without=("students",)), "student": student,
+            "classes": list(names),  # the key of a set depends on its images, not on the names of its classes
+            **teacher.params, **plugins.hashes(student_builder(student)),
+        }  # fmt: skip
+        size, classes = protocol.size or data.size, len(names)
+        tested = inputs["test"].images + classes * config.val_per_class
+        trained = for_ipc(protocol.epochs, ipc) * ipc * classes
+        flops = evaluation_flops(protocol, student, data.channels, size, classes, trained, tested)
+        return planner.add(
+            cls(
+                f"evaluate ({title}; {row})", params, {**inputs, **teacher.inputs},
+                units=tuple(f"seed-{seed}" for seed in config.seeds), images=ipc * classes * len(config.seeds),
+                flops=flops * len(config.seeds), label=row, weights=teacher.weights,
+            )
+        )  # fmt: skip
+
+    @property
+    def batch(self) -> Hashable:
+        return "students"
+
+    def worker(self, config: WorkConfig) -> Worker:
+        return Worker("evaluate", config.evaluation.cpus_per_task, config.evaluation.gpus_per_task)
+
+    def run(self, context: Context) -> None:
+        self.run_all(context, [self])
+
+    @classmethod
+    def run_all(cls, context: Context, stages: Sequence[Evaluate]) -> None:
+        train_students(context, stages)
+
+
+def plan_rows(planner: Planner, title: str, images: Stage, ipc: int) -> dict[str, Evaluate]:
+    """Row of the table → the stage that trains its students on a set."""
+    return {row: Evaluate.plan(planner, title, images, ipc, row) for row in planner.work.evaluation.rows}
+
+
+def check_protocol(planner: Planner, name: str, protocol: ProtocolConfig) -> None:
+    """Raises :class:`UserError` for a protocol that does not fit the images."""
+    where, data = f"evaluation.protocols.{name}", planner.work.data
+    if data.channels != 3 and (protocol.normalise == "imagenet" or protocol.augment.lighting):
+        what = "normalise=imagenet" if protocol.normalise == "imagenet" else f"augment.lighting={protocol.augment.lighting:g}"
+        raise UserError(f"{where}.{what} is for colour images, but data.channels={data.channels}; set it otherwise")
+    for student in protocol.students:
+        student_builder(student)
+        try:
+            evaluation_flops(protocol, student, data.channels, protocol.size or data.size, len(planner.classes.names), 0, 0)
+        except (ValueError, RuntimeError, AssertionError) as error:  # raised by networks for images that are too small
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{where}.students: {student} cannot take these images ({reason}); choose another") from error
+
+
+def evaluation_flops(
+    protocol: ProtocolConfig, student: str, channels: int, size: int, classes: int, trained: int, tested: int
+) -> float:
+    """Floating-point operations of one student: three forward passes per training image and epoch (``trained`` counts all
+    epochs), and one per test image and validation. Those of a teacher are not included."""
+    forward = forward_flops(student, channels, size, classes, protocol.norm, protocol.width)
+    return forward * (3 * trained + protocol.validations * tested)
 
 
 @dataclass(frozen=True)
-class Exam:
+class Task:
     """What a task needs to train and test students of one set."""
 
     protocol: ProtocolConfig
     images: Artifact
-    test: Split
-    val: Split | None
+    test: RealSplit
+    val: HeldOutSplit | None
     teacher: Weights | Artifact | None
-    """Given weights, or what :mod:`ims3_ray.stages.teacher` left."""
+    """Given weights, or the artifact of :mod:`ims3_ray.stages.teacher`; None if the protocol needs no teacher."""
     class_names: tuple[str, ...]
     threads: int
 
 
-def sit(exam: Exam, seed: int, found: Artifact) -> dict[str, Any]:
-    """Train one student and test it; its accuracies, which lie in ``found`` too, beside its confusion matrix.
+def train_and_test(task: Task, seed: int, found: Artifact) -> dict[str, Any]:
+    """Train one student, test it and return its accuracies, which are stored in ``found`` too, with its confusion matrix.
 
-    A training that was interrupted goes on from its last state.
+    An interrupted training continues from its last saved state. Raises :class:`UserError` for a set without the soft labels
+    that the protocol asks for.
     """
-    torch.set_num_threads(exam.threads)
-    began, device, train = time.monotonic(), own_device(), read_set(exam.images)
-    val = held_out(exam.val.read(), train) if exam.val else None
-    classes, unit = len(exam.class_names), unit_of(seed)
+    torch.set_num_threads(task.threads)
+    began, device, train = time.monotonic(), own_device(), read_set(task.images)
+    if task.protocol.labels == "stored" and train.logits is None:
+        raise UserError("labels: stored needs a set with soft labels; this one has none (arms.NAME.labels=soft stores them)")
+    val = held_out(task.val.read(), train) if task.val else None
+    classes, unit = len(task.class_names), unit_of(seed)
     state = f"{unit}.state"
     _, accuracy = train_student(
-        exam.protocol.students[0], train, exam.test.read(), classes, exam.protocol, seed, device=device, val=val,
-        teacher=teacher_of(exam, device) if exam.protocol.labels == "soft" else None,
+        task.protocol.students[0], train, task.test.read(), classes, task.protocol, seed, device=device, val=val,
+        teacher=load_teacher(task.teacher, task.class_names, device) if task.teacher is not None else None,
         resume=found.read(state) if state in found.shards() else None, save=partial(found.write, state),
     )  # fmt: skip
     plain = asdict(replace(accuracy, confusion=torch.empty(0)))
@@ -70,64 +156,46 @@ def sit(exam: Exam, seed: int, found: Artifact) -> dict[str, Any]:
     return outcome
 
 
-def held_out(val: Labelled, train: Labelled) -> Labelled:
+def held_out(val: Labelled, train: LabelledSet | Labelled) -> Labelled:
     """``val`` without the images that are in the set itself."""
     known = {image.numpy().tobytes() for image in train[0]}
     kept = torch.tensor([image.numpy().tobytes() not in known for image in val[0]])
     return val[0][kept], val[1][kept]
 
 
-def teacher_of(exam: Exam, device: str) -> Teacher:
-    """The teacher on a device, asked for the classes of the set in their order."""
-    if isinstance(exam.teacher, Artifact):
-        encoder, positions = read_teacher(exam.teacher), list(range(len(exam.class_names)))
-    else:
-        assert exam.teacher is not None
-        path = exam.teacher.path()
-        encoder, positions = load_encoder(path), class_positions(path, exam.class_names, "evaluation.teacher.weights")
-    encoder = encoder.to(device)
-    order = torch.tensor(positions, device=device)
-    return lambda images: encoder.logits(2 * images - 1)[:, order]
-
-
-def read_teacher(teacher: Artifact) -> Encoder:
-    """The network that the teacher's stage has written."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, TEACHER_SHARD)
-        path.write_bytes(teacher.read(TEACHER_SHARD))
-        return load_encoder(path)
-
-
 def unit_of(seed: int) -> str:
+    """Name of the unit of a student's seed."""
     return f"seed-{seed}"
 
 
-def run_all(context: Context, stages: Sequence[Stage], at_once: int | None = None) -> None:
-    """Train every missing (stage, seed), all at once or so many at a time. Each student is stored when it is finished,
-    whatever becomes of the driver; one that fails on every attempt stops no other and is named in the end by
-    :class:`IncompletePool`."""
+def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
+    """Train the student of every missing (stage, seed), all at once or ``context.most_tasks`` at a time.
+
+    Each task stores its own results, so the students that have finished are kept if the driver dies. A student that fails on
+    every attempt does not stop the others; :class:`IncompletePool` is raised at the end.
+    """
     config, cluster, storage = context.config.evaluation, context.config.cluster, context.storage
     options = {"num_cpus": config.cpus_per_task, "num_gpus": config.gpus_per_task, **placed(cluster, "evaluate")}
-    task = ray.remote(sit).options(max_retries=3, **options)
-    waiting: list[tuple[Stage, Exam, Artifact, int]] = []
+    remote = ray.remote(train_and_test).options(max_retries=3, **options)
+    waiting: list[tuple[Evaluate, Task, Artifact, int]] = []
     for stage in {stage.key(storage): stage for stage in stages}.values():
-        exam, artifact, missing = _exam(context, stage), stage.artifact(storage), stage.missing(storage)
+        task, artifact, missing = _task(context, stage), stage.artifact(storage), stage.missing(storage)
         noted = [unit for unit in missing if f"{unit}.json" in artifact.shards()]
-        if noted:  # an interrupted run has not committed them
+        if noted:  # finished, but not committed, by a run that was interrupted
             outcomes = {unit: json.loads(shard) for unit, shard in read_many(artifact, noted, "json")}
             commit_units(artifact, outcomes, sum(outcome["seconds"] for outcome in outcomes.values()))
         left = set(missing) - set(noted)
-        waiting += [(stage, exam, artifact, seed) for seed in config.seeds if unit_of(seed) in left]
-    running: dict[Any, tuple[Stage, Artifact, str]] = {}
+        waiting += [(stage, task, artifact, seed) for seed in config.seeds if unit_of(seed) in left]
+    running: dict[Any, tuple[Evaluate, Artifact, str]] = {}
     failed: list[str] = []
     student = reserved(config.cpus_per_task, config.gpus_per_task)
-    presence = wait_for_room(cluster, "evaluate", "evaluate", [student] if waiting else [])
+    watch = wait_for_capacity(cluster, "evaluate", "evaluate", [student] if waiting else [])
     with Progress("evaluate", len(waiting), "students") as progress:
         while running or waiting:
-            while waiting and (at_once is None or len(running) < at_once):
-                stage, exam, artifact, seed = waiting.pop(0)
-                running[task.remote(exam, seed, artifact)] = (stage, artifact, unit_of(seed))
-            ref = presence.first_done(list(running))
+            while waiting and (context.most_tasks is None or len(running) < context.most_tasks):
+                stage, task, artifact, seed = waiting.pop(0)
+                running[remote.remote(task, seed, artifact)] = (stage, artifact, unit_of(seed))
+            ref = watch.first_done(list(running))
             stage, artifact, unit = running.pop(ref)
             try:
                 outcome = results(ref)
@@ -141,17 +209,17 @@ def run_all(context: Context, stages: Sequence[Stage], at_once: int | None = Non
         raise IncompletePool(f"{len(failed)} students failed every attempt, e.g. {failed[0]}; the same command tries again")
 
 
-def _exam(context: Context, stage: Stage) -> Exam:
+def _task(context: Context, stage: Evaluate) -> Task:
     storage, val = context.storage, stage.inputs.get("val")
     protocol = ProtocolConfig.model_validate({**stage.params["protocol"], "students": [stage.params["student"]]})
-    teacher = stage.inputs["teacher"].artifact(storage) if "teacher" in stage.inputs else stage.weights.get("teacher")
-    return Exam(
-        protocol, stage.inputs["set"].artifact(storage), Split.of(context, stage.inputs["test"]),
-        Split(val.artifact(storage), tuple((unit,) for unit in val.units)) if val else None, teacher, context.classes.names,
+    return Task(
+        protocol, stage.inputs["set"].artifact(storage), RealSplit.of(cast(Encode, stage.inputs["test"]), storage),
+        HeldOutSplit.of(val.artifact(storage), context.classes) if val else None,
+        teacher_of(stage, context) if protocol.labels == "soft" else None, context.classes.names,
         context.config.evaluation.threads_per_task,
     )  # fmt: skip
 
 
 def confusion(artifact: Artifact, units: Sequence[str]) -> Tensor:
-    """int64 [C, C], the sum over some students of a row (see :class:`ims3_ray.evaluation.Accuracy`)."""
+    """Confusion matrix int64 [C, C], summed over some students of a row (see :class:`ims3_ray.training.students.Accuracy`)."""
     return torch.stack([load(artifact.read(f"{unit}.safetensors"))["confusion"] for unit in units]).sum(dim=0)

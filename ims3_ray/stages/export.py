@@ -1,38 +1,55 @@
-"""Export: the chosen images as Parquet in the Hub's layout."""
+"""Export of a set as a Parquet file in the layout of the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import io
 import time
+from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 
-from ims3_ray.artifacts import Artifact
+from ims3_ray.config import RunConfig
 from ims3_ray.data.classes import folder_names
-from ims3_ray.data.hub import encode_png, image_table, parquet_bytes
 from ims3_ray.data.transforms import to_pil
-from ims3_ray.stages.base import Context, Stage, commit_units
-from ims3_ray.stages.sets import read_set
+from ims3_ray.engine.planner import PNG_SHARE, Planner, pixel_bytes
+from ims3_ray.engine.sets import EXTRAS, read_set
+from ims3_ray.engine.shards import commit_units
+from ims3_ray.engine.stage import Context, Stage
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
 
 PARQUET = "train-00000-of-00001.parquet"
 
 
-def run(context: Context, stage: Stage) -> None:
-    """Commit the distilled set as one Parquet shard."""
-    began = time.monotonic()
-    pixels, labels = read_set(stage.inputs["select"].artifact(context.storage))
-    names, k = context.classes.names, stage.run.selection.images_per_class
-    rows = []
-    folders = folder_names(names)
-    for position, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
-        rows.append((encode_png(to_pil(image)), f"{folders[label]}/{position % k:05d}.png", label))
-    artifact = stage.artifact(context.storage)
-    digest = artifact.write(PARQUET, parquet_bytes(image_table(rows, names)))
-    commit_units(artifact, {"result": {"sha256": digest, "images": len(rows)}}, time.monotonic() - began)
+@dataclass(eq=False)
+class Export(Stage):
+    """Exports a set. The only shard is the file :data:`PARQUET`."""
+
+    name, of_arm = "export", True
+
+    @classmethod
+    def plan(cls, planner: Planner, images: Stage, config: RunConfig, label: str) -> Export:
+        """Plan the export of the set ``images`` of the arm ``label``."""
+        params, stored = {"classes": list(planner.classes.names)}, 2 * PNG_SHARE * pixel_bytes(images.images, config)
+        return planner.add(
+            cls("export", params, {"select": images}, images=images.images, label=label, config=config, stored=stored)
+        )  # fmt: skip
+
+    def run(self, context: Context) -> None:
+        began, names = time.monotonic(), context.classes.names
+        found = read_set(self.inputs["select"].artifact(context.storage))
+        rows, k = [], self.run_config.selection.images_per_class
+        folders = folder_names(names)
+        for position, (image, label) in enumerate(zip(found.pixels, found.labels.tolist(), strict=True)):
+            rows.append((encode_png(to_pil(image)), f"{folders[label]}/{position % k:05d}.png", label))
+        more = {name: tensor.float().numpy() for name in EXTRAS if (tensor := getattr(found, name)) is not None}
+        artifact = self.artifact(context.storage)
+        digest = artifact.write(PARQUET, parquet_bytes(image_table(rows, names, more)))
+        commit_units(artifact, {"result": {"sha256": digest, "images": len(rows)}}, time.monotonic() - began)
 
 
 def unpack(context: Context, artifact: Artifact, folder: str) -> None:
-    """Lay the exported set out in ``folder`` of the storage: ``data/*.parquet`` and one image folder per class."""
+    """Write the exported set to ``folder`` of the storage, as ``data/*.parquet`` and as one folder of images per class."""
     parquet = artifact.read(PARQUET)
     for row in pq.read_table(io.BytesIO(parquet)).column("image").to_pylist():
         context.storage.write(f"{folder}/images/{row['path']}", row["bytes"])

@@ -1,161 +1,135 @@
-"""Fine-tuning on Ray Train: groups of classes side by side, each a worker group of its own with its own adapter."""
+"""Fine-tuning on Ray Train: groups of classes are trained in parallel, each by its own worker group with its own adapter."""
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
 import ray.train
-import torch
-from ray.train import Checkpoint, CheckpointUploadMode
 
-from ims3_ray.artifacts import Artifact, Storage
-from ims3_ray.cluster import here
-from ims3_ray.config import ClusterConfig, FinetuneConfig, TrainerConfig, canonical
-from ims3_ray.cost import finetune_flops
-from ims3_ray.data.batches import batch_indices
-from ims3_ray.data.clean_images import CleanImages
+from ims3_ray import plugins
+from ims3_ray.cluster.capacity import Bundle, Request, holds, wait_for_capacity
+from ims3_ray.cluster.joining import here
+from ims3_ray.config import ClusterConfig, FinetuneConfig, RunConfig, TrainerConfig, WorkConfig, canonical, differing
+from ims3_ray.data.classes import class_groups
 from ims3_ray.data.sources import open_source
+from ims3_ray.engine.planner import Planner
+from ims3_ray.engine.shards import parse_unit
+from ims3_ray.engine.stage import Context, Stage, Worker
+from ims3_ray.engine.train import fit
 from ims3_ray.errors import UserError
-from ims3_ray.models.generator import load_generator
+from ims3_ray.io.artifacts import Storage
 from ims3_ray.progress import Progress
-from ims3_ray.room import Bundle, Request, holds, wait_for_room
-from ims3_ray.seeds import generator_for, seed_for
-from ims3_ray.speed import matmul_rate
-from ims3_ray.stages.adapters import Adapters, group_checkpoints, group_unit, series
-from ims3_ray.stages.base import Context, Stage, parse_unit, read_class
-from ims3_ray.stages.derived import read_latents
-from ims3_ray.stages.train import fit
-from ims3_ray.stages.zero import ZeroEngine
-from ims3_ray.training.finetuning import Finetuner, Row
+from ims3_ray.stages.adapters import Adapters, group_checkpoints, group_unit
+from ims3_ray.stages.encode import Encode
+from ims3_ray.stages.finetune_worker import LossBoard, finetune_loop
+from ims3_ray.stages.latents import EncodeLatents
+from ims3_ray.tracking import slug
+from ims3_ray.training.finetuning import Row, finetune_flops
 
-POST_EVERY = 5
+PLACES_AND_SPEED = ("trainer", "checkpoint_every", "activation_checkpointing", "accumulate", "zero_stage", "compile")
+"""Settings that determine where, how safely and how fast a fine-tuning runs. They change its results by rounding at most."""
 GROW_S = 900.0
-"""After which a cluster that has not grown is taken to be as large as it will be: more is asked for no longer."""
+"""Seconds without growth after which the cluster is taken to have its final size, and no more nodes are requested."""
 
 
-class LossBoard:
-    """Where rank 0 of each group posts its steps' losses and speed while Ray Train runs, for the driver to show and log."""
+@dataclass(eq=False)
+class Finetune(Stage):
+    """Fine-tunes the generator. Each class group is a unit with its adapter and the losses of all its steps."""
 
-    def __init__(self) -> None:
-        self.rows: dict[int, dict[int, Row]] = {}
+    name, version, settings, of_arm, exclusive, counted = "finetune", 2, FinetuneConfig, True, True, "fine_tunes"
 
-    def post(self, group: int, rows: list[Row]) -> None:
-        self.rows.setdefault(group, {}).update({int(row["step"]): row for row in rows})
+    among_others: bool = False
+    """Whether the plan has several fine-tunings, so that their names have to differ in MLflow."""
 
-    def read(self, group: int, after: int) -> list[Row]:
-        """The group's rows of steps later than ``after``."""
-        rows = self.rows.get(group, {})
-        return [rows[step] for step in sorted(rows) if step > after]
+    @classmethod
+    def plan(cls, planner: Planner, config: RunConfig) -> Finetune:
+        """Plan a fine-tuning. Raises :class:`UserError` for objectives that the generator does not support."""
+        models, tuning = planner.models(config), config.finetune
+        generator, objectives = models.generator, tuning.objectives
+        for objective in objectives.active:
+            if objective.needs_variance(objectives.of(objective)) and not generator.learns_variance:
+                key = f"finetune.objectives.{objective.name}.variance"
+                raise UserError(f"generator '{generator.path.name}' predicts no variance; set {key}=false")
+        images = Encode.plan(planner, "train", config.data)
+        groups = class_groups(models.labels, tuning.classes_per_group)
+        params: dict[str, Any] = {
+            "finetune": differing(tuning, without=(*PLACES_AND_SPEED, "classes_per_group")),
+            "generator": models.generator_weights.digest, "seed": config.seed, "groups": groups,
+            **plugins.hashes(type(generator), *objectives.active),
+        }  # fmt: skip
+        if objectives.couple_samples:  # such terms depend on how a batch is divided among workers
+            params["parts"] = [tuning.trainer.num_workers, tuning.accumulate]
+        counts = dict(zip(models.labels, planner.classes.counts, strict=True))
+        seen = sum(tuning.total_steps(sum(counts[label] for label in group)) * tuning.batch_size for group in groups)
+        inputs: dict[str, Stage] = {"encode": images}
+        if latents := EncodeLatents.plan(planner, config):
+            inputs["latents"] = latents
+        found = planner.add(
+            cls(
+                tuned_title(planner, config).replace("fine-tuned", "fine-tune"), params, inputs,
+                units=tuple(group_unit(number) for number in range(len(groups))), images=seen,
+                flops=seen * finetune_flops(generator, tuning), weights={"generator": models.generator_weights}, config=config,
+            )
+        )  # fmt: skip
+        alike = [stage for stage in planner.stages if isinstance(stage, cls)]
+        for stage in alike:
+            stage.among_others = len(alike) > 1
+        return found
 
+    @property
+    def batch(self) -> Hashable:
+        return "fine-tunings"
 
-def read_images(pixels: Artifact, latents: Artifact | None, classes: list[tuple[int, list[str]]], flip: bool) -> CleanImages:
-    """The images of the given (label of the generator, units), from their latents if there are any."""
-    if latents is None:
-        parts = [{"pixels": read_class(pixels, units, "pixels")} for _, units in classes]
-    else:
-        parts = [read_latents(latents, units) for _, units in classes]
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    counts = [len(next(iter(part.values()))) for part in parts]
-    labels = torch.cat([torch.full((n,), label) for (label, _), n in zip(classes, counts, strict=True)])
-    return CleanImages(tensors, labels, flip)
+    def worker(self, config: WorkConfig) -> Worker:
+        trainer = self.run_config.finetune.trainer
+        return Worker("finetune", trainer.cpus_per_worker, trainer.gpus_per_worker, trainer.num_workers)
 
+    def run(self, context: Context) -> None:
+        self.run_all(context, [self])
 
-def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
-    """One worker. Rank 0 returns the adapter (EMA of the trained parameters, safetensors) and the rows of all steps.
+    @classmethod
+    def run_all(cls, context: Context, stages: Sequence[Finetune]) -> None:
+        """Fine-tune the groups of all stages that are not committed yet, as many at a time as the cluster has room for."""
+        finetune_groups(context, stages)
 
-    A loss or gradient that is not finite ends the loop; ``diverged`` then says at which step and on which images
-    (positions in the order of the classes' images), and there is no adapter.
-    """
-    config, seed, group = FinetuneConfig.model_validate(plain["config"]), int(plain["seed"]), int(plain["group"])
-    began, context = time.monotonic(), ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(config.trainer.threads_per_worker)
-    device = ray.train.torch.get_device()
-    images = read_images(plain["images"], plain["latents"], plain["classes"], config.flip)
-    steps = config.total_steps(len(images.labels))
-    model = load_generator(plain["weights"].path())
-    flops = finetune_flops(model.config, config)
-    tuner = Finetuner(model, config, device, rank, world, ZeroEngine)
-    history: list[Row] = []
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            tuner.load(Path(folder))
-            found = json.loads(Path(folder, "losses.json").read_text())
-            history, began = found["history"], began - found["seconds"]
-        if rank == 0:
-            plain["board"].post.remote(group, history)  # a driver that was killed may not have logged them all
-    batches = batch_indices(
-        len(images.labels), config.batch_size, 0, 1, seed_for(seed, "finetune-order", group) % 2**31, len(history)
-    )
-    peak = matmul_rate(device, torch.bfloat16 if config.precision == "bf16" else torch.float32) * world
-    posted, since = len(history), time.monotonic()
-    for step in range(len(history), steps):
-        index = next(batches)
-        row = {"step": step + 1, **tuner.step(tuner.draw(images, index, generator_for(seed, "finetune", group, step)))}
-        if not all(map(math.isfinite, row.values())):
-            kept = step // config.checkpoint_every * config.checkpoint_every
-            return {"diverged": row, "images": index.tolist(), "kept": kept}
-        history.append(row)
-        if rank == 0 and (len(history) % POST_EVERY == 0 or len(history) == steps):
-            rate = (len(history) - posted) / (time.monotonic() - since)
-            flop_rate = rate * config.batch_size * flops
-            speed = {
-                "images_per_s": rate * config.batch_size, "tflop_per_s": flop_rate / 1e12, "share_of_peak": flop_rate / peak,
-            }  # fmt: skip
-            post = plain["board"].post.remote(group, [*history[posted:-1], {**history[-1], **speed}])
-            if len(history) == steps:
-                ray.get(post)  # the driver asks no more once this group has ended
-            posted, since = len(history), time.monotonic()
-        if len(history) % config.checkpoint_every == 0 and len(history) < steps:
-            _checkpoint(tuner, history, time.monotonic() - began)
-    if rank != 0:
-        return {}
-    return {
-        "adapter": tuner.adapter(classes=[label for label, _ in plain["classes"]], generator=plain["weights"].digest),
-        "history": history,
-        "seconds": time.monotonic() - began,
-    }
+    def curves(self, storage: Storage) -> dict[str, list[dict[str, float]]]:
+        adapters = Adapters.of(self, storage)
+        return {self.prefix(group): adapters.losses(group) for group in range(len(adapters.groups))}
+
+    def prefix(self, group: int) -> str:
+        """Prefix of the names of a group's losses in MLflow; empty unless there are several groups or fine-tunings."""
+        name = slug(self.title) if self.among_others else ""
+        return "".join(f"{part}/" for part in (name, group_unit(group) if len(self.units) > 1 else "") if part)
 
 
-def _checkpoint(tuner: Finetuner, history: list[Row], seconds: float) -> None:
-    """All ranks store their part; Ray Train joins the parts into one folder, uploading while training goes on."""
-    folder = Path(tempfile.mkdtemp(prefix="ims3-checkpoint-"))
-    tuner.save(folder)
-    if tuner.rank == 0:
-        (folder / "losses.json").write_text(json.dumps({"history": history, "seconds": seconds}))
-    ray.train.report(
-        {"step": len(history), "loss": history[-1]["loss"]},
-        checkpoint=Checkpoint.from_directory(folder),
-        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=True,
-    )
+def tuned_title(planner: Planner, config: RunConfig) -> str:
+    """Title of a fine-tuned generator; it names the objectives if the arm has fine-tuning settings of its own."""
+    own = isinstance(planner.work, RunConfig) and config.finetune != planner.work.finetune
+    return f"fine-tuned with {config.finetune.objectives.title}" if own else "fine-tuned"
 
 
 @dataclass(frozen=True)
 class Group:
     """Classes that are fine-tuned together."""
 
-    stage: Stage
+    stage: Finetune
     number: int
     names: list[str]
     arguments: dict[str, Any]
-    """What :func:`finetune_loop` is given."""
+    """Arguments of :func:`finetune_loop`."""
     images: int
 
 
-def groups_of(context: Context, stage: Stage) -> list[Group]:
-    """The class groups that ``stage.params`` names by their labels of the generator."""
-    encode, latents = stage.inputs["encode"], stage.inputs.get("latents")
-    units: dict[int, list[str]] = {label: [] for label in context.classes.source_labels}
+def groups_of(context: Context, stage: Finetune) -> list[Group]:
+    """The class groups of a fine-tuning; ``stage.params`` lists their classes by the generator's labels."""
+    encode, latents = cast(Encode, stage.inputs["encode"]), stage.inputs.get("latents")
+    units: dict[int, list[str]] = {label: [] for label in encode.labels}
     counts: dict[int, int] = dict.fromkeys(units, 0)
     entries = (encode.manifest(context.storage) or {})["units"]
     for unit in encode.units:
@@ -163,16 +137,12 @@ def groups_of(context: Context, stage: Stage) -> list[Group]:
         if label in units:
             units[label].append(unit)
             counts[label] += entries[unit]["images"]
-    table = {
-        label: (name, source)
-        for name, source, label in zip(
-            context.classes.names, context.classes.source_labels, context.classes.generator_labels, strict=True
-        )
-    }
+    tuned = [label for group in stage.params["groups"] for label in group]
+    table = {label: (name, source) for name, source, label in zip(context.classes.names, encode.labels, tuned, strict=True)}
     groups, board = [], ray.remote(num_cpus=0, scheduling_strategy=here())(LossBoard).remote()
     for number, labels in enumerate(stage.params["groups"]):
         arguments = {
-            "config": canonical(stage.run.finetune), "seed": stage.run.seed, "group": number,
+            "config": canonical(stage.run_config.finetune), "seed": stage.run_config.seed, "group": number,
             "images": encode.artifact(context.storage),
             "weights": stage.weights["generator"],
             "latents": latents.artifact(context.storage) if latents else None,
@@ -184,24 +154,21 @@ def groups_of(context: Context, stage: Stage) -> list[Group]:
     return groups
 
 
-def run(context: Context, stages: Sequence[Stage]) -> None:
-    """Fine-tune the groups of all stages that are not committed yet, as many at a time as the cluster has room for."""
-    storage, missing = context.storage, {stage: stage.missing(context.storage) for stage in stages}
-    open_stages = [stage for stage in stages if missing[stage]]
-    if not open_stages:
-        return
+def finetune_groups(context: Context, open_stages: Sequence[Finetune]) -> None:
+    """Fine-tune the missing groups of all stages, as many at a time as the cluster has room for."""
+    storage, missing = context.storage, {stage: stage.missing(context.storage) for stage in open_stages}
     waiting = [g for stage in open_stages for g in groups_of(context, stage) if group_unit(g.number) in missing[stage]]
-    steps = {id(group): group.stage.run.finetune.total_steps(group.images) for group in waiting}
+    steps = {id(group): group.stage.run_config.finetune.total_steps(group.images) for group in waiting}
     title = ", ".join(stage.title for stage in open_stages)
     with Progress(title, sum(steps.values()), "steps") as progress:
         done, committed = dict.fromkeys(steps, 0), time.monotonic()
         for group, rows, outcome in _side_by_side(waiting, storage, context.config.cluster, title):
             stage, own = group.stage, steps[id(group)]
-            context.tracker.losses(rows, series(stage, group.number, len(stages) > 1))
+            context.tracker.losses(rows, stage.prefix(group.number))
             if outcome is not None and "diverged" in outcome:
-                raise UserError(_diverged(outcome, image_names(context, stage.inputs["encode"], group)))
+                raise UserError(_diverged(outcome, image_names(context, cast(Encode, stage.inputs["encode"]), group)))
             if outcome is not None:
-                images = own * stage.run.finetune.batch_size
+                images = own * stage.run_config.finetune.batch_size
                 context.spend(stage, outcome["seconds"], _trainer(group).num_workers)
                 Adapters.of(stage, storage).commit(group.number, outcome, images, time.monotonic() - committed)
                 committed = time.monotonic()
@@ -219,11 +186,12 @@ def _note(rows: Sequence[Row]) -> str:
 def _side_by_side(
     groups: list[Group], storage: Storage, cluster: ClusterConfig, title: str
 ) -> Iterator[tuple[Group, list[Row], dict[str, Any] | None]]:
-    """Yields (group, its new rows, its outcome once there) about every second for each that runs."""
+    """Fine-tune groups in parallel. Yields (group, its new rows, its outcome) for each running group about every second; the
+    outcome is None until the group has ended."""
     waiting, running, seen = list(groups), dict[Any, Group](), dict.fromkeys(map(id, groups), 0)
     fit_task = _fit_task.options(scheduling_strategy=here())
     labels, largest = cluster.place.get("finetune", {}), max((_trainer(g) for g in groups), key=lambda t: t.num_workers)
-    presence = wait_for_room(cluster, "finetune", title, _bundles(largest), largest.num_workers)
+    watch = wait_for_capacity(cluster, "finetune", title, _bundles(largest), largest.num_workers)
     request = Request(labels) if cluster.wait_s and len(groups) > 1 else None
     fit_at_once, grown = 0, time.monotonic()
     try:
@@ -232,12 +200,12 @@ def _side_by_side(
             grown = time.monotonic() if there > fit_at_once else grown
             fit_at_once = there
             if cluster.wait_s:
-                presence.look()
+                watch.look()
             while waiting and len(running) < fit_at_once:
                 group = waiting.pop(0)
                 folder = storage.address(group.stage.artifact(storage).folder)
                 running[fit_task.remote(group.arguments, folder, labels)] = group
-            if request:  # Ray Train asks for the groups that run; for the one that waits here next nobody does
+            if request:  # Ray Train requests nodes for the running groups only, not for the group that is next
                 more = waiting and time.monotonic() - grown < GROW_S
                 request.ask(_bundles(_trainer(waiting[0])) if more else [])
             finished, _ = ray.wait(list(running), timeout=1.0)
@@ -255,16 +223,16 @@ def _side_by_side(
 
 
 def _trainer(group: Group) -> TrainerConfig:
-    return group.stage.run.finetune.trainer
+    return group.stage.run_config.finetune.trainer
 
 
 def _bundles(trainer: TrainerConfig) -> list[Bundle]:
     return [trainer.worker_resources] * trainer.num_workers
 
 
-def image_names(context: Context, encode: Stage, group: Group) -> list[str]:
-    """What the source calls the group's images, in the order in which fine-tuning has them: without those that are broken."""
-    source = open_source(encode.places["path"], encode.places["split"])
+def image_names(context: Context, encode: Encode, group: Group) -> list[str]:
+    """Names of the group's images in the source, in the order in which fine-tuning reads them, without broken images."""
+    source = open_source(*encode.place)
     entries = (encode.manifest(context.storage) or {})["units"].values()
     broken = [line for entry in entries for line in entry["broken"]]
     indices = [np.flatnonzero(source.labels == source.class_names.index(name)) for name in group.names]
@@ -284,12 +252,13 @@ def _diverged(outcome: dict[str, Any], names: list[str]) -> str:
 
 @ray.remote(num_cpus=0)
 def _fit_task(arguments: dict[str, Any], folder: str, labels: dict[str, str]) -> dict[str, Any]:
-    """Ray Train blocks its caller; in a task of its own the driver is free to show progress."""
+    """Run Ray Train. It blocks its caller, so it has a task of its own, which leaves the driver free to show progress."""
     config = FinetuneConfig.model_validate(arguments["config"])
     place = f"{folder}/{group_checkpoints(arguments['group'])}"
     return fit(finetune_loop, arguments, config.trainer, checkpoints_name(config), place, labels)
 
 
 def checkpoints_name(config: FinetuneConfig) -> str:
-    """Names apart what cannot go on from each other's checkpoints: ZeRO stages, and under ZeRO 1 to 3 numbers of workers."""
+    """Name of the checkpoints. It differs for runs that cannot continue from each other's checkpoints: those with different
+    ZeRO stages and, under ZeRO 1 to 3, with different numbers of workers."""
     return f"zero-{config.zero_stage}" + (f"-{config.trainer.num_workers}-workers" if config.zero_stage else "")

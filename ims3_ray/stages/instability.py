@@ -3,71 +3,109 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import ray
 import torch
 
-from ims3_ray.cluster import own_device, placed, results
-from ims3_ray.config import InstabilityConfig
+from ims3_ray.cluster.capacity import wait_for_capacity
+from ims3_ray.cluster.joining import own_device, placed, results
+from ims3_ray.config import InstabilityConfig, RunConfig, WorkConfig, differing
 from ims3_ray.diffusion.instability import log_instability
 from ims3_ray.diffusion.inversion import invert
-from ims3_ray.diffusion.sampling import guided
-from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.engine.planner import Planner
+from ims3_ray.engine.shards import commit_units, units_of
+from ims3_ray.engine.stage import Context, Stage, Worker
+from ims3_ray.engine.weights import Weights
+from ims3_ray.io.artifacts import Storage
+from ims3_ray.models.generators.base import Generator
 from ims3_ray.progress import Progress
-from ims3_ray.room import wait_for_room
 from ims3_ray.seeds import generator_for
 from ims3_ray.stages.adapters import Adapters, GroupModels
-from ims3_ray.stages.base import Context, Stage, commit_units, units_of
-from ims3_ray.stages.finetune import read_images
-from ims3_ray.stages.weights import Weights
+from ims3_ray.stages.encode import Encode
+from ims3_ray.stages.finetune import Finetune
+from ims3_ray.stages.finetune_worker import read_images
 
 SHARD = "instability.json"
 
 
-def run(context: Context, stage: Stage) -> None:
-    """Measure both generators at the same images and commit log Ē of each."""
-    config, actors, storage = stage.run.instability, context.config.actors, context.storage
-    latents = stage.inputs.get("latents")
-    chosen = np.linspace(0, len(context.classes.names) - 1, min(config.images, len(context.classes.names))).round().astype(int)
-    counts = np.bincount(np.arange(config.images) % len(chosen))
-    classes = [
-        (context.classes.generator_labels[i], units_of(context.classes.source_labels[i], 1, 1), int(n))
-        for i, n in zip(chosen, counts, strict=True)
-    ]
-    cluster = context.config.cluster
-    measure = ray.remote(_measure).options(num_cpus=actors.cpus, num_gpus=actors.gpus, **placed(cluster, "pool"))
-    presence = wait_for_room(cluster, "pool", stage.title, [actors.resources])
-    with Progress(stage.title, config.images, "images") as progress:
-        task = measure.remote(
-            config, stage.run.seed, stage.weights["generator"], Adapters.of(stage.inputs["finetune"], storage),
-            stage.inputs["encode"].artifact(storage), latents.artifact(storage) if latents else None, classes, actors.threads,
+@dataclass(eq=False)
+class MeasureInstability(Stage):
+    """Measures the coefficient. The only shard holds log Ē of each image, ``before`` and ``after`` fine-tuning."""
+
+    name, settings = "instability", InstabilityConfig
+
+    @classmethod
+    def plan(cls, planner: Planner, config: RunConfig) -> MeasureInstability:
+        """Plan the measurement for the fine-tuning of ``config``."""
+        measured, finetune, models = config.instability, Finetune.plan(planner, config), planner.models(config)
+        params = {"instability": differing(measured), "seed": config.seed, "classes": list(models.labels)}
+        return planner.add(
+            cls(
+                "instability (Eq. 12)", params, {"finetune": finetune, **finetune.inputs}, images=measured.images,
+                flops=measured.images * instability_flops(models.generator, measured), weights=finetune.weights, config=config,
+            )
         )  # fmt: skip
-        result = results(presence.first_done([task]))
-        progress.done = config.images
-    artifact = stage.artifact(storage)
-    artifact.write(SHARD, json.dumps(result).encode())
-    context.spend(stage, progress.seconds)
-    commit_units(artifact, {"result": {"images": config.images}}, progress.seconds)
+
+    def worker(self, config: WorkConfig) -> Worker:
+        return Worker("pool", config.actors.cpus, config.actors.gpus)
+
+    def run(self, context: Context) -> None:
+        """Measure the generator before and after fine-tuning at the same images."""
+        config, actors, storage = self.run_config.instability, context.config.actors, context.storage
+        encode, latents = cast(Encode, self.inputs["encode"]), self.inputs.get("latents")
+        labels = self.params["classes"]
+        chosen = np.linspace(0, len(labels) - 1, min(config.images, len(labels))).round().astype(int)
+        counts = np.bincount(np.arange(config.images) % len(chosen))
+        classes = [
+            (labels[i], units_of(encode.labels[i], 1, 1), int(n)) for i, n in zip(chosen, counts, strict=True)
+        ]  # fmt: skip
+        cluster = context.config.cluster
+        measure = ray.remote(_measure).options(num_cpus=actors.cpus, num_gpus=actors.gpus, **placed(cluster, "pool"))
+        watch = wait_for_capacity(cluster, "pool", self.title, [actors.resources])
+        with Progress(self.title, config.images, "images") as progress:
+            task = measure.remote(
+                config, self.run_config.seed, self.weights["generator"], Adapters.of(self.inputs["finetune"], storage),
+                encode.artifact(storage), latents.artifact(storage) if latents else None, classes, actors.threads,
+            )  # fmt: skip
+            result = results(watch.first_done([task]))
+            progress.done = config.images
+        artifact = self.artifact(storage)
+        artifact.write(SHARD, json.dumps(result).encode())
+        context.spend(self, progress.seconds)
+        commit_units(artifact, {"result": {"images": config.images}}, progress.seconds)
+
+    def results(self, storage: Storage) -> dict[str, Any]:
+        """Geometric means over images of the coefficient before and after fine-tuning, and of the factor of its change."""
+        logs = json.loads(self.artifact(storage).read(SHARD))
+        logs["change"] = [after - before for before, after in zip(logs["before"], logs["after"], strict=True)]
+        found = {}
+        for name, values in logs.items():
+            mean, std = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+            found[name] = {"coefficient": math.exp(mean), "log_mean": mean, "log_std": std}
+        return {"instability": found}
 
 
 def _measure(
     config: InstabilityConfig, seed: int, weights: Weights, adapters: Adapters, pixels: Any, latents: Any,
     classes: list[tuple[int, list[str], int]], threads: int,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """log Ē of each image, ``before`` and ``after``; class by class, since each may have an adapter of its own."""
+    """log Ē of each image, ``before`` and ``after``. It is measured class by class, since each may have its own adapter."""
     torch.set_num_threads(threads)
     device = own_device()
     found: dict[str, list[float]] = {"before": [], "after": []}
     path = weights.path()
     for name, models in (("before", GroupModels(path, None, device)), ("after", GroupModels(path, adapters, device))):
         for label, units, count in classes:
-            model = models.of_class(label).requires_grad_(False)
+            models.of_class(label).requires_grad_(False)
             images = read_images(pixels, latents, [(label, units)], flip=False)
             rng = generator_for(seed, "instability", label)
             z0 = images.batch(torch.randperm(len(images.labels), generator=rng)[:count], rng).to(device)
-            predict, schedule = guided(model, torch.full((len(z0),), label, device=device), 0, 1.0), NoiseSchedule()
+            predict, schedule = models.predictor(label, len(z0)), models.generator.schedule
             last = schedule.respaced(config.steps)[-1]
             noise = invert(predict, z0, last.expand(len(z0)).to(device), schedule, config.steps, 0)
             values = log_instability(
@@ -76,3 +114,11 @@ def _measure(
             )  # fmt: skip
             found[name] += values.tolist()
     return found
+
+
+def instability_flops(generator: Generator, config: InstabilityConfig) -> float:
+    """Floating-point operations for one image, before and after fine-tuning together: inversion, sampling, and the derivatives
+    (a forward-mode derivative costs two passes)."""
+    values = math.prod(generator.latent)
+    derivatives = values if values <= config.exact_up_to else 4 * config.probes * config.lanczos_steps
+    return 2 * config.steps * (4 + derivatives) * generator.forward_flops()

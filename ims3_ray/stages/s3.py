@@ -1,4 +1,4 @@
-"""The S3 actor: gathers centroids of subgroups while candidates are made, and minimises Eq. 10."""
+"""The S3 actor: it collects the centroids of subgroups while candidates are made, and lets the selector choose among them."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from safetensors.torch import load
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ims3_ray.artifacts import Artifact, Storage
-from ims3_ray.cluster import here
-from ims3_ray.config import SelectionConfig
+from ims3_ray.cluster.joining import here
+from ims3_ray.engine.shards import parse_unit, read_many
+from ims3_ray.io.artifacts import Artifact, Storage
 from ims3_ray.seeds import generator_for
-from ims3_ray.selection import SubgroupSelection, select_subgroups
+from ims3_ray.selection import SubgroupSelection, SubgroupSelector
 from ims3_ray.selection.grid import Weighed, Weighing, select_grid, terms_of
-from ims3_ray.stages.base import parse_unit, read_many
+from ims3_ray.selection.s3 import S3, S3Config
 
 NAMESPACE = "ims3"
 
 Sums = dict[int, NDArray[np.float64]]
-"""Subgroup (0 for references) → sum of φ over a unit's images of it [D]."""
+"""Subgroup (0 for references) → sum of φ over the unit's images in that subgroup [D]."""
 
 
 @dataclass(frozen=True)
 class Part:
     """One of the two pools of embeddings that a selection adds up, and which of its images belong to which subgroup.
 
-    ``size`` images make a subgroup: gK … (g+1)K−1 for candidates; for references a subset of K_i drawn by ``seed`` (all when
-    there are no more).
+    A subgroup has ``size`` images: gK … (g+1)K−1 for candidates; for references, K_i images drawn with ``seed`` (all images
+    if there are not more).
     """
 
     embeddings: Artifact
     labels: tuple[int, ...]
-    """Of the classes, in their order."""
+    """Labels of the classes, in their order."""
     first: Mapping[str, int]
-    """Units that hold an image of a subgroup → index within its class of their first image."""
+    """Unit that holds images of a subgroup → index within the class of the unit's first image."""
     counts: Mapping[int, int]
-    """Label → images of the class."""
+    """Label → number of images of the class."""
     size: int
     groups: int
     seed: int | None = None
 
     def group_of(self, label: int) -> NDArray[np.int64]:
-        """Subgroup of each image of a class, −1 for none."""
+        """Subgroup of each image of a class; −1 for an image that belongs to none."""
         count = self.counts[label]
         if self.seed is None:
             groups = np.arange(count) // self.size
@@ -61,7 +61,7 @@ class Part:
         return groups
 
     def sums(self, unit: str, features_ND: Tensor) -> Sums:
-        """What a unit adds to the subgroups that its images fall into: sums of ℓ2-normalised features (Eq. 8, 9)."""
+        """The sums that a unit contributes to the subgroups of its images, of ℓ2-normalised features (Eq. 8, 9)."""
         first = self.first[unit]
         groups = self.group_of(parse_unit(unit)[0])[first : first + len(features_ND)]
         unit_ND = normalize(features_ND[: len(groups)].double(), dim=-1).numpy()
@@ -70,34 +70,34 @@ class Part:
 
 @dataclass(frozen=True)
 class Listener:
-    """A selection that wants to hear of each embedded unit as it is made."""
+    """Sends the sums of each embedded unit to the S3 actor of a selection as soon as the unit is made."""
 
     selector: Any
-    """Its S3 actor, which lives as long as somebody holds this."""
+    """Handle of the S3 actor, which lives as long as one of its handles exists."""
     part: str
     definition: Part
 
     def tell(self, unit: str, shard: bytes) -> None:
-        """Put the unit's sums. Nothing is lost if the actor is away: it reads committed shards when it comes back."""
+        """Send the unit's sums. Nothing is lost if the actor is down: it reads the committed shards when it restarts."""
         if unit in self.definition.first:
             sums = self.definition.sums(unit, load(shard)["features"])
             self.selector.put.remote(self.part, self.definition.embeddings.key, unit, sums)
 
 
 class S3Selector:
-    """The central actor of Selective Subgroup Sampling.
+    """The central actor of selectors that look at the subgroups of all classes, such as Selective Subgroup Sampling.
 
-    A contribution is a put keyed by unit, never an addition, so sending one twice changes nothing. What it holds it can
-    always read again from the committed shards: that is how it starts, also after it was killed.
+    Sums are stored by unit and never added to earlier ones, so sending them twice changes nothing. The actor can read all
+    that it holds from the committed shards, and does so whenever it starts, also after it was killed.
     """
 
-    def __init__(self, parts: dict[str, Part], config: SelectionConfig) -> None:
-        self.parts, self.config = parts, config
+    def __init__(self, parts: dict[str, Part], selector: SubgroupSelector) -> None:
+        self.parts, self.selector = parts, selector
         self.sums: dict[str, dict[str, Sums]] = {name: {} for name in parts}
         self.refresh()
 
     def put(self, part: str, key: str, unit: str, sums: Sums) -> None:
-        """Take a unit's sums; ``ValueError`` for those of other embeddings than this selection's."""
+        """Store a unit's sums. Raises ``ValueError`` for sums of embeddings that are not part of this selection."""
         definition = self.parts[part]
         if key != definition.embeddings.key or unit not in definition.first:
             raise ValueError(
@@ -107,7 +107,7 @@ class S3Selector:
         self.sums[part][unit] = sums
 
     def refresh(self) -> None:
-        """Read what is committed and not known yet."""
+        """Read the committed units whose sums are not known yet."""
         for name, part in self.parts.items():
             there = {shard.split(".")[0] for shard in part.embeddings.shards()}
             wanted = [unit for unit in part.first if unit in there and unit not in self.sums[name]]
@@ -122,7 +122,7 @@ class S3Selector:
         return {name: (len(self.sums[name]), len(part.first)) for name, part in self.parts.items()}
 
     def scores(self) -> dict[str, Any]:
-        """Eq. 10 among the classes of which everything is known: their positions, best subgroups so far, and the terms."""
+        """The selection among the classes whose units are all known: their positions, best subgroups so far, and the terms."""
         missing = {(name, parse_unit(unit)[0]) for name, unit in self.missing()}
         known = [
             position
@@ -132,21 +132,21 @@ class S3Selector:
         return {"classes": known, **table_of(self._select(known))} if known else {"classes": []}
 
     def select(self, weighing: Weighing | None = None) -> SubgroupSelection | None:
-        """Eq. 10 over all classes, with other parameters than its own if they are given; None while something is missing,
-        which may be there after :meth:`refresh`."""
+        """The selection over all classes, by Eq. 10 with the parameters of ``weighing`` if they are given; None while units are
+        missing, which :meth:`refresh` may find."""
         return None if self.missing() else self._select(list(range(len(self.parts["candidates"].labels))), weighing)
 
     def grid(self, weighings: Sequence[Weighing]) -> list[Weighed]:
-        """All of these selections."""
+        """The selection by each of ``weighings``."""
         return select_grid(*self._geometry(), weighings)
 
     def terms(self, choices: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
-        """Mean proximity and repulsion of chosen groups, by this selection's φ and references."""
+        """Mean proximity and repulsion of each choice of subgroups, by this selection's φ and references."""
         return terms_of(*self._geometry(), choices)
 
     def centroids(self, name: str) -> Tensor:
-        """Eq. 8 and 9: ℓ2-normalised means, float64 [C, groups, D]; zero where nothing is known. A sum has its mean's
-        direction."""
+        """The centroids of Eq. 8 and 9: ℓ2-normalised means, float64 [C, groups, D]; zero where no unit is known. They are
+        computed from sums, which have the same direction as the means."""
         part = self.parts[name]
         position = {label: i for i, label in enumerate(part.labels)}
         dim = next((len(value) for sums in self.sums[name].values() for value in sums.values()), 0)
@@ -158,19 +158,21 @@ class S3Selector:
 
     def _geometry(self) -> tuple[Tensor, Tensor]:
         """Centroids of candidates [C, G, D] and references [C, D]."""
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # seconds at the end, while the rest waits
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # uses all cores for some seconds, since everything else waits
         return self.centroids("candidates"), self.centroids("references")[:, 0]
 
     def _select(self, classes: list[int], weighing: Weighing | None = None) -> SubgroupSelection:
-        (candidates, references), c = self._geometry(), self.config
-        w = weighing or Weighing(c.alpha, c.beta, c.groups, c.coupling)
+        (candidates, references), selector = self._geometry(), self.selector
+        if weighing is not None:
+            selector = S3(S3Config(alpha=weighing.alpha, beta=weighing.beta, coupling=weighing.coupling))
+            candidates = candidates[:, : weighing.groups]
         if len(classes) < len(candidates):
             candidates, references = candidates[classes], references[classes]
-        return select_subgroups(candidates[:, : w.groups], references, alpha=w.alpha, beta=w.beta, coupling=w.coupling)
+        return selector.select(candidates, references)
 
 
 def table_of(selection: SubgroupSelection) -> dict[str, Any]:
-    """A selection as JSON."""
+    """A selection as values for JSON."""
     return {
         "groups": selection.groups.tolist(), "objective": selection.objective, "lower_bound": selection.lower_bound,
         "proximity": selection.proximity_CG.tolist(), "repulsion": selection.repulsion_CG.tolist(),
@@ -179,13 +181,13 @@ def table_of(selection: SubgroupSelection) -> dict[str, Any]:
 
 
 def actor_name(key: str, storage: Storage) -> str:
-    """Under which the S3 actor of a selection is found, in the namespace :data:`NAMESPACE`."""
+    """Name of the S3 actor of a selection in the namespace :data:`NAMESPACE`."""
     return f"s3-{key}-{zlib.crc32(storage.uri.encode()):08x}"
 
 
-def start_selector(key: str, parts: dict[str, Part], config: SelectionConfig) -> Any:
-    """The S3 actor of a selection, which may run already."""
+def start_selector(key: str, parts: dict[str, Part], selector: SubgroupSelector) -> Any:
+    """Start the S3 actor of a selection, or return the one that is running already."""
     name = actor_name(key, parts["candidates"].embeddings.storage)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here()}
     actor = ray.remote(S3Selector).options(name=name, namespace=NAMESPACE, get_if_exists=True, **options)
-    return actor.remote(parts, config)
+    return actor.remote(parts, selector)

@@ -1,5 +1,8 @@
-"""Selection: S3 takes one subgroup per class by Eq. 10; other selectors look at one class at a time. Then the chosen images are
-gathered, one shard per class."""
+"""Selection: K images of each class are chosen and copied, one shard per class.
+
+A selector that looks at one class at a time runs in Ray tasks; one that looks at the subgroups of all classes runs in the S3
+actor (:mod:`ims3_ray.stages.s3`), which receives the sums of every embedded unit while candidates are still being made.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -16,62 +19,148 @@ from safetensors.torch import load
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ims3_ray.artifacts import Artifact
-from ims3_ray.cluster import own_device, placed, results
+from ims3_ray import plugins
+from ims3_ray.cluster.capacity import Bundle, wait_for_capacity
+from ims3_ray.cluster.hardware import hardware, kind
+from ims3_ray.cluster.joining import own_device, placed, results
+from ims3_ray.config import ArmConfig, RunConfig, differing
+from ims3_ray.engine.images import ImageStore
+from ims3_ray.engine.per_class import map_classes
+from ims3_ray.engine.planner import Planner, pixel_bytes
+from ims3_ray.engine.pool import ClassUnits, ImagePool, kind_of
+from ims3_ray.engine.sets import commit_set, write_class
+from ims3_ray.engine.shards import read_many
+from ims3_ray.engine.stage import Context, Stage
+from ims3_ray.engine.worker import ShardReceiver
 from ims3_ray.errors import UserError
-from ims3_ray.hardware import hardware, kind
-from ims3_ray.room import Bundle, wait_for_room
+from ims3_ray.io.artifacts import Artifact
 from ims3_ray.seeds import generator_for
-from ims3_ray.selection import SELECTORS, ClassImages, Per, SubgroupSelection
-from ims3_ray.stages.base import Context, Stage, by_class, read_many
-from ims3_ray.stages.images import ImageStore, first_index
-from ims3_ray.stages.pool import kind_of
+from ims3_ray.selection import ClassImages, ClassSelector, Per, Selector, SubgroupSelection, SubgroupSelector
+from ims3_ray.stages.embed import Embed
+from ims3_ray.stages.encode import Encode
+from ims3_ray.stages.generate import Generate
 from ims3_ray.stages.s3 import Listener, Part, actor_name, start_selector, table_of
-from ims3_ray.stages.sets import commit_set, spread, write_class
 
 LISTENING = 4
-"""S3 actors, a process each, that listen while candidates are made."""
+"""Largest number of S3 actors (each is a process) that receive sums while candidates are made."""
 
 
-@dataclass(frozen=True)
-class ClassUnits:
-    """A class's units in order, with the index within the class of each one's first image, and how many images there are."""
+@dataclass(eq=False)
+class Select(Stage):
+    """Selects a set. Every class has a shard ``class-NNNN.safetensors`` with pixels [K, …] and the images' indices among the
+    candidates."""
 
-    label: int
-    first: dict[str, int]
-    count: int
+    name, version, makes_set, of_arm = "select", 3, True, True
+
+    @classmethod
+    def plan(cls, planner: Planner, label: str, title: str, arm: ArmConfig, config: RunConfig) -> Select:
+        """Plan the selection of an arm that chooses from real images or from candidates."""
+        s, selector = config.selection, arm.selector
+        together = issubclass(selector, SubgroupSelector)
+        params: dict[str, Any] = {
+            "select": arm.select, "per": arm.per, "k": s.images_per_class, "classes": list(planner.classes.names),
+            "settings": differing(s.of(selector)), **plugins.hashes(selector),
+        }  # fmt: skip
+        if s.references_per_class if together else selector.draws:
+            params["seed"] = config.seed
+        if not together or s.references == "generated":
+            params["pool"] = _pool_size(arm, config)
+        images: ImagePool
+        if arm.images == "real":
+            images = Encode.plan(planner, "train", config.data, s.images_per_class)
+        else:
+            images = Generate.plan(planner, arm, config)
+        inputs: dict[str, Stage] = {"images": images}
+        if selector.needs & {"features", "confidence"}:
+            asked_by = f"select: {arm.select}" if "confidence" in selector.needs else ""
+            inputs["embed"] = Embed.plan(planner, images, config, asked_by)
+        if together and s.references == "generated":
+            inputs["references"] = inputs["embed"]
+        elif "references" in selector.needs:
+            inputs["references"] = Embed.plan(planner, Encode.plan(planner, "train", config.data), config)
+        if together:
+            params |= {"groups": s.groups, "references": s.references, "references_per_class": s.references_per_class}
+        count = s.images_per_class * len(planner.classes.names)
+        return planner.add(
+            cls(
+                f"select ({title})", params, inputs, units=planner.class_units(), images=count, label=label, config=config,
+                stored=pixel_bytes(count, config),
+            )
+        )  # fmt: skip
+
+    @property
+    def pool(self) -> ImagePool:
+        """The images from which the selection chooses."""
+        return cast(ImagePool, self.inputs["images"])
+
+    @property
+    def selector(self) -> Selector:
+        """The selector with its settings."""
+        selector: type[Selector] = Selector.registry[self.params["select"]]
+        return selector(self.run_config.selection.of(selector))
+
+    def knows_references(self, context: Context) -> bool:
+        """Whether the images that it takes as references are decoded, so that their number is known. Candidates always are."""
+        references = cast(Embed, self.inputs["references"]).source
+        return references is self.pool or not references.missing(context.storage)
+
+    @classmethod
+    def listen(cls, context: Context, waiting: Sequence[Select], running: Sequence[Stage]) -> dict[Stage, list[ShardReceiver]]:
+        """Start the S3 actors of the first :data:`LISTENING` waiting selections whose candidates are embedded now, and return
+        their listeners. The other selections read the committed embeddings when they run."""
+        found: dict[Stage, list[ShardReceiver]] = {}
+        coming = [s for s in waiting if isinstance(s.selector, SubgroupSelector) and s.inputs["embed"] in running]
+        for stage in [s for s in coming if s.knows_references(context)][:LISTENING]:
+            key, parts = stage.key(context.storage), parts_of(context, stage)
+            assert key is not None
+            actor = start_selector(key, parts, cast(SubgroupSelector, stage.selector))
+            print(f"{stage.title}: the S3 actor is {actor_name(key, context.storage)}", flush=True)
+            shared = stage.run_config.selection.references == "generated"
+            heard = ("candidates", "references") if shared else ("candidates",)
+            found.setdefault(stage.inputs["embed"], []).extend(Listener(actor, name, parts[name]) for name in heard)
+        return found
+
+    def run(self, context: Context) -> None:
+        began = time.monotonic()
+        if isinstance(self.selector, SubgroupSelector):
+            chosen, table = choose_together(context, self)
+        else:
+            chosen, table = choose_one_by_one(context, self), {}
+        commit_chosen(context, self, chosen, table, began)
 
 
-def class_units(context: Context, stage: Stage, pool_size: int) -> list[ClassUnits]:
-    """Of every class, in order. Broken real images do not count; candidates beyond ``pool_size`` are none."""
-    real = stage.kind == "encode"
-    labels = context.classes.source_labels if real else context.classes.generator_labels
-    size, units, found = 0 if real else stage.run.sampling.unit_size, by_class(stage.units), []
-    entries = (stage.manifest(context.storage) or {})["units"] if real else {}
-    for label in labels:
-        images = {unit: entries[unit]["images"] if real else size for unit in units[label]}
-        count = sum(images.values()) if real else min(sum(images.values()), pool_size)
-        found.append(ClassUnits(label, first_index(units[label], images), count))
-    return found
+def _pool_size(arm: ArmConfig, config: RunConfig) -> int:
+    """Number of candidates of each class from which an arm chooses; 0 for real images, all of which take part."""
+    s = config.selection
+    if arm.images == "real":
+        return 0
+    if arm.select == "first":
+        return s.images_per_class
+    return s.groups * s.images_per_class if arm.per == "group" and not _together(arm) else config.pool_size
 
 
-# S3
+def _together(arm: ArmConfig) -> bool:
+    return issubclass(arm.selector, SubgroupSelector)
 
 
-def parts_of(context: Context, stage: Stage) -> dict[str, Part]:
-    """What the S3 actor of a selection adds up. Needs the real images to be decoded, but no candidate."""
-    s, storage = stage.run.selection, context.storage
-    k, labels = s.images_per_class, context.classes.generator_labels
-    classes = class_units(context, stage.inputs["images"], stage.run.pool_size)
+# Selectors that look at all classes
+
+
+def parts_of(context: Context, stage: Select) -> dict[str, Part]:
+    """The two pools of embeddings that the S3 actor of a selection adds up. The real images must be decoded already; the
+    candidates need not exist yet."""
+    config, storage, pool = stage.run_config, context.storage, stage.pool
+    s, k = config.selection, config.selection.images_per_class
+    classes, labels = pool.class_units(storage, config.pool_size), pool.labels
     first = {unit: index for c in classes for unit, index in c.first.items() if index < s.groups * k}
     counts = {c.label: c.count for c in classes}
     candidates = Part(stage.inputs["embed"].artifact(storage), labels, first, counts, k, s.groups)
-    references = stage.inputs["references"]
-    if s.references == "real":
-        classes, labels = class_units(context, references.inputs["images"], 0), context.classes.source_labels
+    references = cast(Embed, stage.inputs["references"])
+    if references.source is not pool:
+        classes, labels = references.source.class_units(storage), references.source.labels
     counts = {c.label: c.count for c in classes}
     drawn = Part(
-        references.artifact(storage), labels, {}, counts, s.references_per_class or max(counts.values()), 1, stage.run.seed
+        references.artifact(storage), labels, {}, counts, s.references_per_class or max(counts.values()), 1, config.seed
     )
     first = {}
     for c in classes:
@@ -81,39 +170,22 @@ def parts_of(context: Context, stage: Stage) -> dict[str, Part]:
     return {"candidates": candidates, "references": replace(drawn, first=first)}
 
 
-def listen(context: Context, stages: Sequence[Stage]) -> dict[Stage, list[Listener]]:
-    """Start the S3 actor of selections that are to come, to be told of every unit while candidates are made: by the stage that
-    embeds them. Beyond a few the selections read what is committed when it is their turn."""
-    storage = context.storage
-    listeners: dict[Stage, list[Listener]] = {}
-    coming = [s for s in stages if s.kind == "select" and s.params["select"] == "s3" and s.missing(storage)]
-    for stage in [s for s in coming if s.inputs["embed"].missing(storage)][:LISTENING]:
-        key, parts = stage.key(storage), parts_of(context, stage)
-        assert key is not None
-        selector = start_selector(key, parts, stage.run.selection)
-        print(f"{stage.title}: the S3 actor is {actor_name(key, storage)}", flush=True)
-        shared = stage.run.selection.references == "generated"
-        heard = ("candidates", "references") if shared else ("candidates",)
-        listeners.setdefault(stage.inputs["embed"], []).extend(Listener(selector, name, parts[name]) for name in heard)
-    return listeners
-
-
-def choose_s3(context: Context, stage: Stage) -> tuple[list[Tensor], dict[str, Any]]:
-    """Indices of the chosen subgroup of each class, and the terms of Eq. 10, from the S3 actor."""
+def choose_together(context: Context, stage: Select) -> tuple[list[Tensor], dict[str, Any]]:
+    """Let the S3 actor select; returns the indices of each class's chosen images, and the terms of the objective."""
     key = stage.key(context.storage)
     assert key is not None
-    selector = start_selector(key, parts_of(context, stage), stage.run.selection)
+    actor = start_selector(key, parts_of(context, stage), cast(SubgroupSelector, stage.selector))
     try:
-        if (selection := results(selector.select.remote())) is None:
-            results(selector.refresh.remote())
-            selection = results(selector.select.remote())
-    except ValueError as error:  # of a geometry that has no solution
+        if (selection := results(actor.select.remote())) is None:
+            results(actor.refresh.remote())
+            selection = results(actor.select.remote())
+    except ValueError as error:  # raised for centroids that allow no selection
         raise UserError(f"{stage.title}: {str(error).splitlines()[-1]} (class and subgroup, from 0)") from error
     if selection is None:
-        lost = results(selector.missing.remote())
+        lost = results(actor.missing.remote())
         raise UserError(f"{stage.title}: {len(lost)} embedding shards are gone from the storage, e.g. {lost[0][1]}")
-    ray.kill(selector)
-    return chosen_by(selection, stage.run.selection.images_per_class)
+    ray.kill(actor)
+    return chosen_by(selection, stage.run_config.selection.images_per_class)
 
 
 def chosen_by(selection: SubgroupSelection, k: int) -> tuple[list[Tensor], dict[str, Any]]:
@@ -121,14 +193,14 @@ def chosen_by(selection: SubgroupSelection, k: int) -> tuple[list[Tensor], dict[
     return [torch.arange(g * k, (g + 1) * k) for g in selection.groups.tolist()], table_of(selection)
 
 
-# Other selectors
+# Selectors that look at one class at a time
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What a selector is shown of each class."""
+class _Choice:
+    """How a selector chooses, and the artifacts with the embeddings that it looks at."""
 
-    select: str
+    selector: ClassSelector
     per: Per
     k: int
     seed: int
@@ -136,100 +208,89 @@ class Looked:
     references: Artifact | None
 
 
-def choose_classes(look: Looked, classes: list[tuple[ClassUnits, ClassUnits | None, int]]) -> list[Tensor]:
-    """Chosen indices of some classes, of which the images, the real ones and the number of images to choose among are given."""
-    selector, chosen = SELECTORS[look.select], []
-    for units, real, count in classes:
+def choose_classes(choice: _Choice, classes: list[tuple[ClassUnits, ClassUnits | None]]) -> list[Tensor]:
+    """Indices of the chosen images of some classes. Each class is given as (units of its images, units of its real images)."""
+    selector, chosen = choice.selector, []
+    for units, real in classes:
         shown: dict[str, Tensor] = {}
-        if look.embed is not None:
-            tensors = [load(shard) for _, shard in read_many(look.embed, list(units.first), "safetensors")]
+        if choice.embed is not None:
+            tensors = [load(shard) for _, shard in read_many(choice.embed, list(units.first), "safetensors")]
             names = ("log_probability", "recognised") if "confidence" in selector.needs else ("features",)
-            shown = {name: torch.cat([part[name] for part in tensors])[:count] for name in names}
-        if look.references is not None and real is not None:
-            shards = read_many(look.references, list(real.first), "safetensors")
+            shown = {name: torch.cat([part[name] for part in tensors])[: units.count] for name in names}
+        if choice.references is not None and real is not None:
+            shards = read_many(choice.references, list(real.first), "safetensors")
             shown["references"] = torch.cat([load(shard)["features"] for _, shard in shards])
         for name in shown.keys() & {"features", "references"}:
             shown[name] = normalize(shown[name].double(), dim=1)
-        rng = generator_for(look.seed, "random-subset", units.label)
-        chosen.append(selector.choose(ClassImages(count, rng, **shown), look.k, look.per).sort().values)
+        rng = generator_for(choice.seed, "random-subset", units.label)
+        chosen.append(selector.choose(ClassImages(units.count, rng, **shown), choice.k, choice.per).sort().values)
     return chosen
 
 
-def choose_one_by_one(context: Context, stage: Stage) -> list[Tensor]:
-    """Indices of each class's chosen images, in rising order."""
-    storage, real = context.storage, stage.inputs["images"].kind == "encode"
+def choose_one_by_one(context: Context, stage: Select) -> list[Tensor]:
+    """Indices of each class's chosen images, in ascending order."""
+    storage, selector = context.storage, stage.selector
+    assert isinstance(selector, ClassSelector)
     embed, references = stage.inputs.get("embed"), stage.inputs.get("references")
-    look = Looked(
-        stage.params["select"], stage.params["per"], stage.params["k"], stage.run.seed,
+    choice = _Choice(
+        selector, stage.params["per"], stage.params["k"], stage.run_config.seed,
         embed.artifact(storage) if embed else None, references.artifact(storage) if references else None,
     )  # fmt: skip
-    units = class_units(context, stage.inputs["images"], stage.run.pool_size)
-    others = class_units(context, references.inputs["images"], 0) if references else [None] * len(units)
-    counts = [c.count if real else stage.params["pool"] for c in units]
-    return spread(choose_classes, look, list(zip(units, others, counts, strict=True)))
+    units = stage.pool.class_units(storage, stage.params["pool"] or None)
+    real = cast(Embed, references).source.class_units(storage) if references else [None] * len(units)
+    return map_classes(choose_classes, choice, list(zip(units, real, strict=True)))
 
 
 # The images
 
 
 @dataclass(frozen=True)
-class Gathered:
+class _Gathering:
     """Where the chosen images are read and written, and how they are decoded if they were stored as latents."""
 
     store: ImageStore
     selected: Artifact
     threads: int
     alike: str | None
-    """Kind of hardware that made the pool's images; None if another may decode them."""
+    """Kind of hardware that made the pool's images; None if hardware of any kind may decode them."""
 
 
-def gather_classes(way: Gathered, classes: list[tuple[str, ClassUnits, Tensor]]) -> list[dict[str, Any]]:
+def gather_classes(gathering: _Gathering, classes: list[tuple[str, ClassUnits, Tensor]]) -> list[dict[str, Any]]:
     """Read the chosen images of some classes, decoding only the parts of shards that hold them, and write a shard for each."""
     decoder = None
-    if way.store.form == "latents":
-        torch.set_num_threads(way.threads)
+    if gathering.store.form == "latents":
+        torch.set_num_threads(gathering.threads)
         device = own_device()
-        if way.alike not in (None, kind(hardware(device))):
+        if gathering.alike not in (None, kind(hardware(device))):
             raise UserError(
-                f"the pool's images were made on {way.alike}, and {kind(hardware(device))} would decode them again to others "
-                "in the last bits; use one kind of node, or allow it with pool.mix_hardware=true"
+                f"the pool's images were made on {gathering.alike}, and {kind(hardware(device))} would decode them again to "
+                "others in the last bits; use one kind of node, or allow it with pool.mix_hardware=true"
             )
-        decoder = way.store.decoder(device)
+        decoder = gathering.store.decoder(device)
     entries = []
     for name, units, indices in classes:
         firsts = np.array(list(units.first.values()))
         inside = np.searchsorted(firsts, indices.numpy(), side="right") - 1
         offsets = {unit: (indices.numpy()[inside == i] - firsts[i]).tolist() for i, unit in enumerate(units.first)}
-        shards = read_many(way.store.artifact, [unit for unit, within in offsets.items() if within], way.store.suffix)
-        images = torch.cat([way.store.unpack(shard, decoder, offsets[unit]) for unit, shard in shards])
-        entries.append(write_class(way.selected, name, images, indices=indices))
+        shards = read_many(
+            gathering.store.artifact, [unit for unit, within in offsets.items() if within], gathering.store.suffix
+        )
+        images = torch.cat([gathering.store.unpack(shard, decoder, offsets[unit]) for unit, shard in shards])
+        entries.append(write_class(gathering.selected, name, images, indices=indices))
     return entries
 
 
-def run(context: Context, stage: Stage) -> None:
-    """Choose K images per class and commit them: a shard ``class-NNNN.safetensors`` each with pixels [K, …] and their
-    indices."""
-    began = time.monotonic()
-    if stage.params["select"] == "s3":
-        chosen, table = choose_s3(context, stage)
-    else:
-        chosen, table = choose_one_by_one(context, stage), {}
-    commit_chosen(context, stage, chosen, table, began)
-
-
-def commit_chosen(context: Context, stage: Stage, chosen: Sequence[Tensor], table: dict[str, Any], began: float) -> None:
-    """Gather the images that were chosen of each class."""
-    images, artifact = stage.inputs["images"], stage.artifact(context.storage)
-    actors = context.config.actors
-    way = Gathered(ImageStore.of(images, context.storage), artifact, actors.threads, kind_of(context, images))
+def commit_chosen(context: Context, stage: Select, chosen: Sequence[Tensor], table: dict[str, Any], began: float) -> None:
+    """Copy the chosen images of each class into a set and commit it; ``table`` holds the values that led to the choice."""
+    storage, pool, actors = context.storage, stage.pool, context.config.actors
+    gathering = _Gathering(pool.store(storage), stage.artifact(storage), actors.threads, kind_of(storage, pool))
     cluster = context.config.cluster
     resources: dict[str, Any] = {}
     workers: list[Bundle] = []
-    if way.store.form == "latents":
+    if gathering.store.form == "latents":
         resources = {"num_cpus": actors.cpus, "num_gpus": actors.gpus, **placed(cluster, "pool")}
         workers = [actors.resources]
-    classes = list(zip(stage.units, class_units(context, images, stage.run.pool_size), chosen, strict=True))
-    wait_for_room(cluster, "pool", stage.title, workers)
-    made = spread(gather_classes, way, classes, **resources)
-    entries = dict(zip(stage.units, made, strict=True))
-    commit_set(artifact, entries, time.monotonic() - began, s3=table)
+    classes = list(zip(stage.units, pool.class_units(storage), chosen, strict=True))
+    wait_for_capacity(cluster, "pool", stage.title, workers)
+    made = map_classes(gather_classes, gathering, classes, **resources)
+    commit_set(gathering.selected, dict(zip(stage.units, made, strict=True)), time.monotonic() - began, table=table)

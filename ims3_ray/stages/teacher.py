@@ -1,53 +1,146 @@
-"""The teacher of soft labels, trained on the encoded real images by Ray Train where no weights are given."""
+"""The teacher of soft labels: given weights, or a network trained on the encoded real images by Ray Train."""
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
 import ray
 import torch
 
-from ims3_ray.artifacts import Artifact
-from ims3_ray.cluster import own_device, placed, results
-from ims3_ray.config import canonical
+from ims3_ray.cluster.capacity import wait_for_capacity
+from ims3_ray.cluster.joining import own_device, placed, results
+from ims3_ray.config import EncoderTraining, WorkConfig, canonical, differing
 from ims3_ray.data.transforms import to_signed
-from ims3_ray.room import wait_for_room
-from ims3_ray.stages.base import Context, Stage, commit_units
-from ims3_ray.stages.evaluate import TEACHER_SHARD, read_teacher
-from ims3_ray.stages.pretrain_encoder import Images, encoder_loop
-from ims3_ray.stages.sets import Split
-from ims3_ray.stages.train import fit
+from ims3_ray.engine.loops import encoder_loop
+from ims3_ray.engine.planner import Planner
+from ims3_ray.engine.sets import RealSplit
+from ims3_ray.engine.shards import commit_units
+from ims3_ray.engine.stage import Context, Stage, Worker
+from ims3_ray.engine.train import fit
+from ims3_ray.engine.weights import Weights
+from ims3_ray.errors import UserError
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.models.encoder import (
+    Encoder,
+    EncoderConfig,
+    check_encoder,
+    class_positions,
+    embedding_cost,
+    encoder_config,
+    encoder_path,
+    load_encoder,
+)
+from ims3_ray.stages.encode import Encode
+from ims3_ray.training.encoder import Images
+from ims3_ray.training.students import Teacher
+
+SHARD = "teacher.safetensors"
 
 
-def run(context: Context, stage: Stage) -> None:
-    """Train, test and commit it; a run that was interrupted continues from the last epoch."""
-    config, storage, artifact = context.config.evaluation.teacher, context.storage, stage.artifact(context.storage)
-    images, trainer = Split.of(context, stage.inputs["images"]), config.trainer
-    checkpoints = f"{artifact.folder}/train"
-    arguments = {
-        "training": canonical(config.training), "threads": trainer.threads_per_worker, "seed": 0,
-        "images": partial(_with_names, images, context.classes.names),
-    }  # fmt: skip
-    print(f"{stage.title}: {config.training.epochs} epochs of {stage.inputs['images'].images} images", flush=True)
-    cluster, workers = context.config.cluster, [trainer.worker_resources] * trainer.num_workers
-    wait_for_room(cluster, "finetune", stage.title, workers, trainer.num_workers)
-    labels = cluster.place.get("finetune")
-    outcome = fit(encoder_loop, arguments, trainer, "teacher", storage.address(checkpoints), labels)
-    digest = artifact.write(TEACHER_SHARD, outcome["weights"])
-    judge = ray.remote(judged).options(
-        num_cpus=trainer.cpus_per_worker, num_gpus=trainer.gpus_per_worker, **placed(cluster, "finetune")
-    )
-    accuracy = results(judge.remote(artifact, Split.of(context, stage.inputs["test"]), trainer.threads_per_worker))
-    print(f"{stage.title}: {accuracy:.1f} % on the test split", flush=True)
-    context.spend(stage, outcome["seconds"], trainer.num_workers)
-    images_seen = outcome["images"] * config.training.epochs
-    entry = {"sha256": digest, "images": images_seen, "loss": outcome["losses"][-1], "test_accuracy": accuracy}
-    commit_units(artifact, {"result": entry}, outcome["seconds"])
-    storage.delete(checkpoints)
+@dataclass(eq=False)
+class TrainTeacher(Stage):
+    """Trains the teacher. Its only shard is an encoder's weights file with the classes of the data in their order."""
+
+    name, settings, exclusive = "teacher", EncoderTraining, True
+
+    @classmethod
+    def plan(cls, planner: Planner) -> TrainTeacher:
+        training, data = planner.work.evaluation.teacher.training, planner.work.data
+        images, test = Encode.plan(planner, "train", data), Encode.plan(planner, "test", data)
+        count, names = images.images * training.epochs, planner.classes.names
+        params = {"training": differing(training), "classes": list(names)}
+        flops = 3 * count * training_cost(training, data.channels, len(names), data.size)
+        return planner.add(cls("train the teacher", params, {"images": images, "test": test}, images=count, flops=flops))
+
+    def worker(self, config: WorkConfig) -> Worker:
+        trainer = config.evaluation.teacher.trainer
+        return Worker("finetune", trainer.cpus_per_worker, trainer.gpus_per_worker, trainer.num_workers)
+
+    def run(self, context: Context) -> None:
+        """Train, test and commit the teacher; an interrupted training continues from the last epoch."""
+        config, storage, artifact = context.config.evaluation.teacher, context.storage, self.artifact(context.storage)
+        images = RealSplit.of(cast(Encode, self.inputs["images"]), storage)
+        test = RealSplit.of(cast(Encode, self.inputs["test"]), storage)
+        trainer, checkpoints = config.trainer, f"{artifact.folder}/train"
+        arguments = {
+            "training": canonical(config.training), "threads": trainer.threads_per_worker, "seed": 0,
+            "images": partial(_with_names, images, context.classes.names),
+        }  # fmt: skip
+        print(f"{self.title}: {config.training.epochs} epochs of {self.inputs['images'].images} images", flush=True)
+        cluster, workers = context.config.cluster, [trainer.worker_resources] * trainer.num_workers
+        wait_for_capacity(cluster, "finetune", self.title, workers, trainer.num_workers)
+        labels = cluster.place.get("finetune")
+        outcome = fit(encoder_loop, arguments, trainer, "teacher", storage.address(checkpoints), labels)
+        digest = artifact.write(SHARD, outcome["weights"])
+        judge = ray.remote(judged).options(
+            num_cpus=trainer.cpus_per_worker, num_gpus=trainer.gpus_per_worker, **placed(cluster, "finetune")
+        )
+        accuracy = results(judge.remote(artifact, test, trainer.threads_per_worker))
+        print(f"{self.title}: {accuracy:.1f} % on the test split", flush=True)
+        context.spend(self, outcome["seconds"], trainer.num_workers)
+        images_seen = outcome["images"] * config.training.epochs
+        entry = {"sha256": digest, "images": images_seen, "loss": outcome["losses"][-1], "test_accuracy": accuracy}
+        commit_units(artifact, {"result": entry}, outcome["seconds"])
+        storage.delete(checkpoints)
 
 
-def judged(teacher: Artifact, test: Split, threads: int) -> float:
-    """Test accuracy in per cent: a teacher whose classes are in another order teaches nothing."""
+@dataclass(frozen=True)
+class TeacherInput:
+    """Inputs, weights and parameters that a stage adds to its plan if it uses the teacher."""
+
+    inputs: dict[str, Stage] = field(default_factory=dict)
+    weights: dict[str, Weights] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+def plan_teacher(planner: Planner) -> TeacherInput:
+    """Plan the teacher: the weights that the config names or, if it names none, a stage that trains a teacher.
+
+    Raises :class:`UserError` for weights that do not fit the classes or the images.
+    """
+    named, data = planner.work.evaluation.teacher.weights, planner.work.data
+    if named is None:
+        return TeacherInput({"teacher": TrainTeacher.plan(planner)})
+    path = encoder_path(named)
+    check_encoder(path)
+    class_positions(path, planner.classes.names, "evaluation.teacher.weights")
+    if (channels := encoder_config(path).channels) != data.channels:
+        raise UserError(f"teacher '{named}' takes {channels} channels but data.channels={data.channels}; choose another")
+    weights = Weights.of(encoder_path, named)
+    return TeacherInput(weights={"teacher": weights}, params={"teacher": weights.digest})
+
+
+def teacher_of(stage: Stage, context: Context) -> Weights | Artifact:
+    """The teacher of a stage that was planned with :func:`plan_teacher`, as :func:`load_teacher` takes it."""
+    return stage.inputs["teacher"].artifact(context.storage) if "teacher" in stage.inputs else stage.weights["teacher"]
+
+
+def load_teacher(teacher: Weights | Artifact, class_names: tuple[str, ...], device: str) -> Teacher:
+    """The teacher on a device; its logits are in the order of ``class_names``."""
+    if isinstance(teacher, Artifact):
+        encoder, positions = read_teacher(teacher), list(range(len(class_names)))
+    else:
+        path = teacher.path()
+        encoder, positions = load_encoder(path), class_positions(path, class_names, "evaluation.teacher.weights")
+    encoder = encoder.to(device)
+    order = torch.tensor(positions, device=device)
+    return lambda images: encoder.logits(2 * images - 1)[:, order]
+
+
+def read_teacher(teacher: Artifact) -> Encoder:
+    """Load the network that :class:`TrainTeacher` has written."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, SHARD)
+        path.write_bytes(teacher.read(SHARD))
+        return load_encoder(path)
+
+
+def judged(teacher: Artifact, test: RealSplit, threads: int) -> float:
+    """Test accuracy of the teacher in per cent; it would reveal classes that are in the wrong order."""
     torch.set_num_threads(threads)
     device = own_device()
     encoder, (pixels, labels) = read_teacher(teacher).to(device), test.read()
@@ -56,5 +149,13 @@ def judged(teacher: Artifact, test: Split, threads: int) -> float:
     return 100 * (predicted == labels).double().mean().item()
 
 
-def _with_names(images: Split, names: tuple[str, ...]) -> Images:
+def _with_names(images: RealSplit, names: tuple[str, ...]) -> Images:
     return *images.read(), names
+
+
+def training_cost(training: EncoderTraining, channels: int, num_classes: int, size: int) -> float:
+    """Floating-point operations of a forward pass of the network in training, on one image."""
+    shape = EncoderConfig(
+        model=training.model, model_args=training.model_args, channels=channels, num_classes=num_classes, mean=0.0, std=1.0
+    )
+    return embedding_cost(shape.model_dump_json(), size)[0]

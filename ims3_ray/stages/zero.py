@@ -16,18 +16,21 @@ from ims3_ray.training.finetuning import Trained, gradient_norm
 
 TAG = "engine"
 BUCKET = 500_000_000
-"""Gradient values that DeepSpeed reduces at a time: its default."""
+"""Number of gradient values that DeepSpeed reduces at a time by default."""
 
 
 def deepspeed_config(config: FinetuneConfig, trained: int) -> dict[str, Any]:
-    """For ``trained`` values. Buckets are allocated whole: DeepSpeed's default would take 2 GB for an adapter of 7 MB."""
+    """DeepSpeed's configuration for ``trained`` trainable values.
+
+    DeepSpeed allocates its buckets whole, and one of its default size would take 2 GB for an adapter of 7 MB.
+    """
     zero = {"stage": config.zero_stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": min(trained, BUCKET)}
     return {
-        # DeepSpeed wants a number here and does not use it: pieces may differ in size, and each loss is weighted by its own.
+        # DeepSpeed requires this number but does not use it: pieces may differ in size, and each loss is weighted accordingly.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.accumulate,
         "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would have to be compiled
+        "zero_allow_untested_optimizer": True,  # the optimizer is torch's AdamW; DeepSpeed's would have to be compiled
         "steps_per_print": 10**9,
     }
 
@@ -50,11 +53,11 @@ class ZeroEngine:
         self.module: nn.Module = self.engine
 
     def backward(self, loss: Tensor, share: float) -> None:
-        # DeepSpeed takes the mean over pieces and workers; with this factor it is that over images.
+        # DeepSpeed averages over pieces and workers; this factor turns its result into the mean over images.
         self.engine.backward(loss * (share * self.scale))
 
     def step(self) -> Tensor | float | None:
-        # DeepSpeed keeps the norm under ZeRO only. This one is right on the last piece, when gradients are whole.
+        # DeepSpeed reports the norm under ZeRO 1 to 3 only. The norm computed here is valid after the last piece of a batch.
         norm = gradient_norm(self.trained) if self.stage == 0 else None
         self.engine.step()
         return self.engine.get_global_grad_norm() if norm is None else norm
@@ -66,6 +69,6 @@ class ZeroEngine:
         self.engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
-        """The number of workers may differ from that which saved under ZeRO 0 alone."""
+        """Restore what :meth:`save` wrote. The number of workers may have changed since then under ZeRO 0 only."""
         self.engine.checkpoint_engine.load = compat.load_deepspeed_file
         self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)

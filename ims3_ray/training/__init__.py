@@ -1,1 +1,1 @@
-"""The training loops. Each runs alone on a machine that has PyTorch and no Ray; Ray Train wraps them for clusters."""
+"""The training loops. They need PyTorch but not Ray; on a cluster they run under Ray Train."""

@@ -1,6 +1,6 @@
-"""Pretraining of a class-conditional DiT on images in memory: one worker's part of it.
+"""Pretraining of a class-conditional DiT on images in memory: the code of one worker.
 
-:mod:`ims3_ray.stages.pretrain_generator` runs it on Ray Train, ``benchmarks/gpu.py`` on a machine without Ray.
+:func:`ims3_ray.engine.loops.generator_loop` runs it on Ray Train, ``benchmarks/gpu.py`` on a machine without Ray.
 """
 
 from __future__ import annotations
@@ -17,31 +17,32 @@ from ims3_ray.config.base import canonical
 from ims3_ray.config.pretrain import GeneratorTraining
 from ims3_ray.data.batches import batch_indices
 from ims3_ray.data.transforms import to_signed
+from ims3_ray.diffusion.prediction import target_of
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.errors import UserError
 from ims3_ray.models.checkpoints import pack
 from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.models.ema import Ema
-from ims3_ray.objectives.diffusion import diffusion_loss, drop_labels
+from ims3_ray.objectives.diffusion import diffusion_loss, drop_conditions
 from ims3_ray.training.pace import Pace
 
 FETCH_EVERY = 50
-"""Steps after which losses are read from the device, which makes the host wait."""
+"""Number of steps between two reads of the losses from the device; a read makes the host wait."""
 
 
 def dit_config(training: GeneratorTraining, size: int, channels: int, num_classes: int) -> DiTConfig:
     """The shape of the DiT that ``training`` asks for, for images of ``channels`` × ``size`` × ``size``."""
     return DiTConfig(
         input_size=size, in_channels=channels, patch_size=training.patch_size, hidden_size=training.hidden_size,
-        depth=training.depth, num_heads=training.num_heads, num_classes=num_classes,
+        depth=training.depth, num_heads=training.num_heads, num_classes=num_classes, prediction=training.prediction,
     )  # fmt: skip
 
 
 class GeneratorTrainer:
     """A DiT in training, its optimizer and the moving average (EMA) that becomes the weights file.
 
-    ``images`` are uint8 pixels [N, C, size, size] and labels [N], kept on ``device``. Of each global batch the worker takes
-    its ``rank``-th of ``world`` parts. ``wrap`` prepares the model for several workers (DistributedDataParallel).
+    ``images`` are uint8 pixels [N, C, size, size] and labels [N], kept on ``device``. The worker takes the ``rank``-th of
+    ``world`` parts of each global batch. ``wrap`` prepares the model for several workers (DistributedDataParallel).
     """
 
     def __init__(
@@ -64,18 +65,18 @@ class GeneratorTrainer:
         half = self.device.type, torch.bfloat16
         self.autocast = torch.autocast(*half) if config.precision == "bf16" else nullcontext()
         self.steps_before = 0
-        """Steps of an earlier training of which only the weights are known."""
+        """Number of steps of an earlier training of which only the weights are known."""
         self.losses: list[float] = []
-        """Of every later step; each is finite."""
+        """Loss of every step since then that was read from the device; all are finite."""
         self._unread: list[Tensor] = []
 
     @property
     def steps(self) -> int:
-        """Steps that have been taken."""
+        """Number of steps taken."""
         return self.steps_before + len(self.losses) + len(self._unread)
 
     def run(self, pace: Pace) -> Iterator[int]:
-        """Take steps until ``pace`` ends; yields their number after each. Losses are complete when it has ended."""
+        """Take steps until ``pace`` ends; after each, yield the number of steps. ``losses`` is complete at the end."""
         batches = batch_indices(
             len(self.labels), self.config.batch_size, self.rank, self.world, self.seed, first_step=self.steps
         )
@@ -95,11 +96,12 @@ class GeneratorTrainer:
             z0 = torch.where(mirrored[:, None, None, None], z0.flip(3), z0)
         noise = torch.randn(z0.shape, generator=rng, device=self.device)
         t = torch.randint(self.schedule.num_steps, (count,), generator=rng, device=self.device)
-        y = drop_labels(self.labels[index], self.model.config.null_label, g.label_dropout, rng)
+        y = drop_conditions(self.labels[index], self.model.config.null_label, g.label_dropout, rng)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self.autocast:
-            loss = diffusion_loss(self.wrapped(self.schedule.add_noise(z0, noise, t), t, y), noise)
+            target = target_of(z0, noise, t, self.schedule, g.prediction)
+            loss = diffusion_loss(self.wrapped(self.schedule.add_noise(z0, noise, t), t, y), target)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -108,7 +110,7 @@ class GeneratorTrainer:
         self._unread.append(loss.detach())
 
     def read_losses(self) -> None:
-        """Fetch the losses of the last steps; :class:`UserError` naming the first step whose loss is not finite."""
+        """Fetch the losses of the last steps. Raises :class:`UserError` naming the first step whose loss is not finite."""
         found = torch.stack(self._unread).tolist() if self._unread else []
         self._unread.clear()
         for loss in found:
@@ -117,7 +119,7 @@ class GeneratorTrainer:
             self.losses.append(loss)
 
     def state(self) -> dict[str, Any]:
-        """All that is needed to go on as if nothing had happened, beside the seconds that were taken."""
+        """Everything that is needed to resume the training exactly, except the elapsed seconds."""
         self.read_losses()
         return {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema.state(),
@@ -125,17 +127,17 @@ class GeneratorTrainer:
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state` gave."""
+        """Restore what :meth:`state` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.restore(state["ema"])
         self.steps_before, self.losses = state["steps_before"], list(state["losses"])
 
     def start_from(self, weights: dict[str, Tensor], steps: int) -> None:
-        """Go on from the averaged weights of an earlier training of so many steps, with an optimizer that has seen nothing.
+        """Continue from the averaged weights of an earlier training of ``steps`` steps, with a new optimizer.
 
         Used where the full training state is too large to keep: it has eight times the size of the weights file.
-        ``benchmarks/recipe.py`` measures what it costs. Raises :class:`UserError` for weights of another shape.
+        ``benchmarks/recipe.py`` measures the effect on the loss. Raises :class:`UserError` for weights of another shape.
         """
         wanted = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         if wanted != {name: tuple(value.shape) for name, value in weights.items()}:

@@ -1,4 +1,4 @@
-"""How a learning rate rises and falls over a training, and when the training ends: by steps or by the clock."""
+"""Learning-rate schedules that also decide when a training ends: after a number of steps, or after a time."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Protocol
 
 
 class Pace(Protocol):
-    """The shape is a linear warm-up, a constant part and a linear cool-down to zero."""
+    """A learning-rate schedule: a linear warm-up, a constant part and a linear cool-down to zero."""
 
     def factor(self, step: int) -> float | None:
-        """What the learning rate is multiplied by in ``step`` (counted from 0), in 0 … 1; None once the training is over."""
+        """Factor of the learning rate in ``step`` (counted from 0), between 0 and 1; None once the training is over."""
 
 
 @dataclass(frozen=True)
 class BySteps:
-    """A fixed number of steps. A training can be lengthened without a change of its start."""
+    """A fixed number of steps. Raising the number changes no step before the cool-down."""
 
     steps: int
     warmup: int
-    """Steps over which the rate rises."""
+    """Number of steps at the start over which the learning rate rises."""
     cooldown: int
-    """Last steps over which it falls."""
+    """Number of steps at the end over which the learning rate falls."""
 
     def factor(self, step: int) -> float | None:
         if step >= self.steps:
@@ -33,10 +33,11 @@ class BySteps:
 
 @dataclass
 class ByClock:
-    """As many steps as a time allows, for a machine whose speed is not known beforehand.
+    """As many steps as fit into a given time, for a machine whose speed is not known beforehand.
 
-    The clock starts with the first call of :meth:`factor`. The rate rises over ``warmup`` steps, counted from that call, and
-    falls over the last ``cooldown`` (a share) of the time. One process only: the clocks of several would disagree.
+    The clock starts with the first call of :meth:`factor`. The learning rate rises over ``warmup`` steps, counted from
+    that call, and falls over the last share ``cooldown`` of the time. For one process only: the clocks of several would
+    disagree.
     """
 
     seconds: float

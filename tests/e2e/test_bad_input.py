@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,8 @@ from PIL import Image
 
 from ims3_ray.cli import main
 from ims3_ray.config import RunConfig
-from ims3_ray.estimate import describe
 from tests.conftest import CLASSES, tiny_values
-from tests.e2e.conftest import ROOT, run_job, write_config
+from tests.e2e.conftest import run_job, write_config
 
 Job = Callable[..., tuple[int, str]]
 
@@ -23,11 +21,12 @@ Job = Callable[..., tuple[int, str]]
 @pytest.fixture
 def job(tiny_world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Job:
     """The distill job in this process, on the tiny world: (exit code, standard error)."""
-    front = runpy.run_path(str(ROOT / "jobs" / "distill.py"))
     config = write_config(tmp_path / "config.yaml", tiny_values(tiny_world, tmp_path / "runs"))
 
     def call(*arguments: str) -> tuple[int, str]:
-        code = main(front["__doc__"], RunConfig, front["run"], describe, ["--config", config, *arguments])
+        jobs = "ims3_ray.commands.jobs"
+        named = ("ims3_ray.config:RunConfig", f"{jobs}:run_distill", f"{jobs}:plan_distill")
+        code = main("", *named, ["--config", config, *arguments])
         return code, capfd.readouterr().err
 
     return call

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ims3_ray.config import PretrainConfig
-from ims3_ray.loading import load_config
+from ims3_ray.config.loading import load_config
 from ims3_ray.models.checkpoints import read_metadata
 from tests.e2e.conftest import ROOT, environment
 

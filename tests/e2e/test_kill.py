@@ -102,7 +102,7 @@ def test_one_fault_after_another_in_the_middle_of_generate(tiny_world: Path, tmp
 
     full = run_on_a_small_disk(file, storage, kept)
     assert full.returncode in (1, 2), full.stdout + full.stderr  # a shard, or the manifest, for which there was no room
-    assert "No space left on device" in full.stderr.splitlines()[-1]
+    assert "No space left on device" in full.stderr.splitlines()[-1], full.stderr
     made = notes(kept)
     assert 0 < len(made) < UNITS
     assert not list(kept.rglob("*.tmp"))

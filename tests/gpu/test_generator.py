@@ -11,16 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from ims3_ray.artifacts import Artifact, Storage
 from ims3_ray.config import GeneratorTraining, SamplingConfig
-from ims3_ray.diffusion.sampling import guided, sample
+from ims3_ray.diffusion.prediction import guided
+from ims3_ray.diffusion.samplers.base import sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.engine.images import ImageStore, Produced
+from ims3_ray.engine.worker import Derivation, UnitWorker, Work
+from ims3_ray.io.artifacts import Artifact, Storage
 from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.models.generator import load_generator
-from ims3_ray.stages.derived import Features
-from ims3_ray.stages.images import ImageStore, Produced
-from ims3_ray.stages.producers import Candidates
-from ims3_ray.stages.worker import Derivation, UnitWorker, Work
+from ims3_ray.stages.candidates import Candidates
+from ims3_ray.stages.embed import Features
 from ims3_ray.training.generator import GeneratorTrainer
 from ims3_ray.training.pace import BySteps
 from tests.conftest import write_latent_world

@@ -11,12 +11,13 @@ from safetensors.torch import load
 
 from ims3_ray.config import FinetuneConfig, ProtocolConfig
 from ims3_ray.data.clean_images import CleanImages
-from ims3_ray.evaluation import Training, train_student
 from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.models.encoder import load_encoder
+from ims3_ray.models.generators.dit import DiTGenerator
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection import path, select_subgroups
 from ims3_ray.training.finetuning import BuildEngine, Finetuner, TorchEngine
+from ims3_ray.training.students import Training, train_student
 from tests.gpu.conftest import distance
 
 SHAPE = DiTConfig(
@@ -39,7 +40,9 @@ def tuner(device: str, build_engine: BuildEngine = TorchEngine, **settings: Any)
             if not parameter.any():
                 parameter.normal_(std=0.05)
     values = {"batch_size": 8, "scaled_blocks": 2, "trainer": {"num_workers": 1}, **settings}
-    return Finetuner(model, FinetuneConfig.model_validate(values), device, build_engine=build_engine)
+    return Finetuner(
+        model, DiTGenerator.of_shape(SHAPE), FinetuneConfig.model_validate(values), device, build_engine=build_engine
+    )
 
 
 def latents() -> CleanImages:

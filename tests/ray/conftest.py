@@ -12,12 +12,12 @@ import pytest
 import ray
 
 from ims3_ray import RunConfig, RunResult, distill
-from ims3_ray.artifacts import Storage
-from ims3_ray.cluster import connected
+from ims3_ray.cluster.joining import connected
 from ims3_ray.config import ClusterConfig
+from ims3_ray.engine.pool import produce
+from ims3_ray.engine.stage import Context, Stage
+from ims3_ray.io.artifacts import Storage
 from ims3_ray.plan import Plan, make_plan
-from ims3_ray.stages.base import Context, Stage
-from ims3_ray.stages.pool import produce
 from ims3_ray.tracking import Tracker
 from tests.conftest import tiny_values
 
@@ -66,5 +66,5 @@ def prepare(
         shutil.copytree(encoded, storage / "artifacts", dirs_exist_ok=True)
     config = RunConfig.model_validate(tiny_values(world, storage, **changes))
     plan, place = make_plan(config), Storage.at(config.storage)
-    stages = {(stage.kind, stage.label): stage for stage in plan.stages}
+    stages = {(stage.name, stage.label): stage for stage in plan.stages}
     return Context(config, place, plan.classes, Tracker(config, place)), stages

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,15 +16,21 @@ from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load
 
-from ims3_ray import RunConfig, UserError, distill, pipeline
-from ims3_ray.artifacts import Storage
+from ims3_ray import RunConfig, UserError, distill
+from ims3_ray.commands import distill as command
 from ims3_ray.config import canonical
-from ims3_ray.data.sources import class_names_of, open_source
+from ims3_ray.data.sources import open_source
+from ims3_ray.data.sources.parquet import class_names_of
 from ims3_ray.data.transforms import to_signed
 from ims3_ray.diffusion.instability import log_instability
 from ims3_ray.diffusion.inversion import invert
-from ims3_ray.diffusion.sampling import guided, sample
+from ims3_ray.diffusion.prediction import guided
+from ims3_ray.diffusion.samplers.base import sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.engine.pool import produce
+from ims3_ray.engine.sets import read_set
+from ims3_ray.engine.stage import Context, Stage
+from ims3_ray.io.artifacts import Storage
 from ims3_ray.models.checkpoints import pack
 from ims3_ray.models.difffit import merge_adapter
 from ims3_ray.models.encoder import Encoder, encoder_config, load_encoder
@@ -31,10 +38,6 @@ from ims3_ray.models.generator import load_generator
 from ims3_ray.plan import make_plan
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection import centroid, select_subgroups
-from ims3_ray.stages import pool
-from ims3_ray.stages.base import Context, Stage
-from ims3_ray.stages.images import ImageStore
-from ims3_ray.stages.sets import read_set
 from ims3_ray.tracking import Tracker
 from tests.conftest import CLASSES, tiny_values
 from tests.ray.conftest import Run
@@ -43,19 +46,26 @@ K, G = 2, 3
 
 
 def stage(run: Run, kind: str, label: str) -> Stage:
-    (found,) = [s for s in run.plan.stages if (s.kind, s.label) == (kind, label)]
+    (found,) = [s for s in run.plan.stages if (s.name, s.label) == (kind, label)]
     return found
 
 
 def tensors(run: Run, kind: str, label: str) -> torch.Tensor:
     """The images of all units of a pool, in order of class and index."""
     node = stage(run, kind, label)
-    return torch.cat([ImageStore.of(node, run.storage).read(unit) for unit in node.units])
+    return torch.cat([node.store(run.storage).read(unit) for unit in node.units])
 
 
 def chosen(run: Run, arm: str) -> dict[str, torch.Tensor]:
-    pixels, labels = read_set(stage(run, "select", arm).artifact(run.storage))
+    pixels, labels = read_set(stage(run, "select", arm).artifact(run.storage))[:2]
     return {"pixels": pixels, "labels": labels}
+
+
+def student_units(run: Run, results: dict[str, Any], title: str) -> list[dict[str, Any]]:
+    """What the students of a set have left, in order of their seeds."""
+    (key,) = [row["key"] for row in results["stages"] if row["title"] == f"evaluate ({title}; hard/convnet-3)"]
+    manifest = json.loads((Path(run.config.storage) / "artifacts" / "evaluate" / key / "manifest.json").read_text())
+    return [manifest["units"][f"seed-{seed}"] for seed in run.config.evaluation.seeds]
 
 
 def test_results_have_every_arm_with_seeds_mean_and_std(tiny_run: Run):
@@ -68,7 +78,10 @@ def test_results_have_every_arm_with_seeds_mean_and_std(tiny_run: Run):
         assert last["mean"] == pytest.approx(np.mean(last["seeds"]))
         assert last["std"] == pytest.approx(np.std(last["seeds"], ddof=1))
         assert last["sem"] == pytest.approx(last["std"] / math.sqrt(2))
-        assert row["best"]["mean"] >= max(last["mean"], row["val"]["mean"])
+        units = student_units(tiny_run, results, found["title"])
+        assert row["best"]["seeds"] == [max(check["test"] for check in unit["curve"]) for unit in units]
+        chosen = [max(unit["curve"], key=lambda check: check["val"]) for unit in units]
+        assert row["val"]["seeds"] == [check["test"] for check in chosen]
         assert np.mean(row["per_class"]) == pytest.approx(last["mean"], abs=0.01)
         assert [check["epoch"] for check in row["curve"]] == [2, 4]
     assert tiny_run.result.accuracy("ims3") == results["sets"]["ims3"]["rows"]["hard/convnet-3"]["last"]["mean"]
@@ -110,7 +123,7 @@ def test_s3_chooses_what_eq_10_says_of_features_computed_directly(tiny_run: Run)
         groups = images[label, : G * K].unflatten(0, (G, K))
         candidates.append(torch.stack([centroid(features(group)) for group in groups]))
     expected = select_subgroups(torch.stack(candidates), torch.stack(references), alpha=0.4, beta=0.9)
-    table = (stage(tiny_run, "select", "ims3").manifest(tiny_run.storage) or {})["s3"]
+    table = (stage(tiny_run, "select", "ims3").manifest(tiny_run.storage) or {})["table"]
     torch.testing.assert_close(torch.tensor(table["score"], dtype=torch.float64), expected.score_CG, rtol=1e-3, atol=1e-3)
     assert table["groups"] == expected.groups.tolist()
     for label, group in enumerate(table["groups"]):
@@ -225,7 +238,7 @@ def test_a_finished_run_is_not_computed_again(tiny_run: Run, monkeypatch: pytest
     def refuse(*_: object) -> None:
         raise AssertionError("a finished run started again")
 
-    monkeypatch.setattr(pipeline, "_run", refuse)
+    monkeypatch.setattr(command, "_run", refuse)
     assert distill(tiny_run.config).results == tiny_run.result.results
 
 
@@ -234,7 +247,7 @@ def test_another_arm_shares_every_stage_that_it_can(tiny_run: Run):
     other = tiny_run.config.model_dump() | {"name": "other"}
     other["selection"] |= {"alpha": 1.0, "beta": 0.0}
     plan = make_plan(RunConfig.model_validate(other))
-    missing = {s.kind for s in plan.stages if s.missing(tiny_run.storage)}
+    missing = {s.name for s in plan.stages if s.missing(tiny_run.storage)}
     assert missing <= {"select", "evaluate", "export"}
     assert "select" in missing
 
@@ -246,15 +259,15 @@ def test_another_phi_embeds_the_same_pool_again_and_keeps_what_it_made_when_inte
     other = tiny_run.config.model_dump() | {"name": "other-phi", "encoder": str(weights)}
     config = RunConfig.model_validate(other)
     plan = make_plan(config)
-    stages = {(s.kind, s.label): s for s in plan.stages}
+    stages = {(s.name, s.label): s for s in plan.stages}
     candidates, embed = stages["generate", "pretrained"], stages["embed", "pretrained"]
     assert not candidates.missing(tiny_run.storage)
     assert embed.missing(tiny_run.storage) == list(embed.units)
     context = Context(config, tiny_run.storage, plan.classes, Tracker(config, tiny_run.storage))
-    pool.produce(context, {candidates: [embed]})
+    produce(context, {candidates: [embed]})
     unit = embed.units[0]
     with torch.inference_mode():
-        pixels = ImageStore.of(candidates, tiny_run.storage).read(unit)
+        pixels = candidates.store(tiny_run.storage).read(unit)
         expected = encoder.eval()(pixels.float() / 127.5 - 1)
     features = load(embed.artifact(tiny_run.storage).read(f"{unit}.safetensors"))["features"]
     torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
@@ -266,7 +279,7 @@ def test_another_phi_embeds_the_same_pool_again_and_keeps_what_it_made_when_inte
         file.unlink()
     kept = {file: file.stat().st_mtime_ns for file in (folder / "shards").iterdir()}
     assert kept
-    pool.produce(context, {candidates: [embed]})
+    produce(context, {candidates: [embed]})
     after = embed.manifest(tiny_run.storage) or {}
     shards = [{name: entry["sha256"] for name, entry in found["units"].items()} for found in (before, after)]
     assert shards[0] == shards[1]

@@ -15,14 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import load
 
 from ims3_ray import UserError
+from ims3_ray.cluster.capacity import Request
 from ims3_ray.config import FinetuneConfig
 from ims3_ray.data.batches import batch_indices
+from ims3_ray.engine import train
 from ims3_ray.models.difffit import merge_adapter
-from ims3_ray.models.generator import load_generator
-from ims3_ray.room import Request
+from ims3_ray.models.generator import load_generator, open_generator
 from ims3_ray.seeds import generator_for, seed_for
-from ims3_ray.stages import finetune, train
+from ims3_ray.stages import finetune, finetune_worker
 from ims3_ray.stages.adapters import Adapters, GroupModels
+from ims3_ray.stages.finetune import Finetune
 from ims3_ray.stages.zero import ZeroEngine
 from ims3_ray.training.finetuning import BuildEngine, Finetuner, TorchEngine
 from tests.ray.conftest import prepare
@@ -60,7 +62,7 @@ def every_variant(arguments: dict[str, Any]) -> dict[str, Any]:
     for name, changes in VARIANTS.items():
         if alone and name not in ("ZeRO 0", "everything trained"):
             continue  # one process is what the others are compared with
-        outcomes[name] = finetune.finetune_loop({**arguments, "config": {**arguments["config"], **changes}})
+        outcomes[name] = finetune_worker.finetune_loop({**arguments, "config": {**arguments["config"], **changes}})
     for stage in (0, 3):
         with tempfile.TemporaryDirectory() as own:
             folder = arguments["checkpoints"] / f"{stage}-{ray.train.get_context().get_world_size()}"
@@ -84,9 +86,11 @@ def _steps(
     """The loop by hand: what is loaded from ``start`` runs ``steps`` and is saved in ``end``."""
     config = FinetuneConfig.model_validate({**arguments["config"], "zero_stage": stage, **settings})
     context = ray.train.get_context()
-    images = finetune.read_images(arguments["images"], None, arguments["classes"], config.flip)
-    model = load_generator(arguments["weights"].path())
-    tuner = Finetuner(model, config, "cpu", context.get_world_rank(), context.get_world_size(), build_engine)
+    images = finetune_worker.read_images(arguments["images"], None, arguments["classes"], config.flip)
+    generator = open_generator(arguments["weights"].path())
+    tuner = Finetuner(
+        generator.load(), generator, config, "cpu", context.get_world_rank(), context.get_world_size(), build_engine
+    )
     if start is not None:
         tuner.load(start)
     order = seed_for(arguments["seed"], "finetune-order", 0) % 2**31
@@ -144,7 +148,7 @@ def test_all_objectives_run_together_and_add_up_on_as_many_workers_as_there_is_r
 ):
     tuning = {"objectives": EVERYTHING, "zero_stage": 0, "batch_size": 7, "trainer": {"num_workers": 1, "max_workers": 2}}
     context, stages = prepare(tiny_world, tmp_path, encoded, finetune=tuning)
-    finetune.run(context, [stages["finetune", ""]])
+    Finetune.run_all(context, [stages["finetune", ""]])
     artifact = stages["finetune", ""].artifact(context.storage)
     rows = json.loads(artifact.read("losses-0.json"))
     assert all(value.isfinite().all() for value in load(artifact.read("adapter-0.safetensors")).values())
@@ -171,7 +175,7 @@ def test_class_groups_are_tuned_apart_and_each_class_is_sampled_with_its_own(
     context, stages = prepare(tiny_world, tmp_path, encoded, finetune=tuning, cluster={"wait_s": 60})
     stage = stages["finetune", ""]
     assert stage.units == ("group-0", "group-1")
-    finetune.run(context, [stage])
+    Finetune.run_all(context, [stage])
     assert asked[:2] == [[{"CPU": 1}], []]  # a cluster that can grow is asked for the group that waits
     assert asked[-1] == []
     adapters = Adapters.of(stage, context.storage)
@@ -205,6 +209,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_good(tiny_wor
     order = next(batch_indices(90, 8, 0, 1, seed_for(context.config.seed, "finetune-order", 0) % 2**31)).tolist()
     names = ", ".join(f"train-images-idx3-ubyte[{index}]" for index in order)  # classes lie one after the other in the file
     with pytest.raises(UserError, match=rf"diverged at step 1 \(.*\) on images {re.escape(names)}; .*; lower finetune.lr"):
-        finetune.run(context, [stage])
+        Finetune.run_all(context, [stage])
     assert stage.missing(context.storage)
     assert not context.storage.exists(f"{stage.artifact(context.storage).folder}/shards/adapter-0.safetensors")

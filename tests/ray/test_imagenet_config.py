@@ -14,20 +14,21 @@ import torch
 from safetensors.torch import load
 
 from ims3_ray import RunConfig, distill
-from ims3_ray.artifacts import Storage
+from ims3_ray.config.loading import load_config
 from ims3_ray.data.transforms import to_signed
-from ims3_ray.diffusion.sampling import guided, sample
+from ims3_ray.diffusion.prediction import guided
+from ims3_ray.diffusion.samplers.base import sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
-from ims3_ray.loading import load_config
+from ims3_ray.engine.images import Decoder
+from ims3_ray.engine.stage import Stage
+from ims3_ray.io.artifacts import Storage
 from ims3_ray.models.autoencoder import autoencoder_path, load_autoencoder
 from ims3_ray.models.difffit import merge_adapter
 from ims3_ray.models.generator import generator_path, load_generator
 from ims3_ray.plan import make_plan
 from ims3_ray.seeds import generator_for
 from ims3_ray.stages.adapters import Adapters
-from ims3_ray.stages.base import Stage
-from ims3_ray.stages.derived import read_latents
-from ims3_ray.stages.images import Decoder, ImageStore
+from ims3_ray.stages.latents import read_latents
 from tests.imagenet import places, write_images, write_weights
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -62,8 +63,8 @@ def woof(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> RunConfig:
 def stages_of(config: RunConfig, released: bool = False) -> dict[str, Stage]:
     """By kind: those that both readings share, and the ones of either."""
     stages = [stage for stage in make_plan(config).stages if stage.label != "test"]
-    own = [s for s in stages if s.kind not in ("finetune", "generate") or released == ("released" in s.title)]
-    return {stage.kind: stage for stage in own}
+    own = [s for s in stages if s.name not in ("finetune", "generate") or released == ("released" in s.title)]
+    return {stage.name: stage for stage in own}
 
 
 def test_every_class_has_its_image_and_the_tuning_its_epochs(woof: RunConfig):
@@ -100,7 +101,7 @@ def test_candidates_are_decoded_samples_of_the_fine_tuned_model(woof: RunConfig)
     with torch.no_grad():
         drawn = sample(predict, (4, 32, 32), [rng], NoiseSchedule(), 2, sampler="ddpm")
     expected = decode(drawn.half())[0]
-    pixels = ImageStore.of(generate, storage).read("c0193-u00000")[1]
+    pixels = generate.store(storage).read("c0193-u00000")[1]
     off = np.abs(pixels.numpy().astype(int) - expected.numpy().astype(int))
     assert off.max() <= 1
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from ims3_ray.stages import finetune
+from ims3_ray.stages.finetune import Finetune
 from tests.ray.conftest import prepare
 
 
@@ -51,9 +51,9 @@ def test_a_killed_training_worker_changes_nothing(tiny_world: Path, tmp_path: Pa
         stage = stages["finetune", ""]
         if name == "killed":
             with killing("RayTrainWorker", "artifacts/finetune/*/train-0/*/checkpoint_*/*", tmp_path / name):
-                finetune.run(context, [stage])
+                Finetune.run_all(context, [stage])
         else:
-            finetune.run(context, [stage])
+            Finetune.run_all(context, [stage])
         artifact = stage.artifact(context.storage)
         outcomes.append([artifact.read(shard) for shard in ("losses-0.json", "adapter-0.safetensors")])
         history = context.tracker.client.get_metric_history(context.tracker.run_id, "loss")

@@ -8,17 +8,18 @@ import torch
 from safetensors.torch import load
 
 from ims3_ray.data.transforms import to_signed
-from ims3_ray.diffusion.inverted_gaussian import Gaussian, draw_group, invert_to_start, start_index
-from ims3_ray.diffusion.mode_guidance import find_modes
-from ims3_ray.diffusion.refinement import refine as refine_latents
-from ims3_ray.diffusion.sampling import guided, sample
+from ims3_ray.diffusion.prediction import guided
+from ims3_ray.diffusion.samplers.base import sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.diffusion.steering.inverted_gaussian import Gaussian, draw_group, invert_to_start, start_index
+from ims3_ray.diffusion.steering.mode_guidance import find_modes
+from ims3_ray.engine.images import Decoder
+from ims3_ray.engine.pool import produce
+from ims3_ray.engine.sets import read_set
 from ims3_ray.models.autoencoder import autoencoder_path, load_autoencoder
 from ims3_ray.models.generator import load_generator
 from ims3_ray.seeds import generator_for, seed_for
-from ims3_ray.stages import modes, pool, refine, select
-from ims3_ray.stages.images import Decoder, ImageStore
-from ims3_ray.stages.sets import read_set
+from ims3_ray.synthesis.cao2 import refine as refine_latents
 from tests.conftest import write_latent_world
 from tests.ray.conftest import prepare
 
@@ -26,7 +27,7 @@ K = 2
 ARMS = {
     "mgd3": {"overrides": {"sampling": {"sampler": "ddpm", "mode_guidance": {"strength": 0.5}}}},
     "d3hr": {"overrides": {"sampling": {"inverted_gaussian": {"groups": 20}}}},
-    "cao2": {"select": "confidence", "refine": True, "overrides": {"refine": {"steps": 5, "lr": 0.05}}},
+    "cao2": {"select": "confidence", "synthesise": "cao2", "overrides": {"synthesis": {"cao2": {"steps": 5, "lr": 0.05}}}},
 }
 
 
@@ -40,16 +41,16 @@ def test_methods_work_on_latents(tiny_world: Path, tmp_path: Path, encoded: Path
     )  # fmt: skip
     storage, schedule = context.storage, NoiseSchedule()
     train = stages["encode", "train"]
-    pool.produce(context, {train: [stages["inverted", ""], stages["latents", ""]]})
-    modes.run(context, stages["modes", ""])
+    produce(context, {train: [stages["inverted", ""], stages["latents", ""]]})
+    stages["modes", ""].run(context)
     pools = {stage: [] for (kind, _), stage in stages.items() if kind == "generate"}
     for (kind, _), stage in stages.items():
         if kind == "embed" and stage.inputs["images"] in pools:
             pools[stage.inputs["images"]].append(stage)
-    pool.produce(context, pools)
+    produce(context, pools)
     for name in arms:
-        select.run(context, stages["select", name])
-    refine.run(context, stages["refine", "cao2"])
+        stages["select", name].run(context)
+    stages["synthesise", "cao2"].run(context)
 
     model, vae = load_generator(tmp_path / "dit.safetensors"), load_autoencoder(autoencoder_path(str(tmp_path / "vae")))
     units = [unit for unit in train.units if unit.startswith("c0001")]
@@ -70,9 +71,9 @@ def test_methods_work_on_latents(tiny_world: Path, tmp_path: Path, encoded: Path
         d3hr = read_set(stages["select", "d3hr"].artifact(storage))[0].unflatten(0, (3, K))[1]
         assert (d3hr.int() - decode(drawn.half()).int()).abs().max() <= 1
 
-    refined, chosen = (stages[kind, "cao2"].artifact(storage) for kind in ("refine", "select"))
+    refined, chosen = (stages[kind, "cao2"].artifact(storage) for kind in ("synthesise", "select"))
     indices = load(chosen.read("class-0001.safetensors"))["indices"]
-    store = ImageStore.of(stages["select", "cao2"].inputs["images"], storage)
+    store = stages["select", "cao2"].inputs["images"].store(storage)
     kept = load(store.artifact.read("c0001-u00000.safetensors"))["latents"].float()
     assert indices.max() < len(kept)
     predict = guided(model.requires_grad_(False), torch.ones(K, dtype=torch.long), 3, 1.0)

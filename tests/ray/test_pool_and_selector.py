@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,28 @@ import torch
 from safetensors.torch import load
 
 from ims3_ray import UserError
-from ims3_ray.artifacts import Artifact, Storage
 from ims3_ray.cli import main
-from ims3_ray.config import RunConfig, SelectionConfig
+from ims3_ray.config import RunConfig
+from ims3_ray.engine import per_class
+from ims3_ray.engine.images import Produced
+from ims3_ray.engine.pool import Task, _check_alike, produce, run_tasks
+from ims3_ray.engine.sets import read_set
+from ims3_ray.engine.shards import by_class
+from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.errors import IncompletePool
+from ims3_ray.io.artifacts import Artifact, Storage
 from ims3_ray.plan import make_plan
 from ims3_ray.seeds import generator_for
-from ims3_ray.selection import SELECTORS, ClassImages, centroid, select_subgroups
-from ims3_ray.stages import pool, select, sets
-from ims3_ray.stages.base import Context, Stage, by_class
-from ims3_ray.stages.images import ImageStore, Produced
-from ims3_ray.stages.pool import Task, _check_alike, run_tasks
+from ims3_ray.selection import SELECTORS, ClassImages, ClassSelector, centroid, select_subgroups
+from ims3_ray.selection.s3 import S3
+from ims3_ray.stages import select
+from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.s3 import NAMESPACE, Part, S3Selector, actor_name, start_selector
-from ims3_ray.stages.sets import read_set
+from ims3_ray.stages.select import Select
 from tests.conftest import write_latent_world
 from tests.ray.conftest import Run, prepare
 
+CLASS_SELECTORS = {name: kind() for name, kind in SELECTORS.items() if issubclass(kind, ClassSelector)}
 UNITS = ["c0000-u00000", "c0000-u00001", "c0001-u00000"]
 
 
@@ -48,11 +55,15 @@ class FailsAtFirst:
         return Produced(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), [unit])
 
 
+def encode_of(units: Sequence[str]) -> Encode:
+    return Encode("encode", {}, units=tuple(units), images=3, labels=(0, 1, 2), unit_size=12)
+
+
 def make(world: Path, folder: Path, failures: int) -> Artifact:
     context, _ = prepare(world, folder, actors={"count": 1, "max_attempts": 2})
-    stage = Stage("encode", "encode", {}, units=tuple(UNITS), images=3)
+    stage = encode_of(UNITS)
     try:
-        run_tasks(context, [Task(partial(FailsAtFirst, folder, UNITS[1], failures), stage, (), UNITS)], {})
+        run_tasks(context, [Task(partial(FailsAtFirst, folder, UNITS[1], failures), stage, (), UNITS)])
     finally:
         manifest = stage.manifest(context.storage) or {}
         assert {UNITS[0], UNITS[2]} <= manifest["units"].keys()
@@ -69,10 +80,11 @@ def test_a_unit_that_fails_is_tried_again_then_recorded_and_named_with_its_image
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: encode: 1 of 3 units failed every attempt, images missing: left 12–23; ")
     assert f"{UNITS[1]}: RuntimeError: no such luck" in line
-    artifact = Stage("encode", "encode", {}, units=tuple(UNITS)).artifact(Storage.at(str(tmp_path)))
+    artifact = encode_of(UNITS).artifact(Storage.at(str(tmp_path)))
     assert (artifact.manifest() or {})["failed"] == {UNITS[1]: "RuntimeError: no such luck"}
 
     assert main("", RunConfig, run, arguments=[]) == 0
+    artifact.look_again()
     manifest = artifact.manifest() or {}
     assert manifest["units"].keys() == set(UNITS)
     assert manifest["failed"] == {}
@@ -95,7 +107,7 @@ def test_a_larger_pool_makes_only_what_is_missing(tiny_world: Path, tmp_path: Pa
         generate, embed = stages["generate", "pretrained"], stages["embed", "pretrained"]
         folder = tmp_path / generate.artifact(context.storage).folder / "shards"
         times = {file: file.stat().st_mtime_ns for file in folder.iterdir()} if folder.exists() else {}
-        pool.produce(context, {generate: [embed]})
+        produce(context, {generate: [embed]})
         outcomes.append(hashes(context.storage, generate, embed))
         assert {file: file.stat().st_mtime_ns for file in times} == times
     assert outcomes[1].keys() == set(generate.units)
@@ -122,7 +134,7 @@ def test_a_run_that_was_interrupted_keeps_what_it_has_noted_but_for_images_of_ot
     config = RunConfig.model_validate({**tiny_run.config.model_dump(), "storage": str(tmp_path)})
     plan, storage = make_plan(config), Storage.at(str(tmp_path))
     context = Context(config, storage, plan.classes, None)  # type: ignore[arg-type]
-    nodes = {(s.kind, s.label): s for s in plan.stages}
+    nodes = {(s.name, s.label): s for s in plan.stages}
     generate, embed = nodes["generate", "pretrained"], nodes["embed", "pretrained"]
     whole = hashes(storage, generate, embed)
     for stage in (generate, embed):
@@ -134,7 +146,7 @@ def test_a_run_that_was_interrupted_keeps_what_it_has_noted_but_for_images_of_ot
     shards = tmp_path / generate.artifact(storage).folder / "shards"
     before = {file: file.stat().st_mtime_ns for file in shards.iterdir() if foreign not in file.name}
 
-    pool.produce(context, {generate: [embed]})
+    produce(context, {generate: [embed]})
     assert hashes(storage, generate, embed) == whole
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert json.loads(generate.artifact(storage).read(f"{foreign}.json"))["hardware"] != note["hardware"]
@@ -148,11 +160,11 @@ def test_a_storage_error_loses_nothing(tiny_world: Path, tmp_path: Path, tiny_ru
     obstacle = tmp_path / embed.artifact(context.storage).folder / "shards" / f"{unit}.safetensors"
     (obstacle / "in the way").mkdir(parents=True)
     with pytest.raises(IncompletePool, match=rf"images missing: right 4–7; {unit}: UserError: cannot write .*{unit}"):
-        pool.produce(context, {generate: [embed]})
+        produce(context, {generate: [embed]})
     assert not list(tmp_path.rglob("*.tmp"))
     (obstacle / "in the way").rmdir()
     obstacle.rmdir()
-    pool.produce(context, {generate: [embed]})
+    produce(context, {generate: [embed]})
     undisturbed = [s for s in tiny_run.plan.stages if s.label == "pretrained"]
     assert hashes(context.storage, generate, embed) == hashes(tiny_run.storage, *undisturbed)
 
@@ -170,18 +182,19 @@ def test_latents_are_decoded_again_to_the_very_images_that_were_seen(tiny_world:
         )  # fmt: skip
         storage = context.storage
         generate, embed = stages["generate", "pretrained"], stages["embed", "pretrained"]
-        listeners = select.listen(context, [stages["select", "s3"], stages["select", "random"]])
+        listeners = Select.listen(context, [stages["select", "s3"], stages["select", "random"]], [generate, embed])
         ((listener,),) = listeners.values()
-        pool.produce(context, {generate: [embed]}, listeners)
+        context.listeners = listeners
+        produce(context, {generate: [embed]})
         progress = ray.get(listener.selector.progress.remote())
         assert progress["candidates"] == (6, 6), "every unit was put while candidates were made"
-        store = ImageStore.of(generate, storage)
+        store = generate.store(storage)
         if form == "latents":
             latents = load(store.artifact.read(f"{generate.units[0]}.safetensors"))["latents"]
             assert (latents.shape, latents.dtype) == ((10, 2, 4, 4), torch.float16)
         found = {}
         for label in arms:
-            select.run(context, stages["select", label])
+            stages["select", label].run(context)
             found[label] = read_set(stages["select", label].artifact(storage))[0]
         shards = [embed.artifact(storage).read(f"{unit}.safetensors") for unit in embed.units]
         outcomes.append((found, shards, {label: stages["select", label].identity(storage) for label in found}))
@@ -192,7 +205,7 @@ def test_latents_are_decoded_again_to_the_very_images_that_were_seen(tiny_world:
 
 
 def features_of(run: Run, kind: str, label: str) -> dict[int, torch.Tensor]:
-    (node,) = [s for s in run.plan.stages if (s.kind, s.label) == (kind, label)]
+    (node,) = [s for s in run.plan.stages if (s.name, s.label) == (kind, label)]
     artifact = node.artifact(run.storage)
     return {
         label: torch.cat([load(artifact.read(f"{unit}.safetensors"))["features"] for unit in units])
@@ -214,7 +227,7 @@ def test_the_selector_counts_a_contribution_once_and_refuses_those_of_another_ru
     candidates = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).double()
     real = torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(1)).double()
     parts = small_parts(candidates, real, tmp_path)
-    selector = S3Selector(parts, SelectionConfig(images_per_class=1, groups=3))
+    selector = S3Selector(parts, S3())
     assert selector.select() is None
     assert selector.scores() == {"classes": []}
     for _ in range(3):
@@ -252,14 +265,14 @@ def test_references_are_a_seeded_choice_of_k_i_images(size: int, expected: int, 
 
 def test_partial_scores_and_progress_while_candidates_are_made(tiny_run: Run):
     """An actor that started before some shards were there learns of the rest by puts, or reads them when asked to."""
-    (stage,) = [s for s in tiny_run.plan.stages if (s.kind, s.label) == ("select", "ims3")]
-    expected = (stage.manifest(tiny_run.storage) or {})["s3"]
+    (stage,) = [s for s in tiny_run.plan.stages if (s.name, s.label) == ("select", "ims3")]
+    expected = (stage.manifest(tiny_run.storage) or {})["table"]
     context: Any = Context(tiny_run.config, tiny_run.storage, tiny_run.plan.classes, None)
     parts = select.parts_of(context, stage)
-    whole = S3Selector(parts, tiny_run.config.selection)
+    whole = S3Selector(parts, stage.selector)
     assert whole.progress() == {"candidates": (6, 6), "references": (9, 9)}
     held_back = parts["candidates"].embeddings
-    late = S3Selector({**parts, "candidates": Part(**{**vars(parts["candidates"]), "first": {}})}, tiny_run.config.selection)
+    late = S3Selector({**parts, "candidates": Part(**{**vars(parts["candidates"]), "first": {}})}, stage.selector)
     late.parts = parts
     assert late.progress() == {"candidates": (0, 6), "references": (9, 9)}
     for unit in list(parts["candidates"].first)[:4]:  # two classes of three
@@ -279,21 +292,21 @@ def test_candidates_can_be_their_own_reference(tiny_run: Run):
     other = tiny_run.config.model_dump() | {"name": "generated-references"}
     other["selection"] |= {"references": "generated"}
     plan = make_plan(RunConfig.model_validate(other))
-    (stage,) = [s for s in plan.stages if (s.kind, s.label) == ("select", "ims3")]
+    (stage,) = [s for s in plan.stages if (s.name, s.label) == ("select", "ims3")]
     context: Any = Context(plan.config, tiny_run.storage, plan.classes, None)
-    select.run(context, stage)
+    stage.run(context)
     features = features_of(tiny_run, "embed", "fine-tuned")
     candidates = torch.stack([torch.stack([centroid(g) for g in f[:6].split(2)]) for f in features.values()])
     references = torch.stack([centroid(f[:6]) for f in features.values()])  # of the pool; units hold eight
     expected = select_subgroups(candidates, references, alpha=0.4, beta=0.9)
-    table = (stage.manifest(tiny_run.storage) or {})["s3"]
+    table = (stage.manifest(tiny_run.storage) or {})["table"]
     assert table["groups"] == expected.groups.tolist()
     assert table["objective"] == pytest.approx(expected.objective)
 
 
 def test_every_selector_chooses_from_the_same_pool_and_from_real_images(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
     arms: dict[str, Any] = {}
-    for name in SELECTORS:
+    for name in CLASS_SELECTORS:
         for per in ("image", "group"):
             for images in ("real", "generated"):
                 arms[f"{name}-{per}-{images}"] = {
@@ -304,16 +317,16 @@ def test_every_selector_chooses_from_the_same_pool_and_from_real_images(tiny_run
                 }
     other = tiny_run.config.model_dump() | {"name": "selectors", "arms": arms, "export": "first-image-real"}
     plan = make_plan(RunConfig.model_validate(other))
-    assert {stage.kind for stage in plan.stages if stage.missing(tiny_run.storage)} == {"select", "evaluate", "export"}
+    assert {stage.name for stage in plan.stages if stage.missing(tiny_run.storage)} == {"select", "evaluate", "export"}
     context: Any = Context(plan.config, tiny_run.storage, plan.classes, None)
-    nodes = {(s.kind, s.label): s for s in plan.stages}
-    monkeypatch.setattr(sets, "CLASSES_PER_TASK", 2)  # so that tasks do it
+    nodes = {(s.name, s.label): s for s in plan.stages}
+    monkeypatch.setattr(per_class, "CLASSES_PER_TASK", 2)  # so that tasks do it
     for arm in arms:
-        select.run(context, nodes["select", arm])
-    for name, selector in SELECTORS.items():
+        nodes["select", arm].run(context)
+    for name, selector in CLASS_SELECTORS.items():
         for label, images in (("real", nodes["encode", "train"]), ("generated", nodes["generate", "pretrained"])):
             embed = nodes["embed", "train" if label == "real" else "pretrained"].artifact(tiny_run.storage)
-            units, store = by_class(images.units)[1], ImageStore.of(images, tiny_run.storage)
+            units, store = by_class(images.units)[1], images.store(tiny_run.storage)
             pixels = torch.cat([store.read(unit) for unit in units])
             shards = [load(embed.read(f"{unit}.safetensors")) for unit in units]
             shown = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
@@ -334,17 +347,17 @@ def test_every_selector_chooses_from_the_same_pool_and_from_real_images(tiny_run
 
 
 def test_a_selector_that_is_killed_reads_what_is_committed_when_it_comes_back(tiny_run: Run):
-    (stage,) = [s for s in tiny_run.plan.stages if (s.kind, s.label) == ("select", "ims3")]
-    expected = (stage.manifest(tiny_run.storage) or {})["s3"]
+    (stage,) = [s for s in tiny_run.plan.stages if (s.name, s.label) == ("select", "ims3")]
+    expected = (stage.manifest(tiny_run.storage) or {})["table"]
     context: Any = Context(tiny_run.config, tiny_run.storage, tiny_run.plan.classes, None)
     key = stage.key(tiny_run.storage)
-    actor = start_selector(key, select.parts_of(context, stage), tiny_run.config.selection)
+    actor = start_selector(key, select.parts_of(context, stage), stage.selector)
     assert ray.get(actor.missing.remote()) == []
     ray.kill(actor, no_restart=False)
     assert ray.get(ray.get_actor(actor_name(key, tiny_run.storage), NAMESPACE).progress.remote()) == {
         "candidates": (6, 6),
         "references": (9, 9),
     }
-    chosen, table = select.choose_s3(context, stage)
+    chosen, table = select.choose_together(context, stage)
     assert table["groups"] == expected["groups"]
     assert [indices[0] // 2 for indices in chosen] == expected["groups"]

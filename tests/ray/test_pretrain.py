@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from ims3_ray import RunConfig
+from ims3_ray.commands.pretrain import pretrain
 from ims3_ray.config import PretrainConfig
 from ims3_ray.data.sources import open_source
 from ims3_ray.models.checkpoints import read_metadata
 from ims3_ray.plan import make_plan
-from ims3_ray.pretraining import pretrain
 from tests.conftest import CLASSES, tiny_values
 
 QUICK: dict[str, Any] = {

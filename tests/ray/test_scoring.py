@@ -15,21 +15,21 @@ from PIL import Image
 from safetensors.torch import load
 
 from ims3_ray import CompareConfig, EvaluateConfig, RunResult, UserError, compare, evaluate
-from ims3_ray.artifacts import Storage
+from ims3_ray.config.loading import load_config
 from ims3_ray.data.transforms import to_signed
-from ims3_ray.diffusion.inverted_gaussian import Gaussian, invert_to_start
-from ims3_ray.diffusion.mode_guidance import find_modes
-from ims3_ray.diffusion.sampling import guided
+from ims3_ray.diffusion.prediction import guided
 from ims3_ray.diffusion.schedule import NoiseSchedule
-from ims3_ray.loading import load_config
+from ims3_ray.diffusion.steering.inverted_gaussian import Gaussian, invert_to_start
+from ims3_ray.diffusion.steering.mode_guidance import find_modes
+from ims3_ray.engine.sets import read_set
+from ims3_ray.engine.stage import Context, Stage
+from ims3_ray.io.artifacts import Storage
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.models.generator import load_generator
 from ims3_ray.plan import Plan, make_comparison, make_evaluation
 from ims3_ray.seeds import seed_for
-from ims3_ray.stages import modes, refine
-from ims3_ray.stages.base import Context, Stage
-from ims3_ray.stages.evaluate import Exam, held_out, run_all, teacher_of
-from ims3_ray.stages.sets import Split, read_set
+from ims3_ray.stages.evaluate import held_out
+from ims3_ray.stages.teacher import load_teacher
 from tests.conftest import CLASSES, tiny_values
 from tests.e2e.conftest import ROOT, write_config
 from tests.ray.conftest import Run
@@ -70,25 +70,22 @@ def test_soft_labels_come_from_a_teacher_that_the_project_trains(tiny_run: Run):
     assert list(rows) == ["hard/convnet-3", "soft/convnet-3"]
     assert rows["soft/convnet-3"]["curve"][-1]["loss"] < 0.1  # a divergence at T = 20, no cross entropy
     storage = Storage.at(config.storage)
-    (teacher,) = [stage for stage in make_evaluation(config).stages if stage.kind == "teacher"]
+    (teacher,) = [stage for stage in make_evaluation(config).stages if stage.name == "teacher"]
     entry = (teacher.manifest(storage) or {})["units"]["result"]
     assert entry["images"] == 2 * 90
     assert 0 <= entry["test_accuracy"] <= 100
-    exam = Exam(config.evaluation.protocols["soft"], teacher.artifact(storage), Split(teacher.artifact(storage), ()), None,
-                teacher.artifact(storage), CLASSES, 1)  # fmt: skip
     images = torch.rand(4, 1, 8, 8)
-    assert teacher_of(exam, "cpu")(images).shape == (4, 3)
+    assert load_teacher(teacher.artifact(storage), CLASSES, "cpu")(images).shape == (4, 3)
     given = scoring(
         tiny_run, {"mine": str(tiny_run.folder / "distilled")}, name="given",
         evaluation={**evaluation, "teacher": {"weights": tiny_run.config.encoder}},
     )  # fmt: skip
     stages = make_evaluation(given).stages
-    assert not [stage for stage in stages if stage.kind == "teacher"]
+    assert not [stage for stage in stages if stage.name == "teacher"]
     weights = next(stage.weights["teacher"] for stage in stages if "teacher" in stage.weights)
-    asked = Exam(exam.protocol, exam.images, exam.test, None, weights, CLASSES[::-1], 1)
     with torch.no_grad():
         expected = load_encoder(Path(tiny_run.config.encoder)).logits(2 * images - 1).flip(1)
-        torch.testing.assert_close(teacher_of(asked, "cpu")(images), expected)
+        torch.testing.assert_close(load_teacher(weights, CLASSES[::-1], "cpu")(images), expected)
 
 
 def test_images_of_the_set_do_not_choose_its_epoch():
@@ -130,7 +127,8 @@ def comparison(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple
         "budgets": [1, 2], "against": "dit", "instability": {"images": 0},
         "arms": {
             "d3hr": {"overrides": {"sampling": {"inverted_gaussian": {"groups": 50, "images_per_class": 10}}}},
-            "cao2": {"overrides": {"refine": {"steps": 3}}}, "cao2_least": {"overrides": {"refine": {"steps": 3}}},
+            "cao2": {"overrides": {"synthesis": {"cao2": {"steps": 3}}}},
+            "cao2_least": {"overrides": {"synthesis": {"cao2": {"steps": 3}}}},
         },
         "published": {"ims3": {"hard/convnet-3": {2: "99.9 ± 0.1"}}},
     }  # fmt: skip
@@ -144,7 +142,7 @@ def plan(comparison: tuple[CompareConfig, RunResult]) -> Plan[CompareConfig]:
 
 
 def one(plan: Plan[CompareConfig], kind: str, contains: str = "") -> Stage:
-    (found,) = [stage for stage in plan.stages if stage.kind == kind and contains in stage.title]
+    (found,) = [stage for stage in plan.stages if stage.name == kind and contains in stage.title]
     return found
 
 
@@ -173,15 +171,15 @@ def test_every_method_has_its_line_and_its_difference(comparison: tuple[CompareC
 
 
 def test_methods_share_what_they_have_in_common(plan: Plan[CompareConfig], tiny_run: Run):
-    assert len([stage for stage in plan.stages if stage.kind == "finetune"]) == 3  # IM, Minimax, as released
+    assert len([stage for stage in plan.stages if stage.name == "finetune"]) == 3  # IM, Minimax, as released
     assert one(plan, "generate", "(pretrained)").units == tuple(
-        sorted(next(s for s in tiny_run.plan.stages if (s.kind, s.label) == ("generate", "pretrained")).units)
+        sorted(next(s for s in tiny_run.plan.stages if (s.name, s.label) == ("generate", "pretrained")).units)
     )
     sets = {name: scored.images for name, scored in plan.sets.items()}
     for k in (1, 2):
         assert sets[f"ims3 K={k}"].inputs["images"] is sets[f"ims3_selected K={k}"].inputs["images"]
         assert sets[f"dit K={k}"].inputs["images"] is sets[f"dit_s3 K={k}"].inputs["images"]
-    finetune = one(plan, "finetune", "diffusion + minimax").run.finetune.objectives
+    finetune = one(plan, "finetune", "diffusion + minimax").run_config.finetune.objectives
     assert (finetune.inversion_matching.weight, finetune.minimax.diversity) == (0, 0.008)
 
 
@@ -217,7 +215,7 @@ def test_guided_started_and_refined_images_differ_from_plain_ones(plan: Plan[Com
     refined = plan.sets["cao2 K=2"].images
     chosen = read_set(refined.inputs["set"].artifact(tiny_run.storage))[0]
     moved = (pixels["cao2 K=2"].int() - chosen.int()).abs()
-    assert refined.kind == "refine"
+    assert refined.name == "synthesise"
     assert 0 <= moved.max() <= 3  # three steps of 6e-4 in [−1, 1]
 
 
@@ -233,11 +231,11 @@ def test_students_and_classes_that_were_finished_are_kept(plan: Plan[CompareConf
     context: Any = Context(plan.config, storage, plan.classes, None)
     scored = plan.sets["cao2 K=2"]
     students = scored.rows["hard/convnet-3"]
-    for stage, run in ((one(plan, "modes", "2 modes"), modes.run), (scored.images, refine.run), (students, None)):
+    for stage in (one(plan, "modes", "2 modes"), scored.images, students):
         artifact, before = stage.artifact(storage), stage.manifest(storage) or {}
         folder = Path(artifact.address)
         lost = stage.units[-1]
-        if run is None:
+        if stage is students:
             units = {unit: entry for unit, entry in before["units"].items() if unit != lost}
             artifact.commit({**before, "units": units})
         else:
@@ -246,7 +244,8 @@ def test_students_and_classes_that_were_finished_are_kept(plan: Plan[CompareConf
             file.unlink()
         kept = {file: file.stat().st_mtime_ns for file in (folder / "shards").iterdir()}
         assert kept
-        run(context, stage) if run else run_all(context, [stage])
+        stage.look_again(storage)
+        stage.run(context)
         assert {file: file.stat().st_mtime_ns for file in kept} == kept
         after = stage.manifest(storage) or {}
         assert before.get("content") == after.get("content")

@@ -16,13 +16,14 @@ from pyarrow import parquet
 from safetensors.torch import load
 
 from ims3_ray import RunConfig, SweepConfig, UserError, distill, sweep
-from ims3_ray.artifacts import Storage
+from ims3_ray.config.loading import build, load_config
+from ims3_ray.engine.shards import by_class
+from ims3_ray.engine.stage import Stage
 from ims3_ray.errors import IncompletePool
-from ims3_ray.loading import build, load_config
+from ims3_ray.io.artifacts import Storage
 from ims3_ray.plan import make_sweep
 from ims3_ray.report.terminal import print_sweep
 from ims3_ray.selection import centroid, select_subgroups
-from ims3_ray.stages.base import Stage, by_class
 from tests.conftest import tiny_values, write_tiny_weights
 
 LAMBDA = "finetune.objectives.inversion_matching.weight"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ims3_ray.artifacts import Artifact, Storage, key_of
 from ims3_ray.errors import UserError
+from ims3_ray.io.artifacts import Artifact, Storage, key_of
 
 
 @pytest.fixture(params=["path", "uri"])

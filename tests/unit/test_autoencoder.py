@@ -10,8 +10,8 @@ import torch
 
 from ims3_ray import UserError
 from ims3_ray.config import RunConfig
-from ims3_ray.cost import decoding_flops, encoding_flops
-from ims3_ray.models.autoencoder import autoencoder_path, draw, empty_autoencoder, load_autoencoder
+from ims3_ray.data.clean_images import sample_latents
+from ims3_ray.models.autoencoder import autoencoder_path, decoding_flops, empty_autoencoder, encoding_flops, load_autoencoder
 from ims3_ray.plan import make_plan
 from tests.conftest import tiny_values, write_latent_world
 
@@ -31,7 +31,7 @@ def test_moments_and_images_are_those_of_diffusers_times_the_scale(world: Path):
     with torch.no_grad():
         mean, log_variance = ours.moments(x)
         posterior = theirs.encode(x).latent_dist
-        z = draw(mean, log_variance, noise)
+        z = sample_latents(mean, log_variance, noise)
         torch.testing.assert_close(z, (posterior.mean + posterior.std * noise) * 0.18215, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(ours.decode(z), theirs.decode(z / 0.18215).sample)
     assert not any(parameter.requires_grad for parameter in ours.parameters())

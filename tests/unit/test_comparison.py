@@ -10,24 +10,24 @@ from typing import Any
 
 import pytest
 
-from ims3_ray.comparison import comparison_tables, difference, difference_text, markdown, pooled, significant
 from ims3_ray.config import CompareConfig
+from ims3_ray.config.loading import load_config
 from ims3_ray.errors import UserError
-from ims3_ray.loading import load_config
 from ims3_ray.plan import Plan, make_comparison
-from ims3_ray.results import spread, spread_text
+from ims3_ray.report.comparison import comparison_tables, difference, difference_text, markdown, pooled, significant
+from ims3_ray.report.results import summary, summary_text
 from tests.conftest import tiny_values
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_the_spread_of_values_is_numpys():
-    found = spread([70.0, 71.0, 75.0])
+    found = summary([70.0, 71.0, 75.0])
     assert found["mean"] == pytest.approx(72)
     assert found["std"] == pytest.approx(math.sqrt(7))
     assert found["sem"] == pytest.approx(math.sqrt(7 / 3))
-    assert spread([70.0])["sem"] is None
-    assert [spread_text(value) for value in (found, spread([70.0]), None)] == ["72.0 ± 2.6", "70.0", ""]
+    assert summary([70.0])["sem"] is None
+    assert [summary_text(value) for value in (found, summary([70.0]), None)] == ["72.0 ± 2.6", "70.0", ""]
 
 
 def test_the_error_of_a_mean_over_several_sets_is_that_of_their_means():
@@ -46,7 +46,7 @@ def test_errors_of_independent_means_add_in_squares():
 
 
 def test_a_difference_of_single_values_is_never_significant():
-    found = difference(spread([72.0]), spread([70.0, 70.2]))
+    found = difference(summary([72.0]), summary([70.0, 70.2]))
     assert found == {"mean": pytest.approx(1.9), "sem": None}
     assert not significant(found)
     assert difference_text(found) == "+1.9"
@@ -60,7 +60,7 @@ def results_of(config: CompareConfig, accuracy: dict[tuple[str, int, int], list[
     for (arm, k, draw), values in accuracy.items():
         name = f"{arm}-{k}-{draw}"
         sets[name] = SimpleNamespace(arm=arm, ipc=k, draw=draw)
-        row = {"last": spread(values), "best": spread(values)}
+        row = {"last": summary(values), "best": summary(values)}
         found[name] = {"title": config.arms[arm].title, "content": f"hash{name}", "rows": {"hard/convnet-3": row}}
     return SimpleNamespace(config=config, sets=sets), {"sets": found}  # type: ignore[return-value]
 
@@ -93,7 +93,7 @@ def test_the_table_marks_differences_of_more_than_two_errors():
         each["content"] = "the same"  # what chooses without chance chooses the same whatever the seed
     ((line,),) = ([table["lines"][0]] for table in comparison_tables(same, found))
     assert line["content"] == ["the same"]
-    assert line["last"] == spread(herding)
+    assert line["last"] == summary(herding)
     assert "student seeds 0, 1, 2" in text
 
 
@@ -104,12 +104,12 @@ def test_draws_are_runs_of_other_seeds_and_budgets_share_pools(tiny_world: Path,
     plan = make_comparison(CompareConfig.model_validate(values))
     assert len(plan.sets) == 3 * 2 * 2
     for kind, count in (("encode", 2), ("finetune", 2), ("generate", 4), ("select", 12), ("evaluate", 12)):
-        assert sum(stage.kind == kind for stage in plan.stages) == count, kind
-    seeds = {stage.params["seed"] for stage in plan.stages if stage.kind in ("generate", "finetune")}
+        assert sum(stage.name == kind for stage in plan.stages) == count, kind
+    seeds = {stage.params["seed"] for stage in plan.stages if stage.name in ("generate", "finetune")}
     assert seeds == {0, 5}
-    pools = [stage for stage in plan.stages if stage.kind == "generate" and "finetune" in stage.inputs]
+    pools = [stage for stage in plan.stages if stage.name == "generate" and "finetune" in stage.inputs]
     assert all(len(stage.units) == 3 * 2 for stage in pools)  # three subgroups of two images, in units of four
-    embeds = [stage for stage in plan.stages if stage.kind == "embed" and stage.inputs["images"] in pools]
+    embeds = [stage for stage in plan.stages if stage.name == "embed" and stage.inputs["images"] in pools]
     assert all(stage.units == stage.inputs["images"].units for stage in embeds)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ims3_ray.config import CompareConfig, PretrainConfig, RunConfig
+from ims3_ray.config.loading import load_config
 from ims3_ray.errors import UserError
-from ims3_ray.loading import load_config
 
 
 def test_defaults_are_the_embedded_demonstration():
@@ -63,18 +63,33 @@ def test_a_pool_must_suffice_for_every_arm_and_every_budget():
         ("finetune.trainer.max_workers=1", "max_workers=1 is below num_workers=2"),
         ("finetune.trainer.max_workers=3", "trainer.max_workers needs zero_stage=0, not 1"),
         ("finetune={zero_stage: 3, compile: true}", "compile=true does not go with zero_stage=3"),
-        ("arms.random_real.select=s3", "images: real goes with"),
+        ("arms.random_real.select=s3", "select: s3 chooses subgroups of generated images; choose another for images: real"),
         ("sampling.cfg_interval=[0.8, 0.2]", "cfg_interval=[0.8, 0.2] ends before it starts"),
-        ("sampling.sampler=dpm", "sampling.sampler='dpm': input should be 'ddpm', 'ddim' or 'dpm++2m'"),
-        ("arms.dit.select=best", "input should be 'first', 'random', 's3'"),
+        ("sampling.sampler=dpm", "no sampler is called 'dpm'; did you mean 'ddpm'? there is: ddim, ddpm, dpm++2m"),
+        ("arms.dit.select=best", "no selector is called 'best'; there is: closest, confidence, first"),
         ("export=nothing", "export='nothing' is no arm; there is: random_real, dit, dit_s3, ims3"),
         ("sampling.mode_guidance.strength=0.1", "mode_guidance.strength needs sampler=ddpm, not ddim"),
         ("sampling={sampler: ddpm, inverted_gaussian: {groups: 5}}", "inverted_gaussian.groups needs sampler=ddim, not ddpm"),
-        ("refine.timesteps=[12, 1]", "timesteps=[12, 1] are no range of the 50 timesteps"),
+        ("synthesis.cao2.timesteps=[12, 1]", "timesteps=[12, 1] are no range of the 50 timesteps"),
         ("arms.dit.overrides={sampling: {cfg: 2}}", "arms.dit.overrides.sampling.cfg: Extra inputs are not permitted"),
-        ("arms.dit.overrides={evaluation: {}}", "input should be 'finetune', 'sampling', 'selection', 'pool' or 'refine'"),
+        ("arms.dit.overrides={evaluation: {}}", "input should be 'finetune', 'sampling', 'selection', 'pool', 'synthesis'"),
+        ("arms.dit.overrides={data: {classes: [a, b]}}", "overrides.data.classes: arms share their data"),
+        ("arms.dit.overrides={generator: {}}", "overrides.generator names weights, so it must be text"),
+        ("arms.dit.synthesise=cao", "no synthesis method is called 'cao'; did you mean 'cao2'?"),
+        ("arms.random_real.synthesise=cao2", "works on the generator's latents, so it needs images: generated"),
+        ("arms.random_real.finetune=true", "finetune=true changes the generator, so it needs images: generated"),
+        ("arms.mine={title: Mine, images: given}", "images: given and path go together"),
+        ("arms.mine={title: Mine, images: given, path: x, select: herding}", "images: given leaves nothing to select"),
+        ("arms.mine={title: Mine, images: none}", "images: none needs a method that makes some"),
+        ("refine.steps=3", "config key 'refine' has moved: write synthesis.cao2"),
+        ("arms.ims3.refine=true", "config key 'arms.ims3.refine' has moved: write arms.NAME.synthesise=cao2"),
+        (
+            "arms.dit.overrides={refine: {lr: 1}}",
+            "'arms.dit.overrides.refine' has moved: write arms.NAME.overrides.synthesis.cao2",
+        ),
+        ("finetune.objectives.minimax.memory=0", "config finetune.objectives.minimax.memory=0: input should be greater than"),
+        ("finetune.objectives.minmax.memory=5", "unknown config key 'finetune.objectives.minmax'; did you mean"),
         ("arms.dit.overrides={selection: {images_per_class: 3}}", "sets of other sizes cannot be compared"),
-        ("evaluation.protocols.hard.students=[resnet-19]", "no student 'resnet-19'; there is convnet-DEPTH"),
         ("evaluation.protocols.hard.augment.crop=[1, 0.5]", "crop=[1, 0.5] is no range of areas"),
         ("evaluation.protocols={hard: null}", "dictionary should have at least 1 item"),
         ("name=artifacts", "name 'artifacts' is taken"),

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from ims3_ray.config import RunConfig
+from ims3_ray.config.loading import load_config
 from ims3_ray.data.classes import imagenet_wnids
-from ims3_ray.estimate import describe
-from ims3_ray.loading import load_config
 from ims3_ray.objectives.diffusion import Diffusion
 from ims3_ray.objectives.inversion_matching_released import InversionMatchingReleased
 from ims3_ray.objectives.minimax import Minimax
-from ims3_ray.plan import make_plan
+from ims3_ray.plan import Plan, make_plan
+from ims3_ray.plan.estimate import describe
 from ims3_ray.selection import SELECTORS
-from ims3_ray.training.finetuning import objectives_of
+from ims3_ray.stages.generate import Generate
 from tests.imagenet import places, write_images, write_weights
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -39,13 +39,18 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*places(folder), "selection.images_per_class=1"]
 
 
+def labels_of(plan: Plan[RunConfig]) -> tuple[int, ...]:
+    """The generator's label of each class."""
+    return next(stage.labels for stage in plan.stages if isinstance(stage, Generate))
+
+
 @pytest.mark.parametrize("name", LABELS)
 def test_a_dry_run_shows_the_plan(name: str, overrides: list[str]):
     config = load_config(RunConfig, CONFIGS / f"{name}.yaml", overrides)
     plan = make_plan(config)
-    assert list(plan.classes.generator_labels[:10]) == LABELS[name]
+    assert list(labels_of(plan)[:10]) == LABELS[name]
     assert len(plan.classes.names) == COUNTS.get(name, 10)
-    finetune = next(stage for stage in plan.stages if stage.kind == "finetune")
+    finetune = next(stage for stage in plan.stages if stage.name == "finetune")
     assert [len(group) for group in finetune.params["groups"]] == [min(20, len(plan.classes.names))] * max(
         1, len(plan.classes.names) // 20
     )
@@ -63,22 +68,22 @@ def test_a_dry_run_shows_the_plan(name: str, overrides: list[str]):
 
 def test_all_other_selectors_stand_beside_the_default_arms():
     plan = make_plan(load_config(RunConfig, CONFIGS / "methods" / "selectors.yaml", []))
-    selects = [stage for stage in plan.stages if stage.kind == "select"]
+    selects = [stage for stage in plan.stages if stage.name == "select"]
     assert {stage.params["select"] for stage in selects} == {"s3", *SELECTORS}
-    pools = [stage for stage in plan.stages if stage.kind == "generate"]
+    pools = [stage for stage in plan.stages if stage.name == "generate"]
     assert len(pools) == 2  # one of each generator, whatever is chosen from it
-    assert all(stage.inputs["images"] in pools or stage.inputs["images"].kind == "encode" for stage in selects)
+    assert all(stage.inputs["images"] in pools or stage.inputs["images"].name == "encode" for stage in selects)
 
 
 def test_the_released_reading_of_imagewoof_is_planned_too(overrides: list[str]):
     config = load_config(RunConfig, CONFIGS / "imagewoof-released.yaml", overrides)
     plan = make_plan(config)
-    assert list(plan.classes.generator_labels) == LABELS["imagewoof"]
-    (finetune,) = [stage for stage in plan.stages if stage.kind == "finetune"]
+    assert list(labels_of(plan)) == LABELS["imagewoof"]
+    (finetune,) = [stage for stage in plan.stages if stage.name == "finetune"]
     assert finetune.images == 8000 * 8
     assert list(config.arms) == ["ims3_released"]
     config = config.of_arm("ims3_released")
-    objectives = objectives_of(config.finetune.objectives)
+    objectives = config.finetune.objectives.made()
     assert [type(objective) for objective in objectives] == [Diffusion, InversionMatchingReleased, Minimax]
     weights = {name: weight for objective in objectives for name, weight in objective.weights.items()}
     assert weights == {

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 
 from ims3_ray.config import FinetuneConfig, SamplingConfig
-from ims3_ray.cost import finetune_flops, sampling_flops
 from ims3_ray.models.dit import PUBLISHED
+from ims3_ray.models.generators.dit import DiTGenerator
+from ims3_ray.stages.candidates import sampling_flops
+from ims3_ray.training.finetuning import finetune_flops
 
+XL = DiTGenerator.of_shape(PUBLISHED["XL"])
 DIFFUSION, NONE = {"diffusion": {"weight": 1}}, {"diffusion": {"weight": 0}}
 
 
@@ -31,7 +34,7 @@ def matching(n_steps: int, grad_steps: int) -> dict[str, Any]:
 )
 def test_a_sample_costs_so_many_passes(objectives: dict[str, Any], parameters: str, passes: int):
     config = FinetuneConfig.model_validate({"objectives": objectives, "parameters": parameters})
-    assert finetune_flops(PUBLISHED["XL"], config) == passes * PUBLISHED["XL"].forward_flops()
+    assert finetune_flops(XL, config) == passes * PUBLISHED["XL"].forward_flops()
     assert PUBLISHED["XL"].forward_flops() == pytest.approx(237.3e9, rel=1e-3)
 
 
@@ -40,4 +43,4 @@ def test_a_sample_costs_so_many_passes(objectives: dict[str, Any], parameters: s
 )
 def test_guidance_costs_a_second_pass_where_it_acts(changes: dict[str, Any], passes: float):
     sampling = SamplingConfig.model_validate({"steps": 50, "cfg_scale": 4.0, **changes})
-    assert sampling_flops(PUBLISHED["XL"], sampling) == pytest.approx(passes * PUBLISHED["XL"].forward_flops())
+    assert sampling_flops(XL, sampling) == pytest.approx(passes * PUBLISHED["XL"].forward_flops())

@@ -18,8 +18,9 @@ from ims3_ray.data.classes import imagenet_wnids
 from ims3_ray.models.difffit import add_difffit
 from ims3_ray.models.dit import PUBLISHED, DiT, DiTConfig
 from ims3_ray.models.dit_files import open_dit, write_dit
-from ims3_ray.models.generator import class_indices, generator_path, load_generator
+from ims3_ray.models.generator import generator_path, load_generator, open_generator
 from ims3_ray.plan import make_plan
+from ims3_ray.stages.generate import Generate
 from tests.conftest import CLASSES, tiny_values
 from tests.imagenet import as_on_the_hub
 
@@ -133,16 +134,16 @@ def test_a_generator_of_a_thousand_classes_knows_them_by_wnid(tmp_path: Path):
         "n02087394": 159, "n02115641": 273, "n02099601": 207, "n02105641": 229, "n01440764": 0, "n02102040": 217,
         "n03888257": 701, "n15075141": 999,
     }  # fmt: skip
-    assert class_indices(tmp_path / "dit.pt", list(labels)) == list(labels.values())
+    assert open_generator(tmp_path / "dit.pt").labels(list(labels)) == list(labels.values())
     assert list(imagenet_wnids()) == sorted(imagenet_wnids())
     with pytest.raises(UserError, match="knows no class 'n02096295'; nearest: n02096294"):
-        class_indices(tmp_path / "dit.pt", ["n02096295"])
+        open_generator(tmp_path / "dit.pt").labels(["n02096295"])
 
 
 def test_a_generator_that_does_not_name_its_classes_is_refused(model: DiT, tmp_path: Path):
     write_dit(model, (), tmp_path / "dit.pt")
     with pytest.raises(UserError, match=r"does not name its classes; convert it with jobs/convert\.py"):
-        class_indices(tmp_path / "dit.pt", ["a"])
+        open_generator(tmp_path / "dit.pt").labels(["a"])
 
 
 @pytest.mark.parametrize("size", list(PUBLISHED))
@@ -225,7 +226,8 @@ def test_a_run_takes_a_pipeline_of_diffusers_by_its_folder(tiny_world: Path, tmp
     write_dit(load_generator(tiny_world / "dit.safetensors"), CLASSES, tmp_path / "pipeline")
     values = tiny_values(tiny_world, tmp_path / "runs", generator=str(tmp_path / "pipeline"))
     plan = make_plan(RunConfig.model_validate(values))
-    assert plan.classes.generator_labels == tuple(CLASSES.index(name) for name in plan.classes.names)
+    (labels,) = {stage.labels for stage in plan.stages if isinstance(stage, Generate)}
+    assert labels == tuple(CLASSES.index(name) for name in plan.classes.names)
 
 
 def test_a_generator_of_latents_is_refused_in_one_line(tiny_world: Path, model: DiT, tmp_path: Path):

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from ims3_ray.artifacts import Storage
 from ims3_ray.config import ClusterConfig, RunConfig
-from ims3_ray.estimate import Expected, Worker, account, describe, expect, hours_of, scaled
+from ims3_ray.io.artifacts import Storage
 from ims3_ray.plan import make_plan
-from ims3_ray.stages.base import Stage
+from ims3_ray.plan.estimate import Expected, Worker, account, describe, expect, hours_of, scaled
+from ims3_ray.stages.export import Export
 from tests.conftest import tiny_values
 
 GPU, CORES = Worker("pool", cpus=4, gpus=1), Worker("finetune", cpus=2, gpus=0)
 
 
 def expected(worker: Worker, seconds: float, flops: float, units: int = 1) -> Expected:
-    return Expected(Stage("generate", "make", {}, units=("a", "b")[:units], flops=flops), units, worker, seconds)
+    return Expected(Export("make", {}, units=("a", "b")[:units], flops=flops), units, worker, seconds)
 
 
 def test_hours_are_of_gpus_or_of_cores_and_cost_what_both_do():

@@ -10,11 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ims3_ray import evaluation
-from ims3_ray.config import ProtocolConfig
+from ims3_ray.config import AugmentConfig, ProtocolConfig
 from ims3_ray.config.evaluation import for_ipc
-from ims3_ray.evaluation import (
+from ims3_ray.errors import UserError
+from ims3_ray.models.students import build_student, forward_flops, student_builder
+from ims3_ray.training import students as evaluation
+from ims3_ray.training.students import (
+    LabelledSet,
     Student,
+    Training,
     _decay,
     _optimizer,
     accuracy_of,
@@ -24,7 +28,6 @@ from ims3_ray.evaluation import (
     train_student,
     validation_epochs,
 )
-from ims3_ray.models.students import build_student, check_student, forward_flops
 
 PUBLISHED = {
     ("convnet-3", 28): 0, ("convnet-6", 224): 754_570, ("convnet-6", 256): 763_530, ("resnetap-10", 224): 4_910_922,
@@ -78,8 +81,8 @@ def test_the_flops_of_a_convnet_are_those_of_its_convolutions():
 
 def test_an_unknown_student_is_refused():
     for name in ("resnet-19", "convnet", "timm/no_such_net"):
-        with pytest.raises(ValueError, match="there is convnet-DEPTH"):
-            check_student(name)
+        with pytest.raises(UserError, match="there is convnet-DEPTH"):
+            student_builder(name)
 
 
 def test_tables_by_images_per_class():
@@ -242,3 +245,37 @@ def test_confusion_counts_images_by_class_and_answer():
     for image, answer in zip(pixels, (0, 2, 2, 1), strict=True):
         image[0, 0, answer] = 9
     assert confusion_of(student, (pixels, torch.tensor([0, 0, 2, 1])), 3).tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
+
+
+def test_weights_of_images_weigh_their_losses_and_equal_ones_change_nothing():
+    g = torch.Generator().manual_seed(0)
+    pixels, labels = torch.randint(0, 256, (8, 1, 8, 8), generator=g, dtype=torch.uint8), torch.arange(8) % 2
+    protocol = ProtocolConfig(width=8, epochs=2, batch_size=8, augment=AugmentConfig())
+    plain = Training("convnet-2", (pixels, labels), 2, protocol, 0)
+    index = torch.arange(8)
+    alone = torch.stack(
+        [F.cross_entropy(plain.student.scores(pixels[i : i + 1].float() / 255), labels[i : i + 1]) for i in range(8)]
+    )
+    torch.testing.assert_close(plain._loss(index), alone.mean())
+    weights = torch.tensor([3.0, 1, 0, 0, 2, 2, 0, 0])
+    weighed = Training("convnet-2", LabelledSet(pixels, labels, weights=weights), 2, protocol, 0)
+    torch.testing.assert_close(weighed._loss(index), (alone * weights / weights.mean()).mean())
+    even = Training("convnet-2", LabelledSet(pixels, labels, weights=torch.full((8,), 5.0)), 2, protocol, 0)
+    torch.testing.assert_close(even._loss(index), alone.mean())
+
+
+def test_stored_soft_labels_take_the_place_of_a_teacher():
+    g = torch.Generator().manual_seed(0)
+    pixels, labels = torch.randint(0, 256, (6, 1, 8, 8), generator=g, dtype=torch.uint8), torch.arange(6) % 2
+    logits = torch.randn(6, 2, generator=g)
+    protocol = ProtocolConfig(width=8, epochs=1, batch_size=6, labels="stored", temperature=4.0, augment=AugmentConfig())
+    training = Training("convnet-2", LabelledSet(pixels, labels, logits=logits), 2, protocol, 0)
+    scores = training.student.scores(pixels.float() / 255)
+    wanted, found = (logits / 4).softmax(dim=1), (scores / 4).log_softmax(dim=1)
+    expected = (wanted * (wanted.log() - found)).sum(dim=1)
+    torch.testing.assert_close(training._loss(torch.arange(6)), expected.mean())
+    weights = torch.tensor([1.0, 2, 3, 0, 0, 0])
+    weighed = Training("convnet-2", LabelledSet(pixels, labels, logits, weights), 2, protocol, 0)
+    torch.testing.assert_close(weighed._loss(torch.arange(6)), (expected * weights).mean())
+    with pytest.raises(ValueError, match="no stored soft labels"):
+        Training("convnet-2", (pixels, labels), 2, protocol, 0)

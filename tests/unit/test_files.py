@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, SweepConfig
+from ims3_ray.config.loading import load_config, reference
 from ims3_ray.data.sources import open_source
-from ims3_ray.loading import load_config, reference
 from ims3_ray.models.checkpoints import check_fit, weights_path
 from ims3_ray.models.dit import DiT
+from ims3_ray.models.dit_files import open_dit
 from ims3_ray.models.encoder import Encoder, encoder_config
-from ims3_ray.models.generator import generator_config
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "configs" / "kuberay" / "rayjob.yaml"
@@ -42,7 +42,7 @@ def test_the_demo_config_is_the_default():
 
 
 def test_the_configuration_page_names_every_key():
-    """Written by ``python -m ims3_ray.loading > docs/configuration.md``."""
+    """Written by ``python -m ims3_ray.config.loading > docs/configuration.md``."""
     assert (ROOT / "docs" / "configuration.md").read_text() == reference()
 
 
@@ -166,7 +166,7 @@ def test_the_embedded_data_are_a_thousand_training_images_a_class_and_the_test_s
 
 def test_the_embedded_weights_fit_and_are_small_and_have_cards():
     dit, phi = weights_path("embedded:fashion-mnist-dit"), weights_path("embedded:fashion-mnist-phi")
-    check_fit(DiT, generator_config(dit), dit)
+    check_fit(DiT, open_dit(dit).config, dit)
     check_fit(Encoder, encoder_config(phi), phi)
     assert dit.stat().st_size <= 10e6
     assert phi.stat().st_size <= 6e6

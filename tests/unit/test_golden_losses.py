@@ -15,6 +15,7 @@ import torch
 from ims3_ray.config import FinetuneConfig
 from ims3_ray.data.clean_images import CleanImages
 from ims3_ray.models.dit import DiT, DiTConfig
+from ims3_ray.models.generators.dit import DiTGenerator
 from ims3_ray.seeds import generator_for
 from ims3_ray.training.finetuning import Finetuner
 
@@ -43,7 +44,7 @@ def losses(name: str) -> list[dict[str, float]]:
         for parameter in model.parameters():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=rng))
     tuning = FinetuneConfig.model_validate({"batch_size": 6, "lr": 5e-3, "trainer": {"num_workers": 1}, **TUNING[name]})
-    tuner = Finetuner(model, tuning, "cpu")
+    tuner = Finetuner(model, DiTGenerator.of_shape(SHAPE), tuning, "cpu")
     moments = {key: 0.5 * torch.randn(18, 2, 2, 8, 8, generator=rng) for key in ("mean", "log_variance")}
     images = CleanImages(moments, torch.arange(18) % 3, tuning.flip)
     batches = [torch.arange(6) + 3 * step % 12 for step in range(STEPS)]
@@ -63,7 +64,7 @@ def test_the_record_would_show_another_schedule(monkeypatch: pytest.MonkeyPatch)
     """That the tolerance is fine enough: a hundredth more noise is seen."""
     from ims3_ray.diffusion.schedule import NoiseSchedule
 
-    monkeypatch.setattr("ims3_ray.training.finetuning.NoiseSchedule", lambda: NoiseSchedule(beta_end=0.0202))
+    monkeypatch.setattr("ims3_ray.models.generators.dit.NoiseSchedule", lambda: NoiseSchedule(beta_end=0.0202))
     recorded = json.loads(RECORD.read_text())["as the paper prints it"]
     assert losses("as the paper prints it") != [pytest.approx(row, rel=2e-3, abs=2e-4) for row in recorded]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ims3_ray.diffusion.instability import exact_log_volume, log_instability, log_volume
-from ims3_ray.diffusion.sampling import guided, sample
+from ims3_ray.diffusion.prediction import guided
+from ims3_ray.diffusion.samplers.base import sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.models.dit import DiT, DiTConfig
 

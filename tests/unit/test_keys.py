@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import Field
 
-from ims3_ray.artifacts import Storage
+from ims3_ray.component import defaults_of as defaults_of_section
 from ims3_ray.config import (
     AugmentConfig,
     EncoderTraining,
@@ -22,10 +22,13 @@ from ims3_ray.config import (
     canonical,
     differing,
 )
+from ims3_ray.engine.folder import check_folder
+from ims3_ray.engine.stage import Stage
 from ims3_ray.errors import UserError
-from ims3_ray.pipeline import check_folder
+from ims3_ray.io.artifacts import Storage
 from ims3_ray.plan import Plan, make_plan
-from ims3_ray.stages.base import SETTINGS, VERSION
+from ims3_ray.selection import Selector
+from ims3_ray.synthesis.base import Synthesis
 from tests.conftest import tiny_values
 
 RECORD = Path(__file__).with_name("defaults.json")
@@ -34,10 +37,7 @@ RECORD = Path(__file__).with_name("defaults.json")
 def defaults_of(section: type[Any]) -> dict[str, Any]:
     """Default of every option, by its dotted name."""
     found: dict[str, Any] = {}
-    for name, field in section.model_fields.items():
-        if field.is_required():
-            continue
-        value = field.get_default(call_default_factory=True)
+    for name, value in defaults_of_section(section).items():
         inner = _flat(canonical(value), f"{name}.") if isinstance(value, Section) else {name: json.loads(json.dumps(value))}
         found |= inner
     return found
@@ -50,16 +50,34 @@ def _flat(plain: dict[str, Any], prefix: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+def kept_in_keys() -> dict[str, dict[str, Any]]:
+    """Version and defaults of every settings class of which keys hold what differs from the defaults."""
+    found = {
+        name: {"version": kind.version, "defaults": defaults_of(kind.settings)}
+        for name, kind in Stage.registry.items()
+        if kind.settings is not None
+    }
+    for registry, kind in ((Selector.registry, "select"), (Synthesis.registry, "synthesise")):
+        for name, component in registry.items():
+            if component.Config.model_fields:
+                version = Stage.registry[kind].version
+                found[f"{kind}: {name}"] = {"version": version, "defaults": defaults_of(component.Config)}
+    return found
+
+
+@pytest.mark.parametrize("kind", kept_in_keys())
 def test_a_default_changes_with_the_version_alone(kind: str):
-    """If this fails: raise ``VERSION[kind]`` in ``stages/base.py`` for a default that has changed. Then write the defaults
-    anew, which a new option needs too: ``python -m tests.unit.test_keys``."""
-    recorded = json.loads(RECORD.read_text())[kind]
-    now = {"version": VERSION[kind], "defaults": defaults_of(SETTINGS[kind])}
-    if recorded["version"] == VERSION[kind]:
+    """If this fails: raise ``version`` of that kind of stage (``ims3_ray/stages/KIND.py``) for a default that has changed.
+    Then write the defaults anew, which a new option needs too: ``python -m tests.unit.test_keys``."""
+    recorded, now = json.loads(RECORD.read_text())[kind], kept_in_keys()[kind]
+    if recorded["version"] == now["version"]:
         changed = {key for key, value in recorded["defaults"].items() if now["defaults"].get(key, value) != value}
-        assert not changed, f"the defaults of {sorted(changed)} have changed and VERSION['{kind}'] has not"
+        assert not changed, f"the defaults of {sorted(changed)} have changed and the version of '{kind}' has not"
     assert now == recorded, "defaults.json does not hold the defaults as they are"
+
+
+def test_the_record_names_nothing_that_is_no_more():
+    assert set(json.loads(RECORD.read_text())) == set(kept_in_keys())
 
 
 def test_what_differs_is_found_at_every_depth_and_free_tables_are_taken_whole():
@@ -152,6 +170,36 @@ def test_an_added_option_that_is_used_is_another_config(tiny_world: Path, tmp_pa
         check_folder(config, storage)
 
 
+def test_a_run_folder_of_before_refine_had_moved_goes_on(tiny_world: Path, tmp_path: Path):
+    arms = {"cao2": {"title": "CaO2", "images": "generated", "select": "confidence", "synthesise": "cao2"}}
+    arms["cao2"]["overrides"] = {"synthesis": {"cao2": {"steps": 9}}}
+    config, storage = folder_of(tiny_world, tmp_path, arms=arms, export=None)
+    plain = canonical(config)
+    plain["refine"] = plain.pop("synthesis")["cao2"]
+    plain["arms"]["cao2"] |= {"refine": True, "overrides": {"refine": {"steps": 9}}}
+    for name in ("synthesise", "labels", "path"):
+        del plain["arms"]["cao2"][name]
+    storage.write(f"{config.name}/config.yaml", yaml.safe_dump(plain).encode())
+    check_folder(config, storage)
+    plain["refine"]["steps"] = 8
+    storage.write(f"{config.name}/config.yaml", yaml.safe_dump(plain).encode())
+    with pytest.raises(UserError, match=r"synthesis.cao2.steps: 8 there, 100 here"):
+        check_folder(config, storage)
+
+
+def test_settings_of_a_plugin_that_is_no_longer_named_do_not_matter(tiny_world: Path, tmp_path: Path):
+    config, storage = folder_of(tiny_world, tmp_path)
+    plain = canonical(config)
+    plain["synthesis"]["of_a_plugin"] = {"steps": 3}
+    plain["finetune"]["objectives"]["of_a_plugin"] = {"weight": 0.0}
+    storage.write(f"{config.name}/config.yaml", yaml.safe_dump(plain).encode())
+    check_folder(config, storage)
+    plain["arms"]["ims3"]["synthesise"] = "of_a_plugin"  # but that it was used does
+    storage.write(f"{config.name}/config.yaml", yaml.safe_dump(plain).encode())
+    with pytest.raises(UserError, match=r"arms.ims3.synthesise: 'of_a_plugin' there, None here"):
+        check_folder(config, storage)
+
+
 def test_an_option_that_is_no_more_is_named(tiny_world: Path, tmp_path: Path):
     config, storage = folder_of(tiny_world, tmp_path)
     plain = {**canonical(config), "sampling": {**canonical(config.sampling), "eta": 0.5}}
@@ -161,8 +209,7 @@ def test_an_option_that_is_no_more_is_named(tiny_world: Path, tmp_path: Path):
 
 
 def record() -> None:
-    found = {kind: {"version": VERSION[kind], "defaults": defaults_of(section)} for kind, section in SETTINGS.items()}
-    RECORD.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    RECORD.write_text(json.dumps(kept_in_keys(), indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ims3_ray.artifacts import Artifact, Storage
-from ims3_ray.data import files
-from ims3_ray.data.files import local_copy
-from ims3_ray.data.hub import encode_png, image_table, parquet_bytes
 from ims3_ray.data.sources import fingerprint, open_source
 from ims3_ray.errors import UserError
+from ims3_ray.io import files
+from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.io.files import local_copy
+from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
 from tests.conftest import write_idx_split
 from tests.object_storage import SECRET, s3_server, unreliable
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.models.difffit import add_difffit
 from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.objectives.base import Losses, TrainingStep, add_up
-from ims3_ray.objectives.diffusion import Diffusion, diffusion_loss, drop_labels, variational_bound
+from ims3_ray.objectives.diffusion import Diffusion, diffusion_loss, drop_conditions, variational_bound
 from ims3_ray.objectives.inversion_matching import InversionMatching, inversion_matching_loss
 from ims3_ray.objectives.inversion_matching_released import InversionMatchingReleased, reverse_step
 from ims3_ray.objectives.minimax import Minimax
@@ -42,13 +43,30 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return z0, noise
 
 
+def diffusion(**settings: Any) -> Diffusion:
+    return Diffusion(Diffusion.Config(**settings))
+
+
+def matching(weight: float, n_steps: int, grad_steps: int) -> InversionMatching:
+    settings = {"weight": weight, "n_steps": n_steps, "grad_steps": grad_steps, "similarity": "cosine"}
+    return InversionMatching(InversionMatching.Config.model_construct(**settings))  # which takes 0 steps with a gradient
+
+
+def released(weight: float) -> InversionMatchingReleased:
+    return InversionMatchingReleased(InversionMatchingReleased.Config(weight=weight))
+
+
+def minimax_of(representativeness: float, diversity: float, **settings: Any) -> Minimax:
+    return Minimax(Minimax.Config(representativeness=representativeness, diversity=diversity, **settings))
+
+
 def step_of(model: DiT, times: torch.Tensor = TIMES) -> TrainingStep:
     z0, noise = batch()
     return TrainingStep(model, SCHEDULE, z0, LABELS, DROPPED, times, noise)
 
 
 def loss_of(model: DiT, lambda_im: float, n_steps: int = 3, grad_steps: int = 3) -> Losses:
-    return add_up([Diffusion(), InversionMatching(lambda_im, n_steps, grad_steps)], step_of(model))
+    return add_up([diffusion(), matching(lambda_im, n_steps, grad_steps)], step_of(model))
 
 
 def cosine(u: np.ndarray, v: np.ndarray) -> float:
@@ -115,7 +133,7 @@ def test_a_pass_with_gradient_takes_the_shared_one_along(order: tuple[int, int],
     gradient = torch.autograd.grad(expected.total, trained)
     sizes = []
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    parts = [Diffusion(), InversionMatching(1.5, 3, 1)]
+    parts = [diffusion(), matching(1.5, 3, 1)]
     found = add_up([parts[i] for i in order], step_of(model))
     assert sizes == passes
     torch.testing.assert_close(found.terms, expected.terms, rtol=1e-12, atol=1e-12)
@@ -126,7 +144,7 @@ def test_no_pass_is_taken_along_that_nobody_looks_at():
     model, sizes = difffit_model(), []
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     alone = dataclasses.replace(step_of(model), output_is_needed=InversionMatching.needs_output)
-    add_up([InversionMatching(1.5, 2, 1)], alone)
+    add_up([matching(1.5, 2, 1)], alone)
     assert sizes == [3, 3]
 
 
@@ -145,7 +163,7 @@ def test_a_detached_inversion_has_no_gradient():
     loss = loss_of(model, 1.0, grad_steps=0)
     assert loss.terms["inversion_matching"].item() > 0
     assert not loss.terms["inversion_matching"].requires_grad
-    alone = add_up([Diffusion()], step_of(model))
+    alone = add_up([diffusion()], step_of(model))
     trained = [p for p in model.parameters() if p.requires_grad]
     both = (torch.autograd.grad(each.total, trained) for each in (loss, alone))
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
@@ -173,7 +191,7 @@ def test_the_gradient_equals_finite_differences(name: str, index: int):
 
 def test_labels_are_dropped_one_sample_at_a_time_at_the_given_rate():
     y = torch.arange(20_000) % 10
-    dropped = drop_labels(y, 10, 0.1, torch.Generator().manual_seed(0))
+    dropped = drop_conditions(y, 10, 0.1, torch.Generator().manual_seed(0))
     gone = dropped == 10
     assert gone.float().mean().item() == pytest.approx(0.1, abs=5 * math.sqrt(0.1 * 0.9 / 20_000))
     assert torch.equal(dropped[~gone], y[~gone])
@@ -182,12 +200,12 @@ def test_labels_are_dropped_one_sample_at_a_time_at_the_given_rate():
 
 @pytest.mark.parametrize(("probability", "expected"), [(0.0, [4, 5, 6]), (1.0, [9, 9, 9])])
 def test_dropping_never_or_always(probability: float, expected: list[int]):
-    assert drop_labels(torch.tensor([4, 5, 6]), 9, probability).tolist() == expected
+    assert drop_conditions(torch.tensor([4, 5, 6]), 9, probability).tolist() == expected
 
 
 def test_dropping_follows_its_generator():
     y = torch.zeros(100, dtype=torch.int64)
-    first, again, other = (drop_labels(y, 1, 0.5, torch.Generator().manual_seed(s)) for s in (3, 3, 4))
+    first, again, other = (drop_conditions(y, 1, 0.5, torch.Generator().manual_seed(s)) for s in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not y.any()
@@ -232,14 +250,14 @@ def numpy_released(model: DiT, z0: np.ndarray, noise: np.ndarray, times: list[in
 def test_the_released_reading_equals_its_description(times: list[int]):
     model = difffit_model()
     z0, noise = (tensor.numpy() for tensor in batch())
-    term = InversionMatchingReleased(0.002)(step_of(model, torch.tensor(times)))["inversion_matching_released"]
+    term = released(0.002)(step_of(model, torch.tensor(times)))["inversion_matching_released"]
     assert term.item() == pytest.approx(numpy_released(model, z0, noise, times), rel=1e-5)
 
 
 def test_the_released_reading_has_its_gradient_through_the_denoised_latent_only():
     model = difffit_model()
     step = step_of(model)
-    InversionMatchingReleased(1.0)(step)["inversion_matching_released"].backward()
+    released(1.0)(step)["inversion_matching_released"].backward()
     assert max(p.grad.abs().max() for p in model.parameters() if p.requires_grad and p.grad is not None) > 1e-6
     assert not reverse_step(step.predict, step.z0, step.t_B, SCHEDULE).requires_grad
 
@@ -288,7 +306,7 @@ def test_the_bound_trains_the_variance_and_leaves_the_noise_alone():
 
 def test_minimax_looks_at_the_least_and_the_most_similar_latent_of_a_class():
     model = difffit_model()
-    minimax = Minimax(0.002, 0.008, memory=2)
+    minimax = minimax_of(0.002, 0.008, memory=2)
     first = minimax(step_of(model))
     assert first["representativeness"].item() == first["diversity"].item() == 0  # nothing remembered yet
     other = step_of(model, torch.tensor([10, 400, 700]))
@@ -313,7 +331,7 @@ def test_minimax_looks_at_the_least_and_the_most_similar_latent_of_a_class():
 
 def test_minimax_goes_on_from_its_state():
     model = difffit_model()
-    one, other = Minimax(1, 1), Minimax(1, 1)
+    one, other = minimax_of(1, 1), minimax_of(1, 1)
     one(step_of(model))
     other.restore(one.state())
     values = [[term.item() for term in minimax(step_of(model)).values()] for minimax in (one, other)]
@@ -321,16 +339,19 @@ def test_minimax_goes_on_from_its_state():
     assert values[0][0] > 0
 
 
-def test_minimax_memories_hold_what_all_workers_gathered():
+def test_minimax_memories_that_are_shared_hold_what_all_workers_gathered(monkeypatch: pytest.MonkeyPatch):
     model = difffit_model()
-    minimax = Minimax(1, 1, gather=lambda tensor: torch.cat([tensor, tensor + 0]))
+    monkeypatch.setattr("ims3_ray.objectives.minimax._of_all_workers", lambda tensor: torch.cat([tensor, tensor + 0]))
+    alone, minimax = minimax_of(1, 1), minimax_of(1, 1, shared=True)
+    alone(step_of(model))
     minimax(step_of(model))
+    assert {label: len(latents) for label, latents in alone.real.items()} == {0: 1, 1: 1, 2: 1}
     assert {label: len(latents) for label, latents in minimax.real.items()} == {0: 2, 1: 2, 2: 2}
 
 
 def test_terms_add_up_by_weight():
     model = difffit_model()
-    parts = [Diffusion(2.0, variance=True), InversionMatchingReleased(0.5), Minimax(0.002, 0.008)]
+    parts = [diffusion(weight=2.0, variance=True), released(0.5), minimax_of(0.002, 0.008)]
     total, terms = add_up(parts, step_of(model))
     weights = {
         "diffusion": 2.0,

@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 
-from ims3_ray.diffusion.inverted_gaussian import Gaussian, draw_group, invert_to_start, start_index
-from ims3_ray.diffusion.mode_guidance import find_modes, toward_modes
-from ims3_ray.diffusion.refinement import refine, refinement_loss
-from ims3_ray.diffusion.sampling import ddim, ddpm, sample
+from ims3_ray.diffusion.samplers.base import sample
+from ims3_ray.diffusion.samplers.ddim import Ddim
+from ims3_ray.diffusion.samplers.ddpm import Ddpm
 from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.diffusion.steering.inverted_gaussian import Gaussian, draw_group, invert_to_start, start_index
+from ims3_ray.diffusion.steering.mode_guidance import find_modes, toward_modes
+from ims3_ray.synthesis.cao2 import refine, refinement_loss
 
 SCHEDULE = NoiseSchedule()
 HOW = {"steps": 1, "lr": 0.1, "timesteps": (1, 12), "of": 50, "peak_weight": 0.0}
@@ -60,7 +62,7 @@ def test_one_guided_step_is_the_formula_of_mgd3():
     last = predict(x, torch.tensor([timesteps[0]]))
     expected = (x - math.sqrt(1 - before) * last) / math.sqrt(before)
     drift = toward_modes(mode, strength, 0.25)
-    found = ddpm(predict, z, lambda: noise, SCHEDULE, 2, False, drift=drift)
+    found = Ddpm()(predict, z, lambda: noise, SCHEDULE, 2, False, drift=drift)
     torch.testing.assert_close(found, expected)
 
 
@@ -111,7 +113,7 @@ def test_inverted_images_come_back_when_sampled_from_where_they_were_taken():
     predict = of_gaussian_data(0.2, 0.4)
     z0 = 0.2 + 0.4 * torch.randn(6, 1, 3, 3, generator=rng(), dtype=torch.float64)
     start = invert_to_start(predict, z0, SCHEDULE, 500, 0.6)
-    back = ddim(predict, start, lambda: start, SCHEDULE, 500, False, first=start_index(500, 0.6))
+    back = Ddim()(predict, start, lambda: start, SCHEDULE, 500, False, first=start_index(500, 0.6))
     torch.testing.assert_close(back, z0, atol=0.02, rtol=0)
     assert (start - z0).abs().mean() > 0.1
 

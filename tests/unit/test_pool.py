@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from ims3_ray.artifacts import Artifact, Storage
+from ims3_ray.cluster.hardware import hardware, kind
 from ims3_ray.config import ActorsConfig, ClusterConfig, SamplingConfig
-from ims3_ray.hardware import hardware, kind
+from ims3_ray.engine.images import ImageStore, Produced
+from ims3_ray.engine.pool import pool_price
+from ims3_ray.engine.worker import UnitWorker, Work
+from ims3_ray.io.artifacts import Artifact, Storage
 from ims3_ray.models.dit import DiT
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.models.generator import load_generator
-from ims3_ray.stages.derived import Features
-from ims3_ray.stages.images import ImageStore, Produced
-from ims3_ray.stages.pool import pool_price
-from ims3_ray.stages.producers import Candidates
-from ims3_ray.stages.worker import UnitWorker, Work
+from ims3_ray.stages.candidates import Candidates
+from ims3_ray.stages.embed import Features
 from tests.conftest import write_latent_world
 
 
@@ -191,8 +191,8 @@ def test_after_its_device_has_failed_an_actor_leaves_the_next_unit_to_a_new_proc
     def leave(code: int) -> None:
         raise Left
 
-    monkeypatch.setattr("ims3_ray.stages.worker.os._exit", leave)
-    monkeypatch.setattr("ims3_ray.stages.worker.GRACE_S", 0.0)
+    monkeypatch.setattr("ims3_ray.engine.worker.os._exit", leave)
+    monkeypatch.setattr("ims3_ray.engine.worker.GRACE_S", 0.0)
     work = Work(lambda device: broken, None, (), Artifact(Storage.at(str(tmp_path)), "generate", "k"))
     worker = UnitWorker([work], 1, 1, lambda: "cpu")
     row: Any = {"task": [0], "unit": ["c0000-u00000"]}

@@ -13,7 +13,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from ims3_ray.diffusion.sampling import SAMPLERS, ddim_step, guided, predict_z0, sample
+from ims3_ray.diffusion.prediction import guided, predict_z0
+from ims3_ray.diffusion.samplers.base import Sampler, sample
+from ims3_ray.diffusion.samplers.ddim import ddim_step
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.seeds import generator_for, seed_for
 
@@ -125,7 +127,7 @@ def in_double(sampler: str, predict: Callable[..., torch.Tensor], num_steps: int
     def draw() -> torch.Tensor:
         return torch.stack([torch.randn(SHAPE, generator=g, dtype=torch.float64) for g in noises])
 
-    return SAMPLERS[sampler](predict, draw(), draw, SCHEDULE, num_steps, clip)
+    return Sampler.registry[sampler]()(predict, draw(), draw, SCHEDULE, num_steps, clip)
 
 
 def loop_of_diffusers(theirs: object, predict: Callable[..., torch.Tensor], **options: object) -> torch.Tensor:
@@ -210,7 +212,7 @@ def test_ancestral_samples_have_the_moments_of_the_data():
     assert drawn.std().item() == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", Sampler.registry)
 def test_a_clipped_sample_lies_in_the_pixel_range(sampler: str):
     wild = sample(lambda z, t: -3 * z, SHAPE, generators(1, 2), SCHEDULE, 5, sampler=sampler, clip=True)
     assert wild.dtype == torch.float32
@@ -232,7 +234,7 @@ def recorder(batches: list[int]) -> Callable[..., torch.Tensor]:
 def test_guidance_is_the_extrapolation_from_the_null_label(channels: int | None):
     z, y, t = torch.randn(2, 4, 2, 2), torch.tensor([0, 3]), torch.tensor([7, 9])
     batches: list[int] = []
-    actual = guided(recorder(batches), y, null_label=5, cfg_scale=4.0, cfg_channels=channels)(z, t)
+    actual = guided(recorder(batches), y, null=5, cfg_scale=4.0, cfg_channels=channels)(z, t)
     for b, (label, time) in enumerate([(0, 7), (3, 9)]):
         conditional, unconditional = 2 * z[b] + 10 * label + time, 2 * z[b] + 50 + time
         torch.testing.assert_close(actual[b], unconditional + 4 * (conditional - unconditional))
@@ -241,8 +243,8 @@ def test_guidance_is_the_extrapolation_from_the_null_label(channels: int | None)
 
 def test_guidance_on_three_channels_leaves_the_fourth_conditional():
     z, y, t = torch.randn(2, 4, 2, 2), torch.tensor([0, 3]), torch.tensor([7, 9])
-    actual = guided(recorder([]), y, null_label=5, cfg_scale=4.0, cfg_channels=3)(z, t)
-    everywhere = guided(recorder([]), y, null_label=5, cfg_scale=4.0)(z, t)
+    actual = guided(recorder([]), y, null=5, cfg_scale=4.0, cfg_channels=3)(z, t)
+    everywhere = guided(recorder([]), y, null=5, cfg_scale=4.0)(z, t)
     assert torch.equal(actual[:, :3], everywhere[:, :3])
     torch.testing.assert_close(actual[:, 3], 2 * z[:, 3] + (10 * y + t)[:, None, None])
     assert not torch.allclose(actual[:, 3], everywhere[:, 3])
@@ -251,7 +253,7 @@ def test_guidance_on_three_channels_leaves_the_fourth_conditional():
 def test_scale_one_runs_the_conditional_half_alone():
     z, y, t = torch.randn(2, 4, 2, 2), torch.tensor([0, 3]), torch.tensor([7, 9])
     batches: list[int] = []
-    actual = guided(recorder(batches), y, null_label=5, cfg_scale=1.0, cfg_channels=3)(z, t)
+    actual = guided(recorder(batches), y, null=5, cfg_scale=1.0, cfg_channels=3)(z, t)
     torch.testing.assert_close(actual, 2 * z + (10 * y + t)[:, None, None, None])
     assert batches == [2]
 
@@ -259,8 +261,8 @@ def test_scale_one_runs_the_conditional_half_alone():
 def test_what_is_predicted_beside_the_noise_is_kept_where_it_is_asked_for():
     z, y, t = torch.randn(2, 4, 2, 2), torch.tensor([0, 3]), torch.tensor([7, 9])
     for scale in (1.0, 4.0):
-        alone = guided(recorder([]), y, null_label=5, cfg_scale=scale, cfg_channels=3)(z, t)
-        both = guided(recorder([]), y, null_label=5, cfg_scale=scale, cfg_channels=3, variance=True)(z, t)
+        alone = guided(recorder([]), y, null=5, cfg_scale=scale, cfg_channels=3)(z, t)
+        both = guided(recorder([]), y, null=5, cfg_scale=scale, cfg_channels=3, variance=True)(z, t)
         assert torch.equal(both[:, :4], alone)
         assert (both[:, 4:] == 1e6).all()
 
@@ -268,16 +270,16 @@ def test_what_is_predicted_beside_the_noise_is_kept_where_it_is_asked_for():
 def test_outside_its_interval_guidance_is_off_and_costs_nothing():
     z, y = torch.randn(2, 4, 2, 2), torch.tensor([0, 3])
     batches: list[int] = []
-    predict = guided(recorder(batches), y, null_label=5, cfg_scale=4.0, cfg_interval=(0.2, 0.5))
+    predict = guided(recorder(batches), y, null=5, cfg_scale=4.0, cfg_interval=(0.2, 0.5))
     for t in (150, 200, 400, 499, 600):
         actual = predict(z, torch.tensor([t]))
         scale = 4.0 if 0.2 <= t / 999 <= 0.5 else 1.0
-        expected = guided(recorder([]), y, null_label=5, cfg_scale=scale)(z, torch.tensor([t, t]))
+        expected = guided(recorder([]), y, null=5, cfg_scale=scale)(z, torch.tensor([t, t]))
         assert torch.equal(actual, expected)
     assert batches == [2, 4, 4, 4, 2]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", Sampler.registry)
 def test_a_sample_does_not_depend_on_the_others_in_its_batch(sampler: str):
     alone = sample(predictor, SHAPE, generators(7), SCHEDULE, 10, sampler=sampler)
     first = sample(predictor, SHAPE, generators(7, 8, 9), SCHEDULE, 10, sampler=sampler)

@@ -16,16 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from ims3_ray.artifacts import Storage
 from ims3_ray.compat import load_deepspeed_file
 from ims3_ray.config import RunConfig
+from ims3_ray.config.loading import load_config
 from ims3_ray.data.classes import folder_name, folder_names, match_classes
 from ims3_ray.data.decoding import decode
-from ims3_ray.data.files import Place
-from ims3_ray.data.hub import encode_png, image_table
 from ims3_ray.data.sources import open_source
 from ims3_ray.errors import UserError
-from ims3_ray.loading import load_config
+from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.files import Place
+from ims3_ray.io.parquet import encode_png, image_table
 from ims3_ray.models.encoder import EncoderConfig
 from ims3_ray.report.card import plain
 from ims3_ray.tracking import _reason

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ims3_ray.selection import SELECTORS, ClassImages
+from ims3_ray.selection import ClassImages, ClassSelector, Selector
 from ims3_ray.selection.moments import moments
 
 K, N, M, D = 3, 12, 20, 6
+SELECTORS = {name: kind() for name, kind in Selector.registry.items() if issubclass(kind, ClassSelector)}
 NEEDED = {name: selector.needs for name, selector in SELECTORS.items()}
 
 

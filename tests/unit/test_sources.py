@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from ims3_ray.data.batches import batch_indices, load_pixels
-from ims3_ray.data.hub import encode_png, image_table, parquet_bytes
 from ims3_ray.data.sources import fingerprint, open_source
 from ims3_ray.data.transforms import to_pil, to_pixels, to_signed, to_uint8
 from ims3_ray.errors import UserError
+from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
 from ims3_ray.seeds import seed_for
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 4), dtype=np.uint8)

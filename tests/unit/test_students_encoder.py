@@ -15,7 +15,7 @@ from ims3_ray.errors import UserError
 from ims3_ray.models.checkpoints import load_into, pack, read_metadata, weights_path
 from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.models.encoder import Encoder, EncoderConfig, check_encoder, encoder_path, load_encoder
-from ims3_ray.models.generator import class_indices, load_generator
+from ims3_ray.models.generator import load_generator, open_generator
 from ims3_ray.models.students import ConvNet
 
 DIT = DiTConfig(input_size=4, in_channels=1, patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=3)
@@ -281,10 +281,10 @@ def test_weights_are_found_by_path(tmp_path: Path):
 
 
 def test_classes_are_found_by_name_and_not_by_position(tmp_path: Path):
-    assert class_indices(packed_dit(tmp_path), ["Trouser", "Ankle boot"]) == [2, 0]
+    assert open_generator(packed_dit(tmp_path)).labels(["Trouser", "Ankle boot"]) == [2, 0]
 
 
 def test_an_unknown_class_is_an_error_that_names_the_nearest(tmp_path: Path):
     with pytest.raises(UserError, match=r"no class 'Trousers'; nearest: Trouser\b") as raised:
-        class_indices(packed_dit(tmp_path), ["Ankle boot", "Trousers"])
+        open_generator(packed_dit(tmp_path)).labels(["Ankle boot", "Trousers"])
     assert "dit.safetensors" in one_line(raised)

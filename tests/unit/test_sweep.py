@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ims3_ray.artifacts import Storage
 from ims3_ray.config import CompareConfig, RunConfig, SweepConfig
+from ims3_ray.config.loading import as_yaml, build, load_config
 from ims3_ray.errors import UserError
-from ims3_ray.loading import as_yaml, build, load_config
+from ims3_ray.io.artifacts import Storage
 from ims3_ray.plan import make_sweep
-from ims3_ray.report.sweep import best_yaml, figures_of, table_of
+from ims3_ray.search.publish import best_yaml, figures_of, table_of
 from ims3_ray.search.records import Tried, objective_of, points_of
 from ims3_ray.search.results import describe_sweep, gather_sweep
 from ims3_ray.selection import path, select_subgroups
@@ -203,11 +203,11 @@ def test_a_plan_counts_what_settings_share(tiny_world: Path, tmp_path: Path):
     config = build(SweepConfig, values)
     plan = make_sweep(config)
     assert plan.points == 2 * 3 * 81 * 2 * 2
-    kinds = [stage.kind for stage in plan.stages]
+    kinds = [stage.name for stage in plan.stages]
     assert sorted(kinds) == ["embed", "encode", "encode", "held_out"]  # what no generator has a part in
     stages = {id(stage): stage for trial in plan.trials for stage in trial.stages}.values()
-    assert sum(stage.kind == "finetune" for stage in stages) == 2 * 2
-    pools = [stage for stage in stages if stage.kind == "generate"]
+    assert sum(stage.name == "finetune" for stage in stages) == 2 * 2
+    pools = [stage for stage in stages if stage.name == "generate"]
     assert len(pools) == 2 * 3 * 2
     assert {stage.images for stage in pools} == {3 * 8}  # G = 3 subgroups of 2 images, in units of 4
     text = describe_sweep(plan)
@@ -221,10 +221,10 @@ def test_choices_among_all_subgroups_are_judged_whatever_the_references_are(tiny
     values = tiny_values(tiny_world, tmp_path, space={"selection": {"groups": [2, 3, 6]}})
     values["selection"]["references"] = "generated"
     (trial,) = make_sweep(build(SweepConfig, values)).trials
-    assert trial.judge.run.selection.groups == 6
+    assert trial.judge.run_config.selection.groups == 6
     # candidates that are references are as many as the point has
-    assert [(q.stage.run.selection.groups, q.inner) for q in trial.questions] == [(2, (0,)), (3, (1,)), (6, (2,))]
-    (pool,) = [stage for stage in trial.stages if stage.kind == "generate"]
+    assert [(q.stage.run_config.selection.groups, q.inner) for q in trial.questions] == [(2, (0,)), (3, (1,)), (6, (2,))]
+    (pool,) = [stage for stage in trial.stages if stage.name == "generate"]
     assert pool.images == 3 * 12
 
 
@@ -232,7 +232,7 @@ def test_one_pool_of_references_answers_for_every_number_of_groups(tiny_world: P
     values = tiny_values(tiny_world, tmp_path, space={"selection": {"groups": [2, 3], "references": ["real", "generated"]}})
     values["pool"] = {"per_class": 8}
     (trial,) = make_sweep(build(SweepConfig, values)).trials
-    assert [(q.stage.run.selection.groups, len(q.inner)) for q in trial.questions] == [(3, 2), (3, 2)]
+    assert [(q.stage.run_config.selection.groups, len(q.inner)) for q in trial.questions] == [(3, 2), (3, 2)]
 
 
 def test_a_record_is_of_its_test_split_and_its_students_too(tiny_world: Path, tmp_path: Path):
@@ -253,7 +253,7 @@ def test_a_record_is_of_its_test_split_and_its_students_too(tiny_world: Path, tm
 
 def test_without_students_nothing_of_theirs_is_made(tiny_world: Path, tmp_path: Path):
     values = tiny_values(tiny_world, tmp_path, space={"selection": {"alpha": [0.1, 0.9]}}, search={"by": "s3"})
-    kinds = [stage.kind for stage in make_sweep(build(SweepConfig, values)).stages]
+    kinds = [stage.name for stage in make_sweep(build(SweepConfig, values)).stages]
     assert sorted(kinds) == ["embed", "encode"]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from ims3_ray.artifacts import Storage
 from ims3_ray.config import RunConfig
 from ims3_ray.errors import UserError
+from ims3_ray.io.artifacts import Storage
 from ims3_ray.tracking import PARENT, Tracker, slug, tracking_uri
 
 

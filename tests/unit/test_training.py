@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load
 
-from ims3_ray import speed
-from ims3_ray.config import GeneratorTraining
+from ims3_ray.cluster import speed
+from ims3_ray.config import EncoderTraining, GeneratorTraining
 from ims3_ray.errors import UserError
+from ims3_ray.models.encoder import encoder_config, known_classes
 from ims3_ray.objectives.diffusion import diffusion_loss
+from ims3_ray.training.encoder import EncoderTrainer
 from ims3_ray.training.generator import GeneratorTrainer
 from ims3_ray.training.pace import ByClock, BySteps
 
@@ -115,3 +118,33 @@ def test_the_rate_of_matrix_products_is_measured_on_small_ones_where_large_ones_
     monkeypatch.setattr(speed, "_seconds", seconds)
     assert speed.matmul_rate.__wrapped__("cpu") == pytest.approx(flops_per_s)
     assert sides[-1] == side
+
+
+def encoder_trainer(rank: int = 0, world: int = 1, epochs: int = 3) -> EncoderTrainer:
+    config = EncoderTraining(model_args={"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}, epochs=epochs, batch_size=8)
+    return EncoderTrainer(config, (*images(), ("a", "b")), seed=0, rank=rank, world=world)
+
+
+def test_an_encoder_learns_and_goes_on_from_its_state_as_if_nothing_had_happened():
+    whole = encoder_trainer()
+    assert list(whole.epochs()) == [1, 2, 3]
+    assert whole.steps == 3 * whole.steps_per_epoch == 9
+    assert sum(whole.losses[-3:]) < sum(whole.losses[:3])
+    first, second = encoder_trainer(), encoder_trainer()
+    assert next(first.epochs()) == 1
+    second.restore(first.state())
+    assert list(second.epochs()) == [2, 3]
+    assert second.losses == whole.losses
+    for name, value in whole.encoder.state_dict().items():
+        assert torch.equal(second.encoder.state_dict()[name], value), name
+
+
+def test_an_encoders_file_names_its_classes_and_normalises_by_its_images(tmp_path: Path):
+    trainer = encoder_trainer(epochs=1)
+    list(trainer.epochs())
+    path = tmp_path / "phi.safetensors"
+    path.write_bytes(trainer.weights())
+    assert known_classes(path) == ("a", "b")
+    pixels = 2 * (images()[0].double() / 255) - 1
+    config = encoder_config(path)
+    assert (config.mean, config.std) == pytest.approx((pixels.mean().item(), pixels.std(correction=0).item()), abs=1e-3)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from ims3_ray import UserError
+from ims3_ray.engine.weights import Weights
 from ims3_ray.models import generator
 from ims3_ray.models.generator import generator_path, load_generator
-from ims3_ray.stages.weights import Weights
 from tests.imagenet import write_weights
 
 

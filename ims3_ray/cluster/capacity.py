@@ -1,0 +1,139 @@
+"""Waits until a cluster has capacity for a stage: requests nodes where the cluster can grow, and prints what is missing."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+
+from ims3_ray.cluster.ray_internals import autoscaling_coordinator, cancel_request, request_nodes
+from ims3_ray.config import ClusterConfig, Role
+from ims3_ray.errors import UserError
+
+Bundle = dict[str, float]
+"""Resources that one worker needs: name → amount."""
+
+EXPIRES_S = 60.0
+"""Seconds after which a request that is not renewed expires, so that a killed driver keeps no node alive."""
+RENEW_S = 15.0
+ASK_ALL_S = 60.0
+"""Seconds during which nodes for all workers are requested. The autoscaler ignores a request that it can never meet as a whole,
+so after this time only the smallest sufficient number of workers is requested."""
+LOOK_EVERY_S = 0.5
+SAY_EVERY_S = 15.0
+
+
+class Request:
+    """A request for nodes, renewed until :meth:`let_go` is called.
+
+    The requests of all stages, trials and jobs of a cluster are added up by the coordinator that Ray Train and Ray Data use
+    themselves; `ray.autoscaler.sdk.request_resources` would overwrite what they ask for, and be overwritten by them. Ray counts
+    submitted work as demand by itself, so a request is for work that waits in the driver.
+    """
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        self.labels, self.name = dict(labels), f"ims3-{uuid.uuid4().hex[:12]}"
+        self.bundles: list[Bundle] = []
+        self._coordinator = autoscaling_coordinator()
+        self._over = threading.Event()
+        threading.Thread(target=self._renew, name=self.name, daemon=True).start()
+
+    def ask(self, bundles: Sequence[Bundle]) -> None:
+        """Request that the cluster has room for all ``bundles`` at once."""
+        if list(bundles) != self.bundles:
+            self.bundles = list(bundles)
+            self._send()
+
+    def let_go(self) -> None:
+        self._over.set()
+        cancel_request(self._coordinator, self.name)
+
+    def _renew(self) -> None:
+        while not self._over.wait(RENEW_S):
+            self._send()
+
+    def _send(self) -> None:
+        request_nodes(self._coordinator, self.name, self.bundles, self.labels, EXPIRES_S)
+
+
+class CapacityWatch:
+    """Checks whether the cluster has room for ``at_least`` of a stage's workers. While it has not, :meth:`look` prints messages
+    at intervals, and raises :class:`UserError` after ``cluster.wait_s`` seconds; at once for a cluster that does not grow."""
+
+    def __init__(
+        self, config: ClusterConfig, role: Role, title: str, bundles: Sequence[Bundle], at_least: int = 1
+    ) -> None:  # fmt: skip
+        self.config, self.title, self.bundles, self.at_least = config, title, bundles, at_least
+        self.labels = config.place.get(role, {})
+        self.since: float | None = None
+        """Monotonic time in seconds at which room was first missing; None while there is room."""
+        self._said = float("-inf")
+
+    def look(self) -> bool:
+        there, now = holds(self.bundles[0], self.labels), time.monotonic()
+        if there >= self.at_least:
+            if self.since is not None and now - self.since > 1:
+                print(f"{self.title}: nodes are there after {now - self.since:.0f} s", flush=True)
+            self.since = None
+            return True
+        self.since = now if self.since is None else self.since
+        waited, wait_s = now - self.since, self.config.wait_s
+        each = " ".join(f"{need:g} {kind}" for kind, need in self.bundles[0].items())
+        what = f"{each} each" + "".join(f", {key}={value}" for key, value in self.labels.items())
+        if waited >= wait_s:
+            raise UserError(
+                f"{self.title}: the cluster has room for {there} of {len(self.bundles)} workers ({what}) after {waited:.0f} s "
+                f"and needs {self.at_least}; see `ray status` and the limits of its node types, raise cluster.wait_s if it "
+                "grows, change cluster.place, or lower finetune.trainer.num_workers or actors.count"
+            )
+        if now - self._said >= SAY_EVERY_S:
+            self._said = now
+            print(
+                f"{self.title}: waits for nodes, {there} of {len(self.bundles)} workers have room ({what}); "
+                f"{waited:.0f} s of {wait_s:.0f}",
+                flush=True,
+            )
+        return False
+
+    def first_done(self, running: Sequence[Any]) -> Any:
+        """The first of the ``running`` tasks to end. On a cluster that grows, :meth:`look` is called meanwhile."""
+        while not (done := ray.wait(list(running), num_returns=1, timeout=5)[0]):
+            if self.config.wait_s:  # on other clusters a task that can never run was refused before it started
+                self.look()
+        return done[0]
+
+
+def wait_for_capacity(
+    config: ClusterConfig, role: Role, title: str, bundles: Sequence[Bundle], at_least: int = 1
+) -> CapacityWatch:  # fmt: skip
+    """Returns when the cluster has room for the first ``at_least`` of ``bundles``. Until then, room for all of them is asked of
+    a cluster that grows (``cluster.wait_s``). It adds nodes for the remaining workers when they are started.
+
+    Raises :class:`UserError` if there is no room for ``at_least`` workers after ``wait_s`` seconds.
+    """
+    watch = CapacityWatch(config, role, title, bundles, at_least)
+    if not bundles or holds(bundles[0], watch.labels) >= at_least:
+        return watch
+    request, began = Request(watch.labels) if config.wait_s else None, time.monotonic()
+    try:
+        while not watch.look():
+            if request:
+                request.ask(bundles if time.monotonic() - began < ASK_ALL_S else bundles[:at_least])
+            time.sleep(LOOK_EVERY_S)
+    finally:
+        if request:
+            request.let_go()
+    return watch
+
+
+def holds(bundle: Mapping[str, float], labels: Mapping[str, str]) -> int:
+    """Number of workers of size ``bundle`` that the current nodes with these ``labels`` can hold at once."""
+    return sum(
+        int(min(node["Resources"].get(kind, 0.0) / need for kind, need in bundle.items()))
+        for node in ray.nodes()
+        if node["Alive"] and all(node["Labels"].get(key) == value for key, value in labels.items())
+    )

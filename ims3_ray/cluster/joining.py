@@ -1,0 +1,117 @@
+"""Joining or starting a Ray cluster, and placing work on its nodes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ims3_ray import plugins
+from ims3_ray.config import ClusterConfig, Role
+from ims3_ray.errors import IncompletePool, UserError
+
+LOCAL_CPUS = 4  # logical CPUs: controllers and actors that only wait take some, beside the two that compute
+SCALED = ("CPU", "GPU", "MEMORY", "OBJECT_STORE_MEMORY")
+WORKER_ENV = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "DS_BUILD_OPS": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # nodes have to boot
+    # Otherwise Ray Data requests nodes of any kind whenever utilisation is high, but only the pool's actors need nodes.
+    **{f"RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_{what}_UTIL_THRESHOLD": "1e9" for what in SCALED},
+}
+
+
+def own_device() -> str:
+    """Device of a Ray task or actor: the GPU that Ray has assigned to it, if any, otherwise the CPU."""
+    return "cuda" if ray.get_gpu_ids() else "cpu"
+
+
+def results(refs: Any) -> Any:
+    """``ray.get``, but a :class:`UserError` or :class:`IncompletePool` of a task or actor is raised itself, so that its message
+    stays one line."""
+    try:
+        return ray.get(refs)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError | IncompletePool):
+            raise error.cause from error
+        raise
+
+
+def joins(config: ClusterConfig) -> str | None:
+    """Address of the cluster that a job joins, from the config or ``RAY_ADDRESS``; None if the job starts its own cluster."""
+    return config.address or os.environ.get("RAY_ADDRESS")
+
+
+@contextmanager
+def connected(config: ClusterConfig, needed: dict[str, float] | None = None) -> Iterator[None]:
+    """Join a Ray cluster or start one, and disconnect at the end. An existing connection of this process is used and kept.
+
+    Raises :class:`UserError` at once if the cluster has less than the ``needed`` resources and does not grow.
+    """
+    for name, value in WORKER_ENV.items():
+        os.environ.setdefault(name, value)
+    started = not ray.is_initialized()
+    if not started and not plugins.known_to_workers():
+        raise UserError(
+            "Ray is running already, and its workers do not know the plugins; let this program start or join Ray, or call "
+            "ray.init(runtime_env=ims3_ray.plugins.runtime_env()) after ims3_ray.plugins.load([…])"
+        )
+    if started:
+        # Hides Ray's message that it has created a token for a new cluster, which needs no action by the user.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        address = joins(config)
+        # The dashboard serves Ray Train's state queries. Without it they go to any process that listens on the default port,
+        # and the answer of another cluster on the machine ("no such controller") makes Ray Train remove its own workers.
+        local = {} if address else {"num_cpus": max(LOCAL_CPUS, os.cpu_count() or 1), "include_dashboard": True}
+        try:
+            ray.init(
+                address=address or "local",  # not another cluster that was started on this machine
+                logging_level=logging.WARNING,
+                log_to_driver=os.environ.get("IMS3_WORKER_LOGS") == "1",
+                runtime_env=_runtime_env(),
+                **local,
+            )
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster answers at '{address}' ({error}); check cluster.address") from error
+    try:
+        if not config.wait_s:
+            check_resources(needed or {})
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _runtime_env() -> dict[str, Any]:
+    """Ray's runtime environment for every process of the job."""
+    mine = plugins.runtime_env()
+    return {**mine, "env_vars": {**{name: os.environ[name] for name in WORKER_ENV}, **mine.get("env_vars", {})}}
+
+
+def check_resources(needed: dict[str, float]) -> None:
+    """Raises :class:`UserError` if the cluster, at its current size, lacks the resources ``needed`` by the plan's largest
+    stage."""
+    have = ray.cluster_resources()
+    if short := {kind: value for kind, value in needed.items() if value > have.get(kind, 0)}:
+        missing = ", ".join(f"{value:g} {kind} (has {have.get(kind, 0):g})" for kind, value in short.items())
+        raise UserError(
+            f"the cluster is too small for the plan: it needs {missing}; lower finetune.trainer.num_workers, "
+            "actors.count or the CPUs and GPUs of each, or set cluster.wait_s for a cluster that grows"
+        )
+
+
+def placed(config: ClusterConfig, role: Role) -> dict[str, Any]:
+    """Ray options that place work of this ``role`` on the nodes that the config names for it."""
+    return {"label_selector": config.place[role]} if config.place.get(role) else {}
+
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """Scheduling strategy for helper actors of the driver, which need no CPU: on the driver's node, so that they keep no other
+    node alive and fail only together with the driver."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -1,0 +1,52 @@
+"""All uses of internal interfaces of Ray, which may change between versions of Ray.
+
+``tests/unit/test_ray_internals.py`` shows which of them a new version of Ray has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def autoscaling_coordinator() -> Any:
+    """The actor through which Ray Data and Ray Train ask the autoscaler for nodes.
+
+    It adds up all requests. It runs on the node of the process that first asks for it, until the cluster ends.
+    """
+    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+
+    return get_or_create_autoscaling_coordinator()
+
+
+def request_nodes(
+    coordinator: Any, name: str, bundles: Sequence[Mapping[str, float]], labels: Mapping[str, str], expires_s: float
+) -> None:
+    """Ask for nodes that hold all ``bundles`` at once, under a name by which the request is renewed and cancelled."""
+    from ray.data._internal.cluster_autoscaler import ResourceRequestPriority
+
+    coordinator.request_resources.remote(
+        name, [dict(bundle) for bundle in bundles], expires_s, label_selectors=[dict(labels) for _ in bundles],
+        priority=ResourceRequestPriority.LOW,  # only the nodes matter, not which request they are assigned to
+    )  # fmt: skip
+
+
+def cancel_request(coordinator: Any, name: str) -> None:
+    """Withdraw a request for nodes."""
+    coordinator.cancel_request.remote(name)
+
+
+def start_helpers_here() -> None:
+    """Start on this node the actors that Ray Data keeps for the life of the cluster.
+
+    Ray Data starts each of them on the node that first uses it. On a node of an autoscaler they would keep the node alive, or
+    be lost with it.
+    """
+    from ray.data._internal.execution.node_trackers.actor_location import get_or_create_actor_location_tracker
+    from ray.data._internal.stats import get_or_create_stats_actor
+    from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
+
+    autoscaling_coordinator()
+    get_or_create_actor_location_tracker()
+    get_or_create_stats_actor()
+    get_or_create_usage_collection_actor()

@@ -1,0 +1,84 @@
+"""Runs a plan: skips what is committed, runs the rest, gathers results, writes report and tracking."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+from ims3_ray.cluster.joining import connected
+from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, canonical
+from ims3_ray.engine.executor import run_stages
+from ims3_ray.engine.folder import check_folder, warn_if_lost_with_job
+from ims3_ray.engine.stage import Context
+from ims3_ray.io.artifacts import Storage
+from ims3_ray.plan import Config, Plan, make_comparison, make_evaluation, make_plan
+from ims3_ray.plan.estimate import account, expect
+from ims3_ray.report.publish import publish, publish_comparison, publish_scores
+from ims3_ray.report.results import Results, RunResult, gather
+from ims3_ray.tracking import Tracker
+
+
+def distill(config: RunConfig | None = None) -> RunResult:
+    """Run a distillation to its end, or continue one that was interrupted.
+
+    Raises :class:`UserError` for bad input, a cluster too small for the plan, a tracking server that does not answer and
+    a run folder that holds another config, each before anything is computed.
+    """
+    return _complete(make_plan(config or RunConfig()), publish)
+
+
+def evaluate(config: EvaluateConfig) -> RunResult:
+    """Score existing sets of images; continues and raises as :func:`distill` does."""
+    return _complete(make_evaluation(config), publish_scores)
+
+
+def compare(config: CompareConfig) -> RunResult:
+    """Run all arms at all numbers of images per class from shared artifacts; continues and raises as :func:`distill` does."""
+    return _complete(make_comparison(config), publish_comparison)
+
+
+Publish = Callable[[Context, Plan[Any], Results, Tracker], None]
+
+
+def _complete(plan: Plan[Config], publish: Publish) -> RunResult:
+    config = plan.config
+    storage = Storage.at(config.storage)
+    check_folder(config, storage)
+    if not is_finished(plan, storage):
+        if any(stage.missing(storage) for stage in plan.stages):
+            warn_if_lost_with_job(config)
+            with connected(config.cluster, plan.needed()):
+                _run(plan, storage, publish)
+        else:
+            _run(plan, storage, publish)
+    return RunResult(storage.address(config.name), json.loads(storage.read(f"{config.name}/results.json")))
+
+
+def is_finished(plan: Plan[Config], storage: Storage) -> bool:
+    """Whether the run folder holds the results of exactly these stages (same images, weights and code) and MLflow has all of
+    them."""
+    name = plan.config.name
+    if not (storage.exists(f"{name}/results.json") and storage.exists(f"{name}/report.html")):
+        return False
+    results = json.loads(storage.read(f"{name}/results.json"))
+    same = [row["key"] for row in results["stages"]] == [stage.key(storage) for stage in plan.stages]
+    return same and bool(results.get("mlflow", {}).get("complete"))
+
+
+def _run(plan: Plan[Config], storage: Storage, publish: Publish) -> None:
+    """Write the config to the run folder, run the missing stages and publish the results. An error sets the status of the
+    MLflow run to KILLED (if interrupted) or FAILED."""
+    config = plan.config
+    tracker = Tracker(config, storage)
+    context, expected = Context(config, storage, plan.classes, tracker), expect(plan, storage)
+    storage.write(f"{config.name}/config.yaml", yaml.safe_dump(canonical(config), sort_keys=False).encode())
+    try:
+        run_stages(context, plan.stages)
+        estimate = account(expected, context.spent, config.cluster)
+        publish(context, plan, {**gather(plan, storage), "estimate": estimate}, tracker)
+    except BaseException as error:
+        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise

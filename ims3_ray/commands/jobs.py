@@ -1,0 +1,51 @@
+"""Functions that the scripts of ``jobs/`` call with their config: ``run_…`` runs a job, ``plan_…`` describes its plan."""
+
+from __future__ import annotations
+
+from ims3_ray.commands.distill import compare, distill, evaluate
+from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, SweepConfig
+from ims3_ray.plan import make_comparison, make_evaluation, make_plan, make_sweep
+from ims3_ray.plan.estimate import describe
+from ims3_ray.report.terminal import print_comparison, print_result, print_sweep
+
+
+def run_distill(config: RunConfig) -> None:
+    print_result(distill(config))
+
+
+def plan_distill(config: RunConfig) -> str:
+    return describe(make_plan(config))
+
+
+def run_evaluate(config: EvaluateConfig) -> None:
+    print_result(evaluate(config))
+
+
+def plan_evaluate(config: EvaluateConfig) -> str:
+    return describe(make_evaluation(config))
+
+
+def run_compare(config: CompareConfig) -> None:
+    print_comparison(compare(config))
+
+
+def plan_compare(config: CompareConfig) -> str:
+    return describe(make_comparison(config))
+
+
+def run_sweep(config: SweepConfig) -> None:
+    from ims3_ray.search.tune import sweep  # imports Ray Tune, which the other jobs do not need
+
+    print_sweep(sweep(config))
+
+
+def plan_sweep(config: SweepConfig) -> str:
+    from ims3_ray.search.results import describe_sweep
+
+    return describe_sweep(make_sweep(config))
+
+
+def run_pretrain(config: PretrainConfig) -> None:
+    from ims3_ray.commands.pretrain import pretrain
+
+    pretrain(config)

@@ -1,0 +1,83 @@
+"""The quality of trained weights: how often a classifier of real images assigns a generator's samples to the class for which
+they were generated, and the test accuracy of an encoder's own head. Needs no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ims3_ray.config import DataConfig, PretrainConfig
+from ims3_ray.data.batches import load_pixels
+from ims3_ray.data.sources import open_source
+from ims3_ray.data.transforms import to_signed
+from ims3_ray.engine.shards import units_of
+from ims3_ray.models.encoder import load_encoder
+from ims3_ray.stages.candidates import Candidates
+from ims3_ray.training.students import Labelled, accuracy_of, train_student
+
+Splits = tuple[Labelled, Labelled, tuple[str, ...]]
+"""Training and test images (uint8 [N, C, size, size], labels [N]), and the names of the classes."""
+
+
+def splits_of(data: DataConfig) -> Splits:
+    """The decoded training and test split of a source."""
+    train = open_source(data.path, data.train_split)
+    test = open_source(data.test_path or data.path, data.test_split)
+    loaded = [load_pixels(source, data.size, data.channels)[:2] for source in (train, test)]
+    return loaded[0], loaded[1], train.class_names
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good trained weights are, in words and in figures."""
+
+    lines: list[str]
+    """Lines of text for the card."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """For a generator: the judge's accuracy on the test split (``judge_accuracy``), and the mean over classes of the share of
+    samples that the judge assigns to their class (``agreement``), both in per cent."""
+    samples: Tensor | None = None
+    """For a generator: at most ten samples of each class, uint8 [N, C, H, W], in order of classes."""
+
+
+def judge_generator(config: PretrainConfig, weights: Path, splits: Splits, device: str) -> Quality:
+    """How often a judge, a classifier trained on the real training split, assigns guided samples to the class for which they
+    were generated."""
+    q = config.quality
+    torch.set_num_threads(q.threads)
+    train, test, names = splits
+    student, accuracy = train_student(q.judge.students[0], train, test, len(names), q.judge, 0, device=device)
+    produce = Candidates(q.sampling, weights, None, None, config.seed, device)
+    agreed, first = [], []
+    for label in range(len(names)):
+        units = units_of(label, q.images_per_class, q.sampling.unit_size)
+        samples = torch.cat([produce(unit).pixels.cpu() for unit in units])[: q.images_per_class]
+        agreed.append(accuracy_of(student, (samples, torch.full((len(samples),), label)), len(names), device))
+        first.append(samples[:10])
+    s, agreement = q.sampling, sum(agreed) / len(agreed)
+    return Quality(
+        [
+            f"judge: {q.judge.students[0]} of width {q.judge.width}, {q.judge.epochs} epochs on the real training split, "
+            f"{accuracy.last:.1f} % on the test split",
+            f"the judge names {agreement:.1f} % of {q.images_per_class} guided samples a class as they were "
+            f"asked for ({s.sampler}, {s.steps} steps, guidance {s.cfg_scale:g})",
+            "by class: " + ", ".join(f"{name} {share:.0f} %" for name, share in zip(names, agreed, strict=True)),
+        ],
+        {"judge_accuracy": accuracy.last, "agreement": agreement},
+        torch.cat(first),
+    )
+
+
+def judge_encoder(config: PretrainConfig, weights: Path, splits: Splits, device: str) -> Quality:
+    """Test accuracy of φ's own classification head."""
+    torch.set_num_threads(config.quality.threads)
+    _, (pixels, labels), _ = splits
+    encoder = load_encoder(weights).to(device)
+    with torch.inference_mode():
+        predicted = torch.cat([encoder.logits(to_signed(part.to(device))).argmax(dim=1).cpu() for part in pixels.split(500)])
+    share = 100 * (predicted == labels).float().mean().item()
+    line = f"its classification head: {share:.1f} % on the test split; features have {encoder.dim} dimensions"
+    return Quality([line])

@@ -1,0 +1,104 @@
+"""Reads the YAML files, with ``extends``, and the overrides that a user writes. Code that uses the values is not imported."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ims3_ray.config.base import merge
+from ims3_ray.errors import UserError
+
+
+def read_values(file: str | Path | Sequence[str] | None = None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The values of YAML files and of ``dotted.key=value`` overrides as nested mappings, each merged over those before it.
+
+    Raises :class:`UserError` with one line for an unreadable file, a malformed override or a key that has moved.
+    """
+    files: Sequence[str | Path] = [file] if isinstance(file, str | Path) else file or []
+    values: dict[str, Any] = {}
+    for each in files:
+        values = merge(values, _read_yaml(Path(each), ()))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override '{override}' is not of the form key=value, as in selection.alpha=0.4")
+        _set(values, key.split("."), _parse(override, text))
+    check_moved(values)
+    return values
+
+
+MOVED = {
+    "refine": "synthesis.cao2", "arms.*.refine": "arms.NAME.synthesise=cao2",
+    "arms.*.overrides.refine": "arms.NAME.overrides.synthesis.cao2",
+}  # fmt: skip
+"""Keys that have moved (``*`` is any name) → what to write instead."""
+
+
+def check_moved(values: Mapping[str, Any], prefix: str = "") -> None:
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        for old, new in MOVED.items():
+            if fnmatch.fnmatchcase(path, old) and path.count(".") == old.count("."):
+                raise UserError(f"config key '{path}' has moved: write {new}")
+        if isinstance(value, Mapping):
+            check_moved(value, f"{path}.")
+
+
+def with_moved_keys(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that an older version has stored, with the keys of :data:`MOVED` at their new places."""
+    found = copy.deepcopy(dict(plain))
+    _move_refine(found)
+    for arm in found.get("arms", {}).values():
+        if arm.pop("refine", False):
+            arm["synthesise"] = "cao2"
+        _move_refine(arm.get("overrides", {}))
+    return found
+
+
+def _move_refine(section: dict[str, Any]) -> None:
+    if "refine" in section:
+        section["synthesis"] = {**section.get("synthesis", {}), "cao2": section.pop("refine")}
+
+
+def _read_yaml(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if file.resolve() in seen:
+        raise UserError(f"config '{file}' extends itself; remove the circle")
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"config '{file}' cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config '{file}' is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config '{file}' must be a mapping of keys to values")
+    parents = values.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        merged = merge(merged, _read_yaml(file.parent / parent, (*seen, file.resolve())))
+    return merge(merged, values)
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        inner = values.get(part)
+        values[part] = inner = dict(inner) if isinstance(inner, dict) else {}
+        values = inner
+    values[path[-1]] = value
+
+
+def _parse(override: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override '{override}' has a value that is not YAML; quote it") from error
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,191 @@
+"""Builds a config from what a user writes, the defaults and the settings of plugins, with errors of one line that name the fix.
+Run as a program, it writes the reference of all keys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ims3_ray import plugins
+from ims3_ray.component import descriptions_of, first_error
+from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, Section, SweepConfig, canonical, merge
+from ims3_ray.config.files import check_moved, read_values
+from ims3_ray.config.keys import KNOWN_KEYS, unknown_key
+from ims3_ray.errors import UserError, masked
+
+Tree = TypeVar("Tree", bound=Section)
+
+
+def load_config(tree: type[Tree], file: str | Path | Sequence[str] | None = None, overrides: Iterable[str] = ()) -> Tree:
+    """Build ``tree`` from YAML files and ``dotted.key=value`` overrides, each merged over those before it and all over the
+    defaults.
+
+    Raises :class:`UserError` with one line for an unreadable file, an unknown key or an impossible value.
+    """
+    return build(tree, read_values(file, overrides))
+
+
+def build(tree: type[Tree], values: Mapping[str, Any]) -> Tree:
+    """Build ``tree`` from nested mappings, merged over the defaults; it raises the errors of :func:`load_config`.
+
+    The plugins that ``values`` name are loaded first, so that ``tree`` has the settings of their components.
+    """
+    check_moved(values)
+    named = values.get("plugins") or ()
+    plugins.load([named] if isinstance(named, str) else named)
+    merged = merge(_defaults(tree), values)
+    merged |= {key: values[key] for key in WHOLE if key in values}
+    merged = _without_removed(merged)
+    try:
+        return tree.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_one_line(tree, error)) from error
+
+
+NAMED = ("arms", "evaluation.protocols", "sets")
+"""Mappings whose keys are names that a config chooses; the value null removes a name."""
+
+
+WHOLE = ("space",)
+"""Keys whose value replaces the default as a whole, instead of being merged with it."""
+
+
+def as_yaml(config: Section) -> str:
+    """The values in which ``config`` differs from the defaults, as YAML. :func:`load_config` builds an equal config from it."""
+    changed = _changes(canonical(config), _defaults(type(config)))
+    return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
+
+
+def _changes(plain: Mapping[str, Any], default: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    for key, value in plain.items():
+        inner = default.get(key)
+        if isinstance(value, dict) and isinstance(inner, dict):
+            if found := _changes(value, inner, f"{prefix}{key}."):
+                changed[key] = found
+        elif key not in default or value != inner:
+            changed[key] = value
+    removed = [key for key in default if key not in plain] if prefix.removesuffix(".") in NAMED else []
+    return changed | dict.fromkeys(removed)
+
+
+def _without_removed(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    kept = {}
+    for key, value in values.items():
+        inner = _without_removed(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        if inner is not None or prefix.removesuffix(".") not in NAMED:
+            kept[key] = inner
+    return kept
+
+
+def _defaults(tree: type[Section]) -> dict[str, Any]:
+    return canonical(tree())
+
+
+def _one_line(tree: type[Section], error: ValidationError) -> str:
+    kind, message, place, value = first_error(error)
+    key = ".".join(place)
+    if kind == "extra_forbidden":
+        return unknown_key(key, list(_keys(_defaults(tree))))
+    message = message[:1].lower() + message[1:]
+    shown = "" if isinstance(value, dict | BaseModel) else f"={value!r}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return masked(f"config {key}{shown}: {message}{more}" if key else f"config: {message}{more}")
+
+
+def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in values.items():
+        yield prefix + key
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def reference() -> str:
+    """The text of ``docs/configuration.md``: every key of every config class, its default and its meaning."""
+    main = list(_rows(RunConfig(), ""))
+    trees: tuple[tuple[str, str, list[str]], ...] = (
+        ("distill", "", main),
+        ("sweep", "The keys of jobs/distill.py, and these.", [row for row in _rows(SweepConfig(), "") if row not in main]),
+        ("compare", "The keys of jobs/distill.py, and these.", [row for row in _rows(CompareConfig(), "") if row not in main]),
+        (
+            "evaluate",
+            "Of the keys of jobs/distill.py `storage`, `data`, `actors`, `evaluation`, `tracking` and `cluster`, and these.",
+            [row for row in _rows(EvaluateConfig(), "") if row not in main],
+        ),
+        ("pretrain", "", list(_rows(PretrainConfig(), ""))),
+    )
+    parts = [REFERENCE_HEAD]
+    for job, note, rows in trees:
+        parts += [
+            f"## jobs/{job}.py",
+            "",
+            *([note, ""] if note else []),
+            "| key | default | meaning |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    return "\n".join(parts)
+
+
+def _rows(section: BaseModel, prefix: str) -> Iterable[str]:
+    for name, description in descriptions_of(section).items():
+        value, key = getattr(section, name), prefix + name
+        if isinstance(value, BaseModel):
+            yield from _rows(value, f"{key}.")
+        elif isinstance(value, dict) and value and all(isinstance(inner, Section) for inner in value.values()):
+            names = ", ".join(f"`{inner}`" for inner in value)
+            yield f"| `{key}.NAME` | {names} | {description} |"
+            yield from _rows(_typical(next(iter(value.values()))), f"{key}.NAME.")
+        else:
+            shown = yaml.safe_dump(canonical(section)[name], default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+            yield f"| `{key}` | `{shown}` | {description} |"
+
+
+def _typical(section: Section) -> Section:
+    """A section of the same class with default values, or ``section`` itself if some field has no default."""
+    try:
+        return type(section)()
+    except ValidationError:
+        return section
+
+
+REFERENCE_HEAD = """# Configuration
+
+A config is YAML; what it does not say has the default. `extends: FILE` (or a list) lays it on other files, `key.key=value`
+on the command line comes last, as in `python jobs/distill.py --config configs/demo.yaml selection.alpha=0.4`. A misspelt key
+or an impossible value is an error of one line before anything starts. `--dry-run` shows the plan.
+
+This page is written by `python -m ims3_ray.config.loading` from the classes in `ims3_ray/config/`.
+"""
+
+
+def known_keys() -> str:
+    """The text of ``ims3_ray/config/known_keys.json``: the tree of keys of each config class, by the name of the class."""
+    trees: tuple[type[Section], ...] = (RunConfig, SweepConfig, CompareConfig, EvaluateConfig, PretrainConfig)
+    return json.dumps({tree.__name__: _key_tree(tree()) for tree in trees}, indent=0, sort_keys=True) + "\n"
+
+
+def _key_tree(section: BaseModel) -> dict[str, Any]:
+    """Key → the keys below it, where ``*`` stands for names that a config chooses; None if the value is not checked for
+    keys."""
+    found: dict[str, Any] = {}
+    for name in descriptions_of(section):
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            found[name] = _key_tree(value)
+        elif isinstance(value, dict) and value and all(isinstance(inner, Section) for inner in value.values()):
+            found[name] = {"*": _key_tree(next(iter(value.values())))}
+        else:
+            found[name] = None
+    return found
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name(KNOWN_KEYS).write_text(known_keys())
+    print(reference(), end="")

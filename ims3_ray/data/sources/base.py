@@ -1,0 +1,155 @@
+"""The interface of a source of labelled images, and :func:`open_source`, which finds the source that can read a path.
+
+Every source gives the number of images, their classes, and the image at an index. Opening a source decodes no image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ims3_ray.component import Component, Registry
+from ims3_ray.errors import UserError
+from ims3_ray.io.files import Place, check_bucket, is_remote
+from ims3_ray.io.hub import fetch, is_hub_id
+
+LONGEST_NAME = 200
+"""Largest length of a class name in bytes; class names become folder names."""
+LISTINGS = 16
+"""Number of folders that are listed at the same time, because object storage answers slowly."""
+HASH_WHOLE_BELOW = 256 * 2**20  # bytes; files that are larger in total are fingerprinted by name and size
+
+
+class Source(Component, ABC):
+    """A labelled image set. ``labels`` [N] index ``class_names``; indices run over the whole set."""
+
+    registry = Registry["type[Source]"]("data source", "ims3_ray.data.sources")
+    order: ClassVar[int] = 0
+    """Sources try to read a path in ascending order of this number."""
+
+    location: str
+    """The path that was given."""
+    class_names: tuple[str, ...]
+    labels: NDArray[np.int64]
+    files: Sequence[Place] = ()
+    """The files that hold the image set."""
+
+    @classmethod
+    @abstractmethod
+    def find(cls, place: Location) -> Source | None:
+        """The image set at ``place``; None if this kind of source cannot read it. Raises :class:`UserError` for a damaged
+        set."""
+
+    @abstractmethod
+    def image(self, index: int) -> Image.Image:
+        """The decoded image; raises ``OSError`` for one that cannot be decoded."""
+
+    @abstractmethod
+    def identify(self, index: int) -> str:
+        """A name by which a person can find the image."""
+
+    def extras(self, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+        """Other values of these images: ``logits`` [n, num_classes] and ``weights`` [n]; empty if the set has neither."""
+        return {}
+
+
+class Location:
+    """A path, a split, and the files and folders at the path, which are looked up when they are first needed."""
+
+    def __init__(self, path: str, split: str) -> None:
+        self.path, self.split = path, split
+
+    @cached_property
+    def root(self) -> Place:
+        """The file or folder, fetched if the path is a hub id. Raises :class:`UserError` if there is none."""
+        check_bucket(self.path)
+        root = Place.at(self.path)
+        if not root.exists and is_hub_id(self.path):
+            patterns = [f"{self.split}*.parquet", f"*/{self.split}*.parquet"]
+            root = Place.at(str(fetch(self.path, patterns, "data source", "dataset")))
+        if not root.exists:
+            raise UserError(
+                f"data source '{self.path}' does not exist; set data.path to a folder, a Parquet file or embedded:NAME"
+            )
+        return root
+
+    @cached_property
+    def children(self) -> list[Place]:
+        """Files and folders directly in the folder; none for a file."""
+        return [] if self.root.is_file else self.root.children()
+
+    @cached_property
+    def nearby(self) -> list[Place]:
+        """Files and folders in the folder and one level below."""
+        folders = [child for child in self.children if child.is_folder]
+        return [*self.children, *itertools.chain(*each(Place.children, folders))]
+
+
+def open_source(path: str, split: str) -> Source:
+    """The image set at ``path`` (``embedded:NAME``, a folder, a Parquet file, a URI of either or a hub id), of one ``split``.
+
+    Raises :class:`UserError` if there is nothing readable at the path or no image in the set.
+    """
+    place = Location(path, split)
+    for kind in sorted(Source.registry.values(), key=lambda kind: kind.order):
+        if (source := kind.find(place)) is not None:
+            if len(source.labels) == 0:
+                raise UserError(f"data source '{path}' (split '{split}') holds no image; check the path and data.*_split")
+            return source
+    raise UserError(
+        f"data source '{path}' holds neither IDX files, nor {split}*.parquet, nor one folder per class for split '{split}'"
+    )
+
+
+def fingerprint(source: Source) -> str:
+    """A hash that changes when classes, labels or files change. It covers the bytes of the files, but only names and sizes for
+    large sets and for sets on object storage."""
+    digest = hashlib.sha256(json.dumps(source.class_names).encode() + source.labels.tobytes())
+    whole = sum(file.size for file in source.files) < HASH_WHOLE_BELOW and not is_remote(source.location)
+    for file in source.files:
+        digest.update(f"{file.name} {file.size}\n".encode())
+        if whole:
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def each(look: Callable[[Place], list[Place]], folders: Sequence[Place]) -> list[list[Place]]:
+    with ThreadPoolExecutor(LISTINGS) as pool:
+        return list(pool.map(look, folders))
+
+
+def numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:
+    return tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
+
+
+def check_labels(location: str, labels: NDArray[np.int64], class_names: tuple[str, ...]) -> None:
+    check_names(location, class_names)
+    outside = np.unique(labels[(labels < 0) | (labels >= len(class_names))])
+    if len(outside):
+        raise UserError(
+            f"data source '{location}' names {len(class_names)} classes but has images labelled {int(outside[0])}; "
+            "labels count from 0, so name every class or correct the labels"
+        )
+
+
+def check_names(location: str, class_names: tuple[str, ...]) -> None:
+    """Raise :class:`UserError` for class names that cannot be names of folders, lines of files and keys of tables."""
+    for name in class_names:
+        if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+            raise UserError(
+                f"data source '{location}' has a class called {str(name)[:40]!r}; names must be printable text of at most "
+                f"{LONGEST_NAME} bytes"
+            )
+    if len(set(class_names)) < len(class_names):
+        twice = next(name for name in class_names if class_names.count(name) > 1)
+        raise UserError(f"data source '{location}' has two classes called '{twice}'; give each a name of its own")

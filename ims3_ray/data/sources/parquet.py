@@ -1,0 +1,104 @@
+"""Parquet files in the Hub's image layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+from pyarrow import fs
+
+from ims3_ray.data.decoding import decode
+from ims3_ray.data.sources.base import Location, Source, check_labels, numbered
+from ims3_ray.errors import UserError
+from ims3_ray.io.files import Place
+from ims3_ray.io.parquet import EXTRAS
+
+
+class ParquetSource(Source):
+    """Parquet files in the Hub's image layout: ``image: {bytes, path}`` (the column may have another name, such as ``img``) and
+    an integer ``label`` with ClassLabel names."""
+
+    name, order = "parquet", 20
+
+    @classmethod
+    def find(cls, place: Location) -> Source | None:
+        if place.root.is_file:
+            return cls(place.path, [place.root])
+        files = [file for file in place.nearby if file.is_file and fnmatch(file.name, f"{place.split}*.parquet")]
+        return cls(place.path, files) if files else None
+
+    def __init__(self, location: str, files: Sequence[Place]) -> None:
+        self.location, self.files = location, list(files)
+        try:
+            opened = [_open_parquet(file) for file in self.files]
+            image = _image_column(opened[0].schema_arrow)
+            names = [image, "label", *(column for column in EXTRAS.values() if column in opened[0].schema_arrow.names)]
+            tables = [file.read(columns=names).select(names) for file in opened]
+        except Exception as error:  # pyarrow raises many kinds of error; all mean the same to the user
+            raise UserError(f"Parquet data source '{location}' cannot be read: {str(error).splitlines()[0]}") from error
+        for file, table in zip(self.files, tables, strict=True):
+            held, label = (table.schema.field(name).type for name in (image, "label"))
+            if not (_holds_images(held) and pa.types.is_integer(label)):
+                raise UserError(
+                    f"Parquet file '{file.path}' holds {image}: {held}, label: {label}; what is read is the Hub's image "
+                    "layout, image: struct<bytes, path> and label: an integer"
+                )
+            if table["label"].null_count:
+                raise UserError(f"Parquet file '{file.path}' has {table['label'].null_count} rows without a label; remove them")
+        self.labels = np.concatenate([t["label"].to_numpy().astype(np.int64) for t in tables])
+        self._extras = {
+            name: np.concatenate([_rows(t[column]) for t in tables]) for name, column in EXTRAS.items() if column in names
+        }
+        self._bytes = [t[image].combine_chunks().field("bytes") for t in tables]
+        self._starts = np.cumsum([0, *(t.num_rows for t in tables)])
+        self.class_names = class_names_of(tables[0].schema.metadata) or numbered(self.labels)
+        check_labels(location, self.labels, self.class_names)
+
+    def image(self, index: int) -> Image.Image:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return decode(self._bytes[part][index - int(self._starts[part])].as_py())
+
+    def identify(self, index: int) -> str:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return f"{self.files[part].name} row {index - int(self._starts[part])}"
+
+    def extras(self, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+        return {name: values[list(indices)] for name, values in self._extras.items()}
+
+
+def _open_parquet(file: Place) -> pq.ParquetFile:
+    """Open a Parquet file. A local file is memory-mapped, so that only the parts in use are read; a remote file is read into
+    memory."""
+    if isinstance(file.filesystem, fs.LocalFileSystem):
+        return pq.ParquetFile(file.path, memory_map=True)
+    return pq.ParquetFile(file.path, filesystem=file.filesystem)
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+
+def _image_column(schema: pa.Schema) -> str:
+    """``image``, or the first column that holds encoded images."""
+    others = [name for name in schema.names if _holds_images(schema.field(name).type)]
+    return "image" if "image" in schema.names or not others else str(others[0])
+
+
+def _rows(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """A column of numbers [N] or of lists of equal length [N, n]."""
+    return np.asarray(column.to_pylist(), np.float32)
+
+
+def class_names_of(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
+    """ClassLabel names in the ``huggingface`` schema metadata of a Parquet file, if it has them."""
+    try:
+        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return None
+    return tuple(names) if isinstance(names, list) else None

@@ -1,0 +1,72 @@
+"""The interface of a sampler, and :func:`sample`, which draws samples with one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from ims3_ray.component import Component, Registry, Section
+from ims3_ray.diffusion.prediction import Predictor
+from ims3_ray.diffusion.schedule import NoiseSchedule
+
+Draw = Callable[[], Tensor]
+"""Returns standard normal noise of the shape of z; each sample's noise comes from a random generator of its own."""
+
+Drift = Callable[[Tensor, float], Tensor | None]
+"""(ẑ_0, share of the steps that are left) → the shift that a step adds to z, in units of its standard deviation σ_t."""
+
+
+class Sampler(Component, ABC):
+    """Turns noise into a clean latent. A config names it by ``sampling.sampler``; its settings are ``sampling.NAME``."""
+
+    registry = Registry["type[Sampler]"]("sampler", "ims3_ray.diffusion.samplers")
+    calls: ClassVar[float] = 1.0
+    """Calls of the predictor in each step."""
+    uses_variance: ClassVar[bool] = False
+    """Whether the sampler uses the variance of generators that predict one."""
+    takes: ClassVar[frozenset[str]] = frozenset()
+    """The options that the sampler accepts: ``first`` (index of the timestep to start from), ``drift`` (:data:`Drift`)."""
+
+    def __init__(self, config: Section | None = None) -> None:
+        self.config: Any = config or self.Config()
+
+    @abstractmethod
+    def __call__(
+        self, predict: Predictor, z: Tensor, draw: Draw, schedule: NoiseSchedule, num_steps: int, clip: bool, **options: Any
+    ) -> Tensor:
+        """The clean latents to which ``z`` [B, C, H, W] leads in ``num_steps`` steps.
+
+        ``clip`` clamps each predicted clean latent to [−1, 1]. :attr:`takes` names the possible ``options``.
+        """
+
+
+@torch.inference_mode()
+def sample(
+    predict: Predictor,
+    shape: Sequence[int],
+    generators: Sequence[Generator],
+    schedule: NoiseSchedule,
+    num_steps: int,
+    *,
+    sampler: Sampler | str = "ddim",
+    clip: bool = False,
+    device: torch.device | str = "cpu",
+    start: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Draw ``len(generators)`` samples of ``shape`` [C, H, W]; sample b uses noise from ``generators[b]`` alone.
+
+    Noise is drawn on the CPU, so that it is the same for every device. Sampling ends at the clean latent (ᾱ = 1), which is
+    returned in float32. ``start`` [B, C, H, W] replaces the initial noise; ``options`` are passed to the sampler.
+    """
+
+    def draw() -> Tensor:
+        return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(device, non_blocking=True)
+
+    way = Sampler.registry[sampler]() if isinstance(sampler, str) else sampler
+    z = draw() if start is None else start.to(device)
+    return way(predict, z, draw, schedule, num_steps, clip, **options).float()

@@ -1,0 +1,91 @@
+"""Runs the incomplete stages of a plan in batches, each stage after its inputs. Does not depend on the kinds of stage."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from ims3_ray.engine.stage import Context, Stage
+from ims3_ray.tracking import slug
+
+
+def arranged(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages in the order in which they run if none of them is complete."""
+    for stage in stages:
+        stage.settle()
+    waiting, found = list(stages), list[Stage]()
+    while waiting:
+        batch = next_batch(waiting)
+        found += batch
+        waiting = [stage for stage in waiting if stage not in batch]
+    return found
+
+
+def next_batch(waiting: Sequence[Stage]) -> list[Stage]:
+    """The ``waiting`` stages that run next: stages of one batch whose inputs are complete or are made in the same batch.
+
+    A batch of which every waiting stage can run is preferred, so that few batches are needed; among these one that is made
+    for all arms, since arms look at what it makes. Stages with ``runs_last`` are chosen only when no other stage can run.
+    """
+    batches: dict[Hashable, list[Stage]] = {}
+    for stage in waiting:
+        batches.setdefault(stage.batch, []).append(stage)
+    pending = set(waiting)
+    able = {name: runnable(members, pending) for name, members in batches.items()}
+    early = {name: members for name, members in able.items() if members and not members[0].runs_last}
+    chosen = early or {name: members for name, members in able.items() if members}
+    assert chosen, f"no stage can run of {[stage.title for stage in waiting]}"
+    whole = [members for name, members in chosen.items() if len(members) == len(batches[name])]
+    whole.sort(key=lambda members: members[0].belongs_to_arm)
+    return whole[0] if whole else next(iter(chosen.values()))
+
+
+def runnable(members: Sequence[Stage], pending: set[Stage]) -> list[Stage]:
+    """The ``members`` of a batch that can run, each after its inputs. ``pending`` are all stages that are not complete."""
+    found = list[Stage]()
+    while True:
+        more = [
+            stage
+            for stage in members
+            if stage not in found and all(one in found or one not in pending for one in stage.inputs.values())
+        ]
+        if not more:
+            return found
+        found += more
+
+
+def run_stages(context: Context, stages: Sequence[Stage]) -> None:
+    """Run every stage that is not complete."""
+    storage = context.storage
+    waiting = [stage for stage in stages if stage.missing(storage)]
+    _completed(context, [stage for stage in stages if stage not in waiting])
+    held = []  # keeps the receivers alive, and with them their actors
+    while waiting:
+        batch = next_batch(waiting)
+        for stage in batch:
+            stage.look_again(storage)  # another job may have made it meanwhile
+        running = [stage for stage in batch if stage.missing(storage)]
+        waiting = [stage for stage in waiting if stage not in batch]
+        if running:
+            context.listeners = {}
+            for kind in dict.fromkeys(type(stage) for stage in waiting):
+                heard = kind.listen(context, [stage for stage in waiting if type(stage) is kind], running)
+                for stage, receivers in heard.items():
+                    context.listeners.setdefault(stage, []).extend(receivers)
+            held.append(context.listeners)
+            type(running[0]).run_all(context, running)
+        _completed(context, batch)
+
+
+def _completed(context: Context, stages: Sequence[Stage]) -> None:
+    for stage in stages:
+        stage.check(context)
+        context.tracker.metrics(stage_metrics(stage, context))
+
+
+def stage_metrics(stage: Stage, context: Context) -> dict[str, float]:
+    """Seconds and images/s of a complete stage under names that MLflow accepts."""
+    manifest = stage.manifest(context.storage) or {}
+    images, seconds = sum(entry.get("images", 0) for entry in manifest["units"].values()), manifest["seconds"]
+    label = slug(stage.title)
+    rate = {f"images_per_s/{label}": images / seconds} if seconds and images else {}
+    return {f"seconds/{label}": seconds, **rate}

@@ -1,0 +1,79 @@
+"""The folder of a run: checks that it belongs to this config, and warns if it would be lost with the job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ims3_ray.component import without_unknown_components
+from ims3_ray.config import WorkConfig, canonical
+from ims3_ray.config.files import with_moved_keys
+from ims3_ray.errors import UserError
+from ims3_ray.io.artifacts import Storage
+
+
+def check_folder(config: WorkConfig, storage: Storage) -> None:
+    """Raises :class:`UserError` if the run folder holds a run with another config. Options that only say where and how fast
+    it runs are not compared."""
+    path = f"{config.name}/config.yaml"
+    if not storage.exists(path):
+        return
+    mine, theirs = (
+        _what_matters(plain)
+        for plain in (_completed(config, canonical(config)), _completed(config, yaml.safe_load(storage.read(path))))
+    )
+    if theirs != mine:
+        key, old, new = first_difference(theirs, mine)
+        raise UserError(
+            f"run folder '{storage.address(config.name)}' holds another config ({key}: {old!r} there, {new!r} here); "
+            f"choose another name (name={config.name}-2) or delete the folder"
+        )
+
+
+def _completed(config: WorkConfig, stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config, completed at any depth with the defaults of options that did not exist when it was written."""
+    plain = without_unknown_components(type(config), with_moved_keys(stored))
+    try:
+        return canonical(type(config).model_validate(plain))
+    except ValidationError:  # it has options that no longer exist: they count as differences
+        return plain
+
+
+DETAILS = {
+    "pool": ("mix_hardware",),
+    "search": ("concurrent",),
+    "evaluation": ("cpus_per_task", "gpus_per_task", "threads_per_task"),
+}
+"""Section → its options that only say where and how fast a run executes."""
+
+
+def _what_matters(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the options that may change between two commands that continue the same run."""
+    kept = {key: value for key, value in plain.items() if key not in ("storage", "cluster", "actors", "tracking", "plugins")}
+    for section, details in DETAILS.items():
+        kept[section] = {key: value for key, value in plain.get(section, {}).items() if key not in details}
+    return kept
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any]:
+    """(dotted key, old value, new value) of the first place where two trees differ."""
+    for key in [*new, *(k for k in old if k not in new)]:
+        a, b = old.get(key), new.get(key)
+        if a != b:
+            if isinstance(a, Mapping) and isinstance(b, Mapping):
+                return first_difference(a, b, f"{prefix}{key}.")
+            return prefix + key, a, b
+    raise ValueError("the trees do not differ")
+
+
+def warn_if_lost_with_job(config: WorkConfig) -> None:
+    if "://" not in config.storage and not os.path.isabs(config.storage) and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        print(
+            f"warning: storage '{config.storage}' is relative, so results stay in the job's temporary folder on the head node; "
+            "give storage=/absolute/path or s3://…",
+            flush=True,
+        )

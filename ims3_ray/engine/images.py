@@ -1,0 +1,146 @@
+"""Images of a pool: as actors produce them, and as shards store them (raw pixels, PNG in Parquet, latents)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors.torch import load
+from torch import Tensor
+
+from ims3_ray.data.transforms import to_pil, to_uint8
+from ims3_ray.engine.shards import pack_tensors, parse_unit
+from ims3_ray.engine.weights import Weights
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
+from ims3_ray.models.autoencoder import load_autoencoder
+
+DECODED_AT_ONCE = 8
+"""Number of latents that the autoencoder decodes per call; its activations are many times as large as the generator's. The
+number is fixed and the calls start at the first image of a unit, so that decoding an image again gives the same bits."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Produced:
+    """The images of a unit."""
+
+    pixels: Tensor
+    """The images, uint8 [n, C, H, W], on the device that made them."""
+    names: list[str]
+    """Name of each image, by which a person can find it."""
+    broken: list[str] = field(default_factory=list)
+    """Names of images that could not be decoded, each with the reason. ``pixels`` does not hold these images."""
+    latents: Tensor | None = None
+    """The latents from which the pixels were decoded, float16; None if there are none."""
+    batch: int | None = None
+    """Number of images computed at a time if memory did not suffice for the whole unit; otherwise None."""
+
+
+Producer = Callable[[str], Produced]
+"""unit → its images: the function with which an actor produces them."""
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A shard that is computed from a unit's images: the suffix of its file name, and its content."""
+
+    suffix: str
+    data: bytes
+
+
+Derive = Callable[[str, Produced], Derived]
+"""(unit, its images) → the shard that is computed from them."""
+
+
+class Decoder:
+    """The decoding half of the autoencoder on a device. It maps latents [n, …] to uint8 pixels."""
+
+    def __init__(self, weights: Path, device: str, precision: str) -> None:
+        self.device, self.dtype = device, DTYPES[precision]
+        self.model = load_autoencoder(weights).to(device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.inference_mode()
+    def __call__(self, latents: Tensor) -> Tensor:
+        z = latents.to(self.device, self.dtype, memory_format=torch.channels_last)
+        return torch.cat([to_uint8(self.model.decode(part).float()) for part in z.split(DECODED_AT_ONCE)]).contiguous()
+
+
+@dataclass(frozen=True)
+class ImageStore:
+    """The shards of a stage that makes images, one per unit."""
+
+    artifact: Artifact
+    form: Literal["pixels", "png", "latents"]
+    autoencoder: Weights | None = None
+    precision: str = "fp32"
+
+    def write(self, unit: str, produced: Produced, encoders: Executor) -> str:
+        """Store a unit; returns the SHA-256 of its shard."""
+        if self.form == "latents":
+            assert produced.latents is not None
+            return self.artifact.write(f"{unit}.{self.suffix}", pack_tensors(latents=produced.latents))
+        pixels = produced.pixels.cpu()
+        if self.form == "pixels":
+            return self.artifact.write(f"{unit}.{self.suffix}", pack_tensors(pixels=pixels))
+        encoded = encoders.map(lambda image: encode_png(to_pil(image)), pixels)
+        label = parse_unit(unit)[0]
+        rows = [(png, f"{name}.png", label) for png, name in zip(encoded, produced.names, strict=True)]
+        return self.artifact.write(f"{unit}.{self.suffix}", parquet_bytes(image_table(rows)))
+
+    def decoder(self, device: str) -> Decoder | None:
+        """The decoder that :meth:`read` needs if latents are stored; otherwise None."""
+        return Decoder(self.autoencoder.path(), device, self.precision) if self.form == "latents" and self.autoencoder else None
+
+    @property
+    def suffix(self) -> str:
+        return "parquet" if self.form == "png" else "safetensors"
+
+    def read(self, unit: str, decoder: Decoder | None = None) -> Tensor:
+        """uint8 pixels of a unit."""
+        return self.unpack(self.artifact.read(f"{unit}.{self.suffix}"), decoder)
+
+    def unpack(self, shard: bytes, decoder: Decoder | None = None, within: Sequence[int] | None = None) -> Tensor:
+        """uint8 pixels of a shard, or of its images at the offsets ``within``."""
+        if self.form == "png":
+            rows = pq.read_table(io.BytesIO(shard), columns=["image"]).column("image")
+            chosen = range(len(rows)) if within is None else within
+            return torch.stack([_pixels(rows[offset].as_py()["bytes"]) for offset in chosen])
+        tensors = load(shard)
+        if decoder is None:
+            return tensors["pixels"] if within is None else tensors["pixels"][list(within)]
+        chunks = tensors["latents"].split(DECODED_AT_ONCE)
+        chosen = range(len(tensors["latents"])) if within is None else within
+        decoded = {number: decoder(chunks[number]) for number in sorted({offset // DECODED_AT_ONCE for offset in chosen})}
+        return torch.stack([decoded[offset // DECODED_AT_ONCE][offset % DECODED_AT_ONCE] for offset in chosen]).cpu()
+
+
+def _pixels(png: bytes) -> Tensor:
+    array = np.asarray(Image.open(io.BytesIO(png), formats=("PNG",)))
+    return torch.from_numpy((array[None] if array.ndim == 2 else array.transpose(2, 0, 1)).copy())
+
+
+class Stored:
+    """A producer that reads units which were stored before, so that another φ or an autoencoder can process them."""
+
+    def __init__(self, store: ImageStore, device: str) -> None:
+        self.store, self.decoder = store, store.decoder(device)
+
+    def __call__(self, unit: str) -> Produced:
+        pixels = self.store.read(unit, self.decoder)
+        return Produced(pixels, [f"image {offset} of unit {unit}" for offset in range(len(pixels))])
+
+
+def batches(pixels: Tensor, size: int, device: str) -> list[Tensor]:
+    """Split ``pixels`` into batches on ``device``. Their shapes depend on the number of images alone, so that computing a unit
+    again gives the same bytes."""
+    return [part.to(device) for part in pixels.split(size)] if len(pixels) else []

@@ -1,0 +1,116 @@
+"""The inputs of a run: data, weights and classes. They are checked when they are opened."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from ims3_ray.config import RunConfig, WorkConfig
+from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
+from ims3_ray.data.sources import fingerprint, open_source
+from ims3_ray.engine.weights import Weights
+from ims3_ray.errors import UserError
+from ims3_ray.models.autoencoder import Autoencoder, autoencoder_path, empty_autoencoder
+from ims3_ray.models.encoder import EncoderConfig, check_encoder, encoder_config, encoder_path
+from ims3_ray.models.generator import generator_path, open_generator
+from ims3_ray.models.generators.base import Generator
+
+
+class Data:
+    """The opened training and test split, and the classes that are distilled. Raises :class:`UserError`."""
+
+    def __init__(self, config: WorkConfig, images_per_class: int = 1) -> None:
+        """Every class must have ``images_per_class`` training images."""
+        data = config.data
+        self.train = open_source(data.path, data.train_split)
+        self.test = open_source(data.test_path or data.path, data.test_split)
+        if missing := set(self.train.class_names) ^ set(self.test.class_names):
+            raise UserError(f"train and test split do not hold the same classes: '{min(missing)}' is in one only")
+        labels = chosen_labels(self.train.class_names, data.classes)
+        counts = count_images(self.train.labels, self.train.class_names, labels, images_per_class)
+        names = tuple(self.train.class_names[label] for label in labels)
+        self.classes = ClassTable(names, tuple(labels), tuple(counts))
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Hash of each split's images. It is computed once per plan, since a split may be a large file or a folder of millions
+        of files."""
+        return {"train": fingerprint(self.train), "test": fingerprint(self.test)}
+
+
+class Models:
+    """The weights of an arm. Each is located and checked against the data on first access. Raises :class:`UserError`."""
+
+    def __init__(self, config: RunConfig, classes: ClassTable) -> None:
+        self.config, self._classes = config, classes
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The generator's description, checked against its autoencoder, the size and channels of the data, and the sampling."""
+        generator = open_generator(generator_path(self.config.generator))
+        generator.check()
+        self._check_pixels(generator, self.autoencoder)
+        return generator
+
+    @cached_property
+    def generator_weights(self) -> Weights:
+        return Weights.of(generator_path, self.config.generator)
+
+    @cached_property
+    def labels(self) -> tuple[int, ...]:
+        """The generator's label of each class."""
+        return tuple(self.generator.labels(self._classes.names))
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder | None:
+        """The architecture of the autoencoder, without weights; None if the config names no autoencoder."""
+        return empty_autoencoder(autoencoder_path(self.config.autoencoder)) if self.config.autoencoder else None
+
+    @cached_property
+    def autoencoder_weights(self) -> Weights | None:
+        return Weights.of(autoencoder_path, self.config.autoencoder) if self.config.autoencoder else None
+
+    @cached_property
+    def encoder(self) -> EncoderConfig:
+        """The architecture of φ."""
+        path, channels = encoder_path(self.config.encoder), self.config.data.channels
+        shape = encoder_config(path)
+        check_encoder(path)
+        if shape.channels != channels:
+            raise UserError(
+                f"encoder '{self.config.encoder}' takes {shape.channels} channels but data.channels={channels}; "
+                "choose an encoder trained on such images"
+            )
+        return shape
+
+    @cached_property
+    def encoder_weights(self) -> Weights:
+        return Weights.of(encoder_path, self.config.encoder)
+
+    @property
+    def latent_bytes(self) -> float:
+        """Bytes of an image's latents in half precision."""
+        channels, height, width = self.generator.latent
+        return 2.0 * channels * height * width
+
+    def _check_pixels(self, generator: Generator, vae: Autoencoder | None) -> None:
+        data, name, (latent_channels, size, _) = self.config.data, generator.path.name, generator.latent
+        if vae is None and latent_channels not in (1, 3):
+            raise UserError(
+                f"generator '{name}' works on {latent_channels}-channel latents; "
+                "name their autoencoder, e.g. autoencoder=stabilityai/sd-vae-ft-ema"
+            )
+        if vae is None and self.config.pool.store == "latents":
+            raise UserError("pool.store=latents needs a generator of latents with its autoencoder; set pool.store=png")
+        if vae is not None and latent_channels != vae.latent_channels:
+            raise UserError(
+                f"generator '{name}' works on {latent_channels} channels, autoencoder '{self.config.autoencoder}' on "
+                f"{vae.latent_channels}; choose two that belong together"
+            )
+        if vae is not None and self.config.sampling.clip:
+            raise UserError("sampling.clip=true clamps pixels and would spoil latents; set sampling.clip=false")
+        channels, size = (vae.image_channels, size * vae.factor) if vae else (latent_channels, size)
+        if (data.size, data.channels) != (size, channels):
+            raise UserError(
+                f"generator '{name}' makes {channels}×{size}×{size} images; "
+                f"set data.channels={channels} and data.size={size}, or choose another generator"
+            )

@@ -1,0 +1,305 @@
+"""Stages whose units are made on a Ray Data actor pool: real and generated images, and data derived from them.
+
+One actor does all the work of a unit (generator → autoencoder → φ → encoded image → shards), so pixels never cross Ray's object
+store and no two pools compete for the same devices. Actors return only a row of a few hundred bytes per unit.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+from ims3_ray.cluster.hardware import kind
+from ims3_ray.config import ActorsConfig, ClusterConfig, WorkConfig
+from ims3_ray.engine.images import Derive, ImageStore, Producer, Stored
+from ims3_ray.engine.shards import by_class, commit_units, parse_unit, read_many
+from ims3_ray.engine.stage import Context, Stage, Worker
+from ims3_ray.engine.worker import Derivation, Work
+from ims3_ray.errors import IncompletePool, UserError
+from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.progress import Progress
+
+
+@dataclass(frozen=True)
+class ClassUnits:
+    """The units of class ``label`` in order. ``first`` maps each unit to the index within the class of its first image;
+    ``count`` is the number of images."""
+
+    label: int
+    first: dict[str, int]
+    count: int
+
+
+class OnActors(Stage):
+    """Base of the stages that run on the actor pool."""
+
+    def worker(self, config: WorkConfig) -> Worker:
+        actors = config.actors
+        return Worker("pool", actors.cpus, actors.gpus, actors.count)
+
+    def run(self, context: Context) -> None:
+        self.run_all(context, [self])
+
+    @classmethod
+    def run_all(cls, context: Context, stages: Sequence[OnActors]) -> None:
+        """Make images and the data derived from them in one pass of the actors."""
+        pools: dict[ImagePool, list[DerivedStage]] = {stage: [] for stage in stages if isinstance(stage, ImagePool)}
+        for stage in stages:
+            if isinstance(stage, DerivedStage):
+                pools.setdefault(stage.source, []).append(stage)
+        produce(context, pools)
+
+
+@dataclass(eq=False)
+class ImagePool(OnActors):
+    """Base of the stages that make images. A unit is a group of images of one class; its name holds the class's label."""
+
+    labels: tuple[int, ...] = ()
+    """Label of each class as the names of units hold it, in the order of the classes."""
+    unit_size: int = 1
+    """Number of images per unit; the last unit of a class may hold fewer."""
+
+    @abstractmethod
+    def store(self, storage: Storage) -> ImageStore:
+        """The shards in which the images are stored."""
+
+    @abstractmethod
+    def producer(self, context: Context) -> Callable[[str], Producer]:
+        """device → producer of the images: the function with which each actor builds its own producer."""
+
+    def units_of_class(self, position: int) -> list[str]:
+        return by_class(self.units)[self.labels[position]]
+
+    @property
+    def described(self) -> str:
+        """Name of the images in the titles of stages that are derived from them."""
+        return f"{self.label} images"
+
+    @property
+    def same_hardware(self) -> bool:
+        """Whether all units must be made on the same kind of hardware, since images differ in their last bits otherwise."""
+        return False
+
+    def counts(self, storage: Storage) -> Mapping[str, int]:
+        """Number of images in each unit, once the unit is made."""
+        return dict.fromkeys(self.units, self.unit_size)
+
+    def class_units(self, storage: Storage, at_most: int | None = None) -> list[ClassUnits]:
+        """The units of every class, in order. At most the first ``at_most`` images of each class are counted."""
+        counts, units, found = self.counts(storage), by_class(self.units), []
+        for label in self.labels:
+            first, total = {}, 0
+            for unit in units[label]:
+                first[unit] = total
+                total += counts[unit]
+            found.append(ClassUnits(label, first, total if at_most is None else min(total, at_most)))
+        return found
+
+    def check_enough(self, context: Context, needed: int) -> None:
+        """Raises :class:`UserError` naming a class of which there are fewer than ``needed`` images."""
+
+
+@dataclass(eq=False)
+class DerivedStage(OnActors):
+    """Base of the stages that compute something from each unit of images. They run together with the stage that makes the
+    images, which is their input ``images``."""
+
+    @property
+    def source(self) -> ImagePool:
+        return cast(ImagePool, self.inputs["images"])
+
+    def units_of_class(self, position: int) -> list[str]:
+        return by_class(self.units)[self.source.labels[position]]
+
+    @property
+    def batch(self) -> Hashable:
+        return self.source.batch
+
+    @abstractmethod
+    def derive(self) -> Callable[[str], Derive]:
+        """device → function that computes a unit's shard from its images: with it each actor builds its own function."""
+
+
+@dataclass
+class Task:
+    """Units from which the same ``derived`` stages compute their shards. ``source`` is the stage that makes the images, or None
+    if the images are stored already."""
+
+    producer: Callable[[str], Producer]
+    source: ImagePool | None
+    derived: tuple[DerivedStage, ...]
+    units: Sequence[str]
+
+    @property
+    def stage(self) -> Stage:
+        return self.source or self.derived[0]
+
+    @property
+    def images(self) -> ImagePool:
+        return self.source or self.derived[0].source
+
+
+def produce(context: Context, pools: Mapping[ImagePool, Sequence[DerivedStage]]) -> None:
+    """Make the missing units of stages that make images, and of the stages derived from each, in one pass of the actors."""
+    tasks = []
+    for source, derived in pools.items():
+        for noted in (source, *derived):
+            _commit_noted(context, noted, source, derived)
+        new = set(source.missing(context.storage))
+        wanted = [(stage, set(stage.missing(context.storage))) for stage in derived]
+        groups: dict[tuple[bool, tuple[DerivedStage, ...]], list[str]] = {}
+        for unit in source.units:
+            todo = tuple(stage for stage, missing in wanted if unit in missing)
+            if unit in new or todo:
+                groups.setdefault((unit in new, todo), []).append(unit)
+        stored = partial(Stored, source.store(context.storage))
+        for (fresh, todo), units in groups.items():
+            tasks.append(Task(source.producer(context) if fresh else stored, source if fresh else None, todo, units))
+    run_tasks(context, tasks)
+
+
+def run_tasks(context: Context, tasks: Sequence[Task]) -> None:
+    """Run all units, retry those that fail, commit those that succeed. Raises :class:`IncompletePool` if failures remain."""
+    from ims3_ray.cluster.capacity import wait_for_capacity  # all else of this file can be used without Ray
+    from ims3_ray.engine.actors import run_units
+
+    if not tasks:
+        return
+    config = context.config
+    works = [_work(context, task) for task in tasks]
+    done: list[dict[str, dict[str, Any]]] = [{} for _ in tasks]
+    failed: list[dict[str, str]] = [{} for _ in tasks]
+    alike = [kind_of(context.storage, task.source) for task in tasks]
+    pending = [(number, unit) for number, task in enumerate(tasks) for unit in task.units]
+    per_unit = [task.stage.images / len(task.stage.units) for task in tasks]
+    titles = list(dict.fromkeys(task.stage.title for task in tasks))
+    title = ", ".join(titles[:3]) + (f" and {len(titles) - 3} more" if len(titles) > 3 else "")
+    total = sum(each * len(task.units) for each, task in zip(per_unit, tasks, strict=True))
+    workers = [config.actors.resources] * min(config.actors.count, len(pending))
+    price = pool_price(config.actors, config.cluster)
+    wait_for_capacity(config.cluster, "pool", title, workers)
+    with Progress(title, round(total), "images", price=price) as progress:
+        for _ in range(config.actors.max_attempts):
+            failed = [{} for _ in tasks]
+            for number, unit, entry in run_units(pending, works, config.actors, config.cluster) if pending else []:
+                if "error" in entry:
+                    failed[number][unit] = entry["error"]
+                    continue
+                alike[number] = _check_alike(alike[number], works[number].noted, unit, entry)
+                done[number][unit] = entry
+                progress.advance(entry["images"])
+            pending = [(number, unit) for number, errors in enumerate(failed) for unit in errors]
+    _commit(context, tasks, works, done, failed, progress.seconds)
+    if missing := [_what_is_missing(context, t, errors) for t, errors in zip(tasks, failed, strict=True) if errors]:
+        raise IncompletePool(f"{'; '.join(missing)}; the same command tries again")
+
+
+def _work(context: Context, task: Task) -> Work:
+    storage = context.storage
+    derivations = tuple(
+        Derivation(stage.derive(), stage.artifact(storage), tuple(context.listeners.get(stage, ()))) for stage in task.derived
+    )
+    store = task.source.store(storage) if task.source else None
+    return Work(task.producer, store, derivations, task.stage.artifact(storage))
+
+
+def _commit(
+    context: Context,
+    tasks: Sequence[Task],
+    works: Sequence[Work],
+    done: Sequence[dict[str, Any]],
+    failed: Sequence[dict[str, str]],
+    seconds: float,
+) -> None:
+    """Commit the units of every stage. The ``seconds`` of the pass are divided in proportion to the actors' time per stage."""
+    made: list[tuple[Stage, dict[str, Any], dict[str, str]]] = []
+    for task, work, notes, errors in zip(tasks, works, done, failed, strict=True):
+        if task.source:
+            made.append((task.source, {unit: _without_derived(note) for unit, note in notes.items()}, errors))
+        for stage, derivation in zip(task.derived, work.derivations, strict=True):
+            folder = derivation.artifact.folder
+            made.append((stage, {unit: note["derived"][folder] for unit, note in notes.items()}, errors))
+    busy = [sum(entry["seconds"] for entry in entries.values()) for _, entries, _ in made]
+    workers = min(context.config.actors.count, sum(len(task.units) for task in tasks))
+    for mine, (one, entries, errors) in zip(busy, made, strict=True):
+        share = seconds * mine / (sum(busy) or 1.0)
+        context.spend(one, share, workers)
+        commit_units(one.artifact(context.storage), entries, share, errors)
+
+
+def pool_price(actors: ActorsConfig, cluster: ClusterConfig) -> float:
+    """Price of an hour of the actor pool; 0 if no prices are configured."""
+    return actors.count * cluster.hourly("pool", actors.cpus, actors.gpus)
+
+
+def _what_is_missing(context: Context, task: Task, failed: Mapping[str, str]) -> str:
+    """A message with the images of the failed units by class and index, and the error of the first of these units."""
+    stage, size = task.stage, task.images.unit_size
+    names = dict(zip(task.images.labels, context.classes.names, strict=True))
+    places = []
+    for unit in sorted(failed):
+        label, number = parse_unit(unit)
+        places.append(f"{names.get(label, label)} {number * size}–{(number + 1) * size - 1}")
+    shown = ", ".join(places[:20]) + (f" and {len(places) - 20} more" if len(places) > 20 else "")
+    unit = min(failed)
+    return (
+        f"{stage.title}: {len(failed)} of {len(stage.units)} units failed every attempt, images missing: {shown}; {unit}: "
+        f"{failed[unit]} (all errors: {stage.artifact(context.storage).address}/manifest.json)"
+    )
+
+
+def kind_of(storage: Storage, source: ImagePool | None) -> str | None:
+    """Kind of hardware that made the images which a pool holds: empty if it holds none, None if any hardware is allowed."""
+    if source is None or not source.same_hardware:
+        return None
+    units = (source.manifest(storage) or {"units": {}})["units"]
+    return next((kind(entry["hardware"]) for entry in units.values()), "")
+
+
+def _check_alike(alike: str | None, noted: Artifact, unit: str, entry: dict[str, Any]) -> str | None:
+    """Kind of hardware that made ``unit``, or None if the pool allows any. Raises :class:`UserError` if the pool's other images
+    were made on another kind; the unit is then not added to the pool."""
+    if alike is None:
+        return None
+    mine = kind(entry["hardware"])
+    if alike and mine != alike:
+        noted.forget(f"{unit}.json")
+        raise UserError(
+            f"unit {unit} was made on {mine}, the pool's other images on {alike}: they would differ in their last bits; "
+            "use one kind of node, or allow it with pool.mix_hardware=true"
+        )
+    return mine
+
+
+def _commit_noted(context: Context, noted: Stage, source: ImagePool, derived: Sequence[DerivedStage]) -> None:
+    """Commit the units of ``source`` and of the ``derived`` stages that an interrupted run has finished.
+
+    ``noted`` is one of these stages. Beside its shards lie the notes of units; a unit's note was written after all its shards.
+    Notes of images that were made on another kind of hardware than the pool's are deleted.
+    """
+    storage, artifact = context.storage, noted.artifact(context.storage)
+    missing: dict[Stage, set[str]] = {stage: set(stage.missing(storage)) for stage in (source, *derived)}
+    names = {name.removesuffix(".json") for name in artifact.shards()}
+    there = sorted(names & set().union(*missing.values()))
+    notes = {unit: json.loads(note) for unit, note in read_many(artifact, there, "json")}
+    alike = kind_of(storage, source) if noted is source else None
+    for unit, note in list(notes.items()):
+        if alike == "":
+            alike = kind(note["hardware"])
+        if alike not in (None, kind(note["hardware"])):
+            artifact.forget(f"{unit}.json")
+            del notes[unit]
+    for stage, wanted in missing.items():
+        own, folder = stage is noted is source, stage.artifact(storage).folder
+        found = {unit: _without_derived(note) if own else note["derived"].get(folder) for unit, note in notes.items()}
+        if whole := {unit: entry for unit, entry in found.items() if entry and unit in wanted}:
+            seconds = sum(entry["seconds"] for entry in whole.values()) / context.config.actors.count
+            commit_units(stage.artifact(storage), whole, seconds)
+
+
+def _without_derived(note: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in note.items() if key != "derived"}

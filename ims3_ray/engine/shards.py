@@ -1,0 +1,75 @@
+"""Units and their shards: how they are named, committed and read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ims3_ray.io.artifacts import Artifact
+
+READERS = 16
+"""Number of shards that a process reads at a time."""
+
+
+def commit_units(
+    artifact: Artifact, units: Mapping[str, Any], seconds: float, failed: Mapping[str, str] | None = None, **extra: Any
+) -> None:
+    """Add ``units`` (unit → entry) and the seconds that they took to the artifact's manifest, which may be extended later.
+    ``failed`` maps units that could not be made to their errors; an error is removed when its unit is made."""
+    artifact.look_again()
+    before = artifact.manifest() or {"units": {}, "seconds": 0.0}
+    total = float(before["seconds"]) + seconds
+    made = {**before["units"], **units}
+    errors = {unit: why for unit, why in {**before.get("failed", {}), **(failed or {})}.items() if unit not in made}
+    artifact.commit({**before, **extra, "units": made, "failed": errors, "seconds": total, "stage": artifact.stage})
+
+
+def note(artifact: Artifact, unit: str, entry: Mapping[str, Any]) -> None:
+    """Write a unit's entry (its note) beside its shard: the presence of the note shows that the shard is complete."""
+    artifact.write(f"{unit}.json", json.dumps(entry).encode())
+
+
+def unit_name(label: int, number: int) -> str:
+    """Name of unit ``number`` of the class ``label`` (the generator's label for candidates, the source's for real images)."""
+    return f"c{label:04d}-u{number:05d}"
+
+
+def parse_unit(unit: str) -> tuple[int, int]:
+    label, number = unit.split("-")
+    return int(label[1:]), int(number[1:])
+
+
+def units_of(label: int, count: int, unit_size: int) -> list[str]:
+    """Names of the units that hold images 0 … count−1 of a class."""
+    return [unit_name(label, number) for number in range(-(-count // unit_size))]
+
+
+def by_class(units: Sequence[str]) -> dict[int, list[str]]:
+    """Label → its units, in their order."""
+    found: dict[int, list[str]] = {}
+    for unit in units:
+        found.setdefault(parse_unit(unit)[0], []).append(unit)
+    return found
+
+
+def pack_tensors(**tensors: Tensor) -> bytes:
+    return save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+
+
+def read_many(artifact: Artifact, units: Sequence[str], suffix: str) -> Iterator[tuple[str, bytes]]:
+    """(unit, its shard) of many units, read concurrently: object storage answers slowly but serves many requests at a time."""
+    with ThreadPoolExecutor(READERS) as readers:
+        for start in range(0, len(units), 4 * READERS):  # limits how much is read ahead
+            part = units[start : start + 4 * READERS]
+            yield from zip(part, readers.map(lambda unit: artifact.read(f"{unit}.{suffix}"), part), strict=True)
+
+
+def read_class(artifact: Artifact, units: Sequence[str], name: str) -> Tensor:
+    """Tensor ``name`` of a class's units, concatenated in order."""
+    return torch.cat([load(shard)[name] for _, shard in read_many(artifact, units, "safetensors")])

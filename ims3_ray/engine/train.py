@@ -1,0 +1,46 @@
+"""Training with Ray Train: scaling, restart from the last checkpoint, and the result of rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from ims3_ray.config import TrainerConfig
+from ims3_ray.io.files import is_remote, open_filesystem
+
+
+def fit(
+    loop: Callable[[dict[str, Any]], dict[str, Any]],
+    config: dict[str, Any],
+    trainer: TrainerConfig,
+    name: str,
+    storage: str,
+    labels: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run ``loop`` on every worker, on nodes with these ``labels``, and return what rank 0 returns.
+
+    A run of the same ``name`` and ``storage`` continues from its last checkpoint.
+    """
+    filesystem, path = open_filesystem(storage)  # retries failed requests, unlike one that Ray would open
+    result = TorchTrainer(
+        loop,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=(trainer.num_workers, trainer.max_workers) if trainer.max_workers else trainer.num_workers,
+            use_gpu=trainer.gpus_per_worker > 0,
+            resources_per_worker=trainer.worker_resources,
+            label_selector=dict(labels) if labels else None,
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem if is_remote(storage) else None,
+            failure_config=FailureConfig(max_failures=trainer.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    ).fit()
+    outcome: dict[str, Any] = result.return_value
+    return outcome

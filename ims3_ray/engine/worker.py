@@ -1,0 +1,122 @@
+"""One actor of the pool: makes images and the data derived from them. :mod:`ims3_ray.engine.actors` runs several."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+
+from ims3_ray.cluster.hardware import hardware
+from ims3_ray.engine.images import Derive, Derived, ImageStore, Produced, Producer
+from ims3_ray.engine.shards import note
+from ims3_ray.io.artifacts import Artifact
+
+GRACE_S = 2.0
+"""Seconds that an actor with a broken device waits before it exits, so that its last result is still delivered."""
+
+
+class ShardReceiver(Protocol):
+    """Receives each unit's shard when it is made."""
+
+    def tell(self, unit: str, shard: bytes) -> None:
+        """Delivery may fail: shards that were not delivered are read from storage later."""
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """A computation on every unit's images. Every actor builds it for its own device."""
+
+    build: Callable[[str], Derive]
+    artifact: Artifact
+    listeners: tuple[ShardReceiver, ...] = ()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What actors do with each unit of a task. Every actor builds the producer for its own device."""
+
+    producer: Callable[[str], Producer]
+    store: ImageStore | None
+    """Where the images are stored; None if they are stored already."""
+    derivations: tuple[Derivation, ...]
+    noted: Artifact
+    """Artifact to which a unit's note is written, after all its shards: the note's presence shows that they are complete."""
+
+
+class UnitWorker:
+    """Produces a unit's images, derives features or latents from them, stores everything and writes the unit's note. Two calls
+    run concurrently, of which one at a time uses the device."""
+
+    def __init__(self, works: Sequence[Work], threads: int, encoders: int, own_device: Callable[[], str]) -> None:
+        self.works, self.threads, self.device = works, threads, own_device()
+        self.built: dict[int, tuple[Producer, list[Derive]]] = {}
+        """Task → its producer and derivations. It holds the current task alone, whose models are freed before the next task's
+        are loaded."""
+        self.busy = threading.Lock()
+        self.unusable = False
+        """Whether the device has failed. It then fails for every unit until a new process uses it."""
+        self.encoders = ThreadPoolExecutor(encoders)
+
+    def __call__(self, row: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
+        task, unit = int(row["task"][0]), str(row["unit"][0])
+        try:
+            entry = self._make(task, unit)
+        except Exception as error:  # one bad unit must not end the job; the driver decides what to do
+            self.unusable |= isinstance(error, torch.AcceleratorError)
+            entry = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return {"task": [task], "unit": [unit], "entry": [json.dumps(entry)]}
+
+    def _make(self, task: int, unit: str) -> dict[str, Any]:
+        """Make and store a unit. Returns its note: number of images, names of broken ones, hardware, seconds and hash, and the
+        corresponding values of each derived shard."""
+        work = self.works[task]
+        torch.set_num_threads(self.threads)  # the setting is per thread, and calls run on several threads
+        with self.busy:
+            produced, derived, seconds = self._compute(task, unit)
+        common = {"images": len(produced.pixels), "hardware": hardware(self.device)}
+        entry = {**common, "broken": produced.broken, "seconds": seconds[0]}
+        if produced.batch is not None:
+            entry["batch"] = produced.batch
+        if work.store is not None:
+            entry["sha256"] = work.store.write(unit, produced, self.encoders)
+        entry["derived"] = {
+            derivation.artifact.folder: {
+                **common, "seconds": spent, "sha256": derivation.artifact.write(f"{unit}.{shard.suffix}", shard.data),
+            }
+            for derivation, shard, spent in zip(work.derivations, derived, seconds[1:], strict=True)
+        }  # fmt: skip
+        note(work.noted, unit, entry)
+        for derivation, shard in zip(work.derivations, derived, strict=True):
+            for listener in derivation.listeners:
+                listener.tell(unit, shard.data)
+        return entry
+
+    def _compute(self, task: int, unit: str) -> tuple[Produced, list[Derived], list[float]]:
+        """The steps that need the device. Returns the images, the derived shards and the seconds of each step."""
+        if self.unusable:
+            time.sleep(GRACE_S)
+            os._exit(1)  # not a failure of this unit: Ray starts another actor, which tries the unit again
+        if task not in self.built:
+            self.built.clear()
+            work = self.works[task]
+            self.built[task] = work.producer(self.device), [derivation.build(self.device) for derivation in work.derivations]
+        produce, derivers = self.built[task]
+        times = [time.monotonic()]
+        produced = produce(unit)
+        if produced.pixels.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.monotonic())
+        derived = []
+        for derive in derivers:
+            derived.append(derive(unit, produced))
+            times.append(time.monotonic())
+        return produced, derived, [after - before for before, after in itertools.pairwise(times)]

@@ -1,0 +1,1 @@
+"""Files on any storage, the hub, Parquet, and artifacts."""

@@ -1,0 +1,184 @@
+"""Files and folders on this machine, on object storage (``s3://``, ``gs://``), or on any other storage that fsspec supports."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from pyarrow import fs
+
+from ims3_ray.errors import UserError
+
+ATTEMPTS = 10
+"""Number of attempts of a request to object storage, with growing pauses: some 80 seconds in all."""
+BUCKETS = ("s3", "gs", "gcs")
+"""URI schemes of object storage."""
+REQUEST_TIMEOUT_S = 30.0
+CONNECT_TIMEOUT_S = 5.0
+
+
+def is_remote(location: str) -> bool:
+    """Whether ``location`` is a URI of storage other than this machine's disks."""
+    return "://" in location and not location.startswith("file://")
+
+
+def open_filesystem(location: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a path or URI, and the path on it.
+
+    Credentials, region and endpoint of object storage come from its own environment variables and files (``AWS_…``,
+    ``GOOGLE_APPLICATION_CREDENTIALS``). Raises :class:`UserError` for a URI that contains any of them, since URIs are written
+    to files.
+    """
+    if not is_remote(location):
+        return fs.LocalFileSystem(), str(_local(location).absolute())
+    parts = _plain(location)
+    return _opened(location, ATTEMPTS), f"{parts.netloc}{parts.path}".rstrip("/")
+
+
+def check_bucket(location: str) -> None:
+    """Raises :class:`UserError`, after few attempts, if a bucket of object storage cannot be reached or does not exist."""
+    parts = _plain(location)
+    if parts.scheme not in BUCKETS:
+        return
+    try:
+        there = _opened(location, 2).get_file_info(parts.netloc).type != fs.FileType.NotFound
+    except OSError as error:
+        raise UserError(f"'{location}' cannot be reached: {str(error).splitlines()[0]}") from error
+    if not there:
+        raise UserError(f"'{location}' cannot be used: there is no bucket '{parts.netloc}', or none that you may see")
+
+
+def _local(location: str) -> Path:
+    return Path(unquote(urlsplit(location).path)) if location.startswith("file://") else Path(location).expanduser()
+
+
+def _plain(location: str) -> SplitResult:
+    parts = urlsplit(location)
+    named = parts.scheme in BUCKETS and ":" in parts.netloc  # as in KEY:SECRET@BUCKET, also if a secret with "/" cuts it
+    if is_remote(location) and ("@" in parts.netloc or parts.query or parts.fragment or named):
+        raise UserError(
+            f"a URI '{parts.scheme}://…' is given with credentials or options, which would be written down with it; give the "
+            "plain URI, and the rest in the environment (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, …)"
+        )
+    return parts
+
+
+def _opened(location: str, attempts: int) -> fs.FileSystem:
+    parts = urlsplit(location)
+    try:
+        return _remote(parts.scheme, parts.netloc, attempts)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"'{location}' cannot be reached: {str(error).splitlines()[0]}") from error
+
+
+@cache
+def _remote(scheme: str, bucket: str, attempts: int) -> fs.FileSystem:
+    """The file system for all files of a bucket, opened once per process."""
+    if scheme == "s3":
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        if region is None and endpoint is None:
+            region = fs.resolve_s3_region(bucket)
+        return fs.S3FileSystem(
+            region=region, endpoint_override=endpoint, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+            request_timeout=REQUEST_TIMEOUT_S, connect_timeout=CONNECT_TIMEOUT_S,
+            allow_delayed_open=True,  # a small file is one request; a large one is sent in parts and appears when complete
+        )  # fmt: skip
+    if scheme in ("gs", "gcs"):
+        return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=8 * attempts))
+    import fsspec
+
+    return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A path with its file system and what is there: a file, a folder or nothing."""
+
+    filesystem: fs.FileSystem
+    path: str
+    kind: fs.FileType
+    size: int = 0
+    """Size of a file in bytes."""
+    mtime_ns: int | None = None
+
+    @classmethod
+    def at(cls, location: str) -> Place:
+        filesystem, path = open_filesystem(location)
+        return cls._of(filesystem, filesystem.get_file_info(path))
+
+    @classmethod
+    def _of(cls, filesystem: fs.FileSystem, info: fs.FileInfo) -> Place:
+        return cls(filesystem, info.path, info.type, info.size or 0, info.mtime_ns)
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def is_file(self) -> bool:
+        return bool(self.kind == fs.FileType.File)
+
+    @property
+    def is_folder(self) -> bool:
+        return bool(self.kind == fs.FileType.Directory)
+
+    @property
+    def exists(self) -> bool:
+        return self.is_file or self.is_folder
+
+    def child(self, name: str) -> Place:
+        return self._of(self.filesystem, self.filesystem.get_file_info(f"{self.path}/{name}"))
+
+    def children(self, recursive: bool = False) -> list[Place]:
+        """Contents of the folder, sorted by the parts of their paths; those of its subfolders too if ``recursive`` is set, but
+        links to folders are not followed."""
+        if recursive and isinstance(self.filesystem, fs.LocalFileSystem):
+            paths = [os.path.join(folder, name) for folder, _, names in os.walk(self.path) for name in names]
+            found = self.filesystem.get_file_info(paths)
+        else:
+            found = self.filesystem.get_file_info(fs.FileSelector(self.path, recursive=recursive))
+        return sorted((self._of(self.filesystem, info) for info in found), key=lambda place: place.path.split("/"))
+
+    def read(self) -> bytes:
+        with self.filesystem.open_input_stream(self.path, compression=None) as stream:
+            return bytes(stream.read())
+
+
+def local_copy(location: str) -> Path:
+    """Path on this machine of a file or folder: of a local one itself, of a remote one a cached copy, which is made again only
+    when the remote one has changed. Raises :class:`UserError` if the bucket cannot be used."""
+    if not is_remote(location):
+        return _local(location)
+    check_bucket(location)
+    place = Place.at(location)
+    files = [place] if place.is_file else [child for child in place.children(recursive=True) if child.is_file]
+    state = hashlib.sha256(repr([location, *((file.path, file.size, file.mtime_ns) for file in files)]).encode()).hexdigest()[
+        :16
+    ]
+    cache_folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ims3-ray"
+    target = cache_folder / state / place.name
+    if target.exists():
+        return target
+    target.parent.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder) as temporary:
+        for file in files:
+            copy = Path(temporary, "copy", place.name, file.path[len(place.path) :].lstrip("/"))
+            if ".." in copy.parts:
+                raise UserError(f"'{location}' holds a file '{file.path}' that would leave its folder; remove it")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with file.filesystem.open_input_stream(file.path, compression=None) as stream, copy.open("wb") as out:
+                while part := stream.read(2**24):
+                    out.write(part)
+        try:
+            Path(temporary, "copy").rename(target.parent)
+        except OSError:  # another process was faster
+            if not target.exists():
+                raise
+    return target

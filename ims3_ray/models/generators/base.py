@@ -1,0 +1,101 @@
+"""The interface of a generator, a pretrained conditional diffusion model in a weights file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ims3_ray.component import Component, Registry
+from ims3_ray.diffusion.prediction import Parametrisation, Predictor, guided
+from ims3_ray.diffusion.schedule import NoiseSchedule
+
+
+class Generator(Component, ABC):
+    """The description of a generator, read from its weights file without the weights. :meth:`load` returns the network.
+
+    A network is called as ``network(z, t, condition)`` with latents [B, C, H, W], integer timesteps [B] and conditions [B, …].
+    It returns the quantity that :attr:`parametrisation` names, [B, C, H, W], followed by C channels of variance if it learns
+    one. If all samples share timestep and condition, these may be [1] and [1, …].
+    """
+
+    registry = Registry["type[Generator]"]("generator family", "ims3_ray.models.generators")
+    hub_files: ClassVar[tuple[str, ...]] = ()
+    """Patterns of the files that are downloaded for a hub id."""
+    path: Path
+    schedule: NoiseSchedule
+    """The noise schedule that the network was trained with."""
+    parametrisation: Parametrisation
+    latent: tuple[int, int, int]
+    """Shape [C, H, W] of a sample: an autoencoder's latent, or pixels in [−1, 1]."""
+    learns_variance: bool
+    null: Tensor
+    """The null condition of classifier-free guidance, [1, …]."""
+
+    @classmethod
+    @abstractmethod
+    def find(cls, folder: Path) -> Path | None:
+        """The weights file in a folder that has the layout of this family; None for any other folder."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, path: Path) -> Generator:
+        """The description of the generator in ``path``. Raises :class:`UserError` for a file that is not of this family."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises :class:`UserError` naming the first tensor that does not fit the network; reads no weights."""
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """The network with its weights, float32, in evaluation mode."""
+
+    @abstractmethod
+    def labels(self, class_names: Sequence[str]) -> list[int]:
+        """The label of each class, which units of work and seeds use. Raises :class:`UserError` for an unknown class."""
+
+    @abstractmethod
+    def condition(self, label: int) -> Tensor:
+        """The condition, [1, …], that the network is given for a class."""
+
+    @abstractmethod
+    def forward_flops(self) -> float:
+        """Floating-point operations (2 per multiply-add) of one forward pass of one sample."""
+
+    @abstractmethod
+    def choose_trained(self, network: nn.Module, parameters: str, scaled_blocks: int) -> list[str]:
+        """Prepare ``network`` for fine-tuning of its ``parameters`` (``difffit`` or ``all``): freeze all others, and return the
+        names of the trained ones."""
+
+    @abstractmethod
+    def merge(self, network: nn.Module, adapter: Mapping[str, Tensor]) -> None:
+        """Load fine-tuned parameters into a plain ``network``, which then computes the fine-tuned function."""
+
+    @abstractmethod
+    def repeated(self, network: nn.Module) -> Iterable[nn.Module]:
+        """The blocks that make up the network. They are compiled one by one, which costs only one compilation."""
+
+    def predictor(
+        self, network: nn.Module, label: int, count: int = 1, cfg_scale: float = 1.0, cfg_channels: int | None = None,
+        *, cfg_interval: tuple[float, float] = (0.0, 1.0), variance: bool = False,
+    ) -> Predictor:  # fmt: skip
+        """The predictor of ε for the class with this label, for any number of samples if ``count`` is 1, otherwise for
+        ``count`` samples.
+
+        The other arguments are those of :func:`ims3_ray.diffusion.prediction.guided`.
+        """
+        device = next(network.parameters()).device
+        condition = self.condition(label).to(device)
+        return guided(
+            network, condition.expand(count, *condition.shape[1:]), self.null.to(device), cfg_scale, cfg_channels,
+            cfg_interval=cfg_interval, variance=variance, schedule=self.schedule, parametrisation=self.parametrisation,
+        )  # fmt: skip
+
+
+def labels_as_conditions(label: int) -> Tensor:
+    """The condition of networks that are given the label of the class, int64 [1]."""
+    return torch.tensor([label])

@@ -1,0 +1,84 @@
+"""DiT as a generator: its condition is the label of a class, and DiffFit can fine-tune it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+from torch import Tensor, nn
+
+from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.errors import UserError
+from ims3_ray.models.difffit import add_difffit, merge_adapter
+from ims3_ray.models.dit import DiT, DiTConfig
+from ims3_ray.models.dit_files import DiTFile, find_diffusers, open_dit
+from ims3_ray.models.generators.base import Generator, labels_as_conditions
+
+
+class DiTGenerator(Generator):
+    """A class-conditional DiT in one of the layouts of :mod:`ims3_ray.models.dit_files`."""
+
+    name = "dit"
+    hub_files = ("model_index.json", "transformer/*")
+
+    def __init__(self, file: DiTFile) -> None:
+        c = file.config
+        self.file, self.path, self.config = file, file.path, c
+        self.schedule, self.parametrisation = NoiseSchedule(), c.prediction
+        self.latent, self.learns_variance = (c.in_channels, c.input_size, c.input_size), c.learn_sigma
+        self.null = labels_as_conditions(c.null_label)
+
+    @classmethod
+    def of_shape(cls, config: DiTConfig) -> DiTGenerator:
+        """The description of a DiT that has no file yet."""
+        return cls(DiTFile(Path("no file"), "ims3", config, ()))
+
+    @classmethod
+    def find(cls, folder: Path) -> Path | None:
+        return find_diffusers(folder)
+
+    @classmethod
+    def open(cls, path: Path) -> DiTGenerator:
+        return cls(open_dit(path))
+
+    def check(self) -> None:
+        self.file.state(meta=True)
+
+    def load(self) -> DiT:
+        network = DiT(self.config)
+        network.load_state_dict({name: tensor.float() for name, tensor in self.file.state().items()})
+        return network.eval()
+
+    def labels(self, class_names: Sequence[str]) -> list[int]:
+        """Classes are matched by name, never by position. The error names the most similar known classes."""
+        known = self.file.classes
+        if not known:
+            raise UserError(
+                f"generator '{self.path.name}' does not name its classes; convert it with jobs/convert.py classes=FILE"
+            )
+        indices = []
+        for name in class_names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+                raise UserError(f"the generator '{self.path.name}' knows no class '{name}'; nearest: {', '.join(near)}")
+            indices.append(known.index(name))
+        return indices
+
+    def condition(self, label: int) -> Tensor:
+        return labels_as_conditions(label)
+
+    def forward_flops(self) -> float:
+        return float(self.config.forward_flops())
+
+    def choose_trained(self, network: nn.Module, parameters: str, scaled_blocks: int) -> list[str]:
+        if parameters == "difffit":
+            return add_difffit(cast(DiT, network), scaled_blocks)
+        return [name for name, _ in network.requires_grad_().named_parameters()]
+
+    def merge(self, network: nn.Module, adapter: Mapping[str, Tensor]) -> None:
+        merge_adapter(cast(DiT, network), dict(adapter))
+
+    def repeated(self, network: nn.Module) -> Iterable[nn.Module]:
+        return cast(DiT, network).blocks

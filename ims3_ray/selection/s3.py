@@ -1,0 +1,38 @@
+"""Selective Subgroup Sampling (S3, section 4.2) as a selector: it chooses one subgroup of each class by Eq. 10."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ims3_ray.component import Section
+from ims3_ray.selection.base import SubgroupSelection, SubgroupSelector
+from ims3_ray.selection.subgroups import Coupling, select_subgroups
+
+
+class S3Config(Section):
+    """Selective Subgroup Sampling (section 4.2, Eq. 10)."""
+
+    alpha: float = Field(default=0.4, ge=0)
+    """Weight α of proximity to the class's own real centroid (Eq. 10). Only the ratio α : β matters."""
+    beta: float = Field(default=0.9, ge=0)
+    """Weight β of distance from the candidates of the other classes (Eq. 10)."""
+    coupling: Coupling = "pool"
+    """`pool`: repulsion from all candidates of the other classes, Eq. 10 as printed. `selected`: from their selected groups."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> S3Config:
+        if self.alpha == 0 and self.beta == 0:
+            raise ValueError("alpha and beta are both 0, so every subgroup scores the same; raise one of them")
+        return self
+
+
+class S3(SubgroupSelector):
+    """Chooses by Eq. 10 subgroups close to the real centroid of their class and far from candidates of the other classes."""
+
+    name = "s3"
+    Config = S3Config
+
+    def select(self, candidates_CGD: Tensor, references_CD: Tensor) -> SubgroupSelection:
+        c = self.config
+        return select_subgroups(candidates_CGD, references_CD, alpha=c.alpha, beta=c.beta, coupling=c.coupling)

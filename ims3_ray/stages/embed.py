@@ -1,0 +1,108 @@
+"""Features φ(x) of real images and of candidates, and the scores that φ's own classifier gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ims3_ray.config import RunConfig, differing
+from ims3_ray.data.transforms import to_signed
+from ims3_ray.engine.images import Derive, Derived, Produced, batches
+from ims3_ray.engine.planner import Planner
+from ims3_ray.engine.pool import DerivedStage, ImagePool
+from ims3_ray.engine.shards import pack_tensors, parse_unit
+from ims3_ray.engine.weights import Weights
+from ims3_ray.models.encoder import (
+    EncoderConfig,
+    class_positions,
+    embedding_cost,
+    encoder_path,
+    known_classes,
+    load_encoder,
+)
+
+
+@dataclass(eq=False)
+class Embed(DerivedStage):
+    """Computes features: one shard per unit of images, made by :class:`Features`."""
+
+    name, version, settings = "embed", 2, EncoderConfig
+
+    @classmethod
+    def plan(cls, planner: Planner, images: ImagePool, config: RunConfig, asked_by: str = "") -> Embed:
+        """Plan the features of ``images``, with the scores of φ's own classifier if it knows the classes.
+
+        Raises :class:`UserError` if it does not know them but ``asked_by`` names what needs the scores.
+        """
+        models = planner.models(config)
+        shape, weights, path = models.encoder, models.encoder_weights, encoder_path(config.encoder)
+        params: dict[str, Any] = {"phi": weights.digest, "shape": differing(shape)}
+        if asked_by or set(planner.classes.names) <= set(known_classes(path)):
+            positions = class_positions(path, planner.classes.names, asked_by)
+            params["heads"] = {str(label): position for label, position in zip(images.labels, positions, strict=True)}
+        by = "" if config.encoder == getattr(planner.work, "encoder", config.encoder) else f" by {config.encoder}"
+        flops, dim = embedding_cost(shape.model_dump_json(), config.data.size)
+        return planner.add(
+            cls(
+                f"embed {images.described}{by}", params, {"images": images}, units=images.units, images=images.images,
+                flops=images.images * flops, label=images.label, weights={"encoder": weights}, stored=images.images * 4.0 * dim,
+            )
+        )  # fmt: skip
+
+    def settle(self) -> None:
+        self.widen(self.source.units)
+
+    def derive(self) -> Callable[[str], Derive]:
+        return partial(_features, self.weights["encoder"], self.params.get("heads"))
+
+
+class Features:
+    """Computes ``features`` float32 [n, D], φ(x) of each image, as safetensors.
+
+    With ``heads`` it adds what φ's own classifier says of the image's class: ``log_probability`` float32 [n], and
+    ``recognised`` bool [n], whether that class has the highest score.
+    """
+
+    batch = 250
+
+    def __init__(self, weights: Path, device: str, heads: Mapping[str, int] | None = None) -> None:
+        self.encoder, self.device, self.heads = load_encoder(weights).to(device), device, heads
+        """``heads``: label of a unit's class, as text → index of that class in φ's classifier."""
+
+    @torch.inference_mode()
+    def __call__(self, unit: str, produced: Produced) -> Derived:
+        """Raises ``ValueError`` naming the first image whose features are not all finite."""
+        parts = [seen for part in batches(produced.pixels, self.batch, self.device) for seen in self._look(part)]
+        found = [features.float().cpu() for features, _ in parts]
+        features = torch.cat(found) if found else torch.zeros(0, self.encoder.dim)
+        if (bad := (~features.isfinite().all(dim=1)).nonzero()).numel():
+            raise ValueError(f"φ gives values that are not finite for {produced.names[int(bad[0])]}")
+        tensors = {"features": features}
+        if self.heads is not None:
+            index = self.heads[str(parse_unit(unit)[0])]
+            scores = [logits.float().cpu() for _, logits in parts] or [torch.zeros(0, index + 1)]
+            log_probability = torch.cat(scores).log_softmax(dim=1)
+            tensors["log_probability"] = log_probability[:, index]
+            tensors["recognised"] = log_probability.argmax(dim=1) == index
+        return Derived("safetensors", pack_tensors(**tensors))
+
+    def _look(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Features and class scores. A batch that does not fit into memory is halved: φ treats each image independently."""
+        try:
+            return [self.encoder.look(to_signed(pixels))]
+        except torch.OutOfMemoryError:
+            if len(pixels) == 1:
+                raise
+        torch.cuda.empty_cache()
+        self.batch = -(-len(pixels) // 2)
+        return [seen for part in pixels.split(self.batch) for seen in self._look(part)]
+
+
+def _features(weights: Weights, heads: Mapping[str, int] | None, device: str) -> Features:
+    return Features(weights.path(), device, heads)

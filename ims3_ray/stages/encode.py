@@ -1,0 +1,130 @@
+"""Decodes a split of the real images to scaled and cropped pixels, which are stored once for all later stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ims3_ray import plugins
+from ims3_ray.config import DataConfig
+from ims3_ray.data.sources import open_source
+from ims3_ray.data.transforms import to_pixels
+from ims3_ray.engine.images import ImageStore, Produced, Producer
+from ims3_ray.engine.planner import Planner
+from ims3_ray.engine.pool import ImagePool
+from ims3_ray.engine.shards import parse_unit, units_of
+from ims3_ray.engine.stage import Context
+from ims3_ray.errors import UserError
+from ims3_ray.io.artifacts import Storage
+
+DECODE_S_PER_VALUE = 4e-8
+"""Seconds that a core takes to decode one value (one channel of one pixel) of a scaled image: some 8 ms for a photograph at
+256 pixels."""
+
+
+@dataclass(eq=False)
+class Encode(ImagePool):
+    """Decodes real images. Each unit holds ``data.unit_size`` images of one class, in the order of the source."""
+
+    name = "encode"
+
+    data: DataConfig = field(default_factory=DataConfig)
+    needed: int = 1
+    """Images that every class must have once they are decoded."""
+
+    @classmethod
+    def plan(cls, planner: Planner, split: Literal["train", "test"], data: DataConfig, needed: int = 1) -> Encode:
+        """Plan to decode ``split`` at the size of ``data``. Every class must have ``needed`` images that can be decoded."""
+        source = planner.data.train if split == "train" else planner.data.test
+        units: list[str] = []
+        images = 0
+        for name in planner.classes.names:
+            label = source.class_names.index(name)
+            count = int((source.labels == label).sum())
+            images += count
+            units += units_of(label, count, data.unit_size)
+        params = {
+            "source": planner.data.fingerprints[split], "split": _place(data, split)[1], "size": data.size,
+            "channels": data.channels, "unit_size": data.unit_size, **plugins.hashes(type(source)),
+        }  # fmt: skip
+        at = "" if data.size == planner.work.data.size else f" at {data.size} pixels"
+        found = planner.add(
+            cls(
+                f"encode {split} images{at}", params, units=tuple(units), images=images, label=split, data=data,
+                labels=planner.classes.source_labels, unit_size=data.unit_size,
+                stored=float(images * data.channels * data.size**2),
+            )
+        )  # fmt: skip
+        found.needed = max(found.needed, needed)
+        return found
+
+    @property
+    def batch(self) -> Hashable:
+        return "real images"
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Path and split of the source."""
+        return _place(self.data, self.label)
+
+    def seconds_beside_flops(self) -> float:
+        return self.stored * DECODE_S_PER_VALUE
+
+    def store(self, storage: Storage) -> ImageStore:
+        return ImageStore(self.artifact(storage), "pixels")
+
+    def producer(self, context: Context) -> Callable[[str], Producer]:
+        return partial(_real_images, self.data, *self.place)
+
+    def counts(self, storage: Storage) -> Mapping[str, int]:
+        """Number of decoded images in each unit, without broken ones."""
+        entries = (self.manifest(storage) or {})["units"]
+        return {unit: entries[unit]["images"] for unit in self.units}
+
+    def check(self, context: Context) -> None:
+        """Raises :class:`UserError` for a class of which too few images could be decoded."""
+        units = (self.manifest(context.storage) or {})["units"]
+        decoded, broken = (dict.fromkeys(self.labels, 0) for _ in range(2))
+        for unit in self.units:
+            decoded[parse_unit(unit)[0]] += units[unit]["images"]
+            broken[parse_unit(unit)[0]] += len(units[unit]["broken"])
+        for name, label in zip(context.classes.names, self.labels, strict=True):
+            if decoded[label] < self.needed:
+                raise UserError(
+                    f"class '{name}' has {decoded[label]} {self.label} images that can be decoded ({broken[label]} cannot), "
+                    f"fewer than {self.needed}; replace the broken files or leave the class out with data.classes"
+                )
+
+
+def _place(data: DataConfig, split: str) -> tuple[str, str]:
+    return (data.path, data.train_split) if split == "train" else (data.test_path or data.path, data.test_split)
+
+
+class RealImages:
+    """Decodes a data source. Unit u of a class is its images u·unit_size … in the source's order."""
+
+    def __init__(self, data: DataConfig, path: str, split: str) -> None:
+        self.data, self.source = data, open_source(path, split)
+
+    def __call__(self, unit: str) -> Produced:
+        label, number = parse_unit(unit)
+        size = self.data.unit_size
+        indices = np.flatnonzero(self.source.labels == label)[number * size : (number + 1) * size]
+        pixels, names, broken = [], [], []
+        for index in indices.tolist():
+            try:
+                pixels.append(to_pixels(self.source.image(index), self.data.size, self.data.channels))
+                names.append(self.source.identify(index))
+            except OSError as error:
+                broken.append(f"{self.source.identify(index)}: {str(error).splitlines()[0]}")
+        empty = np.zeros((0, self.data.channels, self.data.size, self.data.size), np.uint8)
+        return Produced(torch.from_numpy(np.stack(pixels) if pixels else empty), names, broken)
+
+
+def _real_images(data: DataConfig, path: str, split: str, device: str) -> RealImages:
+    return RealImages(data, path, split)

@@ -1,0 +1,101 @@
+"""Reads an existing set of images, made by another program or by this one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ims3_ray import plugins
+from ims3_ray.config import DataConfig
+from ims3_ray.data.classes import match_classes
+from ims3_ray.data.sources import fingerprint, open_source
+from ims3_ray.data.transforms import to_pixels
+from ims3_ray.engine.per_class import map_classes
+from ims3_ray.engine.planner import Planner, pixel_bytes
+from ims3_ray.engine.sets import commit_set, write_class
+from ims3_ray.engine.stage import Context, Stage
+from ims3_ray.errors import UserError
+from ims3_ray.io.artifacts import Artifact
+
+
+@dataclass(eq=False)
+class ReadGiven(Stage):
+    """Reads all images of a set, class by class, scaled and cropped like the real images."""
+
+    name, version, makes_set = "given", 2, True
+
+    path: str = ""
+
+    @classmethod
+    def plan(cls, planner: Planner, title: str, path: str, k: int | None = None) -> ReadGiven:
+        """Plan to read the set at ``path``. Every class must have ``k`` images, or any number above 0 if ``k`` is None."""
+        source, data, names = open_source(path, "train"), planner.work.data, planner.classes.names
+        for name, label in zip(names, match_classes(names, source.class_names, path), strict=True):
+            count = int((source.labels == label).sum())
+            if not count:
+                raise UserError(f"set '{path}' has no image of class '{name}'; add some, or leave it out of data.classes")
+            if k is not None and count != k:
+                raise UserError(
+                    f"set '{path}' has {count} images of class '{name}', where {k} are compared; name a set of {k} a class, "
+                    "with {k} in the path where there are several"
+                )
+        params = {
+            "source": fingerprint(source), "names": list(source.class_names), "classes": list(names),
+            "size": data.size, "channels": data.channels, **plugins.hashes(type(source)),
+        }  # fmt: skip
+        return planner.add(
+            cls(
+                f"read {title}", params, units=planner.class_units(), images=len(source.labels), path=path, label=title,
+                stored=pixel_bytes(len(source.labels), planner.work),
+            )
+        )  # fmt: skip
+
+    def run(self, context: Context) -> None:
+        """Decode and store all images. Raises :class:`UserError` for an image that cannot be decoded."""
+        source = open_source(self.path, "train")
+        labels = match_classes(context.classes.names, source.class_names, self.path)
+        indices = [np.flatnonzero(source.labels == label).tolist() for label in labels]
+        pick(context, self, (self.path, "train"), indices, whole=True)
+
+
+@dataclass(frozen=True)
+class _Picking:
+    """The source and the destination of the images; ``whole`` says that all of them must be decodable."""
+
+    data: DataConfig
+    path: str
+    split: str
+    artifact: Artifact
+    whole: bool
+
+
+def pick(context: Context, stage: Stage, place: tuple[str, str], indices: Sequence[list[int]], whole: bool) -> None:
+    """Decode the images ``indices`` of each class from the source at ``place`` (path and split), and commit them as a set."""
+    began, artifact = time.monotonic(), stage.artifact(context.storage)
+    picking = _Picking(context.config.data, *place, artifact, whole)
+    entries = map_classes(pick_classes, picking, list(zip(stage.units, indices, strict=True)))
+    commit_set(artifact, dict(zip(stage.units, entries, strict=True)), time.monotonic() - began)
+
+
+def pick_classes(picking: _Picking, classes: Sequence[tuple[str, list[int]]]) -> list[dict[str, Any]]:
+    """Decode the images of some classes, each given as (unit, indices), and write a shard for each class."""
+    source, data = open_source(picking.path, picking.split), picking.data
+    entries = []
+    for unit, indices in classes:
+        pixels = []
+        for index in indices:
+            try:
+                pixels.append(to_pixels(source.image(index), data.size, data.channels))
+            except OSError as error:
+                if picking.whole:
+                    name, reason = source.identify(index), str(error).splitlines()[0]
+                    raise UserError(f"set '{picking.path}': {name} cannot be decoded ({reason}); replace it") from error
+        empty = np.zeros((0, data.channels, data.size, data.size), np.uint8)
+        more = {name: torch.from_numpy(values) for name, values in source.extras(indices).items()} if picking.whole else {}
+        entries.append(write_class(picking.artifact, unit, torch.from_numpy(np.stack(pixels) if pixels else empty), **more))
+    return entries

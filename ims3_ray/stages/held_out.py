@@ -1,0 +1,41 @@
+"""Real training images that are held out of a set, to choose the best epoch of the students trained on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ims3_ray.data.sources import open_source
+from ims3_ray.engine.planner import Planner
+from ims3_ray.engine.stage import Context, Stage
+from ims3_ray.seeds import generator_for
+from ims3_ray.stages.given import pick
+
+
+@dataclass(eq=False)
+class HoldOut(Stage):
+    """Holds out some training images of each class. They are the same in every run, so that equal sets get equal scores."""
+
+    name = "held_out"
+
+    @classmethod
+    def plan(cls, planner: Planner) -> HoldOut:
+        data, per_class = planner.work.data, planner.work.evaluation.val_per_class
+        params = {
+            "source": planner.data.fingerprints["train"], "split": data.train_split, "size": data.size,
+            "channels": data.channels, "classes": list(planner.classes.names), "per_class": per_class,
+        }  # fmt: skip
+        images = per_class * len(planner.classes.names)
+        return planner.add(cls("hold out train images", params, units=planner.class_units(), images=images))
+
+    def run(self, context: Context) -> None:
+        """Draw and store the images, without those that cannot be decoded."""
+        place = (context.config.data.path, context.config.data.train_split)
+        source, picked = open_source(*place), []
+        for position, label in enumerate(context.classes.source_labels):
+            indices = np.flatnonzero(source.labels == label)
+            drawn = torch.randperm(len(indices), generator=generator_for(0, "validation", position))
+            picked.append(indices[drawn[: self.params["per_class"]].numpy()].tolist())
+        pick(context, self, place, picked, whole=False)

@@ -1,0 +1,85 @@
+"""Soft labels that are stored with a set: the teacher's logits of each image."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load
+
+from ims3_ray.cluster.capacity import wait_for_capacity
+from ims3_ray.cluster.joining import own_device, placed
+from ims3_ray.config import RunConfig, WorkConfig
+from ims3_ray.engine.per_class import map_classes
+from ims3_ray.engine.planner import Planner, pixel_bytes
+from ims3_ray.engine.sets import EXTRAS, commit_set, write_class
+from ims3_ray.engine.stage import Context, Stage, Worker
+from ims3_ray.engine.weights import Weights
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.stages.synthesise import teacher_flops
+from ims3_ray.stages.teacher import load_teacher, plan_teacher, teacher_of
+
+AT_ONCE = 100
+"""Images per call of the teacher."""
+
+
+@dataclass(eq=False)
+class Label(Stage):
+    """Adds ``logits`` float16 [K, num_classes] to each class's shard; the images stay the same."""
+
+    name, makes_set, of_arm = "label", True, True
+
+    @classmethod
+    def plan(cls, planner: Planner, label: str, title: str, config: RunConfig, start: Stage) -> Label:
+        """Plan to label the set ``start`` by the teacher of the evaluation."""
+        teacher = plan_teacher(planner)
+        params = {"labels": "soft", "classes": list(planner.classes.names), **teacher.params}
+        return planner.add(
+            cls(
+                f"label ({title})", params, {"set": start, **teacher.inputs}, units=planner.class_units(),
+                images=start.images, flops=start.images * teacher_flops(planner), label=label, weights=teacher.weights,
+                config=config, stored=pixel_bytes(start.images, config),
+            )
+        )  # fmt: skip
+
+    def worker(self, config: WorkConfig) -> Worker:
+        return Worker("pool", config.actors.cpus, config.actors.gpus)
+
+    def run(self, context: Context) -> None:
+        began, storage, actors, cluster = time.monotonic(), context.storage, context.config.actors, context.config.cluster
+        way = _Way(
+            self.inputs["set"].artifact(storage), self.artifact(storage), teacher_of(self, context), context.classes.names,
+            actors.threads,
+        )  # fmt: skip
+        wait_for_capacity(cluster, "pool", self.title, [actors.resources])
+        options = {"num_cpus": actors.cpus, "num_gpus": actors.gpus, **placed(cluster, "pool")}
+        entries = map_classes(label_classes, way, list(self.units), **options)
+        context.spend(self, time.monotonic() - began)
+        commit_set(way.labelled, dict(zip(self.units, entries, strict=True)), time.monotonic() - began)
+
+
+@dataclass(frozen=True)
+class _Way:
+    start: Artifact
+    labelled: Artifact
+    teacher: Weights | Artifact
+    class_names: tuple[str, ...]
+    threads: int
+
+
+@torch.inference_mode()
+def label_classes(way: _Way, units: Sequence[str]) -> list[dict[str, Any]]:
+    """Write the shards of some classes again, with the teacher's logits."""
+    torch.set_num_threads(way.threads)
+    device = own_device()
+    teacher, entries = load_teacher(way.teacher, way.class_names, device), []
+    for unit in units:
+        tensors = load(way.start.read(f"{unit}.safetensors"))
+        pixels = tensors.pop("pixels")
+        logits = torch.cat([teacher(part.to(device).float() / 255).half().cpu() for part in pixels.split(AT_ONCE)])
+        kept = {name: tensor for name, tensor in tensors.items() if name in (*EXTRAS, "indices")}
+        entries.append(write_class(way.labelled, unit, pixels, **{**kept, "logits": logits}))
+    return entries

@@ -1,0 +1,95 @@
+"""Latents of the training images, encoded once for all epochs, for generators that work on latents."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from ims3_ray.config import RunConfig
+from ims3_ray.data.transforms import to_signed
+from ims3_ray.engine.images import Derive, Derived, Produced, batches
+from ims3_ray.engine.planner import Planner
+from ims3_ray.engine.pool import DerivedStage
+from ims3_ray.engine.weights import Weights
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.parquet import parquet_bytes
+from ims3_ray.models.autoencoder import encoding_flops, load_autoencoder
+from ims3_ray.stages.encode import Encode
+
+
+@dataclass(eq=False)
+class EncodeLatents(DerivedStage):
+    """Encodes real images into latents: one shard per unit of images, made by :class:`Latents`."""
+
+    name, version = "latents", 2
+
+    @classmethod
+    def plan(cls, planner: Planner, config: RunConfig) -> EncodeLatents | None:
+        """Plan the stage; returns None for a generator that works on pixels."""
+        models, images = planner.models(config), Encode.plan(planner, "train", config.data)
+        if models.autoencoder is None or models.autoencoder_weights is None:
+            return None
+        flips = 2 if config.finetune.flip else 1
+        flops = images.images * flips * encoding_flops(models.autoencoder, config.data.size)
+        return planner.add(
+            cls(
+                "encode latents", {"autoencoder": models.autoencoder_weights.digest, "flips": flips}, {"images": images},
+                units=images.units, images=images.images, flops=flops, weights={"autoencoder": models.autoencoder_weights},
+                stored=2 * flips * images.images * models.latent_bytes,
+            )
+        )  # fmt: skip
+
+    def derive(self) -> Callable[[str], Derive]:
+        return partial(_latents, self.weights["autoencoder"], self.params["flips"])
+
+
+class Latents:
+    """Computes mean and log-variance of each image's latents, float16 [n, flips, C, h, w], as Parquet; the second flip is
+    mirrored.
+
+    Since the moments are stored, no epoch encodes the images again, and each epoch still draws its own sample.
+    """
+
+    batch = 8
+
+    def __init__(self, weights: Path, device: str, flips: int) -> None:
+        self.autoencoder, self.device, self.flips = load_autoencoder(weights).to(device), device, flips
+
+    @torch.inference_mode()
+    def __call__(self, unit: str, produced: Produced) -> Derived:
+        parts: dict[str, list[Tensor]] = {"mean": [], "log_variance": []}
+        for part in batches(produced.pixels, self.batch, self.device):
+            signed = to_signed(part)
+            moments = [self.autoencoder.moments(x) for x in (signed, signed.flip(-1))[: self.flips]]
+            for name, tensors in zip(parts, zip(*moments, strict=True), strict=True):
+                parts[name].append(torch.stack(tensors, dim=1).half().cpu())
+        columns = {name: _column(torch.cat(found)) for name, found in parts.items() if found}
+        return Derived("parquet", parquet_bytes(pa.table(columns)))
+
+
+def read_latents(artifact: Artifact, units: list[str]) -> dict[str, Tensor]:
+    """``mean`` and ``log_variance``, float16 [n, flips, C, h, w], of a class's units in order of their numbers."""
+    found: dict[str, list[Tensor]] = {"mean": [], "log_variance": []}
+    for unit in units:
+        table = pq.read_table(io.BytesIO(artifact.read(f"{unit}.parquet")))
+        for name in found.keys() & set(table.column_names):
+            column = table[name].combine_chunks()
+            found[name].append(torch.from_numpy(np.array(column.to_numpy_ndarray())))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _column(tensor: Tensor) -> pa.Array:
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(tensor.numpy())
+
+
+def _latents(weights: Weights, flips: int, device: str) -> Latents:
+    return Latents(weights.path(), device, flips)

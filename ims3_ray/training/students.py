@@ -1,0 +1,307 @@
+"""Training of a student on a small labelled set, and its test on real images.
+
+All training images stay on the device and are augmented there, a batch at a time.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ims3_ray.config import ProtocolConfig
+from ims3_ray.config.evaluation import for_ipc
+from ims3_ray.data.augment import augment, cutmix, resize
+from ims3_ray.models.students import build_student
+from ims3_ray.seeds import generator_for, seed_for
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SAVE_EVERY_S = 60.0
+"""Least number of seconds between two saved states of a training."""
+RESIDENT_BYTES = 2**32
+"""Size in bytes; test images that exceed it stay on the host and are sent to the device in batches."""
+TEST_PIXELS, TEST_BATCH = 2**23, 500
+"""The most pixels (of one channel) and the most images in a batch of test images."""
+
+Labelled = tuple[Tensor, Tensor]
+"""uint8 images [N, C, H, W] and the positions of their classes [N]."""
+
+
+class LabelledSet(NamedTuple):
+    """A set to train on. Fields that are None are not part of the set."""
+
+    pixels: Tensor
+    """Images, uint8 [N, C, H, W]."""
+    labels: Tensor
+    """Positions of the classes, int64 [N]."""
+    logits: Tensor | None = None
+    """Soft labels as a teacher's logits, float [N, num_classes]."""
+    weights: Tensor | None = None
+    """Weight of each image in the loss, float [N]; weights are scaled to a mean of 1."""
+
+
+Teacher = Callable[[Tensor], Tensor]
+"""Images in [0, 1], [B, C, H, W] → logits [B, num_classes]."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A validation: the mean training loss since the previous validation, and accuracies in per cent."""
+
+    epoch: int
+    loss: float
+    test: float
+    val: float | None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Test accuracies in per cent: of the final weights, and of the weights that two rules of early stopping would keep."""
+
+    last: float
+    """Test accuracy of the final weights."""
+    best: float
+    """Test accuracy of the epoch that is best on the test split itself, which is what the papers report."""
+    val: float | None
+    """Test accuracy of the epoch that is best on held-out training images; None without such images."""
+    curve: list[Check] = field(repr=False)
+    confusion: Tensor = field(repr=False)
+    """Confusion matrix of the final weights, int32 [C, C]: counts of test images by true (row) and predicted class (column)."""
+
+
+class Student(nn.Module):
+    """A network that takes uint8 images [B, C, size, size] and normalises them as the protocol specifies."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, images: Tensor, num_classes: int, protocol: ProtocolConfig) -> None:
+        super().__init__()
+        channels, size = images.shape[1:3]
+        if protocol.normalise == "imagenet":
+            mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        else:
+            scaled = images.float() / 255
+            mean, std = scaled.mean().reshape(1), scaled.std().reshape(1)
+        self.register_buffer("mean", mean.reshape(-1, 1, 1))
+        self.register_buffer("std", std.reshape(-1, 1, 1))
+        self.net = build_student(name, channels, size, num_classes, protocol.norm, protocol.width)
+
+    def scores(self, images: Tensor) -> Tensor:
+        """Logits [B, num_classes] of images in [0, 1]."""
+        return self.net((images - self.mean) / self.std)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.scores(pixels.float() / 255)
+
+
+class Training:
+    """A student in training. If labels are soft, ``teacher`` labels every batch."""
+
+    def __init__(
+        self, name: str, train: LabelledSet | Labelled, num_classes: int, protocol: ProtocolConfig, seed: int,
+        device: str = "cpu", teacher: Teacher | None = None,
+    ) -> None:  # fmt: skip
+        train = LabelledSet(*train)
+        if protocol.labels == "soft" and teacher is None:
+            raise ValueError("soft labels need a teacher")
+        if protocol.labels == "stored" and train.logits is None:
+            raise ValueError("the set has no stored soft labels")
+        self.protocol, self.device, self.teacher = protocol, device, teacher
+        self.size = protocol.size or train.pixels.shape[-1]
+        self.logits = train.logits.to(device).float() if protocol.labels == "stored" and train.logits is not None else None
+        self.weights = (train.weights / train.weights.mean()).to(device) if train.weights is not None else None
+        torch.manual_seed(seed_for(seed, "student-init"))
+        self.images, self.labels = resident(train.pixels, self.size).to(device), train.labels.to(device)
+        self.student = Student(name, self.images, num_classes, protocol).to(device)
+        if device != "cpu":
+            self.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        ipc = int(train.labels.bincount().max())
+        self.epochs = for_ipc(protocol.epochs, ipc)
+        self.batch_size = min(for_ipc(protocol.batch_size, ipc), len(self.labels))
+        self.optimizer = _optimizer(self.student, protocol)
+        self.decay = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda epoch: _decay(protocol.decay, epoch / self.epochs)
+        )
+        self.cpu_rng = generator_for(seed, "student")
+        self.rng = torch.Generator(device).manual_seed(seed_for(seed, "student-augment"))
+        self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=protocol.precision == "bf16")
+
+    def epoch(self) -> Tensor:
+        """Train on every image once; returns the mean loss of the batches, still on the device."""
+        self.student.train()
+        losses = []
+        for index in torch.randperm(len(self.labels), generator=self.cpu_rng).split(self.batch_size):
+            if len(index) == 1 and self.batch_size > 1 and self.protocol.norm == "batch":
+                continue  # batch statistics need more than one image
+            index = index.to(self.device, non_blocking=True)
+            loss = self._loss(index)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.detach())
+        self.decay.step()
+        return torch.stack(losses).mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to resume the training, possibly on another machine."""
+        return {
+            "student": self.student.state_dict(), "optimizer": self.optimizer.state_dict(), "decay": self.decay.state_dict(),
+            "cpu_rng": self.cpu_rng.get_state(), "rng": self.rng.get_state(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in ("student", "optimizer", "decay"):
+            getattr(self, name).load_state_dict(state[name])
+        for name in ("cpu_rng", "rng"):
+            getattr(self, name).set_state(state[name])
+
+    def _loss(self, index: Tensor) -> Tensor:
+        """The loss of the images ``index``, with new random augmentation."""
+        p, labels = self.protocol, self.labels[index]
+        batch = augment(self.images[index].float() / 255, self.size, self.rng, **dict(p.augment))
+        order, share = None, 1.0
+        if p.cutmix:
+            batch, order, share = cutmix(batch, self.cpu_rng)
+        with self.autocast:
+            logits = self.student.scores(batch)
+        logits = logits.float()
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = self.teacher(batch)
+            return self._mean(soft_label_loss(logits, wanted, p.temperature, self._reduction), index)
+        if self.logits is None:
+            loss = self._hard(logits, labels, index)
+            return loss if order is None else share * loss + (1 - share) * self._hard(logits, labels[order], index[order])
+        stored = self.logits[index]
+        loss = self._mean(soft_label_loss(logits, stored, p.temperature, self._reduction), index)
+        if order is None:
+            return loss
+        other = soft_label_loss(logits, stored[order], p.temperature, self._reduction)
+        return share * loss + (1 - share) * self._mean(other, index[order])
+
+    def _hard(self, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        return self._mean(F.cross_entropy(logits, labels, reduction=self._reduction), index)
+
+    @property
+    def _reduction(self) -> str:
+        return "mean" if self.weights is None else "none"
+
+    def _mean(self, loss: Tensor, index: Tensor) -> Tensor:
+        """The mean loss of a batch, weighted if the set has weights."""
+        return loss if self.weights is None else (loss * self.weights[index]).mean()
+
+
+def train_student(
+    name: str, train: LabelledSet | Labelled, test: Labelled, num_classes: int, protocol: ProtocolConfig, seed: int,
+    *, device: str = "cpu", val: Labelled | None = None, teacher: Teacher | None = None, resume: bytes | None = None,
+    save: Callable[[bytes], object] | None = None,
+) -> tuple[Student, Accuracy]:  # fmt: skip
+    """Train student ``name`` from scratch on ``train`` by ``protocol``, test it on ``test`` and, if given, ``val``.
+
+    Where the protocol's epochs or batch size depend on the images per class, the size of the largest class counts. The same
+    seed on the same kind of device yields the same student. Raises ``ValueError`` for soft labels without a ``teacher``.
+
+    ``save`` is called with the state of the training after a validation, at most every :data:`SAVE_EVERY_S` seconds. With such
+    a state as ``resume`` the training continues from there and yields the same student.
+    """
+    training = Training(name, train, num_classes, protocol, seed, device, teacher if protocol.labels == "soft" else None)
+    student, keep = training.student, protocol.test_crop
+    tests = {"test": _tests(test, training.size, keep, device)}
+    if val is not None and len(val[1]):
+        tests["val"] = _tests(val, training.size, keep, device)
+    checks = validation_epochs(training.epochs, protocol.validations, protocol.validate_from)
+    curve, losses, confusions = [], [], {}
+    if resume is not None:
+        state = torch.load(io.BytesIO(resume), map_location="cpu", weights_only=True)
+        training.load_state_dict(state["training"])
+        curve = [Check(*check) for check in state["curve"]]
+    saved = time.monotonic()
+    for epoch in range(curve[-1].epoch + 1 if curve else 1, training.epochs + 1):
+        losses.append(training.epoch())
+        if epoch in checks:
+            confusions = {split: confusion_of(student, data, num_classes, device) for split, data in tests.items()}
+            shares = {split: 100 * int(table.trace()) / int(table.sum()) for split, table in confusions.items()}
+            curve.append(Check(epoch, torch.stack(losses).mean().item(), shares["test"], shares.get("val")))
+            losses = []
+            if save is not None and epoch < training.epochs and time.monotonic() - saved >= SAVE_EVERY_S:
+                buffer = io.BytesIO()
+                torch.save({"training": training.state_dict(), "curve": [astuple(check) for check in curve]}, buffer)
+                save(buffer.getvalue())
+                saved = time.monotonic()
+    chosen = max(curve, key=lambda check: check.val or 0.0)
+    return student, Accuracy(
+        last=curve[-1].test, best=max(check.test for check in curve), val=chosen.test if "val" in tests else None,
+        curve=curve, confusion=confusions["test"].int(),
+    )  # fmt: skip
+
+
+def soft_label_loss(logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str = "mean") -> Tensor:
+    """KL(softmax(teacher / T) ‖ softmax(student / T)) without the factor T² (RDED): the mean over the batch, or with
+    ``reduction="none"`` the value of each image, [B]."""
+    wanted = (teacher_logits.float() / temperature).softmax(dim=1)
+    predicted = (logits / temperature).log_softmax(dim=1)
+    if reduction == "mean":
+        return F.kl_div(predicted, wanted, reduction="batchmean")
+    return F.kl_div(predicted, wanted, reduction="none").sum(dim=1)
+
+
+def _optimizer(student: nn.Module, p: ProtocolConfig) -> torch.optim.Optimizer:
+    if p.optimizer == "sgd":
+        return torch.optim.SGD(student.parameters(), lr=p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
+    matrices = [parameter for parameter in student.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in student.parameters() if parameter.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": p.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=p.lr, betas=(0.9, 0.999))
+
+
+def _decay(kind: str, done: float) -> float:
+    """Factor of the learning rate after the share ``done`` of the epochs is done."""
+    if kind == "steps":
+        return 0.2 ** sum(done >= mark for mark in (2 / 3, 5 / 6))
+    return 0.5 * (1 + math.cos(math.pi * done / (2 if kind == "half_cosine" else 1)))
+
+
+def validation_epochs(epochs: int, validations: int, validate_from: float) -> set[int]:
+    """Epochs after which to validate, evenly spaced after the share ``validate_from`` of all epochs; the last is among them."""
+    first = int(epochs * validate_from)
+    return {max(1, first + round((epochs - first) * (i + 1) / validations)) for i in range(validations)}
+
+
+def resident(pixels: Tensor, size: int, keep: float = 1.0) -> Tensor:
+    """Centre crops, of the share ``keep`` of each side, scaled to uint8 images [N, C, size, size]."""
+    whole = pixels.shape[-1]
+    side = round(whole * keep)
+    start = (whole - side) // 2
+    pixels = pixels[..., start : start + side, start : start + side]
+    if side == size:
+        return pixels.contiguous()
+    parts = [(resize(part.float() / 255, size) * 255).round().clamp(0, 255).to(torch.uint8) for part in pixels.split(1000)]
+    return torch.cat(parts)
+
+
+def _tests(data: Labelled, size: int, keep: float, device: str) -> Labelled:
+    pixels = resident(data[0], size, keep)
+    return (pixels.to(device) if pixels.numel() <= RESIDENT_BYTES else pixels), data[1]
+
+
+@torch.inference_mode()
+def confusion_of(student: Student, data: Labelled, num_classes: int, device: str = "cpu") -> Tensor:
+    """Confusion matrix of ``student``, int64 [C, C]: counts of images by true class (row) and predicted class (column)."""
+    student.eval()
+    batch = max(1, min(TEST_BATCH, TEST_PIXELS // data[0].shape[-1] ** 2))
+    predicted = torch.cat([student(pixels.to(device)).argmax(dim=1) for pixels in data[0].split(batch)]).cpu()
+    return (data[1] * num_classes + predicted).bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def accuracy_of(student: Student, data: Labelled, num_classes: int, device: str = "cpu") -> float:
+    """Share of images, in per cent, that ``student`` classifies correctly."""
+    table = confusion_of(student, data, num_classes, device)
+    return 100 * int(table.trace()) / int(table.sum())

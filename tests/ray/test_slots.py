@@ -1,0 +1,194 @@
+"""The four slots of an arm: sets that were given, made from nothing, labelled softly; and what no slot asks for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ims3_ray.commands.distill import distill, evaluate
+from ims3_ray.component import Section
+from ims3_ray.config import EvaluateConfig, RunConfig
+from ims3_ray.engine.sets import read_set
+from ims3_ray.errors import IncompletePool, UserError
+from ims3_ray.io.artifacts import Storage
+from ims3_ray.models.encoder import load_encoder
+from ims3_ray.plan import make_plan
+from ims3_ray.stages.generate import Generate
+from ims3_ray.synthesis.base import Given, Part, Save, Synthesis
+from tests.conftest import CLASSES, tiny_values
+from tests.ray.conftest import Run
+
+K = 2
+
+
+class Rungs(Synthesis):
+    """Images of one number and all classes are made together: each is as bright as its class and number say."""
+
+    name = "rungs"
+
+    class Config(Section):
+        marks: str = ""
+        """Folder in which each part leaves a mark, and fails the first time."""
+
+    @classmethod
+    def parts(cls, config: Config, num_classes: int, k: int) -> list[Part]:
+        return [[(position, number) for position in range(num_classes)] for number in range(k)]
+
+    @classmethod
+    def flops(cls, config: Config, forward: Mapping[Any, float]) -> float:
+        return 7.0
+
+    def make(self, given: Given, state: bytes | None, save: Save) -> Mapping[str, Tensor]:
+        assert given.classes.tolist() == list(range(given.num_classes)), "a part has an image of every class"
+        if self.config.marks and state is None:
+            save(b"begun")
+            Path(self.config.marks, f"{int(given.indices[0])}").touch()
+            raise RuntimeError("as if interrupted")
+        values = 50 * given.classes + 7 * given.indices
+        pixels = values.to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
+        logits = torch.nn.functional.one_hot(given.classes, given.num_classes) * 4.0
+        return {"pixels": pixels.contiguous(), "logits": logits, "weights": 1.0 + given.indices}
+
+
+def values_of(run: Run, folder: Path, **changes: Any) -> dict[str, Any]:
+    """A config of the tiny world in a storage of its own, with these arms alone."""
+    world = Path(run.config.generator).parent
+    values = tiny_values(world, folder, instability={"images": 0}, **changes)
+    values["selection"] = {**values["selection"], "images_per_class": K}
+    return values
+
+
+FROM_NOTHING = {"title": "Rungs", "images": "none", "synthesise": "rungs"}
+
+
+def test_a_method_that_couples_classes_makes_a_set_from_nothing_that_keeps_labels_and_weights(tiny_run: Run, tmp_path: Path):
+    stored = {"width": 8, "epochs": 2, "validations": 1}
+    protocols = {"hard": stored, "stored": {**stored, "labels": "stored"}}
+    values = values_of(tiny_run, tmp_path, arms={"rungs": FROM_NOTHING}, export="rungs", name="none")
+    values["evaluation"] = {**values["evaluation"], "protocols": protocols}
+    config = RunConfig.model_validate(values)
+    plan, storage = make_plan(config), Storage.at(config.storage)
+    result = distill(config)
+    assert not any(stage.weights for stage in plan.stages), "nothing asked for a generator or an encoder"
+    found = read_set(plan.sets["rungs"].images.artifact(storage))
+    assert found.pixels[:, 0, 0, 0].tolist() == [0, 7, 50, 57, 100, 107]
+    assert found.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert found.weights.tolist() == [1.0, 2.0] * 3
+    assert torch.equal(found.logits.argmax(dim=1), found.labels)
+    assert set(result.results["sets"]["rungs"]["rows"]) == {"hard/convnet-3", "stored/convnet-3"}
+
+    # Exported and scored elsewhere it is the same set, labels and weights included.
+    folder = tmp_path / "none" / "distilled"
+    table = pq.read_table(folder / "data" / "train-00000-of-00001.parquet")
+    assert table.column_names == ["image", "label", "logits", "weight"]
+    shared = {key: values[key] for key in ("storage", "data", "actors", "evaluation")}
+    scored = evaluate(EvaluateConfig.model_validate({**shared, "name": "again", "sets": {"mine": str(folder)}}))
+    assert scored.results["sets"]["mine"]["content"] == result.results["sets"]["rungs"]["content"]
+    assert scored.results["sets"]["mine"]["rows"] == result.results["sets"]["rungs"]["rows"]
+
+
+def attempt(config: RunConfig) -> str:
+    """What a run fails with; empty if it does not."""
+    try:
+        distill(config)
+    except IncompletePool as error:
+        return str(error)
+    return ""
+
+
+def test_a_part_that_was_interrupted_goes_on_from_what_it_saved(tiny_run: Run, tmp_path: Path):
+    (tmp_path / "marks").mkdir()
+    settings = {"rungs": {"marks": str(tmp_path / "marks")}}
+    config = RunConfig.model_validate(
+        values_of(tiny_run, tmp_path, arms={"rungs": FROM_NOTHING}, export=None, name="again", synthesis=settings)
+    )
+    errors = [attempt(config) for _ in range(3)]
+    assert "RuntimeError: as if interrupted; the same command goes on" in errors[0]
+    assert errors[-1] == ""
+    assert {file.name for file in (tmp_path / "marks").iterdir()} == {"0", "1"}
+    (images,) = {scored.images for scored in make_plan(config).sets.values()}
+    shards = images.artifact(Storage.at(config.storage)).shards()
+    assert not [name for name in shards if name.endswith(".state")], "what is finished keeps no state"
+
+
+def test_real_images_need_neither_generator_nor_encoder(tmp_path: Path, cluster: None):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 6)):
+        for number, name in enumerate(("cat", "dog")):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (9, 11, 3), dtype=np.uint8) + np.uint8(100 * number)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    config = RunConfig.model_validate({
+        "name": "mine", "storage": str(tmp_path / "runs"), "generator": "embedded:none", "encoder": "embedded:none",
+        "data": {"path": str(tmp_path / "photos"), "size": 8, "channels": 3}, "selection": {"images_per_class": 3},
+        "arms": {"random_real": {"title": "Random real", "images": "real", "select": "random"}}, "export": "random_real",
+        "evaluation": {"protocols": {"hard": {"width": 8, "epochs": 8}}, "seeds": [0], "val_per_class": 2},
+        "actors": {"count": 1},
+    })  # fmt: skip
+    result = distill(config)
+    assert {row["stage"] for row in result.results["stages"]} == {"encode", "select", "held_out", "export", "evaluate"}
+    assert len(list((tmp_path / "runs/mine/distilled/images").glob("*/*.png"))) == 2 * 3
+
+
+def test_a_given_set_stands_beside_the_others_by_its_number_of_images(tiny_run: Run, tmp_path: Path):
+    shutil.copytree(tiny_run.folder / "distilled" / "images", tmp_path / "sets" / f"of-{K}")
+    arm = {"title": "Given", "images": "given", "path": str(tmp_path / "sets" / "of-{k}")}
+    values = values_of(tiny_run, tmp_path / "runs", arms={"given": arm}, export="given", name="given")
+    result = distill(RunConfig.model_validate(values))
+    mine = json.loads((tiny_run.folder / "results.json").read_text())["sets"]["ims3"]
+    assert result.results["sets"]["given"]["content"] == mine["content"]
+    assert result.results["sets"]["given"]["rows"] == mine["rows"], "the same images teach the same"
+
+    values["selection"] = {**values["selection"], "images_per_class": 1}
+    values["arms"]["given"]["path"] = str(tmp_path / "sets" / f"of-{K}")
+    with pytest.raises(
+        UserError, match=rf"has {K} images of class '{CLASSES[0]}', where 1 are compared; name a set of 1 a class"
+    ):
+        make_plan(RunConfig.model_validate(values))
+
+
+def test_soft_labels_are_the_teachers_and_students_learn_from_them(tiny_run: Run, tmp_path: Path):
+    arm = {"title": "Soft", "images": "real", "select": "random", "labels": "soft"}
+    values = values_of(tiny_run, tmp_path, arms={"soft": arm}, export="soft", name="soft")
+    values["evaluation"] = {
+        **values["evaluation"], "teacher": {"weights": tiny_run.config.encoder},
+        "protocols": {"stored": {"labels": "stored", "width": 8, "epochs": 3, "validations": 1}},
+    }  # fmt: skip
+    config = RunConfig.model_validate(values)
+    result, plan = distill(config), make_plan(config)
+    found = read_set(plan.sets["soft"].images.artifact(Storage.at(config.storage)))
+    with torch.no_grad():
+        expected = load_encoder(Path(tiny_run.config.encoder)).logits(2 * (found.pixels.float() / 255) - 1)
+    torch.testing.assert_close(found.logits.float(), expected, atol=0.01, rtol=0.01)
+    (row,) = result.results["sets"]["soft"]["rows"].values()
+    assert row["curve"][-1]["loss"] < 0.5, "a divergence at T = 20, no cross entropy"
+
+    values["arms"]["soft"].pop("labels")
+    values["name"] = "hard"
+    with pytest.raises(UserError, match=r"arms.soft has no soft labels, .*; set arms.soft.labels=soft"):
+        make_plan(RunConfig.model_validate(values))
+
+
+def test_an_arm_may_have_its_own_generator(tiny_run: Run, tmp_path: Path):
+    other = shutil.copy(tiny_run.config.generator, tmp_path / "other.safetensors")
+    arms = {
+        "dit": {"title": "DiT", "images": "generated"},
+        "other": {"title": "Other", "images": "generated", "overrides": {"generator": str(other)}},
+    }
+    plan = make_plan(RunConfig.model_validate(values_of(tiny_run, tmp_path / "runs", arms=arms, export=None)))
+    # The copy is the same generator, so it is the same pool: a file is known by its content.
+    assert len([stage for stage in plan.stages if isinstance(stage, Generate)]) == 1
+    sets = {name: scored.images.key(Storage.at(str(tmp_path))) for name, scored in plan.sets.items()}
+    assert sets["dit"] == sets["other"]

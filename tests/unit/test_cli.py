@@ -1,0 +1,72 @@
+"""What a command does before it computes: help and misspelt keys are answered without loading PyTorch or Ray."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ims3_ray import config as package
+from ims3_ray.config import CompareConfig, RunConfig
+from ims3_ray.config.keys import KNOWN_KEYS, check_keys
+from ims3_ray.config.loading import known_keys
+from ims3_ray.errors import UserError
+
+ROOT = Path(package.__file__).parents[2]
+
+
+def test_the_keys_on_record_are_those_of_the_classes():
+    """If this fails: ``python -m ims3_ray.config.loading > docs/configuration.md``, which writes them too."""
+    assert Path(package.__file__).with_name(KNOWN_KEYS).read_text() == known_keys()
+
+
+@pytest.mark.parametrize("job", ["distill", "evaluate", "compare", "sweep", "pretrain"])
+@pytest.mark.parametrize("argument", ["--help", "storag=x"])
+def test_help_and_a_misspelt_key_load_neither_pytorch_nor_ray(job: str, argument: str):
+    code = (
+        "import runpy, sys, atexit\n"
+        "atexit.register(lambda: print('LOADED', *sorted({n.split('.')[0] for n in sys.modules} & {'torch', 'ray', 'timm'})))\n"
+        f"sys.argv = ['jobs/{job}.py', {argument!r}]\n"
+        f"runpy.run_path('jobs/{job}.py', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "LOADED"
+    if argument == "--help":
+        assert (done.returncode, "key=value" in done.stdout) == (0, True)
+    else:
+        assert (done.returncode, done.stderr) == (2, "error: unknown config key 'storag'; did you mean 'storage'?\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("sampling.step", "sampling.steps"), ("arms.mine.titel", "arms.mine.title"), ("sampler", "sampling"),
+        ("evaluation.protocols.soft.epoch", "evaluation.protocols.soft.epochs"),
+        ("finetune.objectives.minimax.memmory", "finetune.objectives.minimax.memory"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_key_is_told_with_the_nearest(key: str, near: str):
+    values: Any = 1
+    for part in reversed(key.split(".")):
+        values = {part: values}
+    with pytest.raises(UserError, match=rf"^unknown config key '{key}'; did you mean '{near}'\?$"):
+        check_keys("RunConfig", values)
+    check_keys("RunConfig", {**values, "plugins": ["mine.py"]})  # which may bring the key
+
+
+@pytest.mark.parametrize("tree", [RunConfig, CompareConfig])
+def test_every_shipped_config_has_known_keys(tree: type[RunConfig]):
+    for file in (ROOT / "configs" / "methods").glob("*.yaml"):
+        values = yaml.safe_load(file.read_text())
+        values.pop("extends", None)
+        check_keys(tree.__name__, values)
+
+
+def test_free_tables_take_any_key():
+    check_keys("SweepConfig", {"space": {"selection": {"alpha": [1]}}})
+    check_keys("RunConfig", {"arms": {"a": {"overrides": {"sampling": {"cfg_scale": 2}}}}, "stages": {"mine": {"x": 1}}})
+    check_keys("RunConfig", {"evaluation": {"protocols": {"hard": {"epochs": {1: 300}}}}})

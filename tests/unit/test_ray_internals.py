@@ -1,0 +1,50 @@
+"""What Ray does not promise to keep and this program uses. A failure here says what a new version of Ray has changed."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+from ims3_ray.cluster import ray_internals
+
+PACKAGE = Path(ray_internals.__file__).parents[1]
+
+
+def private_names(source: str) -> list[tuple[str, str]]:
+    """(module, name) of everything that is imported from a private module of Ray."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ray.") and "._" in node.module:
+            found += [(node.module, alias.name) for alias in node.names]
+    return found
+
+
+NAMES = private_names(Path(ray_internals.__file__).read_text())
+
+
+def test_only_one_file_uses_what_is_private():
+    users = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if private_names(file.read_text())}
+    assert users == {"cluster/ray_internals.py"}
+    assert len(NAMES) == 5
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_ray_still_has_it(module: str, name: str):
+    assert hasattr(importlib.import_module(module), name), f"this version of Ray has no {module}.{name}"
+
+
+def test_the_coordinator_still_takes_what_it_is_given():
+    from ray.data._internal.cluster_autoscaler import ResourceRequestPriority
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as module
+
+    assert hasattr(ResourceRequestPriority, "LOW")
+    kinds = [kind for _, kind in inspect.getmembers(module, inspect.isclass) if hasattr(kind, "request_resources")]
+    assert kinds, "no class of Ray Data coordinates requests for nodes any more"
+    for kind in kinds:
+        wanted = set(inspect.signature(kind.request_resources).parameters)
+        assert {"label_selectors", "priority"} <= wanted, f"{kind.__name__}.request_resources takes {sorted(wanted)}"
+        assert hasattr(kind, "cancel_request")
