@@ -11,7 +11,9 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/python jobs/distill.py
 
-# One pytest per floor: the Ray of tests/ray is gone before tests/e2e starts its own.
+# One pytest per floor: the Ray of tests/ray is gone before tests/e2e starts its own. One thread for each process: several
+# processes run at once, and threads that wait for a core that another process has would stall all others of their process.
+test: export OMP_NUM_THREADS := 1
 test: lint
 	$(BIN)/python -m pytest -m "not gpu" tests/unit
 	$(BIN)/python -m pytest -m "not gpu" tests/ray

@@ -68,6 +68,11 @@ class ObjectivesConfig(Components):
         return " + ".join(objective.title(self.of(objective)) for objective in self.active)
 
     @property
+    def described(self) -> str:
+        """The active objectives with their weights, for the report."""
+        return " + ".join(objective.described(self.of(objective)) for objective in self.active)
+
+    @property
     def couple_samples(self) -> bool:
         """Whether a term compares images of a batch with each other, so that the way in which a batch is divided matters."""
         return any(objective.couples_samples for objective in self.active)

@@ -34,12 +34,7 @@ def generator_loop(plain: dict[str, Any]) -> dict[str, Any]:
         g, (pixels, labels), len(source.class_names), config.seed, device, context.get_world_rank(), context.get_world_size(),
         prepare_model,
     )  # fmt: skip
-    seconds = 0.0
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            state = torch.load(os.path.join(folder, "state.pt"), map_location=device, weights_only=True)
-        trainer.restore(state)
-        seconds = state["seconds"]
+    seconds = _restored(trainer, device)
     began = time.monotonic() - seconds
     for step in trainer.run(BySteps(g.steps, g.warmup_steps, g.cooldown_steps)):
         if step % g.checkpoint_every == 0 or step == g.steps:
@@ -69,6 +64,17 @@ def _report(config: PretrainConfig, trainer: GeneratorTrainer, seconds: float) -
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
 
+def _restored(trainer: GeneratorTrainer | EncoderTrainer, device: torch.device) -> float:
+    """Restore the trainer from the last checkpoint, if there is one; returns the seconds that it had trained."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0.0
+    with checkpoint.as_directory() as folder:
+        state = torch.load(os.path.join(folder, "state.pt"), map_location=device, weights_only=True)
+    trainer.restore(state)
+    return float(state["seconds"])
+
+
 def source_images(data: DataConfig) -> Images:
     """The decoded training split of a source."""
     source = open_source(data.path, data.train_split)
@@ -88,12 +94,7 @@ def encoder_loop(plain: dict[str, Any]) -> dict[str, Any]:
     trainer = EncoderTrainer(
         config, plain["images"](), int(plain["seed"]), device, context.get_world_rank(), context.get_world_size(), prepare_model
     )
-    seconds = 0.0
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            state = torch.load(os.path.join(folder, "state.pt"), map_location=device, weights_only=True)
-        trainer.restore(state)
-        seconds = state["seconds"]
+    seconds = _restored(trainer, device)
     began = time.monotonic() - seconds
     for epoch in trainer.epochs():
         seconds = time.monotonic() - began

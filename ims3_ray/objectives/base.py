@@ -120,6 +120,12 @@ class Objective(Component, ABC):
         return cls.name
 
     @classmethod
+    def described(cls, config: Any) -> str:
+        """What the report says of it: its terms with their weights."""
+        terms = {name: weight for name, weight in cls.terms(config).items() if weight}
+        return " + ".join(f"{weight:g}·{cls.term_titles.get(name, name)}" for name, weight in terms.items())
+
+    @classmethod
     def is_on(cls, config: Any) -> bool:
         """Whether the weight of any of its terms is not 0."""
         return any(cls.terms(config).values())

@@ -65,6 +65,11 @@ class InversionMatching(Objective):
         return "IM"
 
     @classmethod
+    def described(cls, config: Config) -> str:
+        how = f"{config.n_steps} inversion steps, gradient through the last {config.grad_steps}, {config.similarity}"
+        return f"{super().described(config)} as the paper prints it ({how})"
+
+    @classmethod
     def passes(cls, config: Config) -> tuple[int, int]:
         return config.n_steps, config.grad_steps
 

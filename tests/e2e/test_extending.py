@@ -52,7 +52,7 @@ def test_plugins_of_every_kind_take_part_in_a_run(tmp_path: Path):
     titles = [row["title"] for row in results["stages"]]
     assert any("fine-tune with diffusion + IM + norm" in title for title in titles)
     assert any("euler, 6 steps" in title for title in titles)
-    assert "norm" in (folder / "report.html").read_text()
+    assert "<figcaption>norm</figcaption>" in (folder / "report.html").read_text()
     losses = next((tmp_path / "runs" / "artifacts" / "finetune").glob("*/shards/losses-0.json"))
     assert all(row["loss_norm"] >= 0 for row in json.loads(losses.read_text()))
     exported = open_source(str(folder / "distilled" / "data"), "train")
