@@ -182,8 +182,13 @@ def defaults_of(section: type[BaseModel]) -> dict[str, Any]:
         for name, field in section.model_fields.items()
         if not field.is_required()
     }
+    return found | sections_of(section)
+
+
+def sections_of(section: type[BaseModel]) -> dict[str, Section]:
+    """The default settings of each component that has a section in ``section``."""
     more = section.sections() if issubclass(section, Components) else {}
-    return found | {name: config() for name, config in more.items()}
+    return {name: config() for name, config in more.items()}
 
 
 def descriptions_of(section: BaseModel) -> dict[str, str]:

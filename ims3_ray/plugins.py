@@ -52,7 +52,8 @@ def source_hash(component: Any) -> str | None:
 
 def hashes(*components: Any) -> dict[str, dict[str, str]]:
     """Parameters that a key holds in addition for those of ``components`` that come from plugins; empty if none does."""
-    found = {c.__qualname__: digest for c in components if c is not None and (digest := source_hash(c)) is not None}
+    hashed = ((component, source_hash(component)) for component in components)
+    found = {f"{c.__module__}.{c.__qualname__}": digest for c, digest in hashed if digest is not None}
     return {"plugins": found} if found else {}
 
 
@@ -86,8 +87,9 @@ def _import(name: str) -> None:
         module = importlib.import_module(name)
     except Exception as error:
         raise UserError(f"plugin '{name}' cannot be imported ({type(error).__name__}: {error}); correct it") from error
-    if module.__file__ is not None:
-        _sources[name] = Path(module.__file__).read_text()
+    if hasattr(module, "__path__") or module.__file__ is None:
+        raise UserError(f"plugin '{name}' is a package; name the modules in it that have components, as in {name}.MODULE")
+    _sources[name] = Path(module.__file__).read_text()
 
 
 def _define(name: str, source: str, origin: str) -> None:
@@ -97,11 +99,9 @@ def _define(name: str, source: str, origin: str) -> None:
     if name in _sources:
         raise UserError(f"there are two plugins called '{name.rpartition('.')[2]}'; rename one of the files")
     package, _, stem = name.rpartition(".")
-    if package == PACKAGE and package not in sys.modules:
-        sys.modules[package] = ModuleType(package, "Plugins that were given as files.")
-        sys.modules[package].__path__ = []
+    _make_packages(package)
     module = sys.modules[name] = ModuleType(name)
-    module.__file__ = origin
+    module.__file__, module.__package__ = origin, package
     try:
         _register_source(origin, source)
         exec(compile(source, origin, "exec"), module.__dict__)
@@ -115,9 +115,24 @@ def _define(name: str, source: str, origin: str) -> None:
         raise UserError(
             f"plugin '{origin}' fails when it is loaded{line} ({type(error).__name__}: {error}); correct it"
         ) from error
-    if package == PACKAGE:
+    if package:
         setattr(sys.modules[package], stem, module)
     _sources[name] = source
+
+
+def _make_packages(name: str) -> None:
+    """Have the packages above a module in ``sys.modules``, empty ones where this node does not have them."""
+    if not name or name in sys.modules:
+        return
+    above, _, stem = name.rpartition(".")
+    _make_packages(above)
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        package = sys.modules[name] = ModuleType(name, "The package of a plugin.")
+        package.__path__ = []
+        if above:
+            setattr(sys.modules[above], stem, package)
 
 
 def _register_source(origin: str, source: str) -> None:

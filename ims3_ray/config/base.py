@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from ims3_ray.component import Section as Section
-from ims3_ray.component import defaults_of
+from ims3_ray.component import defaults_of, sections_of
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """A name that is valid as part of a file name and of the name of a metric."""
@@ -44,7 +44,9 @@ def _differing(section: BaseModel, defaults: Mapping[str, Any], without: Collect
         if name in without or value == default:
             continue
         if isinstance(value, BaseModel) and type(default) is type(value):
-            found[name] = _differing(value, dict(default))
+            # A default that was built before a plugin was loaded lacks the section of the plugin's component.
+            if inner := _differing(value, {**sections_of(type(value)), **dict(default)}):
+                found[name] = inner
         else:
             found[name] = plain[name]
     return found

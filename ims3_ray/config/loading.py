@@ -36,8 +36,11 @@ def build(tree: type[Tree], values: Mapping[str, Any]) -> Tree:
     The plugins that ``values`` name are loaded first, so that ``tree`` has the settings of their components.
     """
     check_moved(values)
-    named = values.get("plugins") or ()
-    plugins.load([named] if isinstance(named, str) else named)
+    named = values.get("plugins") or []
+    if isinstance(named, str):
+        named = [named]
+        values = {**values, "plugins": named}
+    plugins.load(named)
     merged = merge(_defaults(tree), values)
     merged |= {key: values[key] for key in WHOLE if key in values}
     merged = _without_removed(merged)

@@ -95,6 +95,8 @@ class ArmConfig(Section):
             raise ValueError("overrides.selection.images_per_class: sets of other sizes cannot be compared; set it for the run")
         if other := set(self._section("data")) - {"size"}:
             raise ValueError(f"overrides.data.{min(other)}: arms share their data; of data only size can differ")
+        if self._section("data") and self.images == "real":
+            raise ValueError("overrides.data.size: real images have the size that students are tested at; set it for the run")
         return self
 
     def _section(self, key: Overridable) -> dict[str, Any]:

@@ -144,8 +144,10 @@ class SweepConfig(RunConfig):
         if self.arm not in self.arms:
             raise ValueError(f"arm='{self.arm}' is no arm; there is: {', '.join(self.arms)}")
         arm, search = self.arms[self.arm], self.search
-        if not issubclass(arm.selector, S3):
+        if arm.selector is not S3:  # the grid of α : β is computed by its formula
             raise ValueError(f"arm='{self.arm}' selects by {arm.select}; a sweep is of an arm with select: {S3.name}")
+        if self.stages:
+            raise ValueError("stages run beside the arms of a distillation or a comparison; leave them out of a sweep")
         if search.row is not None and search.row not in self.evaluation.rows:
             raise ValueError(f"search.row='{search.row}' is no row; there is: {', '.join(self.evaluation.rows)}")
         if search.by != "s3" and not self.evaluation.val_per_class:
@@ -162,7 +164,7 @@ class SweepConfig(RunConfig):
             section, _, rest = key.partition(".")
             here = arm.overrides.get(section) if section in get_args(Overridable) else None  # type: ignore[call-overload]
             own = dict(_leaves(here)) if isinstance(here, Mapping) else {}
-            if any(rest == name or rest.startswith(f"{name}.") for name in own):
+            if (here is not None and not rest) or any(rest == name or rest.startswith(f"{name}.") for name in own):
                 raise ValueError(f"arms.{self.arm}.overrides sets {key}, which is swept; leave it out of one of the two")
             if key.startswith("finetune.") and not arm.finetune:
                 raise ValueError(f"{key} is swept, but arm '{self.arm}' fine-tunes nothing")

@@ -79,7 +79,7 @@ def _as_epsilon(model: Callable[..., Tensor], schedule: NoiseSchedule) -> Callab
     """Wraps a model that predicts v as one that predicts ε; its variance channels, if any, stay unchanged."""
 
     def predict(z: Tensor, t_P: Tensor, condition: Tensor) -> Tensor:
-        output, channels = model(z, t_P, condition), z.shape[1]
+        output, channels = model(z, t_P, condition).to(z.dtype), z.shape[1]  # bfloat16 is too coarse for √ᾱ near 0
         t_B = t_P.repeat_interleave(len(z) // len(t_P))
         return torch.cat([epsilon_of(output[:, :channels], z, t_B, schedule, "v"), output[:, channels:]], dim=1)
 

@@ -93,6 +93,8 @@ class Stage(Component, ABC):
     hashes."""
     config: RunConfig | None = None
     """The run's config as it applies to the arm that the stage was planned for; None if nothing is distilled."""
+    has_logits: bool | None = False
+    """For a set: whether it has soft labels; None where that is known only once it is made."""
     _keys: dict[str, str] = field(default_factory=dict, repr=False)
 
     # Description
@@ -144,7 +146,8 @@ class Stage(Component, ABC):
             known = {name: key for name, key in inputs.items() if key is not None}
             if len(known) < len(inputs):
                 return None
-            params = {**self.params, **plugins.hashes(type(self))}
+            own = plugins.hashes(type(self))
+            params = {**self.params, "kind": own} if own else self.params
             self._keys[storage.uri] = key_of(self.name, self.version, params, known)
         return self._keys[storage.uri]
 

@@ -69,6 +69,9 @@ def open_dit(path: Path) -> DiTFile:
     beside = _json(path.with_name("config.json"))
     if _is_diffusers_dit(beside):
         config = _diffusers_config(beside)
+        scheduler = _json(path.parent.with_name("scheduler") / "scheduler_config.json")
+        if scheduler.get("prediction_type", "epsilon") == "v_prediction":
+            config = config.model_copy(update={"prediction": "v"})
         named = _json(path.parent.with_name("model_index.json")).get("id2label") or {}
         return DiTFile(path, "diffusers", config, _foreign_classes(config, [named[key] for key in sorted(named, key=int)]))
     if path.suffix not in PICKLED:
@@ -98,6 +101,8 @@ def write_dit(model: DiT, classes: tuple[str, ...], out: Path) -> None:
     diffusers transformer (``transformer/`` and ``model_index.json``; for a pipeline, the autoencoder and the scheduler must be
     added).
     """
+    if model.config.prediction != "epsilon" and out.suffix != ".safetensors":
+        raise UserError(f"a DiT that predicts v has no form in which '{out}' could say so; write a .safetensors file")
     draft = out.with_name(out.name + ".part")
     if out.suffix == ".safetensors":
         draft.write_bytes(pack(model, model.config.model_dump(), "dit", classes="\n".join(classes)))

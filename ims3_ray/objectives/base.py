@@ -65,7 +65,10 @@ class TrainingStep:
 
     def epsilon(self, output: Tensor, z: Tensor, t_B: Tensor) -> Tensor:
         """The noise [B, C, H, W] that the model's ``output`` at ``z`` implies."""
-        return epsilon_of(output[:, : self.z0.shape[1]], z, t_B, self.schedule, self.parametrisation)
+        predicted = output[:, : self.z0.shape[1]]
+        if self.parametrisation == "v":  # bfloat16 is too coarse for √ᾱ near 0
+            predicted, z = predicted.float(), z.float()
+        return epsilon_of(predicted, z, t_B, self.schedule, self.parametrisation)
 
     @property
     def predicted(self) -> Tensor:

@@ -28,8 +28,8 @@ def make_plan(config: RunConfig) -> Plan[RunConfig]:
     _check_arms(config)
     planner = Planner(config, config.selection.images_per_class)
     sets = {name: _scored(planner, config, name) for name in config.arms}
-    if config.instability.images and any(arm.finetune and "finetune" not in arm.overrides for arm in config.arms.values()):
-        MeasureInstability.plan(planner, config)
+    if config.instability.images and (name := _tuned_as_the_run_says(config)):
+        MeasureInstability.plan(planner, config.of_arm(name))
     _plan_beside(planner, config, sets)
     export = None
     if config.export:
@@ -59,7 +59,7 @@ def make_evaluation(config: EvaluateConfig) -> Plan[EvaluateConfig]:
     planner = Planner(config)
     sets = {}
     for title, path in config.sets.items():
-        images = ReadGiven.plan(planner, title, path)
+        images = ReadGiven.plan(planner, title, path, config.data)
         ipc = -(-images.images // len(planner.classes.names))
         sets[title] = Scored(title, 0, images, dict(plan_rows(planner, title, images, ipc)))
     return Plan(config, planner.classes, arranged(planner.stages), sets)
@@ -68,13 +68,13 @@ def make_evaluation(config: EvaluateConfig) -> Plan[EvaluateConfig]:
 def _check_arms(config: RunConfig) -> None:
     if not config.arms:
         raise UserError("there is no arm; name some under arms, or extend from configs/methods/")
-    stored = [name for name, protocol in config.evaluation.protocols.items() if protocol.labels == "stored"]
-    for name, arm in config.arms.items():
-        if stored and arm.labels == "hard" and arm.images in ("real", "generated") and arm.synthesise is None:
-            raise UserError(
-                f"arms.{name} has no soft labels, which evaluation.protocols.{stored[0]} takes (labels: stored); "
-                f"set arms.{name}.labels=soft"
-            )
+
+
+def _tuned_as_the_run_says(config: RunConfig) -> str | None:
+    """The first arm that fine-tunes with the run's own settings, rather one with the run's own generator."""
+    names = [name for name, arm in config.arms.items() if arm.finetune and "finetune" not in arm.overrides]
+    others = {"generator", "autoencoder", "data"}
+    return next((name for name in names if not others & set(config.arms[name].overrides)), names[0] if names else None)
 
 
 def _scored(planner: Planner, config: RunConfig, name: str, which: str = "") -> Scored:

@@ -17,7 +17,7 @@ def set_of(planner: Planner, label: str, title: str, arm: ArmConfig, config: Run
     found: Stage | None = None
     if arm.images == "given":
         k = config.selection.images_per_class
-        found = ReadGiven.plan(planner, title, (arm.path or "").replace("{k}", str(k)), k)
+        found = ReadGiven.plan(planner, title, (arm.path or "").replace("{k}", str(k)), config.data, k)
     elif arm.images != "none":
         found = Select.plan(planner, label, title, arm, config)
     if arm.synthesise is not None:

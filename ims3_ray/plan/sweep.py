@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ims3_ray import plugins
 from ims3_ray.config import RunConfig, SweepConfig
 from ims3_ray.config.sweep import Settings, reason_of, title_of
 from ims3_ray.engine.executor import arranged
@@ -58,11 +59,21 @@ class Trial:
 
     def keys(self, storage: Storage) -> list[str | None]:
         """Keys of the data, weights, code and config that the trial's record depends on."""
-        others = [
-            [stage.params, {name: one.key(storage) for name, one in stage.inputs.items() if name != "set"}]
-            for stage in self.scoring
+        return [
+            *(stage.key(storage) for stage in self.stages),
+            id_of([self._made_of(stage, storage) for stage in self._chosen]),
         ]
-        return [*(stage.key(storage) for stage in self.stages), id_of([versions_of([self.judge, *self.scoring]), others])]
+
+    @property
+    def _chosen(self) -> list[Stage]:
+        """The selection and all that is made of it, whose keys depend on what is selected."""
+        return [self.judge, *(question.stage for question in self.questions), *after_choice(self)]
+
+    @staticmethod
+    def _made_of(stage: Stage, storage: Storage) -> list[Any]:
+        """What a stage depends on beside the set that it is made of."""
+        inputs = {name: one.key(storage) for name, one in stage.inputs.items() if name != "set"}
+        return [stage.name, stage.version, stage.params, plugins.hashes(type(stage)), inputs]
 
     def weighing(self, position: int) -> Weighing:
         """The parameters of Eq. 10 of the inner setting at ``position``."""
@@ -120,6 +131,8 @@ def after_choice(trial: Trial) -> list[Stage]:
 def make_trial(config: SweepConfig, planner: Planner, settings: Settings, draw: int) -> Trial:
     """Plan one draw of one outer setting. All trials of a search share one ``planner``."""
     inner, arm = config.inner(), config.arms[config.arm]
+    if config.search.by == "s3":  # nothing is made of the selections
+        arm = arm.model_copy(update={"synthesise": None, "labels": "hard"})
     configs = [_at(config, {**settings, **each}, draw) for each in inner]
     base = _at(config, settings, draw)
     most = max(each.selection.groups for each in configs)
@@ -174,8 +187,3 @@ def before(stages: Iterable[Stage]) -> list[Stage]:
     for stage in stages:
         visit(stage)
     return found
-
-
-def versions_of(stages: Iterable[Stage]) -> list[list[Any]]:
-    """Name and version of each kind of stage."""
-    return sorted([name, version] for name, version in {stage.name: stage.version for stage in stages}.items())

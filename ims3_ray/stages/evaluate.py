@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -39,7 +39,10 @@ class Evaluate(Stage):
     """Trains and tests students. Each student seed is a unit: its accuracies are in the manifest, its confusion matrix in
     the shard."""
 
-    name, version, settings, of_arm, runs_last, counted = "evaluate", 3, ProtocolConfig, True, True, "evaluations"
+    name, version, settings, of_arm, runs_last, counted = "evaluate", 4, ProtocolConfig, True, True, "evaluations"
+
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    """The protocol for the one student of the row."""
 
     @classmethod
     def plan(cls, planner: Planner, title: str, images: Stage, ipc: int, row: str) -> Evaluate:
@@ -49,6 +52,11 @@ class Evaluate(Stage):
         protocol_name, student = config.rows[row]
         protocol = config.protocols[protocol_name]
         check_protocol(planner, protocol_name, protocol)
+        if protocol.labels == "stored" and images.has_logits is False:
+            raise UserError(
+                f"evaluation.protocols.{protocol_name} takes stored soft labels, which the set of '{title}' has not; set "
+                "labels: soft for its arm, or score a set that has them"
+            )
         inputs: dict[str, Stage] = {"set": images, "test": Encode.plan(planner, "test", data)}
         if config.val_per_class:
             inputs["val"] = HoldOut.plan(planner)
@@ -67,6 +75,7 @@ class Evaluate(Stage):
                 f"evaluate ({title}; {row})", params, {**inputs, **teacher.inputs},
                 units=tuple(f"seed-{seed}" for seed in config.seeds), images=ipc * classes * len(config.seeds),
                 flops=flops * len(config.seeds), label=row, weights=teacher.weights,
+                protocol=protocol.model_copy(update={"students": (student,)}),
             )
         )  # fmt: skip
 
@@ -211,11 +220,10 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
 
 def _task(context: Context, stage: Evaluate) -> Task:
     storage, val = context.storage, stage.inputs.get("val")
-    protocol = ProtocolConfig.model_validate({**stage.params["protocol"], "students": [stage.params["student"]]})
     return Task(
-        protocol, stage.inputs["set"].artifact(storage), RealSplit.of(cast(Encode, stage.inputs["test"]), storage),
+        stage.protocol, stage.inputs["set"].artifact(storage), RealSplit.of(cast(Encode, stage.inputs["test"]), storage),
         HeldOutSplit.of(val.artifact(storage), context.classes) if val else None,
-        teacher_of(stage, context) if protocol.labels == "soft" else None, context.classes.names,
+        teacher_of(stage, context) if stage.protocol.labels == "soft" else None, context.classes.names,
         context.config.evaluation.threads_per_task,
     )  # fmt: skip
 

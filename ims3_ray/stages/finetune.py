@@ -109,9 +109,13 @@ class Finetune(Stage):
 
 
 def tuned_title(planner: Planner, config: RunConfig) -> str:
-    """Title of a fine-tuned generator; it names the objectives if the arm has fine-tuning settings of its own."""
-    own = isinstance(planner.work, RunConfig) and config.finetune != planner.work.finetune
-    return f"fine-tuned with {config.finetune.objectives.title}" if own else "fine-tuned"
+    """The title of a fine-tuned generator: it names the objectives, the generator and the size that an arm does not share."""
+    run, names = planner.work, []
+    if isinstance(run, RunConfig):
+        names = [config.finetune.objectives.title] if config.finetune != run.finetune else []
+        names += [config.generator] if config.generator != run.generator else []
+        names += [f"at {config.data.size} pixels"] if config.data.size != run.data.size else []
+    return f"fine-tuned with {', '.join(names)}" if names else "fine-tuned"
 
 
 @dataclass(frozen=True)

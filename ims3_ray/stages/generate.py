@@ -44,7 +44,9 @@ class Generate(ImagePool):
         names = [tuned_title(planner, config) if arm.finetune else "pretrained"]
         if (steering := s.steering) is not None:
             source: Any = Stage.registry[steering.source]
-            inputs[steering.source], params["k"] = source.plan(planner, config), k
+            inputs[steering.source] = source.plan(planner, config)
+            if "k" not in inputs[steering.source].params:
+                params["k"] = k
             names.append(steering.title(s.of(steering), k))
         if isinstance(base, RunConfig) and s != base.sampling:
             names.append(f"{s.sampler}, {s.steps} steps, guidance {s.cfg_scale:g}")

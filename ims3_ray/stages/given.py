@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,19 @@ class ReadGiven(Stage):
     name, version, makes_set = "given", 2, True
 
     path: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
 
     @classmethod
-    def plan(cls, planner: Planner, title: str, path: str, k: int | None = None) -> ReadGiven:
+    def plan(cls, planner: Planner, title: str, path: str, data: DataConfig, k: int | None = None) -> ReadGiven:
         """Plan to read the set at ``path``. Every class must have ``k`` images, or any number above 0 if ``k`` is None."""
-        source, data, names = open_source(path, "train"), planner.work.data, planner.classes.names
-        for name, label in zip(names, match_classes(names, source.class_names, path), strict=True):
+        source, names = open_source(path, "train"), planner.classes.names
+        labels = match_classes(names, source.class_names, path)
+        logits = source.extras([0]).get("logits")
+        if logits is not None and logits.shape[1] != len(source.class_names):
+            raise UserError(
+                f"set '{path}' has soft labels of {logits.shape[1]} classes but names {len(source.class_names)}; correct them"
+            )
+        for name, label in zip(names, labels, strict=True):
             count = int((source.labels == label).sum())
             if not count:
                 raise UserError(f"set '{path}' has no image of class '{name}'; add some, or leave it out of data.classes")
@@ -51,7 +58,7 @@ class ReadGiven(Stage):
         return planner.add(
             cls(
                 f"read {title}", params, units=planner.class_units(), images=len(source.labels), path=path, label=title,
-                stored=pixel_bytes(len(source.labels), planner.work),
+                stored=pixel_bytes(len(source.labels), planner.work), data=data, has_logits=logits is not None,
             )
         )  # fmt: skip
 
@@ -60,30 +67,35 @@ class ReadGiven(Stage):
         source = open_source(self.path, "train")
         labels = match_classes(context.classes.names, source.class_names, self.path)
         indices = [np.flatnonzero(source.labels == label).tolist() for label in labels]
-        pick(context, self, (self.path, "train"), indices, whole=True)
+        pick(context, self, self.data, (self.path, "train"), indices, labels)
 
 
 @dataclass(frozen=True)
 class _Picking:
-    """The source and the destination of the images; ``whole`` says that all of them must be decodable."""
+    """Where images are read and where their shards are written."""
 
     data: DataConfig
     path: str
     split: str
     artifact: Artifact
-    whole: bool
+    labels: Sequence[int] | None
+    """Of a set: the source's label of each class, in the order of the classes. Every image must then be decodable, and its
+    soft labels and weights are kept. None for images that are only tested on."""
 
 
-def pick(context: Context, stage: Stage, place: tuple[str, str], indices: Sequence[list[int]], whole: bool) -> None:
+def pick(
+    context: Context, stage: Stage, data: DataConfig, place: tuple[str, str], indices: Sequence[list[int]],
+    labels: Sequence[int] | None = None,
+) -> None:  # fmt: skip
     """Decode the images ``indices`` of each class from the source at ``place`` (path and split), and commit them as a set."""
     began, artifact = time.monotonic(), stage.artifact(context.storage)
-    picking = _Picking(context.config.data, *place, artifact, whole)
+    picking = _Picking(data, *place, artifact, labels)
     entries = map_classes(pick_classes, picking, list(zip(stage.units, indices, strict=True)))
     commit_set(artifact, dict(zip(stage.units, entries, strict=True)), time.monotonic() - began)
 
 
 def pick_classes(picking: _Picking, classes: Sequence[tuple[str, list[int]]]) -> list[dict[str, Any]]:
-    """Decode the images of some classes, each given as (unit, indices), and write a shard for each class."""
+    """Decode the images of some classes, given as (unit, indices), and write a shard for each class."""
     source, data = open_source(picking.path, picking.split), picking.data
     entries = []
     for unit, indices in classes:
@@ -92,10 +104,14 @@ def pick_classes(picking: _Picking, classes: Sequence[tuple[str, list[int]]]) ->
             try:
                 pixels.append(to_pixels(source.image(index), data.size, data.channels))
             except OSError as error:
-                if picking.whole:
+                if picking.labels is not None:
                     name, reason = source.identify(index), str(error).splitlines()[0]
                     raise UserError(f"set '{picking.path}': {name} cannot be decoded ({reason}); replace it") from error
         empty = np.zeros((0, data.channels, data.size, data.size), np.uint8)
-        more = {name: torch.from_numpy(values) for name, values in source.extras(indices).items()} if picking.whole else {}
+        more = {}
+        if picking.labels is not None:
+            more = {name: torch.from_numpy(values) for name, values in source.extras(indices).items()}
+            if "logits" in more:  # in the order of the run's classes, which the source may have in another
+                more["logits"] = more["logits"][:, list(picking.labels)]
         entries.append(write_class(picking.artifact, unit, torch.from_numpy(np.stack(pixels) if pixels else empty), **more))
     return entries

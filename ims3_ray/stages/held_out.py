@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ims3_ray import plugins
 from ims3_ray.data.sources import open_source
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.stage import Context, Stage
@@ -26,6 +27,7 @@ class HoldOut(Stage):
         params = {
             "source": planner.data.fingerprints["train"], "split": data.train_split, "size": data.size,
             "channels": data.channels, "classes": list(planner.classes.names), "per_class": per_class,
+            **plugins.hashes(type(planner.data.train)),
         }  # fmt: skip
         images = per_class * len(planner.classes.names)
         return planner.add(cls("hold out train images", params, units=planner.class_units(), images=images))
@@ -38,4 +40,4 @@ class HoldOut(Stage):
             indices = np.flatnonzero(source.labels == label)
             drawn = torch.randperm(len(indices), generator=generator_for(0, "validation", position))
             picked.append(indices[drawn[: self.params["per_class"]].numpy()].tolist())
-        pick(context, self, place, picked, whole=False)
+        pick(context, self, context.config.data, place, picked)

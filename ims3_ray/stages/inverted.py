@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ims3_ray import plugins
 from ims3_ray.config import RunConfig
 from ims3_ray.data.transforms import to_signed
 from ims3_ray.diffusion.steering.inverted_gaussian import InvertedGaussian, invert_to_start
@@ -42,6 +43,7 @@ class Invert(DerivedStage):
             "cfg_channels": s.cfg_channels, "cfg_interval": s.cfg_interval, "precision": s.precision,
             "labels": dict(zip(map(str, images.labels), models.labels, strict=True)),
         }  # fmt: skip
+        params |= plugins.hashes(type(models.generator))
         weights, each = {"generator": models.generator_weights}, sampling_flops(models.generator, s)
         if models.autoencoder is not None and models.autoencoder_weights is not None:
             params["autoencoder"] = models.autoencoder_weights.digest

@@ -41,7 +41,7 @@ class Label(Stage):
             cls(
                 f"label ({title})", params, {"set": start, **teacher.inputs}, units=planner.class_units(),
                 images=start.images, flops=start.images * teacher_flops(planner), label=label, weights=teacher.weights,
-                config=config, stored=pixel_bytes(start.images, config),
+                config=config, has_logits=True, stored=pixel_bytes(start.images, config),
             )
         )  # fmt: skip
 

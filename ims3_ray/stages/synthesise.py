@@ -28,6 +28,7 @@ from ims3_ray.engine.sets import EXTRAS, RealSplit, commit_set, write_class
 from ims3_ray.engine.shards import note
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.weights import Weights
+from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.models.autoencoder import load_autoencoder
 from ims3_ray.models.encoder import embedding_cost, encoder_config, encoder_path
@@ -67,7 +68,10 @@ class Synthesise(Stage):
             inputs["real"] = Encode.plan(planner, "train", config.data)
         if "generator" in method.needs:
             models, pool = planner.models(config), cast(Select, start).pool
-            params |= {"generator": models.generator_weights.digest, "labels": list(models.labels)}
+            params |= {
+                "generator": models.generator_weights.digest, "labels": list(models.labels),
+                "precision": config.sampling.precision, **plugins.hashes(method, type(models.generator)),
+            }  # fmt: skip
             inputs |= {name: stage for name, stage in pool.inputs.items() if name == "finetune"}
             if models.autoencoder is not None:
                 inputs["images"] = pool  # for the latents of its images, if these are stored
@@ -81,7 +85,7 @@ class Synthesise(Stage):
         return planner.add(
             cls(
                 f"synthesise ({title}, {method.name})", params, inputs, units=planner.class_units(), images=count,
-                flops=count * method.flops(settings, forward), label=label, weights=weights, config=config,
+                flops=count * method.flops(settings, forward), label=label, has_logits=None, weights=weights, config=config,
                 stored=2 * pixel_bytes(count, config),
             )
         )  # fmt: skip
@@ -125,6 +129,11 @@ def named(parts: Sequence[Part], units: Sequence[str], k: int) -> dict[str, Part
     """A name for each part. If every part is one whole class, it is the name of the class's unit and nothing has to be
     collected."""
     whole = [[(position, number) for number in range(k)] for position in range(len(units))]
+    given = sorted(member for part in parts for member in part)
+    if given != [member for members in whole for member in members]:
+        raise UserError(
+            "the parts of the synthesis method do not have every image of the set exactly once; correct its parts()"
+        )
     if [list(part) for part in parts] == whole:
         return dict(zip(units, parts, strict=True))
     return {f"part-{number:05d}": part for number, part in enumerate(parts)}
@@ -178,9 +187,25 @@ def make_parts(way: _Way, parts: Sequence[tuple[str, Part]]) -> None:
         state = f"{name}.state"
         saved = way.made.read(state) if state in way.made.shards() else None
         made = dict(way.method.make(given, saved, partial(way.made.write, state)))
+        check_made(way.method.name, made, given, len(part), way.shape)
         note(way.made, name, write_class(way.made, name, made.pop("pixels"), indices=given.indices, **made))
         if state in way.made.shards():
             way.made.forget(state)
+
+
+def check_made(method: str, made: Mapping[str, Tensor], given: Given, count: int, shape: tuple[int, int, int]) -> None:
+    """Raises :class:`UserError` for what is not a part of a set: images, logits and weights of every member, finite."""
+    wanted = {"pixels": (count, *shape), "logits": (count, given.num_classes), "weights": (count,)}
+    if wrong := [name for name, tensor in made.items() if tuple(tensor.shape) != wanted.get(name)]:
+        name = wrong[0]
+        raise UserError(
+            f"synthesis method '{method}' gives {name} {tuple(made[name].shape)} where the part has {wanted.get(name)}; "
+            "correct its make()"
+        )
+    if "pixels" not in made or made["pixels"].dtype != torch.uint8:
+        raise UserError(f"synthesis method '{method}' gives no uint8 pixels; correct its make()")
+    if infinite := [name for name, tensor in made.items() if not tensor.double().isfinite().all()]:
+        raise UserError(f"synthesis method '{method}' gives {infinite[0]} that are not finite; lower its step size")
 
 
 def _given(way: _Way, part: Part, device: str, generator: PoolDenoiser | None, teacher: Any) -> Given:

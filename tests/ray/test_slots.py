@@ -21,8 +21,9 @@ from ims3_ray.config import EvaluateConfig, RunConfig
 from ims3_ray.engine.sets import read_set
 from ims3_ray.errors import IncompletePool, UserError
 from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
 from ims3_ray.models.encoder import load_encoder
-from ims3_ray.plan import make_plan
+from ims3_ray.plan import make_evaluation, make_plan
 from ims3_ray.stages.generate import Generate
 from ims3_ray.synthesis.base import Given, Part, Save, Synthesis
 from tests.conftest import CLASSES, tiny_values
@@ -177,7 +178,7 @@ def test_soft_labels_are_the_teachers_and_students_learn_from_them(tiny_run: Run
 
     values["arms"]["soft"].pop("labels")
     values["name"] = "hard"
-    with pytest.raises(UserError, match=r"arms.soft has no soft labels, .*; set arms.soft.labels=soft"):
+    with pytest.raises(UserError, match=r"protocols.stored takes stored soft labels, which the set of 'Soft' has not"):
         make_plan(RunConfig.model_validate(values))
 
 
@@ -192,3 +193,19 @@ def test_an_arm_may_have_its_own_generator(tiny_run: Run, tmp_path: Path):
     assert len([stage for stage in plan.stages if isinstance(stage, Generate)]) == 1
     sets = {name: scored.images.key(Storage.at(str(tmp_path))) for name, scored in plan.sets.items()}
     assert sets["dit"] == sets["other"]
+
+
+def test_soft_labels_of_a_set_with_its_classes_in_another_order_are_put_in_order(tiny_run: Run, tmp_path: Path):
+    names, folder = CLASSES[::-1], tmp_path / "set"
+    folder.mkdir()
+    rows = [(encode_png(Image.new("L", (8, 8), 60 * label)), f"{label}.png", label) for label in range(3)]
+    logits = np.eye(3, dtype=np.float32) * 5  # of the class itself, in the order of the file
+    (folder / "train.parquet").write_bytes(parquet_bytes(image_table(rows, names, {"logits": logits})))
+    values = values_of(tiny_run, tmp_path / "runs")
+    shared = {key: values[key] for key in ("storage", "data", "actors", "evaluation")}
+    config = EvaluateConfig.model_validate({**shared, "name": "given", "sets": {"mine": str(folder)}})
+    evaluate(config)
+    plan = make_evaluation(config)
+    found = read_set(plan.sets["mine"].images.artifact(Storage.at(config.storage)))
+    assert found.pixels[:, 0, 0, 0].tolist() == [120, 60, 0]
+    assert found.logits.argmax(dim=1).tolist() == found.labels.tolist() == [0, 1, 2]

@@ -74,6 +74,7 @@ def test_a_pool_must_suffice_for_every_arm_and_every_budget():
         ("arms.dit.overrides={sampling: {cfg: 2}}", "arms.dit.overrides.sampling.cfg: Extra inputs are not permitted"),
         ("arms.dit.overrides={evaluation: {}}", "input should be 'finetune', 'sampling', 'selection', 'pool', 'synthesis'"),
         ("arms.dit.overrides={data: {classes: [a, b]}}", "overrides.data.classes: arms share their data"),
+        ("arms.random_real.overrides={data: {size: 14}}", "overrides.data.size: real images have the size"),
         ("arms.dit.overrides={generator: {}}", "overrides.generator names weights, so it must be text"),
         ("arms.dit.synthesise=cao", "no synthesis method is called 'cao'; did you mean 'cao2'?"),
         ("arms.random_real.synthesise=cao2", "works on the generator's latents, so it needs images: generated"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from ims3_ray.diffusion.samplers.base import Sampler, sample
 from ims3_ray.diffusion.schedule import NoiseSchedule, per_sample
 from ims3_ray.errors import UserError
 from ims3_ray.models.dit import DiT, DiTConfig
-from ims3_ray.models.generator import open_generator
+from ims3_ray.models.dit_files import write_dit
+from ims3_ray.models.generator import generator_path, open_generator
 from ims3_ray.models.generators.dit import DiTGenerator
 from ims3_ray.objectives.base import TrainingStep
 from ims3_ray.objectives.diffusion import Diffusion, diffusion_loss, drop_conditions
@@ -147,3 +149,29 @@ def test_a_class_that_the_generator_does_not_know_is_named_with_the_nearest(tiny
     generator = open_generator(tiny_world / "dit.safetensors")
     with pytest.raises(UserError, match="knows no class 'lift'; nearest: left"):
         generator.labels(["lift"])
+
+
+def test_a_dit_that_predicts_v_is_not_written_where_that_could_not_be_said(tmp_path: Path):
+    network = DiT(SHAPE.model_copy(update={"prediction": "v"}))
+    for name in ("dit.pt", "pipeline"):
+        with pytest.raises(UserError, match="a DiT that predicts v has no form in which"):
+            write_dit(network, ("a", "b"), tmp_path / name)
+    write_dit(network, ("a", "b"), tmp_path / "dit.safetensors")
+    assert open_generator(tmp_path / "dit.safetensors").parametrisation == "v"
+    write_dit(DiT(SHAPE), ("a", "b"), tmp_path / "pipeline")
+    (tmp_path / "pipeline" / "scheduler").mkdir()
+    scheduler = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
+    for prediction, parametrisation in (("epsilon", "epsilon"), ("v_prediction", "v")):
+        scheduler.write_text(json.dumps({"prediction_type": prediction}))
+        assert open_generator(generator_path(str(tmp_path / "pipeline"))).parametrisation == parametrisation
+
+
+def test_velocity_in_half_precision_is_turned_to_noise_in_full(monkeypatch: pytest.MonkeyPatch):
+    """At t = 999, √ᾱ is 0.006: in bfloat16 the clean latent would be lost."""
+    z0, noise, t = torch.randn(2, 1, 2, 2), torch.randn(2, 1, 2, 2), torch.tensor([999])
+    z_t = SCHEDULE.add_noise(z0, noise, t.expand(2))
+    v = target_of(z0, noise, t.expand(2), SCHEDULE, "v").bfloat16()
+    predict = guided(lambda z, t, y: v, torch.tensor([0]), 1, 1.0, schedule=SCHEDULE, parametrisation="v")
+    eps = predict(z_t, t)
+    assert eps.dtype == torch.float32
+    torch.testing.assert_close(predict_z0(z_t, eps, float(SCHEDULE.alpha_bar[999])), z0, atol=0.05, rtol=0.05)

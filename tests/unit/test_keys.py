@@ -26,8 +26,10 @@ from ims3_ray.engine.folder import check_folder
 from ims3_ray.engine.stage import Stage
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import Storage
+from ims3_ray.objectives.base import Objective
 from ims3_ray.plan import Plan, make_plan
 from ims3_ray.selection import Selector
+from ims3_ray.stages.evaluate import Evaluate
 from ims3_ray.synthesis.base import Synthesis
 from tests.conftest import tiny_values
 
@@ -96,6 +98,28 @@ def test_what_differs_is_found_at_every_depth_and_free_tables_are_taken_whole():
         if "augment" in rebuilt:
             rebuilt["augment"] = {**canonical(ProtocolConfig().augment), **rebuilt["augment"]}
         assert ProtocolConfig.model_validate(rebuilt) == protocol
+
+
+def test_a_component_that_is_added_later_changes_no_key_until_it_is_used(monkeypatch: pytest.MonkeyPatch):
+    """As by a plugin: the default of a fine-tuning was built before it was loaded, other configs after."""
+
+    class Late:
+        name = "late"
+
+        class Config(Section):
+            weight: float = 0.0
+
+        is_on = staticmethod(lambda config: bool(config.weight))
+
+    before = FinetuneConfig()
+    Objective.registry._look()
+    monkeypatch.setitem(Objective.registry._found, "late", Late)
+    after = FinetuneConfig.model_validate(canonical(before))
+    assert "late" in canonical(after)["objectives"]
+    for config in (before, after, FinetuneConfig()):
+        assert differing(config) == {}
+    used = FinetuneConfig.model_validate({"objectives": {"late": {"weight": 0.5}}})
+    assert differing(used) == {"objectives": {"late": {"weight": 0.5}}}
 
 
 class Sampling(SamplingConfig):
@@ -206,6 +230,16 @@ def test_an_option_that_is_no_more_is_named(tiny_world: Path, tmp_path: Path):
     storage.write(f"{config.name}/config.yaml", yaml.safe_dump(plain).encode())
     with pytest.raises(UserError, match=r"sampling.eta: 0.5 there, None here"):
         check_folder(config, storage)
+
+
+def test_a_protocol_that_names_one_setting_of_its_augmentation_keeps_the_others(tiny_world: Path, tmp_path: Path):
+    """The key holds what differs; the students are given the protocol itself."""
+    protocols = {"hard": {"width": 8, "epochs": 2, "augment": {"flip": True, "max_shift": 2}}}
+    plan = plan_of(tiny_world, tmp_path, evaluation={"protocols": protocols, "seeds": [0], "val_per_class": 5})
+    (stage, *_) = [stage for stage in plan.stages if isinstance(stage, Evaluate)]
+    assert stage.params["protocol"]["augment"] == {"flip": True}
+    assert stage.protocol.augment == AugmentConfig(flip=True, max_shift=2)
+    assert stage.protocol.students == ("convnet-3",)
 
 
 def record() -> None:

@@ -22,6 +22,7 @@ from ims3_ray.search.records import Tried, objective_of, points_of
 from ims3_ray.search.results import describe_sweep, gather_sweep
 from ims3_ray.selection import path, select_subgroups
 from ims3_ray.selection.grid import Weighing, most_selections, select_grid, terms_of
+from ims3_ray.stages.synthesise import Synthesise
 from tests.conftest import tiny_values, write_idx_split
 
 LAMBDA = "finetune.objectives.inversion_matching.weight"
@@ -249,6 +250,42 @@ def test_a_record_is_of_its_test_split_and_its_students_too(tiny_world: Path, tm
     write_idx_split(tmp_path / "data", "t10k", 10, seed=77)
     other = values | {"data": {**values["data"], "test_path": str(tmp_path / "data")}}
     assert make_sweep(build(SweepConfig, other)).trials[0].keys(storage) != keys
+
+
+def test_a_record_is_of_what_is_made_of_the_selections_too(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):  # fmt: skip
+    values = tiny_values(tiny_world, tmp_path, space={"selection": {"alpha": [0.1, 0.9]}})
+    values["arms"] = {"ims3": {"title": "IMS3", "images": "generated", "select": "s3", "synthesise": "cao2"}}
+    storage = Storage.at(str(tmp_path))
+
+    def keys(**changes: Any) -> list[str | None]:
+        return make_sweep(build(SweepConfig, {**values, **changes})).trials[0].keys(storage)
+
+    before = keys()
+    assert keys() == before
+    assert keys(synthesis={"cao2": {"steps": 7}}) != before
+    monkeypatch.setattr(Synthesise, "version", 99)
+    assert keys() != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"arms": {"ims3": {"overrides": {"encoder": "x"}}}, "space": {"encoder": ["a", "b"]}}, "overrides sets encoder"),
+        ({"stages": {"mine": {}}}, "stages run beside the arms"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(changes: dict[str, Any], says: str):
+    with pytest.raises(UserError, match=says):
+        build(SweepConfig, changes)
+
+
+def test_with_terms_alone_nothing_is_made_of_the_selections(tiny_world: Path, tmp_path: Path):
+    values = tiny_values(tiny_world, tmp_path, space={"selection": {"alpha": [0.1, 0.9]}}, search={"by": "s3"})
+    values["arms"] = {"ims3": {"title": "IMS3", "images": "generated", "select": "s3", "labels": "soft"}}
+    plan = make_sweep(build(SweepConfig, values))
+    assert "teacher" not in {stage.name for stage in [*plan.stages, *plan.trials[0].stages]}
 
 
 def test_without_students_nothing_of_theirs_is_made(tiny_world: Path, tmp_path: Path):
