@@ -131,7 +131,7 @@ def after_choice(trial: Trial) -> list[Stage]:
 def make_trial(config: SweepConfig, planner: Planner, settings: Settings, draw: int) -> Trial:
     """Plan one draw of one outer setting. All trials of a search share one ``planner``."""
     inner, arm = config.inner(), config.arms[config.arm]
-    if config.search.by == "s3":  # nothing is made of the selections
+    if not config.search.trains_students:  # nothing is made of the selections
         arm = arm.model_copy(update={"synthesise": None, "labels": "hard"})
     configs = [_at(config, {**settings, **each}, draw) for each in inner]
     base = _at(config, settings, draw)
@@ -153,7 +153,7 @@ def make_trial(config: SweepConfig, planner: Planner, settings: Settings, draw: 
             Question(chosen_of(among(most if first.selection.references == "real" else own, first)), tuple(positions))
         )
     images = among(most, base)
-    rows = {} if config.search.by == "s3" else plan_rows(planner, title, images, config.selection.images_per_class)
+    rows = {} if not config.search.trains_students else plan_rows(planner, title, images, config.selection.images_per_class)
     judge = chosen_of(images)
     stages = arranged(before([judge, *(question.stage for question in questions)]))
     return Trial(settings, draw, inner, configs, questions, judge, stages, list(rows.values()))

@@ -152,7 +152,7 @@ def _figure_name(key: str) -> str:
 
 
 def _objective_title(config: SweepConfig) -> str:
-    return "−Eq. 10 per class" if config.search.by == "s3" else "held-out accuracy (%)"
+    return "−Eq. 10 per class" if not config.search.trains_students else "held-out accuracy (%)"
 
 
 def _along(points: Sequence[Point], best: Settings, key: str) -> Iterator[Point]:
@@ -167,14 +167,14 @@ def _curve(config: SweepConfig, near: Sequence[Point], key: str, order: Sequence
     near = sorted(near, key=lambda point: order.index(point["settings"][key]))
     rows = [point["rows"].get(config.row, {}) for point in near]
     lines = []
-    if config.search.by == "s3":
+    if not config.search.trains_students:
         lines.append((_objective_title(config), [point["objective"] for point in near], [0.0] * len(near)))
     else:
         for name, kind in (("held-out images (decides)", "held_out"), ("test split", "last")):
             lines.append((name, [row[kind]["mean"] for row in rows], [row[kind]["std"] for row in rows]))
     places = ["all" if point["settings"][key] is None else f"{point['settings'][key]}" for point in near]
     at = [point["settings"][key] for point in near].index(best["settings"][key])
-    return curves(places, lines, symbol(key), "accuracy (%)" if config.search.by != "s3" else lines[0][0], at)
+    return curves(places, lines, symbol(key), "accuracy (%)" if config.search.trains_students else lines[0][0], at)
 
 
 def _weights(config: SweepConfig, points: Sequence[Point], best: Settings) -> dict[str, bytes]:

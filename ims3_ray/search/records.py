@@ -67,7 +67,7 @@ def points_of(config: SweepConfig, tried: Tried) -> Iterator[Point]:
             kinds = selections[0]["rows"][row]
             rows[row] = {kind: pooled([s["rows"][row][kind] for s in selections]) for kind in kinds}
         score = statistics.fmean(s["score"] for s in selections)
-        decides = score if config.search.by == "s3" else rows[config.row]["held_out"]["mean"] if rows else None
+        decides = score if not config.search.trains_students else rows[config.row]["held_out"]["mean"] if rows else None
         yield {
             "settings": {**tried.settings, **inner}, "trial": id_of(tried.settings), "objective": decides, "score": score,
             "proximity": statistics.fmean(p["proximity"] for p in points),

@@ -43,7 +43,7 @@ def gather_sweep(plan: SweepPlan, trials: Sequence[Tried], storage: Storage) -> 
 def metric(config: SweepConfig) -> str:
     """A phrase that describes the measure by which the search decides."""
     draws = f", run seeds {', '.join(map(str, config.draws))}" if len(config.draws) > 1 else ""
-    if config.search.by == "s3":
+    if not config.search.trains_students:
         return f"the terms of Eq. 10 at the run's own α : β and encoder decide{draws}; no student was trained"
     return (
         f"final top-1 accuracy in % on {config.evaluation.val_per_class} held-out training images a class decides "
@@ -126,7 +126,7 @@ def describe_sweep(plan: SweepPlan) -> str:
     candidates = max((stage.images for stage in stages.values() if stage.counted == "pools"), default=0)
     rows, seeds = len(config.evaluation.rows), len(config.evaluation.seeds)
     most = f"at most {p['most_evaluated']:,}·{rows * seeds}"
-    students = f"students: {'none' if config.search.by == 's3' else most}"
+    students = f"students: {'none' if not config.search.trains_students else most}"
     return "\n".join(
         [
             f"{p['points']:,} points ({' × '.join(factors)}{draws}), {config.search.method}",
