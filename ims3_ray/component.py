@@ -67,6 +67,12 @@ class Registry(Mapping[str, T]):
         self._look()
         return len(self._found)
 
+    def checked(self, name: str) -> str:
+        """``name`` if it is here; ``ValueError`` naming what there is otherwise, for the validators of configs."""
+        if name not in self:
+            raise ValueError(self.unknown(name))
+        return name
+
     def unknown(self, name: str) -> str:
         """Error message for a name that is not registered."""
         near = difflib.get_close_matches(name, list(self), n=1)

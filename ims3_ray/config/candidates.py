@@ -48,9 +48,7 @@ class SamplingConfig(Components):
     @field_validator("sampler")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in Sampler.registry:
-            raise ValueError(Sampler.registry.unknown(name))
-        return name
+        return Sampler.registry.checked(name)
 
     @model_validator(mode="after")
     def _possible(self) -> SamplingConfig:

@@ -66,16 +66,12 @@ class ArmConfig(Section):
     @field_validator("select")
     @classmethod
     def _known_selector(cls, name: str) -> str:
-        if name not in Selector.registry:
-            raise ValueError(Selector.registry.unknown(name))
-        return name
+        return Selector.registry.checked(name)
 
     @field_validator("synthesise")
     @classmethod
     def _known_method(cls, name: str | None) -> str | None:
-        if name is not None and name not in Synthesis.registry:
-            raise ValueError(Synthesis.registry.unknown(name))
-        return name
+        return None if name is None else Synthesis.registry.checked(name)
 
     @model_validator(mode="after")
     def _consistent(self) -> ArmConfig:

@@ -12,8 +12,6 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ims3_ray.data.classes import ClassTable
-from ims3_ray.engine.planner import class_units
 from ims3_ray.engine.pool import ImagePool
 from ims3_ray.engine.shards import by_class, commit_units, pack_tensors, read_class, read_many
 from ims3_ray.io.artifacts import Artifact, Storage
@@ -73,20 +71,3 @@ class RealSplit:
     def read_class(self, position: int) -> Tensor:
         """uint8 pixels of one class."""
         return read_class(self.artifact, self.units[position], "pixels")
-
-
-@dataclass(frozen=True)
-class HeldOutSplit:
-    """Real images that were held out of the training split, in one shard per class."""
-
-    artifact: Artifact
-    num_classes: int
-
-    @classmethod
-    def of(cls, artifact: Artifact, classes: ClassTable) -> HeldOutSplit:
-        return cls(artifact, len(classes.names))
-
-    def read(self) -> Labelled:
-        """uint8 pixels [N, C, H, W] and the positions of their classes [N]."""
-        parts = [read_class(self.artifact, [unit], "pixels") for unit in class_units(self.num_classes)]
-        return torch.cat(parts), torch.cat([torch.full((len(part),), position) for position, part in enumerate(parts)])

@@ -20,7 +20,7 @@ from ims3_ray.cluster.joining import own_device, placed, results
 from ims3_ray.config import ProtocolConfig, WorkConfig, differing, reserved
 from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.engine.planner import Planner
-from ims3_ray.engine.sets import HeldOutSplit, RealSplit, read_set
+from ims3_ray.engine.sets import RealSplit, read_set
 from ims3_ray.engine.shards import commit_units, note, pack_tensors, read_many
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.weights import Weights
@@ -130,7 +130,7 @@ class Task:
     protocol: ProtocolConfig
     images: Artifact
     test: RealSplit
-    val: HeldOutSplit | None
+    val: Artifact | None
     teacher: Weights | Artifact | None
     """Given weights, or the artifact of :mod:`ims3_ray.stages.teacher`; None if the protocol needs no teacher."""
     class_names: tuple[str, ...]
@@ -147,7 +147,7 @@ def train_and_test(task: Task, seed: int, found: Artifact) -> dict[str, Any]:
     began, device, train = time.monotonic(), own_device(), read_set(task.images)
     if task.protocol.labels == "stored" and train.logits is None:
         raise UserError("labels: stored needs a set with soft labels; this one has none (arms.NAME.labels=soft stores them)")
-    val = held_out(task.val.read(), train) if task.val else None
+    val = held_out(read_set(task.val)[:2], train) if task.val else None
     classes, unit = len(task.class_names), unit_of(seed)
     state = f"{unit}.state"
     _, accuracy = train_student(
@@ -222,7 +222,7 @@ def _task(context: Context, stage: Evaluate) -> Task:
     storage, val = context.storage, stage.inputs.get("val")
     return Task(
         stage.protocol, stage.inputs["set"].artifact(storage), RealSplit.of(cast(Encode, stage.inputs["test"]), storage),
-        HeldOutSplit.of(val.artifact(storage), context.classes) if val else None,
+        val.artifact(storage) if val else None,
         teacher_of(stage, context) if stage.protocol.labels == "soft" else None, context.classes.names,
         context.config.evaluation.threads_per_task,
     )  # fmt: skip
