@@ -9,6 +9,11 @@ class UserError(Exception):
     """An error that the user can correct. The message is one line: what is wrong, where, what to do. Exit code 2."""
 
 
+class Damaged(UserError):
+    """A stored file that is missing or is not the one that was written. It counts as missing from now on, so the same command
+    makes it again."""
+
+
 class IncompletePool(Exception):
     """Work that failed on every attempt: the message says what is missing and why. Exit code 1."""
 

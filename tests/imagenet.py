@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 def write_images(folder: Path, wnids: Sequence[str], per_class: int) -> None:
     """``train/`` and ``val/`` with one folder per class; every class has a colour of its own."""
     for split, count in (("train", per_class), ("val", 1)):
-        rng = np.random.default_rng(count)
+        rng = np.random.default_rng([count, len(split)])
         for wnid in wnids:
             place = folder / split / wnid
             place.mkdir(parents=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +12,16 @@ from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, canonical
 from ims3_ray.engine.executor import run_stages
 from ims3_ray.engine.folder import check_folder, warn_if_lost_with_job
 from ims3_ray.engine.stage import Context
+from ims3_ray.errors import Damaged
 from ims3_ray.io.artifacts import Storage
 from ims3_ray.plan import Config, Plan, make_comparison, make_evaluation, make_plan
 from ims3_ray.plan.estimate import account, expect
 from ims3_ray.report.publish import publish, publish_comparison, publish_scores
 from ims3_ray.report.results import Results, RunResult, gather
 from ims3_ray.tracking import Tracker
+
+REPAIRS = 3
+"""Number of times that a command makes damaged files again before it gives up."""
 
 
 def distill(config: RunConfig | None = None) -> RunResult:
@@ -54,17 +57,17 @@ def _complete(plan: Plan[Config], publish: Publish) -> RunResult:
                 _run(plan, storage, publish)
         else:
             _run(plan, storage, publish)
-    return RunResult(storage.address(config.name), json.loads(storage.read(f"{config.name}/results.json")))
+    return RunResult(storage.address(config.name), storage.read_json(f"{config.name}/results.json") or {})
 
 
 def is_finished(plan: Plan[Config], storage: Storage) -> bool:
     """Whether the run folder holds the results of exactly these stages (same images, weights and code) and MLflow has all of
     them."""
     name = plan.config.name
-    if not (storage.exists(f"{name}/results.json") and storage.exists(f"{name}/report.html")):
+    results = storage.read_json(f"{name}/results.json")
+    if results is None or not storage.exists(f"{name}/report.html"):
         return False
-    results = json.loads(storage.read(f"{name}/results.json"))
-    same = [row["key"] for row in results["stages"]] == [stage.key(storage) for stage in plan.stages]
+    same = [row["key"] for row in results.get("stages", [])] == [stage.key(storage) for stage in plan.stages]
     return same and bool(results.get("mlflow", {}).get("complete"))
 
 
@@ -76,9 +79,17 @@ def _run(plan: Plan[Config], storage: Storage, publish: Publish) -> None:
     context, expected = Context(config, storage, plan.classes, tracker), expect(plan, storage)
     storage.write(f"{config.name}/config.yaml", yaml.safe_dump(canonical(config), sort_keys=False).encode())
     try:
-        run_stages(context, plan.stages)
-        estimate = account(expected, context.spent, config.cluster)
-        publish(context, plan, {**gather(plan, storage), "estimate": estimate}, tracker)
+        for attempt in range(REPAIRS + 1):
+            try:
+                run_stages(context, plan.stages)
+                estimate = account(expected, context.spent, config.cluster)
+                publish(context, plan, {**gather(plan, storage), "estimate": estimate}, tracker)
+                break
+            except Damaged as error:
+                if attempt == REPAIRS:
+                    raise
+                print(f"note: {error}", flush=True)
+                storage.manifests.clear()
     except BaseException as error:
         tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise

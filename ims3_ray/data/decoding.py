@@ -1,24 +1,66 @@
-"""Decodes encoded images from untrusted sources to pixels."""
+"""Decodes encoded images from untrusted sources to 8-bit grey or RGB pixels, whatever mode and bit depth the file has.
+
+docs/data.md lists what is read and how.
+"""
 
 from __future__ import annotations
 
 import io
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Formats that are decoded. Pillow reads others too, some of them by starting other programs."""
 MOST_PIXELS = 100_000_000
 """Largest number of pixels of an image: a small file may declare any number, for which memory would be allocated."""
+READ = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+"""Pillow's modes of 8-bit images that are converted to grey or RGB."""
+BACKGROUND = 255
+"""Grey value of the background behind transparent pixels: white."""
 
 
 def decode(encoded: bytes) -> Image.Image:
-    """The image in ``encoded``, fully decoded. Raises ``OSError`` if the image is truncated or the bytes are no image."""
+    """The image in ``encoded`` as a viewer shows it, in mode ``L`` or ``RGB``: turned as its EXIF data say, on a white
+    background where it is transparent, with 16 bits scaled to 8. Of an animation it is the first frame.
+
+    Raises ``OSError`` if the image is truncated, if the bytes are no image, or if its values have no known range.
+    """
     try:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         if image.width * image.height > MOST_PIXELS:
             raise OSError(f"{image.width}×{image.height} pixels are more than {MOST_PIXELS:,}")
         image.load()
+        return _as_8_bits(ImageOps.exif_transpose(image), image.format)
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for some broken files
         raise OSError(str(error)) from error
-    return image
+
+
+def _as_8_bits(image: Image.Image, file_format: str | None) -> Image.Image:
+    """``image`` in mode ``L`` if it is grey, else in mode ``RGB``.
+
+    16-bit grey values are divided by 257, and floating-point values from 0 to 1 are multiplied by 255. Raises ``OSError`` for
+    other floating-point values and for integers of more than 16 bits, since nobody knows which of them is white, and for
+    colours that are not RGB, CMYK or YCbCr.
+    """
+    if image.mode == "F" or image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+        return _from_deep_grey(image)
+    if image.mode not in READ:
+        raise OSError(f"its pixels are of Pillow's mode {image.mode}, which has no known conversion to 8 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, (BACKGROUND, BACKGROUND, BACKGROUND, 255))
+        image = Image.alpha_composite(background, image)
+        return image.convert("RGB")
+    if image.mode in ("1", "L"):
+        return image.convert("L")
+    return image.convert("RGB")
+
+
+def _from_deep_grey(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    most = 1 if image.mode == "F" else 65_535
+    if not (0 <= low <= high <= most):  # also true for values that are not numbers
+        raise OSError(f"its values reach from {low:g} to {high:g}, and only values from 0 to {most} are read")
+    return Image.fromarray((values * (255 / most)).round().astype(np.uint8))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.tracking import slug
+
+LISTINGS = 16
+"""Number of artifacts whose shards are listed at the same time, because object storage answers slowly."""
 
 
 def arranged(stages: Sequence[Stage]) -> list[Stage]:
@@ -56,6 +60,7 @@ def runnable(members: Sequence[Stage], pending: set[Stage]) -> list[Stage]:
 def run_stages(context: Context, stages: Sequence[Stage]) -> None:
     """Run every stage that is not complete."""
     storage = context.storage
+    forget_lost(context, stages)
     waiting = [stage for stage in stages if stage.missing(storage)]
     _completed(context, [stage for stage in stages if stage not in waiting])
     held = []  # keeps the receivers alive, and with them their actors
@@ -76,7 +81,22 @@ def run_stages(context: Context, stages: Sequence[Stage]) -> None:
         _completed(context, batch)
 
 
+def forget_lost(context: Context, stages: Sequence[Stage]) -> None:
+    """Look for committed shards that are no longer there, so that the stages make them again, and print which."""
+    with ThreadPoolExecutor(LISTINGS) as pool:
+        lost = dict(zip(stages, pool.map(lambda stage: stage.forget_lost(context.storage), stages), strict=True))
+    for stage, units in lost.items():
+        if units:
+            more = f" and {len(units) - 1} more" if len(units) > 1 else ""
+            print(f"note: {stage.title}: {units[0]}{more} is no longer in the storage and is made again", flush=True)
+    if any(lost.values()):
+        for stage in stages:
+            stage.forget_key()
+
+
 def _completed(context: Context, stages: Sequence[Stage]) -> None:
+    with ThreadPoolExecutor(LISTINGS) as pool:
+        list(pool.map(lambda stage: stage.artifact(context.storage).used_by(context.config.name), stages))
     for stage in stages:
         stage.check(context)
         context.tracker.metrics(stage_metrics(stage, context))

@@ -22,16 +22,28 @@ def check_folder(config: WorkConfig, storage: Storage) -> None:
     path = f"{config.name}/config.yaml"
     if not storage.exists(path):
         return
-    mine, theirs = (
-        _what_matters(plain)
-        for plain in (_completed(config, canonical(config)), _completed(config, yaml.safe_load(storage.read(path))))
-    )
+    stored = _stored(storage, config.name, path)
+    mine, theirs = (_what_matters(_completed(config, plain)) for plain in (canonical(config), stored))
     if theirs != mine:
         key, old, new = first_difference(theirs, mine)
         raise UserError(
             f"run folder '{storage.address(config.name)}' holds another config ({key}: {old!r} there, {new!r} here); "
             f"choose another name (name={config.name}-2) or delete the folder"
         )
+
+
+def _stored(storage: Storage, name: str, path: str) -> dict[str, Any]:
+    """The config that a run has written. Raises :class:`UserError` if it cannot be read."""
+    try:
+        stored = yaml.safe_load(storage.read(path))
+    except (yaml.YAMLError, ValueError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise UserError(
+            f"'{storage.address(path)}' is damaged, so it is not known whether the run folder is that of this config; delete "
+            f"the folder '{storage.address(name)}' (its images stay in artifacts/, and the same command makes it again)"
+        )
+    return stored
 
 
 def _completed(config: WorkConfig, stored: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +68,16 @@ def _what_matters(plain: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in plain.items() if key not in ("storage", "cluster", "actors", "tracking", "plugins")}
     for section, details in DETAILS.items():
         kept[section] = {key: value for key, value in plain.get(section, {}).items() if key not in details}
-    return kept
+    return _without_trainers(kept)
+
+
+def _without_trainers(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the sections `trainer` at any depth: they say how many workers train, and workers may come and go."""
+    return {
+        key: _without_trainers(value) if isinstance(value, Mapping) else value
+        for key, value in plain.items()
+        if key != "trainer"
+    }
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from ims3_ray.config import RunConfig, WorkConfig
+from ims3_ray.config import DataConfig, PretrainConfig, RunConfig, WorkConfig
 from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
-from ims3_ray.data.sources import fingerprint, open_source
+from ims3_ray.data.sources import fingerprint, open_source, shared_file
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
 from ims3_ray.models.autoencoder import Autoencoder, autoencoder_path, empty_autoencoder
@@ -18,17 +18,34 @@ from ims3_ray.models.generators.base import Generator
 class Data:
     """The opened training and test split, and the classes that are distilled. Raises :class:`UserError`."""
 
-    def __init__(self, config: WorkConfig, images_per_class: int = 1) -> None:
+    def __init__(self, config: WorkConfig | PretrainConfig, images_per_class: int = 1) -> None:
         """Every class must have ``images_per_class`` training images."""
         data = config.data
         self.train = open_source(data.path, data.train_split)
         self.test = open_source(data.test_path or data.path, data.test_split)
+        for notice in dict.fromkeys([*self.train.notices, *self.test.notices]):
+            print(f"note: {notice}", flush=True)
+        self._check_splits(data)
         if missing := set(self.train.class_names) ^ set(self.test.class_names):
             raise UserError(f"train and test split do not hold the same classes: '{min(missing)}' is in one only")
         labels = chosen_labels(self.train.class_names, data.classes)
         counts = count_images(self.train.labels, self.train.class_names, labels, images_per_class)
         names = tuple(self.train.class_names[label] for label in labels)
+        if len(names) < 2:
+            raise UserError(
+                f"data source '{data.path}' holds one class, '{names[0]}', and students need two to tell apart; if the classes "
+                f"are one level deeper, set data.path={data.path.rstrip('/')}/{names[0]}"
+            )
         self.classes = ClassTable(names, tuple(labels), tuple(counts))
+
+    def _check_splits(self, data: DataConfig) -> None:
+        """Raises :class:`UserError` if the test split has training images, of which students would know the answers."""
+        if shared := shared_file(self.train, self.test):
+            raise UserError(
+                f"the test split of '{data.test_path or data.path}' holds the training images ('{shared}'), so accuracies on "
+                "it would mean nothing; put images that are not trained on into a folder of their own (train/ and test/ side "
+                "by side), or name them with data.test_path"
+            )
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

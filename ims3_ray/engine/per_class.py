@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,9 @@ import ray
 from ims3_ray.cluster.capacity import wait_for_capacity
 from ims3_ray.cluster.joining import placed, results
 from ims3_ray.config import reserved
-from ims3_ray.engine.shards import read_many
+from ims3_ray.engine.shards import read_notes
 from ims3_ray.engine.stage import Context, Stage
-from ims3_ray.errors import IncompletePool
+from ims3_ray.errors import Damaged, IncompletePool
 from ims3_ray.progress import Progress
 
 CLASSES_PER_TASK = 50
@@ -42,8 +41,8 @@ def each_unit(
     :func:`ims3_ray.engine.shards.note`, so that nothing is made twice after an interruption.
     """
     artifact = stage.artifact(context.storage)
-    there = artifact.shards()
-    todo = [(unit, row) for unit, row in rows.items() if f"{unit}.json" not in there]
+    there = read_notes(artifact, list(rows))
+    todo = [(unit, row) for unit, row in rows.items() if unit not in there]
     actors, cluster = context.config.actors, context.config.cluster
     options = {"num_cpus": actors.cpus, "num_gpus": gpus, **placed(cluster, "pool")}
     task, shared_ref = ray.remote(function).options(max_retries=3, **options), ray.put(shared)
@@ -65,4 +64,7 @@ def each_unit(
                 raise IncompletePool(f"{stage.title}: {kind}: {reason}; the same command goes on") from error
             progress.advance(running.pop(done))
     context.spend(stage, progress.seconds, min(actors.count, max(1, len(parts))))
-    return {unit: json.loads(entry) for unit, entry in read_many(artifact, list(rows), "json")}
+    made = read_notes(artifact, list(rows))
+    if lost := [unit for unit in rows if unit not in made]:
+        raise Damaged(f"{artifact.address}: {lost[0]} is damaged; the same command makes it again")
+    return {unit: made[unit] for unit in rows}

@@ -6,7 +6,6 @@ store and no two pools compete for the same devices. Actors return only a row of
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, cast
 from ims3_ray.cluster.hardware import kind
 from ims3_ray.config import ActorsConfig, ClusterConfig, WorkConfig
 from ims3_ray.engine.images import Derive, ImageStore, Producer, Stored
-from ims3_ray.engine.shards import by_class, commit_units, parse_unit, read_many
+from ims3_ray.engine.shards import by_class, commit_units, parse_unit, read_notes
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.worker import Derivation, Work
 from ims3_ray.errors import IncompletePool, UserError
@@ -241,7 +240,7 @@ def _what_is_missing(context: Context, task: Task, failed: Mapping[str, str]) ->
     stage, size = task.stage, task.images.unit_size
     names = dict(zip(task.images.labels, context.classes.names, strict=True))
     places = []
-    for unit in sorted(failed):
+    for unit in sorted(failed, key=parse_unit):
         label, number = parse_unit(unit)
         places.append(f"{names.get(label, label)} {number * size}–{(number + 1) * size - 1}")
     shown = ", ".join(places[:20]) + (f" and {len(places) - 20} more" if len(places) > 20 else "")
@@ -283,9 +282,10 @@ def _commit_noted(context: Context, noted: Stage, source: ImagePool, derived: Se
     """
     storage, artifact = context.storage, noted.artifact(context.storage)
     missing: dict[Stage, set[str]] = {stage: set(stage.missing(storage)) for stage in (source, *derived)}
-    names = {name.removesuffix(".json") for name in artifact.shards()}
-    there = sorted(names & set().union(*missing.values()))
-    notes = {unit: json.loads(note) for unit, note in read_many(artifact, there, "json")}
+    if not any(missing.values()):
+        return
+    wanted_units = set().union(*missing.values())
+    notes = read_notes(artifact, [unit for unit in source.units if unit in wanted_units])
     alike = kind_of(storage, source) if noted is source else None
     for unit, note in list(notes.items()):
         if alike == "":
@@ -294,8 +294,15 @@ def _commit_noted(context: Context, noted: Stage, source: ImagePool, derived: Se
             artifact.forget(f"{unit}.json")
             del notes[unit]
     for stage, wanted in missing.items():
-        own, folder = stage is noted is source, stage.artifact(storage).folder
-        found = {unit: _without_derived(note) if own else note["derived"].get(folder) for unit, note in notes.items()}
+        if not wanted:
+            continue
+        own, target = stage is noted is source, stage.artifact(storage)
+        present = target.stems()
+        found = {
+            unit: _without_derived(note) if own else note.get("derived", {}).get(target.folder)
+            for unit, note in notes.items()
+            if unit in present
+        }
         if whole := {unit: entry for unit, entry in found.items() if entry and unit in wanted}:
             seconds = sum(entry["seconds"] for entry in whole.values()) / context.config.actors.count
             commit_units(stage.artifact(storage), whole, seconds)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ims3_ray.engine.pool import ImagePool
 from ims3_ray.engine.shards import by_class, commit_units, pack_tensors, read_class, read_many
 from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.io.files import natural
 from ims3_ray.training.students import Labelled, LabelledSet
 
 EXTRAS = {"logits": torch.float16, "weights": torch.float32}
@@ -44,7 +45,7 @@ def commit_set(artifact: Artifact, entries: Mapping[str, dict[str, Any]], second
 
 def read_set(images: Artifact, classes: int | None = None) -> LabelledSet:
     """A committed set, class by class; only its first ``classes`` classes if that is not None."""
-    units = sorted((images.manifest() or {})["units"])[:classes]
+    units = sorted((images.manifest() or {})["units"], key=natural)[:classes]
     parts = [load(shard) for _, shard in read_many(images, units, "safetensors")]
     labels = torch.cat([torch.full((len(part["pixels"]),), position) for position, part in enumerate(parts)])
     extras = {name: torch.cat([part[name] for part in parts]) for name in EXTRAS if all(name in part for part in parts)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ims3_ray.io.artifacts import Artifact
+from ims3_ray.errors import Damaged
+from ims3_ray.io.artifacts import Artifact, as_json
 
 READERS = 16
 """Number of shards that a process reads at a time."""
@@ -32,7 +33,24 @@ def commit_units(
 
 def note(artifact: Artifact, unit: str, entry: Mapping[str, Any]) -> None:
     """Write a unit's entry (its note) beside its shard: the presence of the note shows that the shard is complete."""
-    artifact.write(f"{unit}.json", json.dumps(entry).encode())
+    artifact.write(f"{unit}.json", as_json(entry, f"the note of {unit}"))
+
+
+def read_notes(artifact: Artifact, units: Sequence[str], stems: Callable[[str], str] = str) -> dict[str, dict[str, Any]]:
+    """Unit → entry, of those ``units`` whose note and shard are there. ``stems`` maps a unit to the name of its shard without
+    ending. A note that cannot be read, or whose shard is gone, is deleted: its unit counts as missing."""
+    notes = {name.removesuffix(".json") for name in artifact.shards() if name.endswith(".json")}
+    there, present, found = [unit for unit in units if unit in notes], artifact.stems(), {}
+    for unit, shard in read_many(artifact, there, "json"):
+        try:
+            entry = json.loads(shard)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict) and stems(unit) in present:
+            found[unit] = entry
+        else:
+            artifact.forget(f"{unit}.json")
+    return found
 
 
 def unit_name(label: int, number: int) -> str:
@@ -63,11 +81,28 @@ def pack_tensors(**tensors: Tensor) -> bytes:
 
 
 def read_many(artifact: Artifact, units: Sequence[str], suffix: str) -> Iterator[tuple[str, bytes]]:
-    """(unit, its shard) of many units, read concurrently: object storage answers slowly but serves many requests at a time."""
+    """(unit, its shard) of many units, read concurrently: object storage answers slowly but serves many requests at a time.
+
+    Raises :class:`Damaged` for a shard that is missing or altered."""
+    for unit, shard in read_intact(artifact, units, suffix):
+        if isinstance(shard, Damaged):
+            raise shard
+        yield unit, shard
+
+
+def read_intact(artifact: Artifact, units: Sequence[str], suffix: str) -> Iterator[tuple[str, bytes | Damaged]]:
+    """Like :func:`read_many`, but gives the error in place of a shard that is missing or altered."""
+
+    def shard_of(unit: str) -> bytes | Damaged:
+        try:
+            return artifact.read(f"{unit}.{suffix}")
+        except Damaged as error:
+            return error
+
     with ThreadPoolExecutor(READERS) as readers:
         for start in range(0, len(units), 4 * READERS):  # limits how much is read ahead
             part = units[start : start + 4 * READERS]
-            yield from zip(part, readers.map(lambda unit: artifact.read(f"{unit}.{suffix}"), part), strict=True)
+            yield from zip(part, readers.map(shard_of, part), strict=True)
 
 
 def read_class(artifact: Artifact, units: Sequence[str], name: str) -> Tensor:

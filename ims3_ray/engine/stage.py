@@ -16,6 +16,7 @@ from ims3_ray.data.classes import ClassTable
 from ims3_ray.engine.weights import Weights
 from ims3_ray.engine.worker import ShardReceiver
 from ims3_ray.io.artifacts import Artifact, Storage, key_of
+from ims3_ray.io.files import natural
 from ims3_ray.tracking import Untracked
 
 
@@ -122,7 +123,7 @@ class Stage(Component, ABC):
         """Add ``units`` to the units of the stage, and scale its numbers of images, operations and bytes accordingly."""
         if more := set(units) - set(self.units):
             scale = (len(self.units) + len(more)) / len(self.units)
-            self.units = tuple(sorted({*self.units, *more}))
+            self.units = tuple(sorted({*self.units, *more}, key=natural))
             self.images, self.flops, self.stored = round(self.images * scale), self.flops * scale, self.stored * scale
 
     def settle(self) -> None:
@@ -138,6 +139,37 @@ class Stage(Component, ABC):
         return self.of_arm or any(stage.belongs_to_arm for stage in self.inputs.values())
 
     # Output
+
+    @classmethod
+    def stem(cls, unit: str) -> str:
+        """Name, without its ending, of the shard that holds a unit."""
+        return unit
+
+    def forget_lost(self, storage: Storage) -> list[str]:
+        """Remove from the manifest the units whose shards are no longer there, so that they are made again; returns them.
+
+        Of a set the whole manifest is removed, since it holds the set's content hash.
+        """
+        if not self.manifest(storage):
+            return []
+        artifact = self.artifact(storage)
+        lost = self.lost(artifact)
+        if lost and self.makes_set:
+            artifact.withdraw()
+        elif lost:
+            artifact.drop(lost)
+        return lost
+
+    @classmethod
+    def lost(cls, artifact: Artifact) -> list[str]:
+        """The units of a committed ``artifact`` whose shards are gone. Units without a recorded hash are not looked for."""
+        units = [unit for unit in (artifact.manifest() or {"units": {}})["units"] if artifact.digest(unit)]
+        present = artifact.stems() if units else set()
+        return [unit for unit in units if cls.stem(unit) not in present]
+
+    def forget_key(self) -> None:
+        """Compute the key anew when it is needed: the content of a set on which it depends may be another by then."""
+        self._keys.clear()
 
     def key(self, storage: Storage) -> str | None:
         """Hash of version, params and inputs; None while an input that is identified by its content is not made yet."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -20,8 +20,13 @@ from typing import Any
 
 from pyarrow import fs
 
-from ims3_ray.errors import UserError
-from ims3_ray.io.files import check_bucket, is_remote, open_filesystem
+from ims3_ray.errors import Damaged, UserError
+from ims3_ray.io.files import check_bucket, is_remote, natural, open_filesystem
+
+PASSING = (".tmp", ".damaged")
+"""Endings of files that are no output: unfinished ones, and damaged ones that were set aside."""
+UNCHECKED = (".json", ".state")
+"""Endings of shards of which the manifest holds no hash: notes of units, and states of unfinished work."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,46 @@ class Storage:
             reason = error.strerror or str(error).splitlines()[0]
             raise UserError(f"cannot write {self.address(path)}: {reason}; check storage and its free space") from error
 
-    def names(self, folder: str) -> set[str]:
-        """Names of the files directly in ``folder``; empty if there is no such folder."""
+    def files(self, folder: str) -> dict[str, fs.FileInfo]:
+        """Name → size and time of each file directly in ``folder``; empty if there is no such folder."""
         selector = fs.FileSelector(self.on_filesystem(folder), allow_not_found=True)
         found = self.filesystem.get_file_info(selector)
-        return {f.base_name for f in found if f.type == fs.FileType.File and not f.base_name.endswith(".tmp")}
+        return {f.base_name: f for f in found if f.type == fs.FileType.File and not f.base_name.endswith(PASSING)}
+
+    def names(self, folder: str) -> set[str]:
+        """Names of the files directly in ``folder``; empty if there is no such folder."""
+        return set(self.files(folder))
+
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders directly in ``folder``, in natural order; empty if there is no such folder."""
+        selector = fs.FileSelector(self.on_filesystem(folder), allow_not_found=True)
+        found = self.filesystem.get_file_info(selector)
+        return sorted((f.base_name for f in found if f.type == fs.FileType.Directory), key=natural)
+
+    def read_json(self, path: str) -> dict[str, Any] | None:
+        """The JSON object in a file; None if there is no such file. A file that holds none is set aside (:meth:`set_aside`) and
+        counts as missing."""
+        try:
+            found = json.loads(self.read(path))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            self.set_aside(path)
+            print(f"note: {self.address(path)} is damaged and counts as missing", flush=True)
+            return None
+        return found
+
+    def write_json(self, path: str, values: Any) -> None:
+        """Write values as a JSON file, atomically. Raises :class:`UserError` for numbers that are not finite, which JSON does
+        not have."""
+        self.write(path, as_json(values, self.address(path)))
+
+    def set_aside(self, path: str) -> None:
+        """Rename a damaged file to ``….damaged``, so that it counts as missing and can still be looked at."""
+        with self._naming(path):
+            self.filesystem.move(self.on_filesystem(path), self.on_filesystem(f"{path}.damaged"))
 
     def delete(self, folder: str) -> None:
         """Delete a folder and its contents; nothing happens if the folder does not exist."""
@@ -134,6 +174,12 @@ class Storage:
     def delete_file(self, path: str) -> None:
         self.manifests.pop(path, None)
         self.filesystem.delete_file(self.on_filesystem(path))
+
+
+def stored_artifacts(storage: Storage) -> list[Artifact]:
+    """All artifacts of a storage, finished or not."""
+    stages = storage.folders("artifacts")
+    return [Artifact(storage, stage, key) for stage in stages for key in storage.folders(f"artifacts/{stage}")]
 
 
 @dataclass(frozen=True)
@@ -161,10 +207,8 @@ class Artifact:
         """The manifest, or None while the artifact is not committed. It is read once and remembered: see :meth:`look_again`."""
         known, path = self.storage.manifests, self._manifest_path
         if path not in known:
-            try:
-                known[path] = json.loads(self.storage.read(path))
-            except FileNotFoundError:
-                known[path] = None
+            found = self.storage.read_json(path)
+            known[path] = found if found and isinstance(found.get("units"), dict) else None
         return known[path]
 
     def look_again(self) -> None:
@@ -172,14 +216,77 @@ class Artifact:
         self.storage.manifests.pop(self._manifest_path, None)
 
     def commit(self, manifest: Mapping[str, Any]) -> None:
-        self.storage.write(self._manifest_path, json.dumps(manifest, indent=1, sort_keys=True).encode())
-        self.storage.manifests[self._manifest_path] = json.loads(json.dumps(manifest))
+        data = as_json(manifest, self.storage.address(self._manifest_path), sort_keys=True)
+        self.storage.write(self._manifest_path, data)
+        self.storage.manifests[self._manifest_path] = json.loads(data)
 
     def shards(self) -> set[str]:
         return self.storage.names(f"{self.folder}/shards")
 
-    def read(self, shard: str) -> bytes:
-        return self.storage.read(f"{self.folder}/shards/{shard}")
+    def read(self, shard: str, unit: str | None = None) -> bytes:
+        """The content of a shard. If the manifest holds the hash of its ``unit`` (by default the name of the shard without its
+        ending), the content is compared with it.
+
+        Raises :class:`Damaged` for a shard that is missing or is not the one that was committed; the latter is set aside.
+        """
+        path = f"{self.folder}/shards/{shard}"
+        wanted = self.digest(unit or shard.rpartition(".")[0]) if not shard.endswith(UNCHECKED) else None
+        for _ in range(2):  # a second time, because the connection and not the file may have been at fault
+            try:
+                data = self.storage.read(path)
+            except FileNotFoundError as error:
+                raise Damaged(f"{self.storage.address(path)} is missing; the same command makes it again") from error
+            found = hashlib.sha256(data).hexdigest() if wanted else None
+            if found == wanted:
+                return data
+        self.storage.set_aside(path)
+        raise Damaged(
+            f"{self.storage.address(path)} is damaged: its content is not what was written; it was set aside, and the same "
+            "command makes it again"
+        )
+
+    def read_json(self, shard: str) -> dict[str, Any]:
+        """The JSON object in a shard. Raises :class:`Damaged` if it is missing or holds none; the latter is set aside."""
+        path = f"{self.folder}/shards/{shard}"
+        found = self.storage.read_json(path)
+        if found is None:
+            raise Damaged(f"{self.storage.address(path)} is missing or damaged; the same command makes it again")
+        return found
+
+    def digest(self, unit: str) -> str | None:
+        """SHA-256 of a committed unit's shard; None if it was not recorded."""
+        entry = (self.manifest() or {"units": {}})["units"].get(unit)
+        return entry.get("sha256") if isinstance(entry, dict) else None
+
+    def intact(self, shard: str, unit: str) -> bool:
+        """Whether the shard of a committed unit is there and is the one that was written."""
+        try:
+            data = self.storage.read(f"{self.folder}/shards/{shard}")
+        except FileNotFoundError:
+            return False
+        return self.digest(unit) in (None, hashlib.sha256(data).hexdigest())
+
+    def stems(self) -> set[str]:
+        """Names, without endings, of the shards; notes of units are not counted."""
+        return {name.rpartition(".")[0] for name in self.shards() if not name.endswith(UNCHECKED)}
+
+    def users(self) -> set[str]:
+        """Names of the runs that have used the artifact."""
+        return self.storage.names(f"{self.folder}/users")
+
+    def used_by(self, run: str) -> None:
+        """Note that the run ``run`` uses the artifact, so that it is not removed as long as the run's folder exists."""
+        if run not in self.users():
+            self.storage.write(f"{self.folder}/users/{run}", b"")
+
+    def drop(self, units: Collection[str]) -> None:
+        """Remove units from the manifest, so that they are made again."""
+        if manifest := self.manifest():
+            self.commit({**manifest, "units": {unit: entry for unit, entry in manifest["units"].items() if unit not in units}})
+
+    def withdraw(self) -> None:
+        """Delete the manifest, so that the whole artifact is made again from what its shards and notes still hold."""
+        self.storage.delete_file(self._manifest_path)
 
     def forget(self, shard: str) -> None:
         """Delete a shard."""
@@ -189,6 +296,14 @@ class Artifact:
         """Store a shard; returns its SHA-256."""
         self.storage.write(f"{self.folder}/shards/{shard}", data)
         return hashlib.sha256(data).hexdigest()
+
+
+def as_json(values: Any, where: str, sort_keys: bool = False) -> bytes:
+    """JSON text for the file ``where``. Raises :class:`UserError` for numbers that are not finite, which JSON does not have."""
+    try:
+        return json.dumps(values, indent=1, sort_keys=sort_keys, allow_nan=False).encode()
+    except ValueError as error:
+        raise UserError(f"cannot write {where}: it would hold a value that is not a finite number ({error})") from error
 
 
 def key_of(stage: str, version: int, params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

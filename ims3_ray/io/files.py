@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from datetime import timedelta
@@ -97,6 +98,24 @@ def _remote(scheme: str, bucket: str, attempts: int) -> fs.FileSystem:
     return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
 
 
+NUMBERS = re.compile(r"(\d+)")
+HIDDEN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini")
+"""Names of files and folders that operating systems put beside a user's files."""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no part of a user's data: ``.git``, ``.ipynb_checkpoints``, ``._photo.png``,
+    ``__MACOSX`` and the like."""
+    return name.startswith(".") or name in HIDDEN
+
+
+def natural(path: str) -> tuple[list[list[str | int]], str]:
+    """Sort key of a path, by its parts. Numbers in names are compared as numbers, so that ``unit-10`` follows ``unit-9``."""
+    # Every second piece is a number, so text is compared with text and numbers with numbers.
+    parts = [NUMBERS.split(part) for part in path.split("/")]
+    return [[int(piece) if i % 2 else piece for i, piece in enumerate(part)] for part in parts], path
+
+
 @dataclass(frozen=True)
 class Place:
     """A path with its file system and what is there: a file, a folder or nothing."""
@@ -133,18 +152,26 @@ class Place:
     def exists(self) -> bool:
         return self.is_file or self.is_folder
 
+    def parents(self, count: int) -> list[Place]:
+        """The ``count`` folders above, from the nearest on."""
+        names = [self.path.rsplit("/", up)[0] for up in range(1, min(count, self.path.count("/")) + 1)]
+        return [self._of(self.filesystem, self.filesystem.get_file_info(name)) for name in names if name]
+
     def child(self, name: str) -> Place:
         return self._of(self.filesystem, self.filesystem.get_file_info(f"{self.path}/{name}"))
 
     def children(self, recursive: bool = False) -> list[Place]:
-        """Contents of the folder, sorted by the parts of their paths; those of its subfolders too if ``recursive`` is set, but
-        links to folders are not followed."""
+        """Contents of the folder without hidden ones, in the order of :func:`natural`; those of its subfolders too if
+        ``recursive`` is set, but links to folders are not followed."""
         if recursive and isinstance(self.filesystem, fs.LocalFileSystem):
             paths = [os.path.join(folder, name) for folder, _, names in os.walk(self.path) for name in names]
             found = self.filesystem.get_file_info(paths)
         else:
             found = self.filesystem.get_file_info(fs.FileSelector(self.path, recursive=recursive))
-        return sorted((self._of(self.filesystem, info) for info in found), key=lambda place: place.path.split("/"))
+        start = len(self.path.rstrip("/")) + 1
+        below = [(info.path[start:], info) for info in found]
+        seen = [(path, info) for path, info in below if not any(map(is_hidden, path.split("/")))]
+        return [self._of(self.filesystem, info) for _, info in sorted(seen, key=lambda each: natural(each[0]))]
 
     def read(self) -> bytes:
         with self.filesystem.open_input_stream(self.path, compression=None) as stream:
@@ -158,6 +185,8 @@ def local_copy(location: str) -> Path:
         return _local(location)
     check_bucket(location)
     place = Place.at(location)
+    if not place.exists:
+        raise UserError(f"'{location}' does not exist; check the path")
     files = [place] if place.is_file else [child for child in place.children(recursive=True) if child.is_file]
     state = hashlib.sha256(repr([location, *((file.path, file.size, file.mtime_ns) for file in files)]).encode()).hexdigest()[
         :16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -123,7 +122,7 @@ def _finish(
         tracker.file(file, data)
     tracker.finish("FINISHED")
     results["mlflow"] = {"run": tracker.run_id, "complete": tracker.complete}
-    storage.write(f"{name}/results.json", json.dumps(results, indent=1).encode())
+    storage.write_json(f"{name}/results.json", results)
 
 
 def _tell_losses(plan: Plan[Config], storage: Storage, tracker: Tracker) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,7 +48,7 @@ def publish_sweep(plan: SweepPlan, results: Results, storage: Storage, tracker: 
         tracker.metrics({f"best/{metric}": value for metric, value in metrics_of(results["best"]).items()})
     tracker.finish("FINISHED")
     results["mlflow"] = {"run": tracker.run_id, "complete": tracker.complete}
-    storage.write(f"{name}/results.json", json.dumps(results, indent=1).encode())
+    storage.write_json(f"{name}/results.json", results)
 
 
 def tell(plan: SweepPlan, tried: Tried, tracker: Tracker) -> None:

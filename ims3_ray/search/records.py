@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -36,8 +35,8 @@ def error_path(config: SweepConfig, settings: Settings) -> str:
 
 def read_records(config: SweepConfig, storage: Storage, settings: Settings, draws: Sequence[int]) -> list[Record]:
     """The records of those of ``draws`` that have one."""
-    paths = [record_path(config, settings, draw) for draw in draws]
-    return [json.loads(storage.read(path)) for path in paths if storage.exists(path)]
+    found = [storage.read_json(record_path(config, settings, draw)) for draw in draws]
+    return [record for record in found if record is not None]
 
 
 Point = dict[str, Any]

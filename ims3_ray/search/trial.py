@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -95,7 +94,7 @@ class TrialActor:
 
     def run(self, settings: Settings, draw: int) -> float:
         """Run a draw, and store its record or its error; returns the objective over the draws up to this one."""
-        self.storage.write(settings_path(self.config, settings), json.dumps(settings).encode())
+        self.storage.write_json(settings_path(self.config, settings), settings)
         try:
             self.record(settings, draw)
         except Exception as error:
@@ -128,10 +127,9 @@ class TrialActor:
         config, storage = self.config, self.storage
         trial = make_trial(config, self.planner, settings, draw)
         path, keys = record_path(config, settings, draw), trial.keys(storage)
-        if storage.exists(path):
-            record: Record = json.loads(storage.read(path))
-            if record["keys"] == keys:
-                return record
+        record: Record | None = storage.read_json(path)
+        if record is not None and record["keys"] == keys:
+            return record
         context = Context(config, storage, self.planner.classes, Untracked(), most_tasks=self.shared.students)
         if missing := [stage.title for stage in trial.stages if stage.belongs_to_arm and stage.missing(storage)]:
             self._say(trial, ", ".join(missing))
@@ -156,7 +154,7 @@ class TrialActor:
         record = {
             "settings": settings, "draw": draw, "keys": keys, "selections": selections, "points": points, "stages": stages,
         }  # fmt: skip
-        storage.write(path, json.dumps(record).encode())
+        storage.write_json(path, record)
         return record
 
     def _say(self, trial: Trial, what: str) -> None:

@@ -61,8 +61,8 @@ def sweep(config: SweepConfig | None = None) -> RunResult:
             _run(plan, storage, None)
     elif not _is_told(config, storage):
         _run(plan, storage, trials)
-    found = json.loads(storage.read(f"{config.name}/results.json"))
-    if found["failed"]:
+    found = storage.read_json(f"{config.name}/results.json") or {}
+    if found.get("failed"):
         first = found["failed"][0]
         raise IncompletePool(
             f"{len(found['failed'])} of {plan.count} trials failed, e.g. {trial_title(first['settings'])}: {first['error']}; "
@@ -80,9 +80,9 @@ def needs(plan: SweepPlan) -> dict[str, float]:
 def trials_there(plan: SweepPlan, storage: Storage) -> list[Tried] | None:
     """The trials of a search that has ended; None if it has not, if a trial failed, or if data, weights or code differ."""
     config, path = plan.config, f"{plan.config.name}/results.json"
-    if not storage.exists(path):
+    results = storage.read_json(path)
+    if results is None:
         return None
-    results = json.loads(storage.read(path))
     trials = [
         Tried(found["settings"], read_records(config, storage, found["settings"], config.draws)[: len(found["keys"])])
         for found in results["trials"]
@@ -98,8 +98,8 @@ def trials_there(plan: SweepPlan, storage: Storage) -> list[Tried] | None:
 
 def _is_told(config: SweepConfig, storage: Storage) -> bool:
     """Whether MLflow has received everything, and the report still exists."""
-    results = json.loads(storage.read(f"{config.name}/results.json"))
-    return bool(results["mlflow"]["complete"] and storage.exists(f"{config.name}/report.html"))
+    results = storage.read_json(f"{config.name}/results.json") or {}
+    return bool(results.get("mlflow", {}).get("complete") and storage.exists(f"{config.name}/report.html"))
 
 
 def _run(plan: SweepPlan, storage: Storage, trials: list[Tried] | None) -> None:
@@ -196,7 +196,8 @@ class Search(Callback):
         outer = {key: values for key, values in config.values.items() if key in config.outer()[0]}
         folder = f"{config.name}/trials"
         begun = sorted(name for name in self.storage.names(folder) if name.endswith(".settings"))
-        known = [json.loads(self.storage.read(f"{folder}/{name}")) for name in begun]  # settings of begun trials come first
+        read = [self.storage.read_json(f"{folder}/{name}") for name in begun]
+        known = [settings for settings in read if settings is not None]  # settings of begun trials come first
         algorithm = OptunaSearch(
             metric="objective", mode="max", seed=config.search.seed + len(known),
             points_to_evaluate=known[: config.search.trials] or None,

@@ -14,6 +14,7 @@ from torch import nn
 from ims3_ray.diffusion.prediction import Predictor
 from ims3_ray.engine.shards import commit_units
 from ims3_ray.engine.stage import Stage
+from ims3_ray.errors import Damaged
 from ims3_ray.io.artifacts import Artifact, Storage
 from ims3_ray.models.generator import open_generator
 from ims3_ray.models.generators.base import Generator
@@ -22,6 +23,11 @@ from ims3_ray.models.generators.base import Generator
 def group_unit(group: int) -> str:
     """Name of a class group in the stage's manifest."""
     return f"group-{group}"
+
+
+def adapter_stem(unit: str) -> str:
+    """Name, without its ending, of the shard that holds the adapter of the group ``unit``."""
+    return unit.replace("group", "adapter")
 
 
 def group_checkpoints(group: int) -> str:
@@ -45,8 +51,13 @@ class Adapters:
         return next(number for number, labels in enumerate(self.groups) if label in labels)
 
     def losses(self, group: int) -> list[dict[str, float]]:
-        """The losses of a group, one row per step."""
-        rows: list[dict[str, float]] = json.loads(self.artifact.read(f"losses-{group}.json"))
+        """The losses of a group, one row per step; none if the file is lost, which is no reason to train again."""
+        name = f"losses-{group}.json"
+        try:
+            rows: list[dict[str, float]] = json.loads(self.artifact.read(name))
+        except (Damaged, ValueError):
+            print(f"note: {self.artifact.address}/shards/{name} is missing or damaged; its losses are not shown", flush=True)
+            return []
         return rows
 
     def commit(self, group: int, outcome: dict[str, Any], images: int, seconds: float) -> None:
@@ -59,7 +70,7 @@ class Adapters:
 
     def merge(self, group: int, generator: Generator, network: nn.Module) -> None:
         """Merge a group's adapter into the pretrained ``network``."""
-        generator.merge(network, load(self.artifact.read(f"adapter-{group}.safetensors")))
+        generator.merge(network, load(self.artifact.read(f"adapter-{group}.safetensors", group_unit(group))))
 
 
 class GroupModels:

@@ -52,6 +52,8 @@ class Encode(ImagePool):
             "source": planner.data.fingerprints[split], "split": _place(data, split)[1], "size": data.size,
             "channels": data.channels, "unit_size": data.unit_size, **plugins.hashes(type(source)),
         }  # fmt: skip
+        if source.version > 1:
+            params["reader"] = source.version
         at = "" if data.size == planner.work.data.size else f" at {data.size} pixels"
         found = planner.add(
             cls(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from ims3_ray.config import ProtocolConfig, WorkConfig, differing, reserved
 from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.sets import RealSplit, read_set
-from ims3_ray.engine.shards import commit_units, note, pack_tensors, read_many
+from ims3_ray.engine.shards import commit_units, note, pack_tensors, read_notes
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import IncompletePool, UserError
@@ -82,6 +81,11 @@ class Evaluate(Stage):
     @property
     def batch(self) -> Hashable:
         return "students"
+
+    @classmethod
+    def lost(cls, artifact: Artifact) -> list[str]:
+        present = artifact.stems()
+        return [unit for unit in (artifact.manifest() or {"units": {}})["units"] if unit not in present]
 
     def worker(self, config: WorkConfig) -> Worker:
         return Worker("evaluate", config.evaluation.cpus_per_task, config.evaluation.gpus_per_task)
@@ -158,7 +162,8 @@ def train_and_test(task: Task, seed: int, found: Artifact) -> dict[str, Any]:
     plain = asdict(replace(accuracy, confusion=torch.empty(0)))
     plain.pop("confusion")
     outcome = {**plain, "seconds": time.monotonic() - began}
-    found.write(f"{unit}.safetensors", pack_tensors(confusion=accuracy.confusion))
+    digest = found.write(f"{unit}.safetensors", pack_tensors(confusion=accuracy.confusion))
+    outcome = {**outcome, "sha256": digest}
     note(found, unit, outcome)
     if state in found.shards():
         found.forget(state)
@@ -189,10 +194,9 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
     waiting: list[tuple[Evaluate, Task, Artifact, int]] = []
     for stage in {stage.key(storage): stage for stage in stages}.values():
         task, artifact, missing = _task(context, stage), stage.artifact(storage), stage.missing(storage)
-        noted = [unit for unit in missing if f"{unit}.json" in artifact.shards()]
+        noted = read_notes(artifact, missing)
         if noted:  # finished, but not committed, by a run that was interrupted
-            outcomes = {unit: json.loads(shard) for unit, shard in read_many(artifact, noted, "json")}
-            commit_units(artifact, outcomes, sum(outcome["seconds"] for outcome in outcomes.values()))
+            commit_units(artifact, noted, sum(outcome["seconds"] for outcome in noted.values()))
         left = set(missing) - set(noted)
         waiting += [(stage, task, artifact, seed) for seed in config.seeds if unit_of(seed) in left]
     running: dict[Any, tuple[Evaluate, Artifact, str]] = {}

@@ -35,6 +35,10 @@ class Export(Stage):
             cls("export", params, {"select": images}, images=images.images, label=label, config=config, stored=stored)
         )  # fmt: skip
 
+    @classmethod
+    def stem(cls, unit: str) -> str:
+        return PARQUET.rpartition(".")[0]
+
     def run(self, context: Context) -> None:
         began, names = time.monotonic(), context.classes.names
         found = read_set(self.inputs["select"].artifact(context.storage))
@@ -50,7 +54,7 @@ class Export(Stage):
 
 def unpack(context: Context, artifact: Artifact, folder: str) -> None:
     """Write the exported set to ``folder`` of the storage, as ``data/*.parquet`` and as one folder of images per class."""
-    parquet = artifact.read(PARQUET)
+    parquet = artifact.read(PARQUET, "result")
     for row in pq.read_table(io.BytesIO(parquet)).column("image").to_pylist():
         context.storage.write(f"{folder}/images/{row['path']}", row["bytes"])
     context.storage.write(f"{folder}/data/{PARQUET}", parquet)

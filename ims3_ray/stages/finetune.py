@@ -25,7 +25,7 @@ from ims3_ray.engine.train import fit
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import Storage
 from ims3_ray.progress import Progress
-from ims3_ray.stages.adapters import Adapters, group_checkpoints, group_unit
+from ims3_ray.stages.adapters import Adapters, adapter_stem, group_checkpoints, group_unit
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.finetune_worker import LossBoard, finetune_loop
 from ims3_ray.stages.latents import EncodeLatents
@@ -89,6 +89,10 @@ class Finetune(Stage):
     def worker(self, config: WorkConfig) -> Worker:
         trainer = self.run_config.finetune.trainer
         return Worker("finetune", trainer.cpus_per_worker, trainer.gpus_per_worker, trainer.num_workers)
+
+    @classmethod
+    def stem(cls, unit: str) -> str:
+        return adapter_stem(unit)
 
     def run(self, context: Context) -> None:
         self.run_all(context, [self])

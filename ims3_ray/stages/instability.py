@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.shards import commit_units, units_of
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.weights import Weights
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.artifacts import Artifact, Storage, as_json
 from ims3_ray.models.generators.base import Generator
 from ims3_ray.progress import Progress
 from ims3_ray.seeds import generator_for
@@ -75,13 +74,17 @@ class MeasureInstability(Stage):
             result = results(watch.first_done([task]))
             progress.done = config.images
         artifact = self.artifact(storage)
-        artifact.write(SHARD, json.dumps(result).encode())
+        artifact.write(SHARD, as_json(result, self.title))
         context.spend(self, progress.seconds)
         commit_units(artifact, {"result": {"images": config.images}}, progress.seconds)
 
+    @classmethod
+    def lost(cls, artifact: Artifact) -> list[str]:
+        return [] if SHARD in artifact.shards() else ["result"]
+
     def results(self, storage: Storage) -> dict[str, Any]:
         """Geometric means over images of the coefficient before and after fine-tuning, and of the factor of its change."""
-        logs = json.loads(self.artifact(storage).read(SHARD))
+        logs = self.artifact(storage).read_json(SHARD)
         logs["change"] = [after - before for before, after in zip(logs["before"], logs["after"], strict=True)]
         found = {}
         for name, values in logs.items():

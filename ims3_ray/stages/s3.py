@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ims3_ray.cluster.joining import here
-from ims3_ray.engine.shards import parse_unit, read_many
+from ims3_ray.engine.shards import parse_unit, read_intact
 from ims3_ray.io.artifacts import Artifact, Storage
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection import SubgroupSelection, SubgroupSelector
@@ -107,12 +107,13 @@ class S3Selector:
         self.sums[part][unit] = sums
 
     def refresh(self) -> None:
-        """Read the committed units whose sums are not known yet."""
+        """Read the committed units whose sums are not known yet. Damaged ones stay missing."""
         for name, part in self.parts.items():
             there = {shard.split(".")[0] for shard in part.embeddings.shards()}
             wanted = [unit for unit in part.first if unit in there and unit not in self.sums[name]]
-            for unit, shard in read_many(part.embeddings, wanted, "safetensors"):
-                self.sums[name][unit] = part.sums(unit, load(shard)["features"])
+            for unit, shard in read_intact(part.embeddings, wanted, "safetensors"):
+                if isinstance(shard, bytes):
+                    self.sums[name][unit] = part.sums(unit, load(shard)["features"])
 
     def missing(self) -> list[tuple[str, str]]:
         return [(name, unit) for name, part in self.parts.items() for unit in part.first if unit not in self.sums[name]]
@@ -151,7 +152,7 @@ class S3Selector:
         position = {label: i for i, label in enumerate(part.labels)}
         dim = next((len(value) for sums in self.sums[name].values() for value in sums.values()), 0)
         total = np.zeros((len(position), part.groups, dim))
-        for unit in sorted(self.sums[name]):
+        for unit in sorted(self.sums[name], key=parse_unit):
             for group, value in self.sums[name][unit].items():
                 total[position[parse_unit(unit)[0]], group] += value
         return normalize(torch.from_numpy(total), dim=-1)

@@ -32,7 +32,7 @@ from ims3_ray.engine.sets import commit_set, write_class
 from ims3_ray.engine.shards import read_many
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.engine.worker import ShardReceiver
-from ims3_ray.errors import UserError
+from ims3_ray.errors import Damaged, UserError
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection import ClassImages, ClassSelector, Per, Selector, SubgroupSelection, SubgroupSelector
@@ -183,7 +183,10 @@ def choose_together(context: Context, stage: Select) -> tuple[list[Tensor], dict
         raise UserError(f"{stage.title}: {str(error).splitlines()[-1]} (class and subgroup, from 0)") from error
     if selection is None:
         lost = results(actor.missing.remote())
-        raise UserError(f"{stage.title}: {len(lost)} embedding shards are gone from the storage, e.g. {lost[0][1]}")
+        raise Damaged(
+            f"{stage.title}: {len(lost)} shards of embeddings are lost or damaged, e.g. of unit {lost[0][1]}; the same command "
+            "makes them again"
+        )
     ray.kill(actor)
     return chosen_by(selection, stage.run_config.selection.images_per_class)
 

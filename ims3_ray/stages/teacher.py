@@ -60,6 +60,10 @@ class TrainTeacher(Stage):
         trainer = config.evaluation.teacher.trainer
         return Worker("finetune", trainer.cpus_per_worker, trainer.gpus_per_worker, trainer.num_workers)
 
+    @classmethod
+    def stem(cls, unit: str) -> str:
+        return SHARD.rpartition(".")[0]
+
     def run(self, context: Context) -> None:
         """Train, test and commit the teacher; an interrupted training continues from the last epoch."""
         config, storage, artifact = context.config.evaluation.teacher, context.storage, self.artifact(context.storage)
@@ -135,7 +139,7 @@ def read_teacher(teacher: Artifact) -> Encoder:
     """Load the network that :class:`TrainTeacher` has written."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, SHARD)
-        path.write_bytes(teacher.read(SHARD))
+        path.write_bytes(teacher.read(SHARD, "result"))
         return load_encoder(path)
 
 

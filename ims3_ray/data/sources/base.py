@@ -27,6 +27,8 @@ LONGEST_NAME = 200
 """Largest length of a class name in bytes; class names become folder names."""
 LISTINGS = 16
 """Number of folders that are listed at the same time, because object storage answers slowly."""
+SPLIT_NAMES = ("train", "test", "val", "valid", "validation")
+"""Names of folders that are splits if they hold folders, and classes if they hold images."""
 HASH_WHOLE_BELOW = 256 * 2**20  # bytes; files that are larger in total are fingerprinted by name and size
 
 
@@ -36,6 +38,9 @@ class Source(Component, ABC):
     registry = Registry["type[Source]"]("data source", "ims3_ray.data.sources")
     order: ClassVar[int] = 0
     """Sources try to read a path in ascending order of this number."""
+    version: ClassVar[int] = 1
+    """Version of the images and their order. It is raised when they change for the same files, so that images which an older
+    version has decoded are not used."""
 
     location: str
     """The path that was given."""
@@ -43,6 +48,8 @@ class Source(Component, ABC):
     labels: NDArray[np.int64]
     files: Sequence[Place] = ()
     """The files that hold the image set."""
+    notices: Sequence[str] = ()
+    """What a user should know of the image set, such as files that are not read; one sentence each."""
 
     @classmethod
     @abstractmethod
@@ -75,7 +82,8 @@ class Location:
         check_bucket(self.path)
         root = Place.at(self.path)
         if not root.exists and is_hub_id(self.path):
-            patterns = [f"{self.split}*.parquet", f"*/{self.split}*.parquet"]
+            names = (f"{self.split}*.parquet", f"{self.split}/*.parquet")
+            patterns = [pattern for name in names for pattern in (name, f"*/{name}")]
             root = Place.at(str(fetch(self.path, patterns, "data source", "dataset")))
         if not root.exists:
             raise UserError(
@@ -106,8 +114,11 @@ def open_source(path: str, split: str) -> Source:
             if len(source.labels) == 0:
                 raise UserError(f"data source '{path}' (split '{split}') holds no image; check the path and data.*_split")
             return source
+    splits = [child.name for child in place.children if child.is_folder and child.name in SPLIT_NAMES]
+    there = f"; it has the splits {', '.join(splits)}: set data.train_split and data.test_split" if splits else ""
     raise UserError(
         f"data source '{path}' holds neither IDX files, nor {split}*.parquet, nor one folder per class for split '{split}'"
+        f"{there}"
     )
 
 
@@ -115,12 +126,28 @@ def fingerprint(source: Source) -> str:
     """A hash that changes when classes, labels or files change. It covers the bytes of the files, but only names and sizes for
     large sets and for sets on object storage."""
     digest = hashlib.sha256(json.dumps(source.class_names).encode() + source.labels.tobytes())
-    whole = sum(file.size for file in source.files) < HASH_WHOLE_BELOW and not is_remote(source.location)
+    whole = hashed_whole(source)
     for file in source.files:
         digest.update(f"{file.name} {file.size}\n".encode())
         if whole:
             digest.update(file.read())
     return digest.hexdigest()[:16]
+
+
+def hashed_whole(source: Source) -> bool:
+    """Whether :func:`fingerprint` covers the bytes of the source's files."""
+    return sum(file.size for file in source.files) < HASH_WHOLE_BELOW and not is_remote(source.location)
+
+
+def shared_file(train: Source, test: Source) -> str | None:
+    """A file that two splits share, or whose content they share because one split is a copy of the other; None if they are
+    different, as far as their files show."""
+    paths = {(file.filesystem.type_name, file.path) for file in train.files}
+    shared = [file.path for file in test.files if (file.filesystem.type_name, file.path) in paths]
+    if shared:
+        return shared[0]
+    known = bool(train.files) and hashed_whole(train) and hashed_whole(test)
+    return test.files[0].path if known and fingerprint(train) == fingerprint(test) else None
 
 
 def each(look: Callable[[Place], list[Place]], folders: Sequence[Place]) -> list[list[Place]]:

@@ -1,41 +1,88 @@
-"""Folders of images, one per class."""
+"""Folders of images: one folder per class, and the layouts in which ImageNet and Tiny-ImageNet are downloaded."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ims3_ray.data.decoding import decode
-from ims3_ray.data.sources.base import Location, Source, check_names, each
-from ims3_ray.io.files import Place
+from ims3_ray.data.sources.base import SPLIT_NAMES, Location, Source, check_names, each
+from ims3_ray.errors import UserError
+from ims3_ray.io.files import Place, natural
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-SPLIT_NAMES = {"train", "test", "val", "valid", "validation"}
+IMAGE_SUFFIXES = {
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+}  # fmt: skip
+"""Endings of the file names, in lower case, that are read as images."""
+KAGGLE = "ILSVRC/Data/CLS-LOC"
+"""Folder of the splits in ImageNet as Kaggle distributes it."""
+SYNSET_LABELS = "imagenet_2012_validation_synset_labels.txt"
+"""File of TensorFlow's ImageNet scripts: line i is the class of the i-th validation image."""
 
 
 class FolderSource(Source):
-    """One folder per class, named after the class, with images at any depth below it."""
+    """One folder per class, named after the class, with images at any depth below it. A split may instead be a flat folder of
+    images whose classes are listed in a file: see :func:`listed_labels`."""
 
-    name, order = "folder", 30
+    name, order, version = "folder", 30, 2
 
     @classmethod
     def find(cls, place: Location) -> Source | None:
-        folders = {child.name: child for child in place.children if child.is_folder}
-        if place.split in folders:
-            return cls(place.path, folders[place.split])
-        if folders and not set(folders) & SPLIT_NAMES:  # without folders per split, the whole folder is one split
-            return cls(place.path, place.root)
-        return None
+        root = place.root
+        if root.is_folder and (kaggle := root.child(KAGGLE)).is_folder:
+            root = kaggle
+        folders = {child.name: child for child in root.children() if child.is_folder} if root.is_folder else {}
+        found = cls._of_split(place, root, folders)
+        if found is None and not any(is_split(folders[name]) for name in SPLIT_NAMES if name in folders):
+            found = cls._of_classes(place, root)  # without folders per split, the whole folder is one split
+        return found
 
-    def __init__(self, location: str, folder: Place) -> None:
+    @classmethod
+    def _of_split(cls, place: Location, root: Place, folders: Mapping[str, Place]) -> Source | None:
+        """The split in the folder of its name; None if there is no such folder, or if it is a class of images."""
+        if place.split not in folders:
+            return None
+        split = folders[place.split]
+        labels = listed_labels(split, [place.root, root, split])
+        if labels is not None:
+            return cls(place.path, split, *_grouped(split, labels))
+        return cls._of_classes(place, split) if is_split(split) else None
+
+    @classmethod
+    def _of_classes(cls, place: Location, folder: Place) -> Source | None:
+        inside = folder.children() if folder.is_folder else []
+        classes = [child for child in inside if child.is_folder]
+        tars = [child for child in inside if child.is_file and child.name.endswith(".tar")]
+        if len(tars) > len(classes):
+            raise UserError(
+                f"'{folder.path}' holds {len(tars)} tar files such as '{tars[0].name}'; unpack each into a folder of its name"
+            )
+        if [child.name for child in classes] == ["images"]:
+            raise UserError(
+                f"'{folder.path}' holds images without classes; give a split that has them (data.test_split=val), or sort "
+                "the images into one folder per class"
+            )
+        if not classes:
+            return None
+        found = each(lambda folder: folder.children(recursive=True), classes)
+        return cls(place.path, folder, [child.name for child in classes], found)
+
+    def __init__(self, location: str, folder: Place, classes: Sequence[str], found: Sequence[Sequence[Place]]) -> None:
+        """``found`` holds all files of each class; those that are no images are left out."""
         self.location, self._folder = location, folder
-        classes = sorted((child for child in folder.children() if child.is_folder), key=lambda child: child.name)
-        self.class_names = tuple(child.name for child in classes)
-        found = each(_images_below, classes)
-        self.files = [file for files in found for file in files]
-        self.labels = np.repeat(np.arange(len(classes)), [len(files) for files in found]).astype(np.int64)
+        self.class_names = tuple(classes)
+        images = [[file for file in files if is_image(file)] for files in found]
+        self.files = [file for files in images for file in files]
+        self.labels = np.repeat(np.arange(len(classes)), [len(files) for files in images]).astype(np.int64)
+        others = [file for files in found for file in files if file.is_file and not is_image(file)]
+        if others:
+            suffixes = Counter(Path(file.name).suffix.lower() or "no ending" for file in others)
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
+            self.notices = [f"'{folder.path}' holds {len(others)} files that are not read as images ({kinds})"]
         check_names(location, self.class_names)
 
     def image(self, index: int) -> Image.Image:
@@ -45,6 +92,59 @@ class FolderSource(Source):
         return self.files[index].path[len(self._folder.path) + 1 :]
 
 
-def _images_below(folder: Place) -> list[Place]:
-    found = folder.children(recursive=True)
-    return [file for file in found if file.is_file and Path(file.name).suffix.lower() in IMAGE_SUFFIXES]
+def is_image(place: Place) -> bool:
+    return place.is_file and Path(place.name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def is_split(folder: Place) -> bool:
+    """Whether ``folder``, which is named like a split, is one: it holds folders or packed classes, and no image. Otherwise it
+    is a class of that name."""
+    inside = folder.children()
+    return not any(map(is_image, inside)) and any(child.is_folder or child.name.endswith(".tar") for child in inside)
+
+
+def listed_labels(split: Place, around: Sequence[Place]) -> dict[str, str] | None:
+    """File name → class of the images of a flat split, as a file lists them; None for a split with a folder per class.
+
+    Three lists are known: ``val_annotations.txt`` of Tiny-ImageNet in the split's folder, and for ImageNet Kaggle's
+    ``LOC_val_solution.csv`` and TensorFlow's ``imagenet_2012_validation_synset_labels.txt``, in any of the folders ``around``
+    or their parents. Raises :class:`UserError` for a flat split without any of them.
+    """
+    if (annotations := split.child(f"{split.name}_annotations.txt")).is_file:
+        rows = [line.split("\t") for line in _lines(annotations)]
+        return {row[0]: row[1] for row in rows if len(row) > 1}
+    images = [child.name for child in split.children() if is_image(child)]
+    if not images or any(child.is_folder for child in split.children()) or split.name not in ("val", "validation"):
+        return None
+    for folder in {above.path: above for place in around for above in (place, *place.parents(3))}.values():
+        if (solution := folder.child("LOC_val_solution.csv")).is_file:
+            pairs = [line.split(",", 1) for line in _lines(solution)[1:]]
+            names = {Path(image).stem: image for image in images}
+            return {names[stem]: rest.split()[0] for stem, rest in pairs if stem in names}
+        if (synsets := folder.child(SYNSET_LABELS)).is_file:
+            classes = _lines(synsets)
+            if len(classes) != len(images):
+                raise UserError(f"'{synsets.path}' lists {len(classes)} classes for {len(images)} images; fetch both again")
+            return dict(zip(sorted(images, key=natural), classes, strict=True))
+    if not images[0].startswith("ILSVRC2012_val"):
+        return None
+    raise UserError(
+        f"'{split.path}' holds images but not their classes; put LOC_val_solution.csv (Kaggle) or {SYNSET_LABELS} beside it, "
+        "or sort the images into one folder per class. The ground truth of the development kit is not read, since it numbers "
+        "the classes in an order of its own"
+    )
+
+
+def _grouped(split: Place, labels: Mapping[str, str]) -> tuple[list[str], list[list[Place]]]:
+    """Classes of a flat split, and the images of each. Raises :class:`UserError` for an image that is not listed."""
+    by_class: dict[str, list[Place]] = {}
+    for image in filter(is_image, split.children(recursive=True)):
+        if image.name not in labels:
+            raise UserError(f"'{split.path}' holds '{image.name}', whose class is not listed; fetch the list again")
+        by_class.setdefault(labels[image.name], []).append(image)
+    classes = sorted(by_class, key=natural)
+    return classes, [by_class[name] for name in classes]
+
+
+def _lines(file: Place) -> list[str]:
+    return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]

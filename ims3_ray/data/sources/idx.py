@@ -40,7 +40,7 @@ class IdxSource(Source):
             raise UserError(f"IDX files in '{location}' hold {len(self._pixels)} images but {len(self.labels)} labels")
         if names is not None:
             self.class_names = tuple(name.strip() for name in names.read().decode().splitlines() if name.strip())
-        elif "fashion" in str(Path(images.path).resolve().parent).lower():
+        elif "fashion" in str(Path(images.path).resolve().parent).lower() and self._pixels.shape in FASHION_MNIST_SHAPES:
             self.class_names = FASHION_MNIST_CLASSES
         else:
             self.class_names = numbered(self.labels)
@@ -72,6 +72,7 @@ def _read_idx(file: Place) -> NDArray[np.uint8]:
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 
+FASHION_MNIST_SHAPES = ((60_000, 28, 28), (10_000, 28, 28))
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip

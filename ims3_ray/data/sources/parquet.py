@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from fnmatch import fnmatch
 
 import numpy as np
 import pyarrow as pa
@@ -24,13 +24,14 @@ class ParquetSource(Source):
     """Parquet files in the Hub's image layout: ``image: {bytes, path}`` (the column may have another name, such as ``img``) and
     an integer ``label`` with ClassLabel names."""
 
-    name, order = "parquet", 20
+    name, order, version = "parquet", 20, 2
 
     @classmethod
     def find(cls, place: Location) -> Source | None:
         if place.root.is_file:
             return cls(place.path, [place.root])
-        files = [file for file in place.nearby if file.is_file and fnmatch(file.name, f"{place.split}*.parquet")]
+        files = [file for file in place.nearby if file.is_file and is_part_of(file, place.split)]
+        check_one_configuration(place.path, files)
         return cls(place.path, files) if files else None
 
     def __init__(self, location: str, files: Sequence[Place]) -> None:
@@ -57,8 +58,22 @@ class ParquetSource(Source):
         }
         self._bytes = [t[image].combine_chunks().field("bytes") for t in tables]
         self._starts = np.cumsum([0, *(t.num_rows for t in tables)])
-        self.class_names = class_names_of(tables[0].schema.metadata) or numbered(self.labels)
+        self.class_names = self._common_names([class_names_of(table.schema.metadata) for table in tables])
         check_labels(location, self.labels, self.class_names)
+
+    def _common_names(self, names: Sequence[tuple[str, ...] | None]) -> tuple[str, ...]:
+        """The class names that all files give. Raises :class:`UserError` if they disagree, since the same label would then
+        stand for different classes."""
+        for file, mine in zip(self.files, names, strict=True):
+            if mine != names[0]:
+                one, other = (
+                    ", ".join(each[:5]) + (" …" if len(each) > 5 else "") if each else "none" for each in (names[0], mine)
+                )
+                raise UserError(
+                    f"Parquet files '{self.files[0].path}' and '{file.path}' name their classes differently ({one}; {other}); "
+                    "give files of one data set"
+                )
+        return names[0] or numbered(self.labels)
 
     def image(self, index: int) -> Image.Image:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -70,6 +85,32 @@ class ParquetSource(Source):
 
     def extras(self, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         return {name: values[list(indices)] for name, values in self._extras.items()}
+
+
+def is_part_of(file: Place, split: str) -> bool:
+    """Whether the file holds a part of ``split`` by the Hub's naming: ``train.parquet``, ``train-00000-of-00002.parquet``, or
+    any Parquet file in a folder called ``train``; but not ``train_extra-00000-of-00001.parquet``, which is another split."""
+    if file.path.split("/")[-2:-1] == [split]:
+        return file.name.endswith(".parquet")
+    return re.fullmatch(rf"{re.escape(split)}([-._ ]?\d.*)?\.parquet", file.name) is not None
+
+
+def check_one_configuration(location: str, files: Sequence[Place]) -> None:
+    """Raise :class:`UserError` for files of several folders, which are different data sets (configurations, on the Hub), and
+    for a numbered set of files of which some are missing."""
+    folders = list(dict.fromkeys(file.path.rpartition("/")[0] for file in files))
+    if len(folders) > 1:
+        names = ", ".join(folder.rpartition("/")[2] for folder in folders)
+        raise UserError(
+            f"data source '{location}' has Parquet files in several folders ({names}), which are read as different data sets; "
+            f"choose one, as in data.path={folders[0]}"
+        )
+    counts = {int(found[1]) for file in files if (found := re.search(r"-of-(\d+)", file.name))}
+    if counts and counts != {len(files)}:
+        raise UserError(
+            f"data source '{location}' has {len(files)} Parquet files ('{files[0].name}' …), whose names say that there are "
+            f"{' or '.join(map(str, sorted(counts)))}; fetch the missing ones, or remove those of another download"
+        )
 
 
 def _open_parquet(file: Place) -> pq.ParquetFile:

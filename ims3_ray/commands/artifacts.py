@@ -1,0 +1,150 @@
+"""The command of `jobs/artifacts.py`: lists, verifies, repairs and prunes the artifacts of a storage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from ims3_ray import plugins
+from ims3_ray.config import Section
+from ims3_ray.engine.executor import LISTINGS
+from ims3_ray.engine.stage import Stage
+from ims3_ray.errors import IncompletePool
+from ims3_ray.io.artifacts import Artifact, Storage, stored_artifacts
+
+DAY_S = 86_400.0
+
+
+class ArtifactsConfig(Section):
+    """What `jobs/artifacts.py` does with a storage."""
+
+    action: Literal["list", "verify", "repair", "prune"] = "list"
+    """`list` shows every artifact with its size, its age and the runs that use it. `verify` compares every shard with its
+    SHA-256. `repair` does the same and lets damaged and lost units count as missing, so that the command that made them makes
+    them again. `prune` deletes artifacts that no run uses."""
+    storage: str = "runs"
+    """Folder or URI that holds the artifacts."""
+    plugins: tuple[str, ...] = ()
+    """Files or modules with kinds of stage from outside the package."""
+    older_than_days: float = Field(default=7, ge=0)
+    """Age in days from which `prune` deletes an artifact that no run uses; a run that is working on it is younger."""
+    dry_run: bool = False
+    """Whether `prune` only shows what it would delete."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An artifact as it lies on the storage."""
+
+    artifact: Artifact
+    size: int
+    """Bytes of all its shards."""
+    changed: float
+    """Time of the last change, in seconds since 1970."""
+    users: tuple[str, ...]
+    """Names of the runs that use it and whose folders still exist."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.artifact.stage}/{self.artifact.key}"
+
+
+def run(config: ArtifactsConfig) -> None:
+    """Do what ``config.action`` says. Raises :class:`IncompletePool` if `verify` finds damaged shards."""
+    plugins.load(config.plugins)
+    storage = Storage.at(config.storage)
+    {"list": show, "verify": verify, "repair": repair, "prune": prune}[config.action](config, storage)
+
+
+def found_in(storage: Storage) -> list[Stored]:
+    with ThreadPoolExecutor(LISTINGS) as pool:
+        return list(pool.map(_stored, stored_artifacts(storage)))
+
+
+def _stored(artifact: Artifact) -> Stored:
+    storage = artifact.storage
+    files = [*storage.files(f"{artifact.folder}/shards").values(), *storage.files(artifact.folder).values()]
+    users = tuple(sorted(name for name in artifact.users() if storage.is_folder(name)))
+    changed = max((file.mtime_ns or 0 for file in files), default=0) / 1e9
+    return Stored(artifact, sum(file.size or 0 for file in files), changed, users)
+
+
+def show(config: ArtifactsConfig, storage: Storage) -> None:
+    rows = [("artifact", "units", "MB", "days old", "used by")]
+    found = found_in(storage)
+    for stored in found:
+        manifest = stored.artifact.manifest()
+        units = f"{len(manifest['units'])}" if manifest else "unfinished"
+        age = f"{(time.time() - stored.changed) / DAY_S:.1f}" if stored.changed else "?"
+        rows.append((stored.name, units, f"{stored.size / 1e6:.1f}", age, ", ".join(stored.users) or "no run"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]))
+    print(f"{len(found)} artifacts, {sum(stored.size for stored in found) / 1e6:.1f} MB in {storage.uri}")
+
+
+def _kind(artifact: Artifact) -> type[Stage]:
+    """The kind of stage that made an artifact; :class:`Stage` for a kind of a plugin that is not loaded."""
+    return Stage.registry[artifact.stage] if artifact.stage in Stage.registry else Stage  # noqa: SIM401
+
+
+def damaged_units(artifact: Artifact) -> list[tuple[str, str | None]]:
+    """(unit, its shard) of an artifact's committed units that are damaged; no shard for a unit whose shard is gone."""
+    kind = _kind(artifact)
+    lost = [(unit, None) for unit in kind.lost(artifact)] if kind is not Stage else []
+    names = {name.rpartition(".")[0]: name for name in artifact.shards() if not name.endswith((".json", ".state"))}
+    units = (artifact.manifest() or {"units": {}})["units"]
+    shards = [(unit, names[kind.stem(unit)]) for unit in units if kind.stem(unit) in names]
+    with ThreadPoolExecutor(LISTINGS) as pool:
+        intact = list(pool.map(lambda pair: artifact.intact(pair[1], pair[0]), shards))
+    return [*lost, *((unit, shard) for (unit, shard), whole in zip(shards, intact, strict=True) if not whole)]
+
+
+def _damaged(storage: Storage) -> Iterator[tuple[Artifact, list[tuple[str, str | None]]]]:
+    """Artifacts with damaged units; each is printed."""
+    whole = 0
+    for artifact in stored_artifacts(storage):
+        if found := damaged_units(artifact):
+            for unit, shard in found:
+                print(f"{artifact.address}: {unit} is {'lost' if shard is None else f'damaged (shards/{shard})'}", flush=True)
+            yield artifact, found
+        else:
+            whole += 1
+    print(f"{whole} artifacts are intact", flush=True)
+
+
+def verify(config: ArtifactsConfig, storage: Storage) -> None:
+    found = [unit for _, units in _damaged(storage) for unit in units]
+    if found:
+        raise IncompletePool(
+            f"{len(found)} units are damaged or lost; python jobs/artifacts.py repair storage={config.storage} lets them count "
+            "as missing, and the command that made them makes them again"
+        )
+
+
+def repair(config: ArtifactsConfig, storage: Storage) -> None:
+    for artifact, units in list(_damaged(storage)):
+        for _, shard in units:
+            if shard is not None:
+                storage.set_aside(f"{artifact.folder}/shards/{shard}")
+        if _kind(artifact).makes_set:
+            artifact.withdraw()
+        else:
+            artifact.drop([unit for unit, _ in units])
+        print(f"{artifact.address}: {len(units)} units count as missing; the command that made them makes them again")
+
+
+def prune(config: ArtifactsConfig, storage: Storage) -> None:
+    before = time.time() - config.older_than_days * DAY_S
+    unused = [stored for stored in found_in(storage) if not stored.users and stored.changed <= before]
+    for stored in unused:
+        print(f"{'would delete' if config.dry_run else 'deletes'} {stored.name}, {stored.size / 1e6:.1f} MB", flush=True)
+        if not config.dry_run:
+            storage.delete(stored.artifact.folder)
+    total = sum(stored.size for stored in unused) / 1e6
+    print(f"{len(unused)} artifacts that no run uses, {total:.1f} MB, older than {config.older_than_days:g} days")
