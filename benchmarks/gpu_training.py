@@ -81,7 +81,7 @@ def train_one(name: str, overrides: list[str], out: Path, clock: Clock, emit: Em
     """Write ``OUT/NAME-dit.safetensors`` and ``OUT/NAME-dit.png``; emit rows of the loss curve, then one with the result."""
     began, whole = time.monotonic(), clock.left
     config = load_config(PretrainConfig, CONFIGS / f"{name}-dit-minutes.yaml", [*overrides, *([] if GPU else SMALL)])
-    train, test, class_names = splits_of(config.data)
+    train, test, class_names, _ = splits_of(config.data)
     if not GPU:
         train, test = fewer(train), fewer(test)
     emit({"set": name, "loading_s": round(time.monotonic() - began, 2)})

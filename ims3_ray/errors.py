@@ -9,6 +9,10 @@ class UserError(Exception):
     """An error that the user can correct. The message is one line: what is wrong, where, what to do. Exit code 2."""
 
 
+class Diverged(UserError):
+    """A training whose loss, or a model whose weights, are not finite numbers."""
+
+
 class Damaged(UserError):
     """A stored file that is missing or is not the one that was written. It counts as missing from now on, so the same command
     makes it again."""

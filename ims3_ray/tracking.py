@@ -8,6 +8,7 @@ rest later.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import queue
@@ -20,9 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ims3_ray import database
 from ims3_ray.config import WorkConfig, canonical
 from ims3_ray.errors import UserError, masked
 from ims3_ray.io.artifacts import Storage
+from ims3_ray.provenance import command, commit, version
 
 BATCH = 1000
 """Number of metrics that MLflow accepts in one call."""
@@ -59,6 +62,12 @@ def tracking_uri(config: WorkConfig, storage: Storage) -> str:
     if local is None:
         raise UserError("storage is remote, where sqlite cannot live; set tracking.uri or MLFLOW_TRACKING_URI to a server")
     return f"sqlite:///{local}"
+
+
+def follow_moved_folder(config: WorkConfig, storage: Storage) -> None:
+    """Where the run folder with MLflow's database was moved, correct the places of files in the database."""
+    if (files := storage.local_path(f"{config.name}/mlflow")) is not None:
+        database.follow_move(files.with_name("mlflow.db"), files)
 
 
 class Untracked:
@@ -140,6 +149,11 @@ class Tracker(Untracked):
     def file(self, name: str, data: bytes) -> None:
         self._tell(partial(self._log_file, name, data))
 
+    def inputs(self, found: Mapping[str, Any], path: str) -> None:
+        """Log the data and the weights of :func:`ims3_ray.provenance.provenance` as MLflow's datasets and models; ``path`` is
+        that of the data."""
+        self._tell(partial(self._log_inputs, dict(found), path))
+
     def finish(self, status: str) -> None:
         """Set the status of the run: FINISHED, FAILED or KILLED. Waits for the remaining calls; calls that fail from now on are
         not repeated."""
@@ -190,6 +204,8 @@ class Tracker(Untracked):
             return
         from mlflow.exceptions import MlflowException
 
+        if self._ours and (files := self._files()) is not None:
+            database.prepare(files.with_name("mlflow.db"), files)
         self._client = self._connect()
         if self.storage.exists(self._note):
             known = self.storage.read(self._note).decode()
@@ -203,7 +219,7 @@ class Tracker(Untracked):
                     raise
                 # another server, or one that has lost its database: everything is logged to a new run
         self.experiment_id = self._experiment()
-        run_id = self._client.create_run(self.experiment_id, run_name=self.config.name).info.run_id
+        run_id = self._client.create_run(self.experiment_id, run_name=self.config.name, tags=source_tags()).info.run_id
         self._log_params(run_id, dict(_flat(canonical(self.config))))
         self.storage.write(self._note, run_id.encode())
         self.run_id = run_id
@@ -213,9 +229,20 @@ class Tracker(Untracked):
         found = self._client.get_experiment_by_name(config.tracking.experiment)
         if found is not None:
             return str(found.experiment_id)
-        local = self.storage.local_path(f"{config.name}/mlflow")
-        place = local.as_uri() if self._ours and local is not None else None
-        return str(self._client.create_experiment(config.tracking.experiment, artifact_location=place))
+        place = self._files()
+        location = place.as_uri() if place is not None else None
+        return str(self._client.create_experiment(config.tracking.experiment, artifact_location=location))
+
+    def _files(self) -> Path | None:
+        """Folder for the files of a new experiment in a SQLite database: in the run folder, or beside a database elsewhere.
+        None for a server, which decides itself."""
+        if self._ours:
+            return self.storage.local_path(f"{self.config.name}/mlflow")
+        if not self.uri.startswith("sqlite:///"):
+            return None
+        return (
+            Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" / slug(self.config.tracking.experiment)
+        )
 
     def _log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -264,6 +291,29 @@ class Tracker(Untracked):
             self._client.delete_run(run_id)
             del self._known_children()[name]
 
+    def _log_inputs(self, found: Mapping[str, Any], path: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
+
+        run = self._client.get_run(self.run_id)
+        if run.inputs.dataset_inputs:
+            return  # an interrupted run has logged them
+        contexts = {"train": "training", "test": "evaluation"}
+        datasets = [
+            DatasetInput(
+                Dataset(f"{path.rpartition('/')[2]} {split}", digest, "local", json.dumps({"path": path})),
+                [InputTag("mlflow.data.context", contexts.get(split, split))],
+            )
+            for split, digest in found["data"].items()
+        ]
+        models = []
+        for key, digest in found["weights"].items():
+            name, _, reference = key.partition(" ")
+            params = {"reference": reference, "digest": digest}
+            model = self._client.create_logged_model(self.experiment_id, name, self.run_id, params=params, model_type=name)
+            self._client.finalize_logged_model(model.model_id, "READY")
+            models.append(LoggedModelInput(model.model_id))
+        self._client.log_inputs(self.run_id, datasets, models)
+
     def _known_children(self) -> dict[str, tuple[str, str, str]]:
         """Name → (id, status, digest) of the child runs that MLflow has."""
         if self._children is None:
@@ -282,6 +332,17 @@ class Tracker(Untracked):
             path = Path(folder, name)
             path.write_bytes(data)
             self._client.log_artifact(self.run_id, str(path))
+
+
+def source_tags() -> dict[str, str]:
+    """MLflow's own tags that say which program, at which commit, made a run."""
+    tags = {
+        "mlflow.source.name": command(), "mlflow.source.type": "JOB" if os.environ.get("RAY_JOB_ID") else "LOCAL",
+        "ims3.version": version(),
+    }  # fmt: skip
+    if found := commit():
+        tags["mlflow.source.git.commit"] = found.removesuffix("+")
+    return tags
 
 
 def _digest(params: Mapping[str, Any], metrics: Mapping[str, float]) -> str:

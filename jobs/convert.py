@@ -17,8 +17,9 @@ from ims3_ray.config import Section
 from ims3_ray.errors import UserError
 from ims3_ray.models.checkpoints import weights_path
 from ims3_ray.models.difffit import merge_adapter
-from ims3_ray.models.dit_files import open_dit, write_dit
-from ims3_ray.models.generator import generator_path, load_generator
+from ims3_ray.models.dit_files import open_dit, with_classes, write_dit
+from ims3_ray.models.generator import generator_path
+from ims3_ray.models.generators.dit import DiTGenerator
 
 
 class ConvertConfig(Section):
@@ -36,14 +37,12 @@ def run(config: ConvertConfig) -> None:
     path, out = generator_path(config.generator), Path(config.out)
     if out.exists():
         raise UserError(f"'{out}' exists; choose another out= or remove it")
-    classes = open_dit(path).classes
+    file = open_dit(path)
     if config.classes is not None:
         if not (listed := Path(config.classes)).is_file():
             raise UserError(f"classes='{listed}' does not exist")
-        classes = tuple(listed.read_text().splitlines())
-    model = load_generator(path)
-    if classes and len(classes) != model.config.num_classes:
-        raise UserError(f"{len(classes)} class names for a generator of {model.config.num_classes} classes")
+        file = with_classes(file, tuple(listed.read_text().splitlines()))
+    classes, model = file.classes, DiTGenerator(file).load()
     if config.adapter is not None:
         merge_adapter(model, load_file(weights_path(config.adapter)))
     write_dit(model, classes, out)

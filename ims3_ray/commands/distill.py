@@ -18,7 +18,7 @@ from ims3_ray.plan import Config, Plan, make_comparison, make_evaluation, make_p
 from ims3_ray.plan.estimate import account, expect
 from ims3_ray.report.publish import publish, publish_comparison, publish_scores
 from ims3_ray.report.results import Results, RunResult, gather
-from ims3_ray.tracking import Tracker
+from ims3_ray.tracking import Tracker, follow_moved_folder
 
 REPAIRS = 3
 """Number of times that a command makes damaged files again before it gives up."""
@@ -50,6 +50,7 @@ def _complete(plan: Plan[Config], publish: Publish) -> RunResult:
     config = plan.config
     storage = Storage.at(config.storage)
     check_folder(config, storage)
+    follow_moved_folder(config, storage)
     if not is_finished(plan, storage):
         if any(stage.missing(storage) for stage in plan.stages):
             warn_if_lost_with_job(config)

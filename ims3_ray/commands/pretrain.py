@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,14 @@ import torch
 import yaml
 
 from ims3_ray.cluster.capacity import wait_for_capacity
-from ims3_ray.cluster.joining import connected, own_device, placed
+from ims3_ray.cluster.joining import connected, own_device, placed, results
 from ims3_ray.commands.quality import Quality, judge_encoder, judge_generator, splits_of
 from ims3_ray.config import PretrainConfig, canonical
 from ims3_ray.data.contact_sheet import contact_sheet
-from ims3_ray.data.sources import open_source
+from ims3_ray.engine.folder import first_difference
+from ims3_ray.engine.inputs import Data
 from ims3_ray.errors import UserError
+from ims3_ray.io.artifacts import Storage
 from ims3_ray.io.files import is_remote
 
 
@@ -25,10 +29,10 @@ def pretrain(config: PretrainConfig) -> Path:
     """Train ``config.target`` and write the weights and their card to ``{storage}/{name}/``. Returns the safetensors file."""
     if is_remote(config.storage):
         raise UserError(f"storage '{config.storage}' is remote; weights are trained to a folder, so give storage=/a/folder")
-    open_source(config.data.path, config.data.train_split)  # a bad source is an error before Ray starts
-    open_source(config.data.test_path or config.data.path, config.data.test_split)
+    data = Data(config)  # a bad source is an error before Ray starts
     folder = Path(config.storage).expanduser().resolve() / config.name
     folder.mkdir(parents=True, exist_ok=True)
+    check_pretraining(config, data.fingerprints, folder)
     path = folder / f"{config.name}.safetensors"
     trainer = config.trainer
     needed = {"CPU": trainer.num_workers * trainer.cpus_per_worker, "GPU": trainer.num_workers * trainer.gpus_per_worker}
@@ -47,26 +51,85 @@ def pretrain(config: PretrainConfig) -> Path:
                 "threads": trainer.threads_per_worker,
             }  # fmt: skip
             outcome = fit(encoder_loop, arguments, trainer, "train", str(folder), labels)
-        path.write_bytes(outcome["weights"])
+        Storage.at(str(folder)).write(path.name, outcome["weights"])
         threads = config.quality.threads
         task = ray.remote(_judge).options(
             num_cpus=min(threads, trainer.cpus_per_worker),
             num_gpus=trainer.gpus_per_worker,
             **placed(config.cluster, "finetune"),
         )
-        quality: Quality = ray.get(task.remote(config, path))
+        quality: Quality = results(task.remote(config, path))
     if quality.samples is not None:
         (folder / f"{config.name}.png").write_bytes(contact_sheet(quality.samples, 10))
     card = folder / f"{config.name}.md"
     card.write_text(weights_card(config, outcome, path, quality))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB after {outcome['seconds']:.0f} s")
     print("\n".join(quality.lines))
+    if quality.broken:
+        more = f" and {len(quality.broken) - 5} more" if len(quality.broken) > 5 else ""
+        print(f"note: {len(quality.broken)} images cannot be decoded and were left out: {', '.join(quality.broken[:5])}{more}")
     return path
 
 
 def _judge(config: PretrainConfig, path: Path) -> Quality:
     judge = judge_generator if config.target == "generator" else judge_encoder
-    return judge(config, path, splits_of(config.data), own_device())
+    splits = splits_of(config.data)
+    return replace(judge(config, path, splits, own_device()), broken=splits.broken)
+
+
+GROWS = {"generator": "steps", "encoder": "epochs"}
+"""Target → its key that says how long to train. A training goes on when the number is raised."""
+
+
+def check_pretraining(config: PretrainConfig, fingerprints: Mapping[str, str], folder: Path) -> None:
+    """Write the config and the fingerprints of the data to the folder; raises :class:`UserError` if it holds a training with
+    another config or other data. What only says where and how fast it trains may differ, and the number of steps or epochs
+    may be raised."""
+    path = folder / "config.yaml"
+    mine = {**canonical(config), "data_fingerprints": dict(fingerprints)}
+    if path.exists():
+        theirs = _read_config(path)
+        old, new = (_what_matters(plain) for plain in (theirs, mine))
+        if old != new:
+            key, before, now = first_difference(old, new)
+            raise UserError(
+                f"folder '{folder}' holds the training of another config ({key}: {before!r} there, {now!r} here); choose "
+                f"another name (name={config.name}-2) or delete the folder"
+            )
+        length = GROWS[config.target]
+        done, wanted = theirs[config.target][length], mine[config.target][length]
+        if wanted < done:
+            raise UserError(
+                f"folder '{folder}' holds a training with {config.target}.{length}={done}, which cannot be taken back; choose "
+                f"another name (name={config.name}-2)"
+            )
+    elif (folder / "train").exists():
+        raise UserError(
+            f"folder '{folder}' holds a training whose config is not known (config.yaml is missing); choose another name "
+            f"(name={config.name}-2) or delete the folder"
+        )
+    Storage.at(str(folder)).write("config.yaml", yaml.safe_dump(mine, sort_keys=False).encode())
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not {"generator", "encoder"} <= found.keys():
+        raise UserError(f"'{path}' is damaged, so it is not known what was trained; choose another name or delete the folder")
+    return found
+
+
+def _what_matters(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the options that may change between two commands that continue the same training. The data are compared
+    by their fingerprints, so that they may move."""
+    places = ("storage", "trainer", "cluster", "quality", "plugins")
+    kept = {key: value for key, value in plain.items() if key not in places}
+    kept["data"] = {key: value for key, value in plain["data"].items() if key not in ("path", "test_path", "unit_size")}
+    for target, length in GROWS.items():
+        kept[target] = {key: value for key, value in plain[target].items() if key not in (length, "checkpoint_every")}
+    return kept
 
 
 def weights_card(config: PretrainConfig, outcome: dict[str, Any], path: Path, quality: Quality) -> str:
@@ -87,7 +150,8 @@ def weights_card(config: PretrainConfig, outcome: dict[str, Any], path: Path, qu
         [
             f"# {config.name}", "",
             f"The {config.target} trained by `jobs/pretrain.py` on the training split alone.", "",
-            f"- data: {Path(config.data.path).name}, split {config.data.train_split}, {outcome['images']} images",
+            f"- data: {Path(config.data.path).name}, split {config.data.train_split}, {outcome['images']} images"
+            + (f"; {len(quality.broken)} images of both splits cannot be decoded and were left out" if quality.broken else ""),
             f"- steps: {outcome['steps']} of {batch} images, mean loss at the end {sum(recent) / len(recent):.4f}",
             f"- seconds: {outcome['seconds']:.0f}", f"- hardware: {hardware}",
             f"- file: {path.stat().st_size / 1e6:.1f} MB, safetensors, half precision", "",

@@ -5,29 +5,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ims3_ray.config import DataConfig, PretrainConfig
-from ims3_ray.data.batches import load_pixels
-from ims3_ray.data.sources import open_source
 from ims3_ray.data.transforms import to_signed
+from ims3_ray.engine.inputs import decoded_split
 from ims3_ray.engine.shards import units_of
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.stages.candidates import Candidates
 from ims3_ray.training.students import Labelled, accuracy_of, train_student
 
-Splits = tuple[Labelled, Labelled, tuple[str, ...]]
-"""Training and test images (uint8 [N, C, size, size], labels [N]), and the names of the classes."""
+
+class Splits(NamedTuple):
+    """Training and test images (uint8 [N, C, size, size], labels [N]), and the names of the classes."""
+
+    train: Labelled
+    test: Labelled
+    names: tuple[str, ...]
+    broken: tuple[str, ...] = ()
+    """Names of the images that cannot be decoded."""
 
 
 def splits_of(data: DataConfig) -> Splits:
     """The decoded training and test split of a source."""
-    train = open_source(data.path, data.train_split)
-    test = open_source(data.test_path or data.path, data.test_split)
-    loaded = [load_pixels(source, data.size, data.channels)[:2] for source in (train, test)]
-    return loaded[0], loaded[1], train.class_names
+    (train, broken), (test, more) = decoded_split(data, "train"), decoded_split(data, "test")
+    return Splits(train[:2], test[:2], train[2], (*broken, *more))
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Quality:
     figures: dict[str, float] = field(default_factory=dict)
     """For a generator: the judge's accuracy on the test split (``judge_accuracy``), and the mean over classes of the share of
     samples that the judge assigns to their class (``agreement``), both in per cent."""
+    broken: tuple[str, ...] = ()
+    """Names of the images of both splits that cannot be decoded and were left out."""
     samples: Tensor | None = None
     """For a generator: at most ten samples of each class, uint8 [N, C, H, W], in order of classes."""
 
@@ -48,7 +55,7 @@ def judge_generator(config: PretrainConfig, weights: Path, splits: Splits, devic
     were generated."""
     q = config.quality
     torch.set_num_threads(q.threads)
-    train, test, names = splits
+    train, test, names, _ = splits
     student, accuracy = train_student(q.judge.students[0], train, test, len(names), q.judge, 0, device=device)
     produce = Candidates(q.sampling, weights, None, None, config.seed, device)
     agreed, first = [], []
@@ -67,14 +74,14 @@ def judge_generator(config: PretrainConfig, weights: Path, splits: Splits, devic
             "by class: " + ", ".join(f"{name} {share:.0f} %" for name, share in zip(names, agreed, strict=True)),
         ],
         {"judge_accuracy": accuracy.last, "agreement": agreement},
-        torch.cat(first),
+        samples=torch.cat(first),
     )
 
 
 def judge_encoder(config: PretrainConfig, weights: Path, splits: Splits, device: str) -> Quality:
     """Test accuracy of φ's own classification head."""
     torch.set_num_threads(config.quality.threads)
-    _, (pixels, labels), _ = splits
+    _, (pixels, labels), _, _ = splits
     encoder = load_encoder(weights).to(device)
     with torch.inference_mode():
         predicted = torch.cat([encoder.logits(to_signed(part.to(device))).argmax(dim=1).cpu() for part in pixels.split(500)])

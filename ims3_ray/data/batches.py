@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,9 +19,15 @@ MOST_THREADS = 16
 """Largest number of threads that decode images; there is at most one for each CPU."""
 
 
-def load_pixels(source: Source, size: int, channels: int) -> tuple[Tensor, Tensor, list[str]]:
-    """All images that can be decoded, uint8 ``[N, C, H, W]``, their labels, int64 ``[N]``, and the names of the images that
-    cannot be decoded."""
+def load_pixels(
+    source: Source, size: int, channels: int, classes: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor, list[str]]:  # fmt: skip
+    """All images of the ``classes`` (all when None) that can be decoded, uint8 ``[N, C, H, W]``; their labels, int64 ``[N]``,
+    which are positions in ``classes``; and the names of the images that cannot be decoded."""
+    names = source.class_names if classes is None else classes
+    positions = np.full(len(source.class_names), -1)
+    positions[[source.class_names.index(name) for name in names]] = np.arange(len(names))
+    wanted = np.flatnonzero(positions[source.labels] >= 0)
 
     def decoded(index: int) -> NDArray[np.uint8] | None:
         try:
@@ -30,12 +36,12 @@ def load_pixels(source: Source, size: int, channels: int) -> tuple[Tensor, Tenso
             return None
 
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-        images = list(pool.map(decoded, range(len(source.labels))))
-    whole = [index for index, image in enumerate(images) if image is not None]
+        images = list(pool.map(decoded, wanted.tolist()))
+    whole = [int(index) for index, image in zip(wanted, images, strict=True) if image is not None]
     pixels = [image for image in images if image is not None]
     stacked = np.stack(pixels) if pixels else np.zeros((0, channels, size, size), np.uint8)
-    broken = [source.identify(index) for index, image in enumerate(images) if image is None]
-    return torch.from_numpy(stacked), torch.from_numpy(source.labels[whole].astype(np.int64)), broken
+    broken = [source.identify(int(index)) for index, image in zip(wanted, images, strict=True) if image is None]
+    return torch.from_numpy(stacked), torch.from_numpy(positions[source.labels[whole]].astype(np.int64)), broken
 
 
 def batch_indices(count: int, batch_size: int, rank: int, world: int, seed: int, first_step: int = 0) -> Iterator[Tensor]:

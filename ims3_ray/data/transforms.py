@@ -31,7 +31,10 @@ def to_signed(pixels: Tensor) -> Tensor:
 
 
 def to_uint8(signed: Tensor) -> Tensor:
-    """Convert float values in [−1, 1] (values outside are clamped) to uint8, rounding to the nearest integer."""
+    """Convert float values in [−1, 1] (values outside are clamped) to uint8, rounding to the nearest integer. Raises
+    ``ValueError`` if a value is not finite."""
+    if not signed.isfinite().all():
+        raise ValueError("the generated images have values that are not finite; check the weights and the sampling settings")
     return ((signed.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

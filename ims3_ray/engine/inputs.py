@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Literal
 
 from ims3_ray.config import DataConfig, PretrainConfig, RunConfig, WorkConfig
+from ims3_ray.data.batches import load_pixels
 from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
 from ims3_ray.data.sources import fingerprint, open_source, shared_file
 from ims3_ray.engine.weights import Weights
@@ -13,6 +15,7 @@ from ims3_ray.models.autoencoder import Autoencoder, autoencoder_path, empty_aut
 from ims3_ray.models.encoder import EncoderConfig, check_encoder, encoder_config, encoder_path
 from ims3_ray.models.generator import generator_path, open_generator
 from ims3_ray.models.generators.base import Generator
+from ims3_ray.training.encoder import Images
 
 
 class Data:
@@ -66,6 +69,7 @@ class Models:
         generator = open_generator(generator_path(self.config.generator))
         generator.check()
         self._check_pixels(generator, self.autoencoder)
+        self._check_guidance(generator)
         return generator
 
     @cached_property
@@ -109,6 +113,21 @@ class Models:
         channels, height, width = self.generator.latent
         return 2.0 * channels * height * width
 
+    def _check_guidance(self, generator: Generator) -> None:
+        """Raises :class:`UserError` for settings that need the null condition of a generator that was trained without it."""
+        if generator.knows_null:
+            return
+        needs = {
+            "sampling.cfg_scale=1": self.config.sampling.cfg_scale > 1,
+            "finetune.label_dropout=0": self.config.finetune.label_dropout > 0
+            and any(arm.finetune for arm in self.config.arms.values()),
+        }
+        if wrong := [fix for fix, needed in needs.items() if needed]:
+            raise UserError(
+                f"generator '{generator.path.name}' was trained without label dropout and knows no null label, so it cannot be "
+                f"guided; set {' '.join(wrong)}"
+            )
+
     def _check_pixels(self, generator: Generator, vae: Autoencoder | None) -> None:
         data, name, (latent_channels, size, _) = self.config.data, generator.path.name, generator.latent
         if vae is None and latent_channels not in (1, 3):
@@ -131,3 +150,21 @@ class Models:
                 f"generator '{name}' makes {channels}×{size}×{size} images; "
                 f"set data.channels={channels} and data.size={size}, or choose another generator"
             )
+
+
+def decoded_split(data: DataConfig, split: Literal["train", "test"]) -> tuple[Images, list[str]]:
+    """The images of a split, and the names of those that cannot be decoded and are left out. Classes are in the same order in
+    both splits: that of `data.classes`, or else of the training split.
+
+    Raises :class:`UserError` for a class of which no image can be decoded.
+    """
+    train = open_source(data.path, data.train_split)
+    names = tuple(train.class_names[label] for label in chosen_labels(train.class_names, data.classes))
+    source = train if split == "train" else open_source(data.test_path or data.path, data.test_split)
+    pixels, labels, broken = load_pixels(source, data.size, data.channels, names)
+    for name, count in zip(names, labels.bincount(minlength=len(names)).tolist(), strict=True):
+        if count == 0:
+            raise UserError(
+                f"class '{name}' has no {split} image that can be decoded; replace its files, or leave it out with data.classes"
+            )
+    return (pixels, labels, names), broken

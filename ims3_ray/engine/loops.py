@@ -15,8 +15,7 @@ from ray.train import Checkpoint
 from ray.train.torch import prepare_model
 
 from ims3_ray.config import DataConfig, EncoderTraining, PretrainConfig
-from ims3_ray.data.batches import load_pixels
-from ims3_ray.data.sources import open_source
+from ims3_ray.engine.inputs import decoded_split
 from ims3_ray.training.encoder import EncoderTrainer, Images
 from ims3_ray.training.generator import GeneratorTrainer
 from ims3_ray.training.pace import BySteps
@@ -28,10 +27,9 @@ def generator_loop(plain: dict[str, Any]) -> dict[str, Any]:
     g, context = config.generator, ray.train.get_context()
     torch.set_num_threads(config.trainer.threads_per_worker)
     device = ray.train.torch.get_device()
-    source = open_source(config.data.path, config.data.train_split)
-    pixels, labels, _ = load_pixels(source, config.data.size, config.data.channels)
+    pixels, labels, names = source_images(config.data)
     trainer = GeneratorTrainer(
-        g, (pixels, labels), len(source.class_names), config.seed, device, context.get_world_rank(), context.get_world_size(),
+        g, (pixels, labels), len(names), config.seed, device, context.get_world_rank(), context.get_world_size(),
         prepare_model,
     )  # fmt: skip
     seconds = _restored(trainer, device)
@@ -41,7 +39,7 @@ def generator_loop(plain: dict[str, Any]) -> dict[str, Any]:
             seconds = time.monotonic() - began
             _report(config, trainer, seconds)
     return {
-        "weights": trainer.weights(source.class_names),
+        "weights": trainer.weights(names),
         "losses": trainer.losses,
         "seconds": seconds,
         "images": len(labels),
@@ -76,10 +74,8 @@ def _restored(trainer: GeneratorTrainer | EncoderTrainer, device: torch.device) 
 
 
 def source_images(data: DataConfig) -> Images:
-    """The decoded training split of a source."""
-    source = open_source(data.path, data.train_split)
-    pixels, labels, _ = load_pixels(source, data.size, data.channels)
-    return pixels, labels, source.class_names
+    """The decoded training split of a source, with the classes that ``data`` chooses."""
+    return decoded_split(data, "train")[0]
 
 
 def encoder_loop(plain: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ims3_ray.errors import Damaged
 from ims3_ray.io.artifacts import Artifact, as_json
+from ims3_ray.models.checkpoints import first_not_finite
 
 READERS = 16
 """Number of shards that a process reads at a time."""
@@ -77,6 +78,9 @@ def by_class(units: Sequence[str]) -> dict[int, list[str]]:
 
 
 def pack_tensors(**tensors: Tensor) -> bytes:
+    """Tensors as a shard. Raises ``ValueError`` naming the first one that holds a value which is not finite."""
+    if bad := first_not_finite(tensors):
+        raise ValueError(f"the {bad.replace('_', ' ')} to be stored have values that are not finite")
     return save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
 from ims3_ray.config import TrainerConfig
+from ims3_ray.errors import IncompletePool, UserError
 from ims3_ray.io.files import is_remote, open_filesystem
 
 
@@ -22,10 +23,11 @@ def fit(
 ) -> dict[str, Any]:
     """Run ``loop`` on every worker, on nodes with these ``labels``, and return what rank 0 returns.
 
-    A run of the same ``name`` and ``storage`` continues from its last checkpoint.
+    A run of the same ``name`` and ``storage`` continues from its last checkpoint. An error that a worker raises for the user
+    is raised here; any other failure that remains after ``trainer.max_failures`` is an :class:`IncompletePool` of one line.
     """
     filesystem, path = open_filesystem(storage)  # retries failed requests, unlike one that Ray would open
-    result = TorchTrainer(
+    training = TorchTrainer(
         loop,
         train_loop_config=config,
         scaling_config=ScalingConfig(
@@ -41,6 +43,20 @@ def fit(
             failure_config=FailureConfig(max_failures=trainer.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
-    ).fit()
-    outcome: dict[str, Any] = result.return_value
+    )
+    try:
+        outcome: dict[str, Any] = training.fit().return_value
+    except WorkerGroupError as error:
+        causes = [getattr(cause, "cause", None) or cause for cause in error.worker_failures.values()]
+        for cause in causes:
+            if isinstance(cause, UserError | IncompletePool):
+                raise cause from error
+        raise _failed(name, causes[0] if causes else error) from error
+    except ControllerError as error:
+        raise _failed(name, error.controller_failure) from error
     return outcome
+
+
+def _failed(name: str, cause: Exception) -> IncompletePool:
+    reason = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
+    return IncompletePool(f"training '{name}' failed: {type(cause).__name__}: {reason}; the same command goes on")

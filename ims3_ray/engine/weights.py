@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import file_hash
+from ims3_ray.models.checkpoints import check_finite
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,13 @@ class Weights:
 
     @classmethod
     def of(cls, resolve: Callable[[str], Path], reference: str) -> Weights:
-        """The weights as found on this node. A path is made absolute, since other processes have other working folders."""
-        local = Path(reference).expanduser()
-        return cls(resolve, str(local.resolve()) if local.exists() else reference, file_hash(resolve(reference)))
+        """The weights as found on this node. A path is made absolute, since other processes have other working folders.
+
+        Raises :class:`UserError` for weights that hold values which are not finite.
+        """
+        local, path = Path(reference).expanduser(), resolve(reference)
+        check_finite(path)
+        return cls(resolve, str(local.resolve()) if local.exists() else reference, file_hash(path))
 
     def path(self) -> Path:
         """The file on this node. Raises :class:`UserError` if its content differs from that of the plan's file."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Callable
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,12 +15,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
-from ims3_ray.errors import UserError
+from ims3_ray.errors import Diverged, UserError
 from ims3_ray.io.files import local_copy
 
 EMBEDDED_PREFIX = "embedded:"
+PICKLED = (".pt", ".pth", ".bin")
+"""Endings of weights files in PyTorch's own format."""
 
 
 def weights_path(reference: str) -> Path:
@@ -33,12 +39,70 @@ def weights_path(reference: str) -> Path:
 
 def pack(model: nn.Module, config: dict[str, Any], kind: str, dtype: torch.dtype | None = None, **extra: str) -> bytes:
     """The parameters and buffers of ``model`` as a safetensors file that also records the ``kind`` and the shape of the
-    model."""
+    model. Raises :class:`Diverged` naming the first tensor whose values, in this ``dtype``, are not all finite."""
     state = {
         name: tensor.detach().cpu().to(dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in model.state_dict().items()
     }
+    if bad := first_not_finite(state):
+        raise Diverged(f"the trained {kind} has values that are not finite ('{bad}'); lower its learning rate")
     return save(state, metadata={"kind": kind, "config": json.dumps(config), **extra})
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds a value which is not finite; None if all values are."""
+    floating = ((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point())
+    return next((name for name, tensor in floating if not tensor.isfinite().all()), None)
+
+
+def check_finite(path: Path) -> None:
+    """Raises :class:`UserError` naming the first tensor of a weights file that holds a value which is not finite. A process
+    reads a file again only if it has changed."""
+    state = path.stat()
+    if bad := _first_not_finite_in(path, state.st_size, state.st_mtime_ns):
+        raise UserError(f"weights '{path}' hold values that are not finite ('{bad}'); fetch or train them again")
+
+
+@lru_cache(64)
+def _first_not_finite_in(path: Path, size: int, changed: int) -> str | None:
+    return first_not_finite(read_tensors(path))
+
+
+def read_tensors(path: Path, meta: bool = False) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a pickled state dict; with ``meta`` their shapes alone."""
+    if path.suffix in PICKLED:
+        return _unpickled(path, meta)
+    try:
+        if not meta:
+            return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"weights '{path}' are not a readable safetensors file ({error}); fetch them again") from error
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _unpickled(path: Path, meta: bool) -> dict[str, Tensor]:
+    """The tensors of a ``.pt`` file, read with torch's restricted unpickler. It also accepts the settings
+    (``argparse.Namespace``) that DiT's training script stores in the same file."""
+    lazily = not meta and zipfile.is_zipfile(path)  # files from before PyTorch 1.6 cannot be memory-mapped
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="meta" if meta else "cpu", weights_only=True, mmap=lazily)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"weights '{path}' hold more than tensors, and foreign objects are not unpickled ({reason})") from error
+    except (RuntimeError, EOFError, ValueError, IndexError, OSError) as error:
+        raise UserError(
+            f"weights '{path}' are not a readable PyTorch file ({type(error).__name__}); fetch them again"
+        ) from error
+    for key in ("ema", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+            break
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"weights '{path}' hold no state dict, neither plain nor under 'ema' or 'model'")
+    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
 
 
 def read_metadata(path: Path, kind: str | None = None) -> dict[str, str]:

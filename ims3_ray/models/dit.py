@@ -34,6 +34,9 @@ class DiTConfig(BaseModel):
     num_classes: int = Field(gt=0, description="the null label of classifier-free guidance is this number")
     learn_sigma: bool = Field(default=False, description="predict a variance beside the noise (as DiT-XL/2 does)")
     prediction: Literal["epsilon", "v"] = Field(default="epsilon", description="what it was trained to predict")
+    null_row: bool = Field(
+        default=True, description="whether the table of labels ends with a row for no class, as label dropout trains it"
+    )
 
     @model_validator(mode="after")
     def _divisible(self) -> DiTConfig:
@@ -53,7 +56,13 @@ class DiTConfig(BaseModel):
 
     @property
     def null_label(self) -> int:
+        """The label for no class; without :attr:`null_row` the table does not hold it."""
         return self.num_classes
+
+    @property
+    def rows(self) -> int:
+        """Number of rows in the table of labels."""
+        return self.num_classes + self.null_row
 
     def forward_flops(self) -> int:
         """Floating-point operations (2 per multiply-add) of one forward pass of one sample."""
@@ -176,9 +185,9 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    def __init__(self, num_classes: int, dim: int) -> None:
+    def __init__(self, rows: int, dim: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+        self.embedding_table = nn.Embedding(rows, dim)
 
     def forward(self, y_B: Tensor) -> Tensor:
         return self.embedding_table(y_B)
@@ -205,7 +214,7 @@ class DiT(nn.Module):
         c = config
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(c.in_channels, c.hidden_size, c.patch_size, c.patch_size)})
         self.t_embedder = TimestepEmbedder(c.hidden_size)
-        self.y_embedder = LabelEmbedder(c.num_classes, c.hidden_size)
+        self.y_embedder = LabelEmbedder(c.rows, c.hidden_size)
         position = sincos_position_embedding(c.input_size // c.patch_size, c.hidden_size)
         self.register_buffer("pos_embed", position[None], persistent=False)
         self.blocks = nn.ModuleList([DiTBlock(c.hidden_size, c.num_heads) for _ in range(c.depth)])

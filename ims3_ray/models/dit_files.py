@@ -5,29 +5,24 @@ No file is opened by unpickling arbitrary objects, and the shape of a model is k
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import pickle
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ims3_ray.data.classes import imagenet_wnids
 from ims3_ray.errors import UserError
-from ims3_ray.models.checkpoints import compare_shapes, pack, read_metadata
+from ims3_ray.models.checkpoints import PICKLED, compare_shapes, pack, read_metadata, read_tensors
 from ims3_ray.models.dit import PUBLISHED, DiT, DiTConfig
 
 DIFFUSERS_CLASS = "DiTTransformer2DModel"
-PICKLED = (".pt", ".pth", ".bin")
 DIFFUSERS_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
@@ -46,7 +41,7 @@ class DiTFile:
 
         Raises :class:`UserError` naming the first tensor that does not fit the shape.
         """
-        found = _tensors(self.path, meta)
+        found = read_tensors(self.path, meta)
         state = _from_diffusers(found, self.config.depth) if self.layout == "diffusers" else found
         state = {name: tensor for name, tensor in state.items() if name != "pos_embed"}
         with torch.device("meta"):
@@ -72,6 +67,9 @@ def open_dit(path: Path) -> DiTFile:
         scheduler = _json(path.parent.with_name("scheduler") / "scheduler_config.json")
         if scheduler.get("prediction_type", "epsilon") == "v_prediction":
             config = config.model_copy(update={"prediction": "v"})
+        table = read_tensors(path, meta=True).get(f"transformer_blocks.0.{TABLE[1]}")
+        if table is not None and len(table) == config.num_classes:  # trained without label dropout
+            config = config.model_copy(update={"null_row": False})
         named = _json(path.parent.with_name("model_index.json")).get("id2label") or {}
         return DiTFile(path, "diffusers", config, _foreign_classes(config, [named[key] for key in sorted(named, key=int)]))
     if path.suffix not in PICKLED:
@@ -80,8 +78,23 @@ def open_dit(path: Path) -> DiTFile:
             metadata = read_metadata(path, "dit")
             config = DiTConfig.model_validate(json.loads(metadata["config"]))
             return DiTFile(path, "ims3", config, tuple(filter(None, metadata.get("classes", "").split("\n"))))
-    config = _release_config(path, {name: tuple(tensor.shape) for name, tensor in _tensors(path, meta=True).items()})
+    config = _release_config(path, {name: tuple(tensor.shape) for name, tensor in read_tensors(path, meta=True).items()})
     return DiTFile(path, "release", config, _foreign_classes(config, []))
+
+
+def with_classes(file: DiTFile, classes: tuple[str, ...]) -> DiTFile:
+    """``file`` with class names, one per label. They also say whether a table of labels without a description holds a row for
+    no class. Raises :class:`UserError` for a number of names that does not fit the table."""
+    config = file.config
+    if file.layout == "release" and len(classes) == config.rows:
+        config = config.model_copy(update={"num_classes": config.rows, "null_row": False})
+    if len(classes) != config.num_classes:
+        other = f" (or {config.rows}, if no row stands for no class)" if file.layout == "release" else ""
+        raise UserError(
+            f"{len(classes)} class names for '{file.path}', whose table of labels has {config.rows} rows; give "
+            f"{config.num_classes} names{other}"
+        )
+    return replace(file, config=config, classes=classes)
 
 
 def find_diffusers(folder: Path) -> Path | None:
@@ -144,45 +157,10 @@ def _foreign_classes(config: DiTConfig, names: list[str]) -> tuple[str, ...]:
     return imagenet_wnids() if config.num_classes == 1000 and imagenet else tuple(names)
 
 
-def _tensors(path: Path, meta: bool) -> dict[str, Tensor]:
-    if path.suffix in PICKLED:
-        return _unpickled(path, meta)
-    try:
-        if not meta:
-            return load_file(path)
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"weights '{path}' are not a readable safetensors file ({error}); fetch them again") from error
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-
-
-def _unpickled(path: Path, meta: bool) -> dict[str, Tensor]:
-    """The tensors of a ``.pt`` file, read with torch's restricted unpickler. It also accepts the settings
-    (``argparse.Namespace``) that DiT's training script stores in the same file."""
-    lazily = not meta and zipfile.is_zipfile(path)  # files from before PyTorch 1.6 cannot be memory-mapped
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="meta" if meta else "cpu", weights_only=True, mmap=lazily)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"weights '{path}' hold more than tensors, and foreign objects are not unpickled ({reason})") from error
-    except (RuntimeError, EOFError, ValueError, IndexError, OSError) as error:
-        raise UserError(
-            f"weights '{path}' are not a readable PyTorch file ({type(error).__name__}); fetch them again"
-        ) from error
-    for key in ("ema", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-            break
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"weights '{path}' hold no state dict, neither plain nor under 'ema' or 'model'")
-    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
-
-
 def _release_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
     """The shape of a DiT, derived from its tensors. They do not determine the number of heads, which is that of the published
-    family, or else one per 64 channels."""
+    family, or else one per 64 channels; nor whether the last row of the table of labels stands for no class, which is assumed
+    here and corrected by :func:`with_classes`."""
     try:
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]
         tokens = shapes["pos_embed"][1]

@@ -243,3 +243,58 @@ def forward_flops(name: str, channels: int, size: int, num_classes: int, norm: N
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         build_student(name, channels, size, num_classes, norm, width).eval()(torch.zeros(1, channels, size, size))
     return float(counter.get_total_flops())
+
+
+def has_batch_norm(network: nn.Module) -> bool:
+    """Whether a network normalises over the images of a batch, which therefore has to hold more than one."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+
+
+def constant_norms(network: nn.Module, channels: int, size: int) -> str | None:
+    """Name of the first layer that normalises each channel of each image over a single pixel, for images of this size; None if
+    there is none. The output of such a layer is the same for all images, so the network cannot learn.
+
+    The network is moved to the meta device; it is of no use afterwards.
+    """
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        each = isinstance(module, nn.modules.instancenorm._InstanceNorm) or (
+            isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels
+        )
+        if each and inputs[0].dim() > 2 and inputs[0][0, 0].numel() == 1:
+            found.append(name)
+
+    for name, module in network.named_modules():
+        module.register_forward_pre_hook(partial(look, name))
+    network.to("meta").eval()(torch.zeros(2, channels, size, size, device="meta"))
+    return found[0] if found else None
+
+
+@cache
+def _check(name: str, channels: int, size: int, num_classes: int, norm: Norm, width: int) -> tuple[str | None, bool]:
+    with torch.device("meta"):
+        network = build_student(name, channels, size, num_classes, norm, width)
+    return constant_norms(network, channels, size), has_batch_norm(network)
+
+
+def check_student(
+    name: str, channels: int, size: int, num_classes: int, norm: Norm, width: int, batch_size: int | None = None
+) -> None:  # fmt: skip
+    """Raises :class:`UserError` for a student that cannot learn from images of this size, or in batches of this size."""
+    constant, batched = _check(name, channels, size, num_classes, norm, width)
+    if constant:
+        raise UserError(
+            f"student {name} normalises maps of a single pixel for images of {size} pixels ({constant}), so it would never "
+            "learn; set norm: batch, choose a smaller network or larger images (size)"
+        )
+    if batched and batch_size == 1:
+        raise UserError(batch_of_one(name))
+
+
+def batch_of_one(name: str) -> str:
+    """The error message for a student that cannot be trained in batches of one image."""
+    return (
+        f"student {name} normalises over batches, which needs more than one image, but batch_size=1; raise it, or choose a "
+        "network with norm: instance"
+    )

@@ -34,7 +34,7 @@ def make_plan(config: RunConfig) -> Plan[RunConfig]:
     export = None
     if config.export:
         export = Export.plan(planner, sets[config.export].images, config.of_arm(config.export), config.export)
-    return Plan(config, planner.classes, arranged(planner.stages), sets, export)
+    return Plan(config, planner.classes, arranged(planner.stages), sets, export, planner.data.fingerprints)
 
 
 def make_comparison(config: CompareConfig) -> Plan[CompareConfig]:
@@ -49,7 +49,7 @@ def make_comparison(config: CompareConfig) -> Plan[CompareConfig]:
                 which = f" K={k}" + (f" draw={draw}" if len(config.draws) > 1 else "")
                 sets[name + which] = _scored(planner, config.at(k, draw), name, which)
     _plan_beside(planner, config, sets)
-    return Plan(config, planner.classes, arranged(planner.stages), sets)
+    return Plan(config, planner.classes, arranged(planner.stages), sets, fingerprints=planner.data.fingerprints)
 
 
 def make_evaluation(config: EvaluateConfig) -> Plan[EvaluateConfig]:
@@ -62,7 +62,7 @@ def make_evaluation(config: EvaluateConfig) -> Plan[EvaluateConfig]:
         images = ReadGiven.plan(planner, title, path, config.data)
         ipc = -(-images.images // len(planner.classes.names))
         sets[title] = Scored(title, 0, images, dict(plan_rows(planner, title, images, ipc)))
-    return Plan(config, planner.classes, arranged(planner.stages), sets)
+    return Plan(config, planner.classes, arranged(planner.stages), sets, fingerprints=planner.data.fingerprints)
 
 
 def _check_arms(config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -35,6 +36,13 @@ class Plan(Generic[Config]):
     stages: list[Stage]
     sets: dict[str, Scored] = field(default_factory=dict)
     export: Stage | None = None
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """Split of the data → hash of its images."""
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Model and reference of all weights that the stages use → their digest."""
+        return {f"{name} {one.reference}": one.digest for stage in self.stages for name, one in stage.weights.items()}
 
     def needed(self) -> dict[str, float]:
         """The largest amount of each resource that any stage takes at a time."""

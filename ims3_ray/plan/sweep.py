@@ -119,6 +119,7 @@ def make_sweep(config: SweepConfig) -> SweepPlan:
     return SweepPlan(
         config, planner.classes, shared, trials=trials, count=config.search.trials if optuna else len(known),
         evaluation_flops=sum(stage.flops for stage in after_choice(trials[0])), planner=planner,
+        fingerprints=planner.data.fingerprints,
     )  # fmt: skip
 
 

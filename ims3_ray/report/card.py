@@ -8,7 +8,8 @@ import yaml
 
 from ims3_ray.config import RunConfig, canonical
 from ims3_ray.data.classes import ClassTable
-from ims3_ray.report.results import KINDS, Results, summary_text
+from ims3_ray.provenance import described
+from ims3_ray.report.results import KINDS, PRIVATE, Results, summary_text
 
 
 def accuracy_rows(results: Results) -> list[str]:
@@ -19,10 +20,6 @@ def accuracy_rows(results: Results) -> list[str]:
             cells = [plain(found["title"]), row, *(summary_text(values.get(kind)) for kind in KINDS)]
             rows.append(f"| {' | '.join(cells)} |")
     return rows
-
-
-PRIVATE = ("storage", "tracking", "cluster")
-"""Sections of the config that say where a run was computed. They are private, and the card leaves them out."""
 
 
 def plain(text: str) -> str:
@@ -37,7 +34,13 @@ def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> st
     names = ", ".join(map(plain, classes.names))
     shown = {key: value for key, value in canonical(config).items() if key not in PRIVATE}
     header = {
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
+        # The datasets library caches by folder and config name, and every set lies in a folder called "distilled".
+        "configs": [
+            {
+                "config_name": f"{config.name}-{arm['content']}",
+                "data_files": [{"split": "train", "path": "data/train-*.parquet"}],
+            }
+        ],
         "task_categories": ["image-classification"],
         "tags": ["dataset-distillation", "synthetic"],
     }
@@ -53,6 +56,7 @@ def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> st
             "best epoch on the test split itself; *val*: best epoch on held-out training images. The config has the protocols.",
             "",
             *accuracy_rows(results), "",
+            "## Provenance", "", *(f"- {name}: {plain(value)}" for name, value in described(results["provenance"])), "",
             "The licence of the source images and of the generator's weights applies.", "",
             "## Config", "", "```yaml", yaml.safe_dump(shown, sort_keys=False).strip(), "```", "",
         ]

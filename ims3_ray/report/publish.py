@@ -118,6 +118,7 @@ def _finish(
                     curves[f"{row}/{value}/{unit}"] = points
         tracker.child(_run_name(key, scored), {"content": found["content"], **params[key]}, metrics, curves)
     _tell_losses(plan, storage, tracker)
+    tracker.inputs(results["provenance"], plan.config.data.path)
     for file, data in {"report.html": report.encode(), **files}.items():
         tracker.file(file, data)
     tracker.finish("FINISHED")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from ims3_ray.engine.stage import Stage
 from ims3_ray.io.artifacts import Storage
 from ims3_ray.plan.layout import Config, Plan, Scored
+from ims3_ray.provenance import provenance
 from ims3_ray.stages.evaluate import confusion
 
 Results = dict[str, Any]
@@ -55,11 +57,27 @@ def gather(plan: Plan[Config], storage: Storage) -> Results:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "metric": "top-1 accuracy in % on the real test split, mean ± standard deviation over student seeds "
         + ", ".join(map(str, plan.config.evaluation.seeds)),
+        "provenance": provenance_of(plan, storage),
         "sets": {name: _score(scored, storage) for name, scored in plan.sets.items()},
         "stages": [stage_row(stage, storage) for stage in plan.stages],
         "skipped_images": skipped,
         **{name: value for stage in plan.stages for name, value in stage.results(storage).items()},
     }
+
+
+PRIVATE = ("storage", "tracking", "cluster")
+"""Sections of the config that say where a run was computed. They are private: dataset cards leave them out."""
+
+
+def provenance_of(plan: Plan[Config], storage: Storage) -> dict[str, Any]:
+    """Versions, hardware, command, and hashes of data and weights."""
+    machines = {
+        json.dumps(entry["hardware"], sort_keys=True): entry["hardware"]
+        for stage in plan.stages
+        for entry in (stage.manifest(storage) or {"units": {}})["units"].values()
+        if entry.get("hardware")
+    }
+    return provenance(plan.fingerprints, plan.weights, machines.values(), PRIVATE)
 
 
 def _score(scored: Scored, storage: Storage) -> dict[str, Any]:

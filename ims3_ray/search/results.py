@@ -13,7 +13,7 @@ from ims3_ray.engine.stage import Stage
 from ims3_ray.io.artifacts import Storage
 from ims3_ray.plan.estimate import hours_between
 from ims3_ray.plan.sweep import SweepPlan, id_of
-from ims3_ray.report.results import Results, stage_row
+from ims3_ray.report.results import Results, provenance_of, stage_row
 from ims3_ray.search.records import Tried, points_of
 
 
@@ -27,6 +27,7 @@ def gather_sweep(plan: SweepPlan, trials: Sequence[Tried], storage: Storage) -> 
         "name": config.name,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "metric": metric(config),
+        "provenance": provenance_of(plan, storage),
         "keys": [stage.key(storage) for stage in plan.stages],
         "planned": planned(plan),
         "counts": counts(plan, trials),

@@ -23,9 +23,9 @@ from ims3_ray.engine.sets import RealSplit, read_set
 from ims3_ray.engine.shards import commit_units, note, pack_tensors, read_notes
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.weights import Weights
-from ims3_ray.errors import IncompletePool, UserError
+from ims3_ray.errors import Damaged, IncompletePool, UserError
 from ims3_ray.io.artifacts import Artifact
-from ims3_ray.models.students import forward_flops, student_builder
+from ims3_ray.models.students import check_student, forward_flops, student_builder
 from ims3_ray.progress import Progress
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.held_out import HoldOut
@@ -50,7 +50,7 @@ class Evaluate(Stage):
         config, data, names = planner.work.evaluation, planner.work.data, planner.classes.names
         protocol_name, student = config.rows[row]
         protocol = config.protocols[protocol_name]
-        check_protocol(planner, protocol_name, protocol)
+        check_protocol(planner, protocol_name, protocol, ipc)
         if protocol.labels == "stored" and images.has_logits is False:
             raise UserError(
                 f"evaluation.protocols.{protocol_name} takes stored soft labels, which the set of '{title}' has not; set "
@@ -103,8 +103,10 @@ def plan_rows(planner: Planner, title: str, images: Stage, ipc: int) -> dict[str
     return {row: Evaluate.plan(planner, title, images, ipc, row) for row in planner.work.evaluation.rows}
 
 
-def check_protocol(planner: Planner, name: str, protocol: ProtocolConfig) -> None:
-    """Raises :class:`UserError` for a protocol that does not fit the images."""
+def check_protocol(planner: Planner, name: str, protocol: ProtocolConfig, ipc: int) -> None:
+    """Raises :class:`UserError` for a protocol that does not fit the images, or a set of ``ipc`` images per class."""
+    classes = len(planner.classes.names)
+    batch_size = min(for_ipc(protocol.batch_size, ipc), ipc * classes)
     where, data = f"evaluation.protocols.{name}", planner.work.data
     if data.channels != 3 and (protocol.normalise == "imagenet" or protocol.augment.lighting):
         what = "normalise=imagenet" if protocol.normalise == "imagenet" else f"augment.lighting={protocol.augment.lighting:g}"
@@ -112,6 +114,8 @@ def check_protocol(planner: Planner, name: str, protocol: ProtocolConfig) -> Non
     for student in protocol.students:
         student_builder(student)
         try:
+            size = protocol.size or data.size
+            check_student(student, data.channels, size, classes, protocol.norm, protocol.width, batch_size)
             evaluation_flops(protocol, student, data.channels, protocol.size or data.size, len(planner.classes.names), 0, 0)
         except (ValueError, RuntimeError, AssertionError) as error:  # raised by networks for images that are too small
             reason = str(error).splitlines()[0]
@@ -212,6 +216,10 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
             stage, artifact, unit = running.pop(ref)
             try:
                 outcome = results(ref)
+            except Damaged:
+                raise
+            except UserError as error:
+                raise UserError(f"{stage.title}, {unit}: {error}") from error
             except ray.exceptions.RayError as error:
                 failed.append(f"{stage.title}, {unit}: {str(error).strip().splitlines()[-1]}")
                 continue

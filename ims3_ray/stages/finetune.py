@@ -14,7 +14,7 @@ import ray.train
 
 from ims3_ray import plugins
 from ims3_ray.cluster.capacity import Bundle, Request, holds, wait_for_capacity
-from ims3_ray.cluster.joining import here
+from ims3_ray.cluster.joining import here, results
 from ims3_ray.config import ClusterConfig, FinetuneConfig, RunConfig, TrainerConfig, WorkConfig, canonical, differing
 from ims3_ray.data.classes import class_groups
 from ims3_ray.data.sources import open_source
@@ -221,7 +221,7 @@ def _side_by_side(
                 outcome = None
                 if task in finished:
                     del running[task]
-                    outcome = ray.get(task)
+                    outcome = results(task)
                 rows: list[Row] = ray.get(group.arguments["board"].read.remote(group.number, seen[id(group)]))
                 seen[id(group)] = max([seen[id(group)], *(int(row["step"]) for row in rows)])
                 yield group, rows, outcome

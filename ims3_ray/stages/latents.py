@@ -72,6 +72,9 @@ class Latents:
             moments = [self.autoencoder.moments(x) for x in (signed, signed.flip(-1))[: self.flips]]
             for name, tensors in zip(parts, zip(*moments, strict=True), strict=True):
                 parts[name].append(torch.stack(tensors, dim=1).half().cpu())
+        for name, found in parts.items():
+            if found and not torch.cat(found).isfinite().all():
+                raise ValueError(f"the autoencoder gives a {name.replace('_', ' ')} that is not finite in half precision")
         columns = {name: _column(torch.cat(found)) for name, found in parts.items() if found}
         return Derived("parquet", parquet_bytes(pa.table(columns)))
 

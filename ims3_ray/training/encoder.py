@@ -19,9 +19,10 @@ from ims3_ray.data.transforms import to_signed
 from ims3_ray.models.checkpoints import pack
 from ims3_ray.models.encoder import Encoder, EncoderConfig
 from ims3_ray.seeds import seed_for
+from ims3_ray.training.divergence import check_losses
 
 Images = tuple[Tensor, Tensor, tuple[str, ...]]
-"""uint8 pixels [N, C, H, W], labels [N], class names."""
+"""uint8 pixels [N, C, H, W], positions of their classes [N], and the names of the classes."""
 
 
 class Classifier(nn.Module):
@@ -80,7 +81,8 @@ class EncoderTrainer:
         return len(self.losses)
 
     def epochs(self) -> Iterator[int]:
-        """Train to the end; after each epoch, yield the number of epochs done."""
+        """Train to the end; after each epoch, yield the number of epochs done. Raises :class:`Diverged` after an epoch with a
+        loss that is not finite."""
         batches = batch_indices(
             len(self.labels), self.config.batch_size, self.rank, self.world, self.seed, first_step=self.steps
         )
@@ -88,6 +90,8 @@ class EncoderTrainer:
         while self.steps < self.config.epochs * self.steps_per_epoch:
             self._step(next(batches))
             if self.steps % self.steps_per_epoch == 0:
+                recent = self.losses[-self.steps_per_epoch :]
+                check_losses(recent, self.steps - len(recent) + 1, "its learning rate (encoder.lr)", self.device)
                 yield self.steps // self.steps_per_epoch
 
     def _step(self, index: Tensor) -> None:
@@ -106,16 +110,17 @@ class EncoderTrainer:
     def state(self) -> dict[str, Any]:
         """Everything that is needed to resume the training exactly."""
         return {
-            "model": self.encoder.state_dict(), "optimizer": self.optimizer.state_dict(), "decay": self.decay.state_dict(),
-            "losses": self.losses,
+            "model": self.encoder.state_dict(), "optimizer": self.optimizer.state_dict(), "losses": self.losses,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state` returned."""
+        """Restore what :meth:`state` returned, possibly by a training of fewer epochs: the learning rate then goes on as in a
+        training of this trainer's number of epochs."""
         self.encoder.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.decay.load_state_dict(state["decay"])
         self.losses = list(state["losses"])
+        self.decay.load_state_dict({"last_epoch": self.steps - 1, "_step_count": self.steps})
+        self.decay.step()
 
     def weights(self) -> bytes:
         """The network as a weights file in half precision."""

@@ -21,6 +21,8 @@ from torch import Generator, Tensor, nn
 
 from ims3_ray.config import FinetuneConfig, canonical
 from ims3_ray.data.clean_images import CleanImages
+from ims3_ray.errors import Diverged
+from ims3_ray.models.checkpoints import first_not_finite
 from ims3_ray.models.ema import Ema
 from ims3_ray.models.generators.base import Generator as PretrainedGenerator
 from ims3_ray.objectives.base import TrainingStep, add_up
@@ -224,6 +226,8 @@ class Finetuner:
     def adapter(self, **about: Any) -> bytes:
         """Rank 0's moving average as safetensors bytes, with the config of the training and ``about`` in the metadata."""
         tensors = {name: value.contiguous().cpu() for name, value in self.ema.average.items()}
+        if bad := first_not_finite(tensors):
+            raise Diverged(f"the adapter has values that are not finite ('{bad}'); lower finetune.lr")
         # A single entry, since the order of several entries would differ from file to file.
         return save(tensors, metadata={"adapter": json.dumps({"config": canonical(self.config), **about})})
 

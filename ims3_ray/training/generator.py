@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -24,6 +23,7 @@ from ims3_ray.models.checkpoints import pack
 from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.models.ema import Ema
 from ims3_ray.objectives.diffusion import diffusion_loss, drop_conditions
+from ims3_ray.training.divergence import check_losses
 from ims3_ray.training.pace import Pace
 
 FETCH_EVERY = 50
@@ -110,13 +110,13 @@ class GeneratorTrainer:
         self._unread.append(loss.detach())
 
     def read_losses(self) -> None:
-        """Fetch the losses of the last steps. Raises :class:`UserError` naming the first step whose loss is not finite."""
-        found = torch.stack(self._unread).tolist() if self._unread else []
+        """Fetch the losses of the last steps. Raises :class:`Diverged` naming the first step whose loss is not finite."""
+        if not self._unread:
+            return
+        found = torch.stack(self._unread).tolist()
         self._unread.clear()
-        for loss in found:
-            if not math.isfinite(loss):
-                raise UserError(f"pretraining diverged: the loss of step {self.steps + 1} is {loss}; lower generator.lr")
-            self.losses.append(loss)
+        check_losses(found, self.steps + 1, "generator.lr", self.device)
+        self.losses += found
 
     def state(self) -> dict[str, Any]:
         """Everything that is needed to resume the training exactly, except the elapsed seconds."""

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from ims3_ray.config import ProtocolConfig
 from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.data.augment import augment, cutmix, resize
-from ims3_ray.models.students import build_student
+from ims3_ray.errors import Diverged, UserError
+from ims3_ray.models.students import batch_of_one, build_student, has_batch_norm
 from ims3_ray.seeds import generator_for, seed_for
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -90,6 +91,10 @@ class Student(nn.Module):
         else:
             scaled = images.float() / 255
             mean, std = scaled.mean().reshape(1), scaled.std().reshape(1)
+            if not std > 0:
+                raise UserError(
+                    "all pixels of the set have the same value, so students learn nothing from it; look at its images"
+                )
         self.register_buffer("mean", mean.reshape(-1, 1, 1))
         self.register_buffer("std", std.reshape(-1, 1, 1))
         self.net = build_student(name, channels, size, num_classes, protocol.norm, protocol.width)
@@ -126,6 +131,9 @@ class Training:
         ipc = int(train.labels.bincount().max())
         self.epochs = for_ipc(protocol.epochs, ipc)
         self.batch_size = min(for_ipc(protocol.batch_size, ipc), len(self.labels))
+        self.batched = has_batch_norm(self.student.net)
+        if self.batched and self.batch_size == 1:
+            raise UserError(batch_of_one(name))
         self.optimizer = _optimizer(self.student, protocol)
         self.decay = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda epoch: _decay(protocol.decay, epoch / self.epochs)
@@ -139,7 +147,7 @@ class Training:
         self.student.train()
         losses = []
         for index in torch.randperm(len(self.labels), generator=self.cpu_rng).split(self.batch_size):
-            if len(index) == 1 and self.batch_size > 1 and self.protocol.norm == "batch":
+            if len(index) == 1 and self.batched:
                 continue  # batch statistics need more than one image
             index = index.to(self.device, non_blocking=True)
             loss = self._loss(index)
@@ -229,7 +237,10 @@ def train_student(
         if epoch in checks:
             confusions = {split: confusion_of(student, data, num_classes, device) for split, data in tests.items()}
             shares = {split: 100 * int(table.trace()) / int(table.sum()) for split, table in confusions.items()}
-            curve.append(Check(epoch, torch.stack(losses).mean().item(), shares["test"], shares.get("val")))
+            loss = torch.stack(losses).mean().item()
+            if not math.isfinite(loss):
+                raise Diverged(f"student {name} diverged: its loss by epoch {epoch} is not finite; lower the protocol's lr")
+            curve.append(Check(epoch, loss, shares["test"], shares.get("val")))
             losses = []
             if save is not None and epoch < training.epochs and time.monotonic() - saved >= SAVE_EVERY_S:
                 buffer = io.BytesIO()
@@ -294,10 +305,16 @@ def _tests(data: Labelled, size: int, keep: float, device: str) -> Labelled:
 
 @torch.inference_mode()
 def confusion_of(student: Student, data: Labelled, num_classes: int, device: str = "cpu") -> Tensor:
-    """Confusion matrix of ``student``, int64 [C, C]: counts of images by true class (row) and predicted class (column)."""
+    """Confusion matrix of ``student``, int64 [C, C]: counts of images by true class (row) and predicted class (column).
+
+    Raises :class:`Diverged` if a score is not finite, since its class would be arbitrary.
+    """
     student.eval()
     batch = max(1, min(TEST_BATCH, TEST_PIXELS // data[0].shape[-1] ** 2))
-    predicted = torch.cat([student(pixels.to(device)).argmax(dim=1) for pixels in data[0].split(batch)]).cpu()
+    scores = torch.cat([student(pixels.to(device)) for pixels in data[0].split(batch)])
+    if not scores.isfinite().all():
+        raise Diverged("a student's scores are not finite, so it has diverged; lower the protocol's lr")
+    predicted = scores.argmax(dim=1).cpu()
     return (data[1] * num_classes + predicted).bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
-from ims3_ray import RunConfig
+from ims3_ray import RunConfig, UserError
 from ims3_ray.commands.pretrain import pretrain
-from ims3_ray.config import PretrainConfig
+from ims3_ray.config import PretrainConfig, merge
 from ims3_ray.data.sources import open_source
 from ims3_ray.models.checkpoints import read_metadata
 from ims3_ray.plan import make_plan
-from tests.conftest import CLASSES, tiny_values
+from tests.conftest import CLASSES, draw, tiny_values
 
 QUICK: dict[str, Any] = {
     "generator": {
@@ -45,6 +50,78 @@ def test_trained_weights_come_with_a_card_and_a_distillation_takes_them(
         assert path.with_suffix(".png").is_file()
     config = RunConfig.model_validate(tiny_values(tiny_world, tmp_path / "runs", **{target: str(path)}))
     assert make_plan(config).classes.names == CLASSES
+
+
+def mine(world: Path, storage: Path, **changes: Any) -> PretrainConfig:
+    """An encoder of two epochs on the tiny world."""
+    values = {**QUICK, "name": "mine", "target": "encoder", "storage": str(storage), "data": {"path": str(world), "size": 8}}
+    return PretrainConfig.model_validate(merge(values, changes))
+
+
+def losses_of(folder: Path) -> int:
+    """Number of steps that the last checkpoint of a training has."""
+    (state,) = (folder / "train").glob("**/state.pt")
+    return len(torch.load(state, weights_only=True)["losses"])
+
+
+def test_a_training_goes_on_with_its_own_data_alone(tiny_world: Path, tmp_path: Path, cluster: None):
+    """A second training under the same name: the same one goes on, also for more epochs; any other is refused."""
+    world = tmp_path / "world"
+    shutil.copytree(tiny_world / "data", world)
+    path = pretrain(mine(world, tmp_path))
+    first, steps = load_file(path), losses_of(path.parent)
+    again = load_file(pretrain(mine(world, tmp_path)))
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    longer = pretrain(mine(world, tmp_path, encoder={"epochs": 3}))
+    assert losses_of(longer.parent) == steps * 3 // 2
+    assert not all(torch.equal(value, first[name]) for name, value in load_file(longer).items())
+    second = longer.read_bytes()
+
+    with pytest.raises(UserError, match=r"encoder\.epochs=3, which cannot be taken back"):
+        pretrain(mine(world, tmp_path))
+    with pytest.raises(UserError, match=r"another config \(encoder\.lr"):
+        pretrain(mine(world, tmp_path, encoder={"epochs": 3, "lr": 0.5}))
+    (world / "classes.txt").write_text("one\ntwo\nthree")
+    with pytest.raises(UserError, match=r"another config \(data_fingerprints\.train"):
+        pretrain(mine(world, tmp_path, encoder={"epochs": 3}))
+    assert path.read_bytes() == second
+    (path.parent / "config.yaml").write_text("{[")
+    with pytest.raises(UserError, match=r"config\.yaml' is damaged"):
+        pretrain(mine(world, tmp_path, encoder={"epochs": 3}))
+
+
+def test_a_training_takes_the_chosen_classes_and_leaves_out_broken_images(
+    tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture[str]
+):  # fmt: skip
+    """The classes have the same positions in both splits whatever else their folders hold, and a broken image is counted."""
+    for split, labels in (("train", ("left", "middle", "right")), ("test", ("middle", "left", "right"))):
+        for label in labels:
+            for number in range(6):
+                image = Image.fromarray(draw(CLASSES.index(label), np.random.default_rng([number, len(split)])))
+                file = tmp_path / "data" / split / label / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                image.save(file)
+    (tmp_path / "data" / "train" / "right" / "0.png").write_bytes(b"no image")
+    config = mine(tmp_path / "data", tmp_path, data={"classes": ["right", "left"]}, encoder={"epochs": 20, "lr": 0.01})
+    path = pretrain(config)
+    assert read_metadata(path, "encoder")["classes"].split("\n") == ["right", "left"]
+    printed = capsys.readouterr().out
+    assert "note: 1 images cannot be decoded and were left out: right/0.png" in printed
+    assert "11 images; 1 images of both splits cannot be decoded" in path.with_suffix(".md").read_text()
+    assert float(re.search(r"head: ([0-9.]+) %", printed)[1]) > 80  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("target", "changes"), [("generator", {"generator": {"lr": 1e30}}), ("encoder", {"encoder": {"lr": 1e30}})]
+)
+def test_a_training_that_diverges_is_one_line_and_leaves_no_weights(
+    target: str, changes: dict[str, Any], tiny_world: Path, tmp_path: Path, cluster: None
+):
+    config = mine(tiny_world / "data", tmp_path, target=target, trainer={"max_failures": 0}, **changes)
+    with pytest.raises(UserError, match=r"diverged|values that are not finite") as refused:
+        pretrain(config)
+    assert "\n" not in str(refused.value)
+    assert not list((tmp_path / "mine").glob("*.safetensors"))
 
 
 def test_pack_writes_parquet_that_opens_as_the_same_images(tiny_world: Path, tmp_path: Path):

@@ -31,6 +31,11 @@ def results() -> dict[str, Any]:
     return {
         "name": "mine", "finished": "2026-01-02T03:04:05+00:00", "metric": "top-1 accuracy in %", "skipped_images": ["bad.png"],
         "stages": stages,
+        "provenance": {
+            "version": "1.2", "commit": "c0ffee", "command": "jobs/distill.py name=mine", "libraries": {"python": "3.11"},
+            "hardware": ["a CPU with torch 2"], "data": {"train": "f00", "test": "ba4"},
+            "weights": {"generator /secret/dit.safetensors": "d16e57"},
+        },
         "sets": {
             "random": {"title": "Random real", "content": "0" * 16, "images": 6, "rows": {"hard/convnet-3": row(50.0)}},
             "ims3": {

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from ims3_ray.config import AugmentConfig, ProtocolConfig
 from ims3_ray.config.evaluation import for_ipc
-from ims3_ray.errors import UserError
-from ims3_ray.models.students import build_student, forward_flops, student_builder
+from ims3_ray.errors import Diverged, UserError
+from ims3_ray.models.students import build_student, constant_norms, forward_flops, student_builder
 from ims3_ray.training import students as evaluation
 from ims3_ray.training.students import (
     LabelledSet,
@@ -126,8 +126,12 @@ def test_soft_labels_lose_the_divergence_of_the_softened_classes():
     assert soft_label_loss(teacher, teacher, T).item() == pytest.approx(0, abs=1e-7)
 
 
+STEPS = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8)
+"""An image whose pixels are not all equal."""
+
+
 def test_adamw_decays_matrices_only():
-    student = Student("convnet-1", torch.zeros(1, 1, 8, 8, dtype=torch.uint8), 3, ProtocolConfig(optimizer="adamw"))
+    student = Student("convnet-1", STEPS, 3, ProtocolConfig(optimizer="adamw"))
     decayed, free = _optimizer(student, ProtocolConfig(optimizer="adamw", weight_decay=0.01)).param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.01, 0)
     assert {p.dim() for p in free["params"]} == {1}
@@ -240,7 +244,7 @@ def test_confusion_counts_images_by_class_and_answer():
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             return pixels.float().flatten(1)[:, :3]
 
-    student = Brightest("convnet-1", torch.zeros(1, 1, 8, 8, dtype=torch.uint8), 3, quick())
+    student = Brightest("convnet-1", STEPS, 3, quick())
     pixels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     for image, answer in zip(pixels, (0, 2, 2, 1), strict=True):
         image[0, 0, answer] = 9
@@ -279,3 +283,48 @@ def test_stored_soft_labels_take_the_place_of_a_teacher():
     torch.testing.assert_close(weighed._loss(torch.arange(6)), (expected * weights).mean())
     with pytest.raises(ValueError, match="no stored soft labels"):
         Training("convnet-2", (pixels, labels), 2, protocol, 0)
+
+
+def test_a_student_that_diverges_is_an_error_of_one_line():
+    train = bars(4, 1)
+    with pytest.raises(Diverged, match=r"diverged|not finite") as refused:
+        train_student("convnet-2", train, bars(2, 2), 3, quick(lr=1e20, optimizer="sgd"), 0)
+    assert "lr" in str(refused.value)
+
+
+def test_a_set_of_equal_grey_images_is_refused():
+    grey = torch.full((6, 1, 8, 8), 128, dtype=torch.uint8), torch.arange(6) % 3
+    with pytest.raises(UserError, match="all pixels of the set have the same value"):
+        train_student("convnet-2", grey, bars(2, 2), 3, quick(), 0)
+
+
+def test_scores_that_are_not_finite_are_no_predictions():
+    class Broken(Student):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(pixels), 3), float("nan"))
+
+    with pytest.raises(Diverged, match="scores are not finite"):
+        confusion_of(Broken("convnet-1", STEPS, 3, quick()), bars(2, 2), 3)
+
+
+@pytest.mark.parametrize("name", ["resnet-18", "timm/resnet10t", "convnet-3"])
+def test_a_last_batch_of_one_is_left_out_where_batch_statistics_need_more(name: str):
+    """Seven images in batches of three: the last batch of an epoch holds one image."""
+    pixels, labels = bars(7, 1)
+    train = torch.nn.functional.interpolate(pixels.float(), 32).to(torch.uint8)[:7], labels[:7]
+    test = torch.nn.functional.interpolate(bars(2, 2)[0].float(), 32).to(torch.uint8), bars(2, 2)[1]
+    _, accuracy = train_student(name, train, test, 3, quick(norm="batch", batch_size=3, epochs=1, validations=1), 0)
+    assert math.isfinite(accuracy.curve[0].loss)
+
+
+def test_batches_of_one_with_batch_norm_are_refused():
+    with pytest.raises(UserError, match=r"normalises over batches.*batch_size=1"):
+        train_student("resnet-18", bars(2, 1), bars(2, 2), 3, quick(norm="batch", batch_size=1), 0)
+
+
+@pytest.mark.parametrize(("name", "size", "fits"), [("convnet-3", 8, True), ("resnet-18", 8, False), ("resnet-18", 16, True)])
+def test_instance_norm_of_maps_of_one_pixel_is_refused(name: str, size: int, fits: bool):
+    """An instance norm of one value gives zero whatever the image is, so such a network never learns."""
+    found = constant_norms(build_student(name, 1, size, 3, "instance", 8), 1, size)
+    assert (found is None) == fits
+    assert constant_norms(build_student(name, 1, size, 3, "batch", 8), 1, size) is None

@@ -35,6 +35,8 @@ class Generator(Component, ABC):
     learns_variance: bool
     null: Tensor
     """The null condition of classifier-free guidance, [1, …]."""
+    knows_null: bool = True
+    """Whether the network was trained with the null condition, without which there is no guidance."""
 
     @classmethod
     @abstractmethod

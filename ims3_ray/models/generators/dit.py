@@ -28,7 +28,7 @@ class DiTGenerator(Generator):
         self.file, self.path, self.config = file, file.path, c
         self.schedule, self.parametrisation = NoiseSchedule(), c.prediction
         self.latent, self.learns_variance = (c.in_channels, c.input_size, c.input_size), c.learn_sigma
-        self.null = labels_as_conditions(c.null_label)
+        self.null, self.knows_null = labels_as_conditions(c.null_label), c.null_row
 
     @classmethod
     def of_shape(cls, config: DiTConfig) -> DiTGenerator:
