@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ims3_ray.config.files import read_values
 from ims3_ray.config.keys import check_keys
-from ims3_ray.errors import IncompletePool, UserError
+from ims3_ray.errors import IncompletePool, Terminated, UserError
 
 if TYPE_CHECKING:
     from ims3_ray.config.loading import Tree
+
+
+INTERRUPTED, TERMINATED, CLOSED = 130, 143, 141
+"""Exit codes after Ctrl-C (SIGINT), after SIGTERM, and when the reader of the output has gone (SIGPIPE)."""
 
 
 def main(
@@ -29,7 +39,8 @@ def main(
     and the error for a misspelt key appear at once.
 
     Exit codes: 0 success, 1 work that failed on every attempt (one line on stderr), 2 an error that the user can correct (one
-    line on stderr), 130 interrupted. Any other error gives a traceback and 1.
+    line on stderr), 130 interrupted, 143 terminated (SIGTERM), 141 if nobody reads the output any more. Any other error gives
+    a traceback and 1.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, e.g. selection.alpha=0.4")
@@ -38,25 +49,57 @@ def main(
     )
     if plan is not None:
         parser.add_argument("--dry-run", action="store_true", help="print the plan and stop: nothing is computed or written")
-    args = parser.parse_intermixed_args(arguments)
+    prepare_streams()
     try:
-        values = read_values(args.config, args.overrides)
-        if isinstance(tree, str):
-            check_keys(tree.partition(":")[2], values)
-        from ims3_ray.config.loading import build
+        args = parser.parse_intermixed_args(arguments)
+        with terminated_by_sigterm():
+            values = read_values(args.config, args.overrides)
+            if isinstance(tree, str):
+                check_keys(tree.partition(":")[2], values)
+            from ims3_ray.config.loading import build
 
-        config: Any = build(_found(tree), values)
-        if plan is not None and args.dry_run:
-            print(_found(plan)(config))
-        else:
-            _run(_found(run), config)
+            config: Any = build(_found(tree), values)
+            if plan is not None and args.dry_run:
+                print(_found(plan)(config))
+            else:
+                _run(_found(run), config)
+            sys.stdout.flush()
     except (UserError, IncompletePool) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        asked = isinstance(error, Terminated)
+        print(f"{'terminated' if asked else 'interrupted'}; the same command continues", file=sys.stderr)
+        return TERMINATED if asked else INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        return CLOSED
     return 0
+
+
+def prepare_streams() -> None:
+    """Let output to a terminal that lacks a character, such as λ in ASCII, show a question mark in its place."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def terminated_by_sigterm() -> Iterator[None]:
+    """While it lasts, SIGTERM raises :class:`Terminated` in the main thread."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: the run is ending
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _found(named: Any) -> Any:

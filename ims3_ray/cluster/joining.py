@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ims3_ray import plugins
+from ims3_ray.cluster.addresses import check_address, check_temporary_folder
+from ims3_ray.cluster.quiet import without_noise
+from ims3_ray.cluster.ray_internals import loopback_only
 from ims3_ray.config import ClusterConfig, Role
 from ims3_ray.errors import IncompletePool, UserError
 
@@ -45,7 +50,8 @@ def results(refs: Any) -> Any:
 
 def joins(config: ClusterConfig) -> str | None:
     """Address of the cluster that a job joins, from the config or ``RAY_ADDRESS``; None if the job starts its own cluster."""
-    return config.address or os.environ.get("RAY_ADDRESS")
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
 
 
 @contextmanager
@@ -62,13 +68,32 @@ def connected(config: ClusterConfig, needed: dict[str, float] | None = None) -> 
             "Ray is running already, and its workers do not know the plugins; let this program start or join Ray, or call "
             "ray.init(runtime_env=ims3_ray.plugins.runtime_env()) after ims3_ray.plugins.load([…])"
         )
-    if started:
-        # Hides Ray's message that it has created a token for a new cluster, which needs no action by the user.
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        address = joins(config)
-        # The dashboard serves Ray Train's state queries. Without it they go to any process that listens on the default port,
-        # and the answer of another cluster on the machine ("no such controller") makes Ray Train remove its own workers.
-        local = {} if address else {"num_cpus": max(LOCAL_CPUS, os.cpu_count() or 1), "include_dashboard": True}
+    with without_noise() if started else nullcontext():
+        if started:
+            _start(joins(config))
+        try:
+            if not config.wait_s:
+                check_resources(needed or {})
+            yield
+        finally:
+            if started:
+                ray.shutdown()
+
+
+def _start(address: str | None) -> None:
+    """Join the cluster at ``address``, or start one that listens on 127.0.0.1 alone."""
+    if address:
+        check_address(address)
+    else:
+        check_temporary_folder()
+    # Hides Ray's message that it has created a token for a new cluster, which needs no action by the user.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    # The dashboard serves Ray Train's state queries. Without it they go to any process that listens on the default port,
+    # and the answer of another cluster on the machine ("no such controller") makes Ray Train remove its own workers.
+    local = {} if address else {"num_cpus": max(LOCAL_CPUS, os.cpu_count() or 1), "include_dashboard": True}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    listening: AbstractContextManager[dict[str, Any]] = nullcontext({}) if address else loopback_only()
+    with listening as more:
         try:
             ray.init(
                 address=address or "local",  # not another cluster that was started on this machine
@@ -76,16 +101,14 @@ def connected(config: ClusterConfig, needed: dict[str, float] | None = None) -> 
                 log_to_driver=os.environ.get("IMS3_WORKER_LOGS") == "1",
                 runtime_env=_runtime_env(),
                 **local,
+                **more,
             )
-        except ConnectionError as error:
-            raise UserError(f"no Ray cluster answers at '{address}' ({error}); check cluster.address") from error
-    try:
-        if not config.wait_s:
-            check_resources(needed or {})
-        yield
-    finally:
-        if started:
-            ray.shutdown()
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            where = f"no Ray cluster answers at '{address}'" if address else "Ray does not start on this machine"
+            raise UserError(f"{where} ({reason}); check cluster.address, RAY_ADDRESS and RAY_TMPDIR") from error
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in its place, which aborts the process
 
 
 def _runtime_env() -> dict[str, Any]:

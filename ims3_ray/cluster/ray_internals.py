@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -50,3 +51,19 @@ def start_helpers_here() -> None:
     get_or_create_actor_location_tracker()
     get_or_create_stats_actor()
     get_or_create_usage_collection_actor()
+
+
+@contextmanager
+def loopback_only() -> Iterator[dict[str, Any]]:
+    """Arguments for ``ray.init`` with which a local Ray listens on 127.0.0.1 alone.
+
+    Its processes do so for this address, but ``ray.init`` replaces it by the address of the machine's network on Linux.
+    """
+    from ray._private import services
+
+    resolve = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield {"_node_ip_address": "127.0.0.1"}
+    finally:
+        services.resolve_ip_for_localhost = resolve

@@ -11,11 +11,13 @@ from typing import Any
 import yaml
 
 from ims3_ray.config.base import merge
+from ims3_ray.config.written import Loader, Written, read_override, typed
 from ims3_ray.errors import UserError
 
 
 def read_values(file: str | Path | Sequence[str] | None = None, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """The values of YAML files and of ``dotted.key=value`` overrides as nested mappings, each merged over those before it.
+    """The values of YAML files and of ``dotted.key=value`` overrides as nested mappings, each merged over those before it. What
+    YAML does not read as text is a :class:`~ims3_ray.config.written.Written`.
 
     Raises :class:`UserError` with one line for an unreadable file, a malformed override or a key that has moved.
     """
@@ -27,7 +29,7 @@ def read_values(file: str | Path | Sequence[str] | None = None, overrides: Itera
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"override '{override}' is not of the form key=value, as in selection.alpha=0.4")
-        _set(values, key.split("."), _parse(override, text))
+        _set(values, key.split("."), read_override(override, text))
     check_moved(values)
     return values
 
@@ -69,14 +71,18 @@ def _read_yaml(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if file.resolve() in seen:
         raise UserError(f"config '{file}' extends itself; remove the circle")
     try:
-        values = yaml.safe_load(file.read_text()) or {}
+        values = yaml.load(file.read_text("utf-8"), Loader) or {}
     except OSError as error:
         raise UserError(f"config '{file}' cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"config '{file}' is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"config '{file}' is not YAML: {' '.join(str(error).split())}") from error
+    if isinstance(values, Written) and values.value is None:
+        values = {}
     if not isinstance(values, dict):
         raise UserError(f"config '{file}' must be a mapping of keys to values")
-    parents = values.pop("extends", [])
+    parents = typed(str | list[str], values.pop("extends", []))
     merged: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
         merged = merge(merged, _read_yaml(file.parent / parent, (*seen, file.resolve())))
@@ -89,16 +95,3 @@ def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
         values[part] = inner = dict(inner) if isinstance(inner, dict) else {}
         values = inner
     values[path[-1]] = value
-
-
-def _parse(override: str, text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override '{override}' has a value that is not YAML; quote it") from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value

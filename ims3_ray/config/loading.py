@@ -16,6 +16,7 @@ from ims3_ray.component import descriptions_of, first_error
 from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, Section, SweepConfig, canonical, merge
 from ims3_ray.config.files import check_moved, read_values
 from ims3_ray.config.keys import KNOWN_KEYS, unknown_key
+from ims3_ray.config.written import typed
 from ims3_ray.errors import UserError, masked
 
 Tree = TypeVar("Tree", bound=Section)
@@ -36,11 +37,12 @@ def build(tree: type[Tree], values: Mapping[str, Any]) -> Tree:
     The plugins that ``values`` name are loaded first, so that ``tree`` has the settings of their components.
     """
     check_moved(values)
-    named = values.get("plugins") or []
+    named = typed(str | list[str] | None, values.get("plugins")) or []
     if isinstance(named, str):
         named = [named]
         values = {**values, "plugins": named}
     plugins.load(named)
+    values = typed(tree, values)
     merged = merge(_defaults(tree), values)
     merged |= {key: values[key] for key in WHOLE if key in values}
     merged = _without_removed(merged)

@@ -29,12 +29,20 @@ NAMES = private_names(Path(ray_internals.__file__).read_text())
 def test_only_one_file_uses_what_is_private():
     users = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if private_names(file.read_text())}
     assert users == {"cluster/ray_internals.py"}
-    assert len(NAMES) == 5
+    assert len(NAMES) == 6
 
 
 @pytest.mark.parametrize(("module", "name"), NAMES)
 def test_ray_still_has_it(module: str, name: str):
     assert hasattr(importlib.import_module(module), name), f"this version of Ray has no {module}.{name}"
+
+
+def test_ray_still_replaces_the_address_of_the_loopback_where_it_is_kept_from_doing_so():
+    services = importlib.import_module("ray._private.services")
+    replaced = services.resolve_ip_for_localhost
+    with ray_internals.loopback_only() as arguments:
+        assert services.resolve_ip_for_localhost("127.0.0.1") == arguments["_node_ip_address"] == "127.0.0.1"
+    assert services.resolve_ip_for_localhost is replaced
 
 
 def test_the_coordinator_still_takes_what_it_is_given():
