@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ims3_ray import plugins
 from ims3_ray.cluster.addresses import check_address, check_temporary_folder
 from ims3_ray.cluster.quiet import without_noise
-from ims3_ray.cluster.ray_internals import loopback_only
+from ims3_ray.cluster.ray_internals import hide_events, loopback_only
+from ims3_ray.cluster.raylet_watch import RayletWatch
 from ims3_ray.config import ClusterConfig, Role
 from ims3_ray.errors import IncompletePool, UserError
 
@@ -30,6 +32,10 @@ WORKER_ENV = {
     # Otherwise Ray Data requests nodes of any kind whenever utilisation is high, but only the pool's actors need nodes.
     **{f"RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_{what}_UTIL_THRESHOLD": "1e9" for what in SCALED},
 }
+
+
+ENDINGS = re.compile(r"was killed by `ray\.kill`|Raylet is terminated|has been marked dead")
+"""Messages of a local Ray about what this program ends itself, or reports in a line of its own."""
 
 
 def own_device() -> str:
@@ -71,12 +77,15 @@ def connected(config: ClusterConfig, needed: dict[str, float] | None = None) -> 
     with without_noise() if started else nullcontext():
         if started:
             _start(joins(config))
+        watch = RayletWatch() if started and joins(config) is None else None
         try:
-            if not config.wait_s:
-                check_resources(needed or {})
-            yield
+            with watch or nullcontext():
+                if not config.wait_s:
+                    check_resources(needed or {})
+                yield
         finally:
-            if started:
+            # A driver whose raylet has died may be ended by its own shutdown, so that comes last: Ray does it at the exit.
+            if started and not (watch and watch.died):
                 ray.shutdown()
 
 
@@ -107,6 +116,8 @@ def _start(address: str | None) -> None:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             where = f"no Ray cluster answers at '{address}'" if address else "Ray does not start on this machine"
             raise UserError(f"{where} ({reason}); check cluster.address, RAY_ADDRESS and RAY_TMPDIR") from error
+    if not address:
+        hide_events(ENDINGS)
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in its place, which aborts the process
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,3 +68,30 @@ def loopback_only() -> Iterator[dict[str, Any]]:
         yield {"_node_ip_address": "127.0.0.1"}
     finally:
         services.resolve_ip_for_localhost = resolve
+
+
+def local_raylet() -> Any:
+    """The process of the raylet that ``ray.init`` has started on this machine, as a ``subprocess.Popen``; None if it has
+    started none."""
+    from ray._private import worker
+
+    node = worker._global_node
+    found = node.all_processes.get("raylet") if node is not None else None
+    return found[0].process if found else None
+
+
+def hide_events(pattern: re.Pattern[str]) -> None:
+    """Do not print the messages of Ray's processes that match; Ray prints them in the driver even if it prints no logs."""
+    from ray._private import worker
+
+    shown = worker.print_to_stdstream
+    if getattr(shown, "hides", None) == pattern:
+        return
+
+    def show(data: dict[str, Any], *more: Any, **options: Any) -> Any:
+        if not any(pattern.search(line) for line in data.get("lines", [])):
+            return shown(data, *more, **options)
+        return None
+
+    show.hides = pattern  # type: ignore[attr-defined]
+    worker.print_to_stdstream = show

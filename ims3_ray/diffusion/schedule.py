@@ -66,11 +66,24 @@ class NoiseSchedule:
         if not 1 <= num_steps <= self.num_steps:
             raise ValueError(f"number of sampling steps must lie in 1 … {self.num_steps}, not {num_steps}")
         if spacing == "leading":
+            check_leading(num_steps, self.num_steps)
             return torch.arange(num_steps) * (self.num_steps // num_steps)
         last = self.num_steps - 1
         if num_steps == 1:
             return torch.tensor([last])
         return (torch.arange(num_steps) * torch.tensor(last / (num_steps - 1), dtype=torch.float64)).round().long()
+
+
+def check_leading(num_steps: int, of: int = 1000) -> None:
+    """Raises ``ValueError`` for a number of steps whose "leading" timesteps would not reach up to pure noise: with 600 of 1,000
+    the step size is 1, and sampling would begin at timestep 599 from noise that belongs to timestep 999."""
+    step = of // num_steps
+    if of // step != num_steps:
+        fewer, more = of // (step + 1), of // step
+        raise ValueError(
+            f"{num_steps} steps of one size do not span {of} timesteps, so sampling would begin in the middle; choose {fewer} "
+            f"or {more}"
+        )
 
 
 def per_sample(value_B: Tensor, like: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from ims3_ray.engine.lease import announce
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.tracking import slug
 
@@ -71,6 +72,8 @@ def run_stages(context: Context, stages: Sequence[Stage]) -> None:
         running = [stage for stage in batch if stage.missing(storage)]
         waiting = [stage for stage in waiting if stage not in batch]
         if running:
+            for stage in running:
+                announce(stage.artifact(storage), context.config.name, stage.title)
             context.listeners = {}
             for kind in dict.fromkeys(type(stage) for stage in waiting):
                 heard = kind.listen(context, [stage for stage in waiting if type(stage) is kind], running)

@@ -29,6 +29,13 @@ class Autoencoder(nn.Module):
         self.vae = AutoencoderKL.from_config(config)
         self.scale = float(self.vae.config.scaling_factor)
         """Factor by which latents are multiplied, so that their variance is about one (0.18215 for Stable Diffusion's)."""
+        self.shift = float(self.vae.config.get("shift_factor") or 0.0)
+        """Value that is subtracted from latents before they are multiplied (0.0609 for Stable Diffusion 3's, 0 for most)."""
+        if any(self.vae.config.get(name) is not None for name in ("latents_mean", "latents_std")):
+            raise UserError(
+                "the autoencoder normalises each channel of its latents (latents_mean, latents_std), as no DiT here expects; "
+                "choose the one that the generator was trained with"
+            )
 
     @property
     def image_channels(self) -> int:
@@ -46,11 +53,11 @@ class Autoencoder(nn.Module):
     def moments(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the scaled latents of images in [−1, 1], [B, latent_channels, H/factor, W/factor] each."""
         posterior = self.vae.encode(x_BCHW).latent_dist
-        return posterior.mean * self.scale, posterior.logvar + 2 * math.log(self.scale)
+        return (posterior.mean - self.shift) * self.scale, posterior.logvar + 2 * math.log(self.scale)
 
     def decode(self, z_BCHW: Tensor) -> Tensor:
         """The images, not clamped, of scaled latents."""
-        return self.vae.decode(z_BCHW / self.scale).sample
+        return self.vae.decode(z_BCHW / self.scale + self.shift).sample
 
 
 def autoencoder_path(reference: str) -> Path:

@@ -99,6 +99,10 @@ def describe(plan: Plan[Config], storage: Storage | None = None) -> str:
     return "\n".join(lines)
 
 
+LONG_ENOUGH_HOURS = 0.25
+"""Device-hours from which a command says which rate would have been right: a shorter one is mostly starting up."""
+
+
 def account(expected: Iterable[Expected], spent: Mapping[Stage, float], cluster: ClusterConfig) -> dict[str, Any]:
     """Compare the estimate of the stages that a command has run from their beginning with what they took.
 
@@ -136,7 +140,8 @@ def _account_text(found: Mapping[str, Any]) -> list[str]:
     lines = []
     for unit, each in found["devices"].items():
         key, scale = ("cluster.gpu_tflops", 1e12) if unit == "GPU" else ("cluster.core_gflops", 1e9)
-        right = f"; {key}={each['sustained'] / scale:.3g} would have been right" if each["sustained"] else ""
+        tells = each["sustained"] and each["hours"] >= LONG_ENOUGH_HOURS
+        right = f"; {key}={each['sustained'] / scale:.3g} would have been right" if tells else ""
         lines.append(
             f"took {each['hours']:.2g} {unit}-hours, start-up included; the estimate was {each['expected_hours']:.2g} "
             f"({each['error']:+.0%}){right}"

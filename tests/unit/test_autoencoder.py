@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,25 @@ def test_moments_and_images_are_those_of_diffusers_times_the_scale(world: Path):
         torch.testing.assert_close(ours.decode(z), theirs.decode(z / 0.18215).sample)
     assert not any(parameter.requires_grad for parameter in ours.parameters())
     assert (ours.factor, ours.image_channels, ours.latent_channels) == (2, 1, 2)
+
+
+def test_latents_are_shifted_as_the_autoencoder_says(world: Path, tmp_path: Path):
+    """Stable Diffusion 3's autoencoder has a ``shift_factor``: latents are (z − shift) · scale."""
+    shutil.copytree(world / "vae", tmp_path / "vae")
+    file = tmp_path / "vae" / "config.json"
+    plain = json.loads(file.read_text())
+    file.write_text(json.dumps({**plain, "shift_factor": 0.5, "scaling_factor": 2.0}))
+    shifted, unshifted = (load_autoencoder(autoencoder_path(str(folder / "vae"))) for folder in (tmp_path, world))
+    x = torch.rand(2, 1, 8, 8) * 2 - 1
+    with torch.no_grad():
+        mean, log_variance = shifted.moments(x)
+        raw, raw_log_variance = unshifted.moments(x)
+        torch.testing.assert_close(mean, (raw / 0.18215 - 0.5) * 2)
+        torch.testing.assert_close(log_variance, raw_log_variance + 2 * math.log(2 / 0.18215))
+        torch.testing.assert_close(shifted.decode(mean), unshifted.decode(raw))
+    file.write_text(json.dumps({**plain, "latents_mean": [0.0, 0.0], "latents_std": [1.0, 1.0]}))
+    with pytest.raises(UserError, match="normalises each channel"):
+        load_autoencoder(autoencoder_path(str(tmp_path / "vae")))
 
 
 def test_a_pipelines_folder_and_the_autoencoders_own_are_the_same(world: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,44 @@ def test_free_tables_take_any_key():
     check_keys("SweepConfig", {"space": {"selection": {"alpha": [1]}}})
     check_keys("RunConfig", {"arms": {"a": {"overrides": {"sampling": {"cfg_scale": 2}}}}, "stages": {"mine": {"x": 1}}})
     check_keys("RunConfig", {"evaluation": {"protocols": {"hard": {"epochs": {1: 300}}}}})
+
+
+def run_code(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    options = {"capture_output": True, "text": True, "cwd": ROOT, **options}
+    return subprocess.run([sys.executable, "-c", code], **options)
+
+
+JOB = (
+    "import os, sys, time, signal\n"
+    "from ims3_ray.cli import main\n"
+    "from ims3_ray.component import Section\n"
+    "class Config(Section):\n"
+    "    name: str = 'x'\n"
+)
+"""Beginning of a program that runs a job of its own."""
+
+
+@pytest.mark.parametrize(
+    ("signal_name", "code", "said"), [("SIGTERM", 143, "terminated"), ("SIGINT", 130, "interrupted")]
+)  # fmt: skip
+def test_a_signal_ends_a_command_with_one_line(signal_name: str, code: int, said: str):
+    done = run_code(
+        f"{JOB}def run(config):\n    os.kill(os.getpid(), signal.{signal_name})\n    time.sleep(30)\n"
+        "sys.exit(main('', Config, run, arguments=[]))\n"
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (code, f"{said}; the same command continues\n", "")
+
+
+def test_a_reader_that_has_gone_is_no_traceback():
+    code = f"{JOB}def run(config):\n    print('x' * 10**6)\nsys.exit(main('', Config, run, arguments=[]))\n"
+    done = subprocess.run(
+        f'{sys.executable} -c "$CODE" | head -c 1; echo " ${{PIPESTATUS[0]}}"', shell=True, executable="/bin/bash",
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "CODE": code},
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("x 141\n", "")
+
+
+def test_a_terminal_without_greek_letters_shows_question_marks():
+    code = f"{JOB}def run(config):\n    print('α : β')\nsys.exit(main('', Config, run, arguments=[]))\n"
+    done = run_code(code, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "? : ?\n", "")
