@@ -40,7 +40,7 @@ def load(names: Iterable[str]) -> None:
             raise UserError(f"plugin '{name}' does not exist; give the path of a Python file or the name of a module")
         if not path.stem.isidentifier():
             raise UserError(f"plugin '{name}' is no module, since '{path.stem}' is no name in Python; rename the file")
-        _define(f"{PACKAGE}.{path.stem}", path.read_text(), str(path))
+        _define(f"{PACKAGE}.{path.stem}", path.read_text("utf-8"), str(path))
 
 
 def source_hash(component: Any) -> str | None:
@@ -89,7 +89,7 @@ def _import(name: str) -> None:
         raise UserError(f"plugin '{name}' cannot be imported ({type(error).__name__}: {error}); correct it") from error
     if hasattr(module, "__path__") or module.__file__ is None:
         raise UserError(f"plugin '{name}' is a package; name the modules in it that have components, as in {name}.MODULE")
-    _sources[name] = Path(module.__file__).read_text()
+    _sources[name] = Path(module.__file__).read_text("utf-8")
 
 
 def _define(name: str, source: str, origin: str) -> None:

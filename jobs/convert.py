@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from ims3_ray.cli import main
 from ims3_ray.config import Section
 from ims3_ray.errors import UserError
+from ims3_ray.io.files import Place
 from ims3_ray.models.checkpoints import weights_path
 from ims3_ray.models.difffit import merge_adapter
 from ims3_ray.models.dit_files import open_dit, with_classes, write_dit
@@ -41,7 +42,7 @@ def run(config: ConvertConfig) -> None:
     if config.classes is not None:
         if not (listed := Path(config.classes)).is_file():
             raise UserError(f"classes='{listed}' does not exist")
-        file = with_classes(file, tuple(listed.read_text().splitlines()))
+        file = with_classes(file, tuple(Place.at(str(listed)).lines()))
     classes, model = file.classes, DiTGenerator(file).load()
     if config.adapter is not None:
         merge_adapter(model, load_file(weights_path(config.adapter)))

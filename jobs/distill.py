@@ -7,7 +7,7 @@
     ray job submit --working-dir . -- python jobs/distill.py storage=s3://bucket/distill
 
 After an interruption the same command continues where it stopped. docs/configuration.md lists every key.
-Exit codes: 0 done, 1 a fault, 2 bad input or too small a cluster (one line says what to do), 130 interrupted.
+Exit codes: 0 done, 1 a fault, 2 bad input or too small a cluster (one line says what to do), 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations

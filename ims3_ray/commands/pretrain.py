@@ -64,7 +64,7 @@ def pretrain(config: PretrainConfig) -> Path:
     if quality.samples is not None:
         (folder / f"{config.name}.png").write_bytes(contact_sheet(quality.samples, 10))
     card = folder / f"{config.name}.md"
-    card.write_text(weights_card(config, outcome, path, quality))
+    card.write_text(weights_card(config, outcome, path, quality), "utf-8")
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB after {outcome['seconds']:.0f} s")
     print("\n".join(quality.lines))
     if quality.broken:
@@ -115,7 +115,7 @@ def check_pretraining(config: PretrainConfig, fingerprints: Mapping[str, str], f
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, ValueError):
         found = None
     if not isinstance(found, dict) or not {"generator", "encoder"} <= found.keys():

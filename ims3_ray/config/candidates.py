@@ -9,7 +9,6 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from ims3_ray.component import Components
 from ims3_ray.config.base import Fraction, Section
 from ims3_ray.diffusion.samplers.base import Sampler
-from ims3_ray.diffusion.schedule import check_leading
 from ims3_ray.diffusion.steering.base import Steering
 from ims3_ray.selection.base import Selector
 from ims3_ray.selection.s3 import S3Config
@@ -53,8 +52,6 @@ class SamplingConfig(Components):
 
     @model_validator(mode="after")
     def _possible(self) -> SamplingConfig:
-        if self.sampler == "ddim":
-            check_leading(self.steps)
         low, high = self.cfg_interval
         if low > high:
             raise ValueError(f"cfg_interval=[{low:g}, {high:g}] ends before it starts; swap the two")

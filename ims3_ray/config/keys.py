@@ -23,7 +23,7 @@ def check_keys(tree: str, values: Mapping[str, Any]) -> None:
 
     Nothing is checked if ``values`` name plugins, because their components may have keys of their own.
     """
-    known = json.loads(Path(__file__).with_name(KNOWN_KEYS).read_text())[tree]
+    known = json.loads(Path(__file__).with_name(KNOWN_KEYS).read_text("utf-8"))[tree]
     if not values.get("plugins"):
         _check(known, known, values, "")
 

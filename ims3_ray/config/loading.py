@@ -192,5 +192,5 @@ def _key_tree(section: BaseModel) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    Path(__file__).with_name(KNOWN_KEYS).write_text(known_keys())
+    Path(__file__).with_name(KNOWN_KEYS).write_text(known_keys(), "utf-8")
     print(reference(), end="")

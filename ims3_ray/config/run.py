@@ -11,7 +11,6 @@ from ims3_ray.config.base import Name, Section, canonical, merge
 from ims3_ray.config.candidates import PoolConfig, SamplingConfig, SelectionConfig, SynthesisConfig
 from ims3_ray.config.finetune import FinetuneConfig
 from ims3_ray.config.work import WorkConfig
-from ims3_ray.diffusion.schedule import check_leading
 from ims3_ray.selection.base import Per, Selector, SubgroupSelector
 from ims3_ray.synthesis.base import Synthesis
 
@@ -35,12 +34,6 @@ class InstabilityConfig(Section):
     fine-tuning alike."""
     exact_up_to: int = Field(default=64, ge=0)
     """Largest number of values of a latent for which the determinant is computed exactly instead of estimated."""
-
-    @field_validator("steps")
-    @classmethod
-    def _span(cls, steps: int) -> int:
-        check_leading(steps)
-        return steps
 
 
 class ArmConfig(Section):

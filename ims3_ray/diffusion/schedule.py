@@ -60,30 +60,32 @@ class NoiseSchedule:
     def respaced(self, num_steps: int, spacing: Spacing = "leading") -> Tensor:
         """``num_steps`` evenly spaced timesteps in rising order, int64.
 
-        "leading" counts from zero with a whole-numbered step size, as DDIM does; "linspace" runs from zero to the last
-        timestep, rounded (a single step is the last timestep).
+        "leading" counts from zero with a whole-numbered step size, as DDIM does. Where such steps would end far below the last
+        timestep (see :func:`has_whole_steps`), the step size is the exact one, rounded down at each step. "linspace" runs from
+        zero to the last timestep, rounded (a single step is the last timestep).
         """
         if not 1 <= num_steps <= self.num_steps:
             raise ValueError(f"number of sampling steps must lie in 1 … {self.num_steps}, not {num_steps}")
         if spacing == "leading":
-            check_leading(num_steps, self.num_steps)
-            return torch.arange(num_steps) * (self.num_steps // num_steps)
+            if has_whole_steps(num_steps, self.num_steps):
+                return torch.arange(num_steps) * (self.num_steps // num_steps)
+            return torch.arange(num_steps) * self.num_steps // num_steps
         last = self.num_steps - 1
         if num_steps == 1:
             return torch.tensor([last])
         return (torch.arange(num_steps) * torch.tensor(last / (num_steps - 1), dtype=torch.float64)).round().long()
 
 
-def check_leading(num_steps: int, of: int = 1000) -> None:
-    """Raises ``ValueError`` for a number of steps whose "leading" timesteps would not reach up to pure noise: with 600 of 1,000
-    the step size is 1, and sampling would begin at timestep 599 from noise that belongs to timestep 999."""
-    step = of // num_steps
-    if of // step != num_steps:
-        fewer, more = of // (step + 1), of // step
-        raise ValueError(
-            f"{num_steps} steps of one size do not span {of} timesteps, so sampling would begin in the middle; choose {fewer} "
-            f"or {more}"
-        )
+def has_whole_steps(num_steps: int, of: int = 1000) -> bool:
+    """Whether steps of one whole-numbered size span all timesteps: of 1,000 they do for 250 steps, and not for 600, which would
+    end at timestep 599."""
+    return of // (of // num_steps) == num_steps
+
+
+def spacing_version(num_steps: int) -> dict[str, int]:
+    """What the key of an artifact holds beside a number of "leading" steps: nothing for those that have whole steps, and a
+    version for the others, which older versions of this program spaced otherwise."""
+    return {} if has_whole_steps(num_steps) else {"spacing": 2}
 
 
 def per_sample(value_B: Tensor, like: Tensor) -> Tensor:

@@ -173,6 +173,15 @@ class Place:
         seen = [(path, info) for path, info in below if not any(map(is_hidden, path.split("/")))]
         return [self._of(self.filesystem, info) for _, info in sorted(seen, key=lambda each: natural(each[0]))]
 
+    def lines(self) -> list[str]:
+        """The lines of a text file that are not blank, without the space around them. Raises :class:`UserError` if it is not
+        UTF-8."""
+        try:
+            text = self.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"'{self.path}' is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        return [line.strip() for line in text.splitlines() if line.strip()]
+
     def read(self) -> bytes:
         with self.filesystem.open_input_stream(self.path, compression=None) as stream:
             return bytes(stream.read())

@@ -79,7 +79,7 @@ def autoencoder_path(reference: str) -> Path:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"'{folder}/config.json' is not readable JSON ({error}); fetch it again") from error
     return config

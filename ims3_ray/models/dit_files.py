@@ -143,7 +143,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"'{path}' is not readable JSON ({error}); fetch it again") from error
     return found

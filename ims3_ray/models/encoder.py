@@ -118,7 +118,7 @@ def encoder_config(path: Path) -> EncoderConfig:
         except ValidationError as error:
             raise UserError(f"encoder '{path}' has a shape that cannot be used: {error.errors()[0]['msg']}") from error
     try:
-        plain = json.loads((path.parent / "config.json").read_text())
+        plain = json.loads((path.parent / "config.json").read_text("utf-8"))
         data = plain["pretrained_cfg"]
         channels, size, _ = data["input_size"]
         # timm normalises images in [0, 1]

@@ -24,7 +24,7 @@ def accuracy_rows(results: Results) -> list[str]:
 
 def plain(text: str) -> str:
     """A name as plain text in Markdown, with special characters escaped."""
-    return html.escape(" ".join(text.split())).replace("|", "&#124;")
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
 
 
 def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> str:

@@ -78,7 +78,7 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             tuner.load(Path(folder))
-            found = json.loads(Path(folder, "losses.json").read_text())
+            found = json.loads(Path(folder, "losses.json").read_text("utf-8"))
             history, began = found["history"], began - found["seconds"]
         if rank == 0:
             plain["board"].post.remote(group, history)  # a driver that was killed may not have logged all of them

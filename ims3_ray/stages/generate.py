@@ -9,6 +9,7 @@ from typing import Any
 from ims3_ray import plugins
 from ims3_ray.config import ArmConfig, RunConfig, SamplingConfig, differing
 from ims3_ray.diffusion.samplers.base import Sampler
+from ims3_ray.diffusion.schedule import spacing_version
 from ims3_ray.engine.images import ImageStore, Producer
 from ims3_ray.engine.planner import PNG_SHARE, Planner, pixel_bytes
 from ims3_ray.engine.pool import ImagePool
@@ -40,6 +41,8 @@ class Generate(ImagePool):
             "sampling": differing(s), "store": config.pool.store, "generator": models.generator_weights.digest,
             "seed": config.seed, **plugins.hashes(type(generator), Sampler.registry[s.sampler], s.steering),
         }  # fmt: skip
+        if Sampler.registry[s.sampler].spacing == "leading":
+            params |= spacing_version(s.steps)
         inputs: dict[str, Stage] = {"finetune": Finetune.plan(planner, config)} if arm.finetune else {}
         names = [tuned_title(planner, config) if arm.finetune else "pretrained"]
         if (steering := s.steering) is not None:

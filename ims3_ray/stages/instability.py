@@ -16,6 +16,7 @@ from ims3_ray.cluster.joining import own_device, placed, results
 from ims3_ray.config import InstabilityConfig, RunConfig, WorkConfig, differing
 from ims3_ray.diffusion.instability import log_instability
 from ims3_ray.diffusion.inversion import invert
+from ims3_ray.diffusion.schedule import spacing_version
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.shards import commit_units, units_of
 from ims3_ray.engine.stage import Context, Stage, Worker
@@ -42,7 +43,10 @@ class MeasureInstability(Stage):
     def plan(cls, planner: Planner, config: RunConfig) -> MeasureInstability:
         """Plan the measurement for the fine-tuning of ``config``."""
         measured, finetune, models = config.instability, Finetune.plan(planner, config), planner.models(config)
-        params = {"instability": differing(measured), "seed": config.seed, "classes": list(models.labels)}
+        params: dict[str, Any] = {
+            "instability": differing(measured), "seed": config.seed, "classes": list(models.labels),
+            **spacing_version(measured.steps),
+        }  # fmt: skip
         return planner.add(
             cls(
                 "instability (Eq. 12)", params, {"finetune": finetune, **finetune.inputs}, images=measured.images,

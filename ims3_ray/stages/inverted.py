@@ -13,6 +13,7 @@ from torch import Tensor
 from ims3_ray import plugins
 from ims3_ray.config import RunConfig
 from ims3_ray.data.transforms import to_signed
+from ims3_ray.diffusion.schedule import spacing_version
 from ims3_ray.diffusion.steering.inverted_gaussian import InvertedGaussian, invert_to_start
 from ims3_ray.engine.images import Derive, Derived, Produced, batches
 from ims3_ray.engine.planner import Planner
@@ -43,7 +44,7 @@ class Invert(DerivedStage):
             "cfg_channels": s.cfg_channels, "cfg_interval": s.cfg_interval, "precision": s.precision,
             "labels": dict(zip(map(str, images.labels), models.labels, strict=True)),
         }  # fmt: skip
-        params |= plugins.hashes(type(models.generator))
+        params |= {**plugins.hashes(type(models.generator)), **spacing_version(s.steps)}
         weights, each = {"generator": models.generator_weights}, sampling_flops(models.generator, s)
         if models.autoencoder is not None and models.autoencoder_weights is not None:
             params["autoencoder"] = models.autoencoder_weights.digest

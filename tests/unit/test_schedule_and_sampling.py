@@ -13,13 +13,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from ims3_ray.config import RunConfig
-from ims3_ray.config.loading import load_config
 from ims3_ray.diffusion.prediction import guided, predict_z0
 from ims3_ray.diffusion.samplers.base import Sampler, sample
 from ims3_ray.diffusion.samplers.ddim import ddim_step
-from ims3_ray.diffusion.schedule import NoiseSchedule
-from ims3_ray.errors import UserError
+from ims3_ray.diffusion.schedule import NoiseSchedule, spacing_version
 from ims3_ray.seeds import generator_for, seed_for
 
 SCHEDULE = NoiseSchedule()
@@ -101,13 +98,15 @@ def test_an_impossible_number_of_steps_is_refused(num_steps: int):
         SCHEDULE.respaced(num_steps)
 
 
-@pytest.mark.parametrize(("steps", "advice"), [(600, "choose 500 or 1000"), (300, "choose 250 or 333"), (999, "500 or 1000")])
-def test_steps_that_would_begin_in_the_middle_are_refused(steps: int, advice: str):
-    with pytest.raises(ValueError, match=advice):
-        SCHEDULE.respaced(steps)
-    with pytest.raises(UserError, match=rf"config sampling: .*{advice}"):
-        load_config(RunConfig, None, [f"sampling.steps={steps}"])
-    assert load_config(RunConfig, None, [f"sampling.steps={steps}", "sampling.sampler=ddpm"]).sampling.steps == steps
+@pytest.mark.parametrize("num_steps", [600, 300, 999, 150, 75])
+def test_every_number_of_steps_begins_near_pure_noise(num_steps: int):
+    """With steps of one whole-numbered size, as in diffusers, 600 of them would begin at timestep 599."""
+    timesteps = SCHEDULE.respaced(num_steps)
+    assert timesteps[0] == 0
+    assert 999 - timesteps[-1] <= 1000 / num_steps
+    assert set(timesteps.diff().tolist()) <= {1000 // num_steps, 1000 // num_steps + 1}
+    assert spacing_version(num_steps) == {"spacing": 2}
+    assert spacing_version(25) == spacing_version(3) == spacing_version(1000) == {}
 
 
 def test_linspace_timesteps_are_those_of_diffusers_and_of_dit():

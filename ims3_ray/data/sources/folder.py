@@ -111,18 +111,18 @@ def listed_labels(split: Place, around: Sequence[Place]) -> dict[str, str] | Non
     or their parents. Raises :class:`UserError` for a flat split without any of them.
     """
     if (annotations := split.child(f"{split.name}_annotations.txt")).is_file:
-        rows = [line.split("\t") for line in _lines(annotations)]
+        rows = [line.split("\t") for line in annotations.lines()]
         return {row[0]: row[1] for row in rows if len(row) > 1}
     images = [child.name for child in split.children() if is_image(child)]
     if not images or any(child.is_folder for child in split.children()) or split.name not in ("val", "validation"):
         return None
     for folder in {above.path: above for place in around for above in (place, *place.parents(3))}.values():
         if (solution := folder.child("LOC_val_solution.csv")).is_file:
-            pairs = [line.split(",", 1) for line in _lines(solution)[1:]]
+            pairs = [line.split(",", 1) for line in solution.lines()[1:]]
             names = {Path(image).stem: image for image in images}
             return {names[stem]: rest.split()[0] for stem, rest in pairs if stem in names}
         if (synsets := folder.child(SYNSET_LABELS)).is_file:
-            classes = _lines(synsets)
+            classes = synsets.lines()
             if len(classes) != len(images):
                 raise UserError(f"'{synsets.path}' lists {len(classes)} classes for {len(images)} images; fetch both again")
             return dict(zip(sorted(images, key=natural), classes, strict=True))
@@ -144,7 +144,3 @@ def _grouped(split: Place, labels: Mapping[str, str]) -> tuple[list[str], list[l
         by_class.setdefault(labels[image.name], []).append(image)
     classes = sorted(by_class, key=natural)
     return classes, [by_class[name] for name in classes]
-
-
-def _lines(file: Place) -> list[str]:
-    return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]

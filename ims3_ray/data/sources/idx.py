@@ -39,7 +39,7 @@ class IdxSource(Source):
         if len(self._pixels) != len(self.labels):
             raise UserError(f"IDX files in '{location}' hold {len(self._pixels)} images but {len(self.labels)} labels")
         if names is not None:
-            self.class_names = tuple(name.strip() for name in names.read().decode().splitlines() if name.strip())
+            self.class_names = tuple(names.lines())
         elif "fashion" in str(Path(images.path).resolve().parent).lower() and self._pixels.shape in FASHION_MNIST_SHAPES:
             self.class_names = FASHION_MNIST_CLASSES
         else:

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from ims3_ray.component import Component, Registry, Section
 from ims3_ray.diffusion.prediction import Predictor
-from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.diffusion.schedule import NoiseSchedule, Spacing
 
 Draw = Callable[[], Tensor]
 """Returns standard normal noise of the shape of z; each sample's noise comes from a random generator of its own."""
@@ -28,6 +28,8 @@ class Sampler(Component, ABC):
     """Calls of the predictor in each step."""
     uses_variance: ClassVar[bool] = False
     """Whether the sampler uses the variance of generators that predict one."""
+    spacing: ClassVar[Spacing] = "linspace"
+    """How its timesteps are spaced: see :meth:`NoiseSchedule.respaced`."""
     takes: ClassVar[frozenset[str]] = frozenset()
     """The options that the sampler accepts: ``first`` (index of the timestep to start from), ``drift`` (:data:`Drift`)."""
 

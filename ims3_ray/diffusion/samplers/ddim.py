@@ -32,7 +32,7 @@ class Ddim(Sampler):
     """Deterministic (η = 0), on DiT's "ddimN" timesteps 0, 1000/N, 2000/N …; starts from the timestep of index ``first``
     where ``z`` is not pure noise."""
 
-    name = "ddim"
+    name, spacing = "ddim", "leading"
     takes = frozenset({"first"})
 
     def __call__(
