@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ims3_ray.config.files import read_values
 from ims3_ray.config.keys import check_keys
-from ims3_ray.errors import IncompletePool, Terminated, UserError
+from ims3_ray.errors import IncompletePool, UserError
 
 if TYPE_CHECKING:
     from ims3_ray.config.loading import Tree
@@ -50,9 +50,10 @@ def main(
     if plan is not None:
         parser.add_argument("--dry-run", action="store_true", help="print the plan and stop: nothing is computed or written")
     prepare_streams()
+    asked = threading.Event()
     try:
         args = parser.parse_intermixed_args(arguments)
-        with terminated_by_sigterm():
+        with ended_by_sigterm() as asked:
             values = read_values(args.config, args.overrides)
             if isinstance(tree, str):
                 check_keys(tree.partition(":")[2], values)
@@ -67,10 +68,9 @@ def main(
     except (UserError, IncompletePool) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt as error:
-        asked = isinstance(error, Terminated)
-        print(f"{'terminated' if asked else 'interrupted'}; the same command continues", file=sys.stderr)
-        return TERMINATED if asked else INTERRUPTED
+    except KeyboardInterrupt:
+        print(f"{'terminated' if asked.is_set() else 'interrupted'}; the same command continues", file=sys.stderr)
+        return TERMINATED if asked.is_set() else INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         return CLOSED
@@ -85,19 +85,22 @@ def prepare_streams() -> None:
 
 
 @contextmanager
-def terminated_by_sigterm() -> Iterator[None]:
-    """While it lasts, SIGTERM raises :class:`Terminated` in the main thread."""
+def ended_by_sigterm() -> Iterator[threading.Event]:
+    """While it lasts, SIGTERM, by which Slurm, Kubernetes and spot machines end a process, raises ``KeyboardInterrupt`` in the
+    main thread, and the event is set."""
+    asked = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: the run is ending
-        raise Terminated
+        asked.set()
+        raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
     before = signal.signal(signal.SIGTERM, end)
     try:
-        yield
+        yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
 

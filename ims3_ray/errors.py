@@ -22,11 +22,6 @@ class IncompletePool(Exception):
     """Work that failed on every attempt: the message says what is missing and why. Exit code 1."""
 
 
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end by SIGTERM, as Slurm, Kubernetes and spot machines do. It is treated like an interruption
-    from the keyboard."""
-
-
 def masked(text: str) -> str:
     """``text`` without the user and password that a URI in it may carry."""
     return re.sub(r"//[^/@\s]+@", "//…@", text)

@@ -1,0 +1,73 @@
+"""A command that is told to end, or whose own Ray dies, says so in one line, tells MLflow, and goes on when it is run again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+from mlflow import MlflowClient
+
+from tests.conftest import tiny_values
+from tests.e2e.conftest import DISTILL, ROOT, environment, write_config
+
+
+def start(config: str, out: Path) -> subprocess.Popen[str]:
+    """The command, whose output goes to a file; it has reached its fine-tuning, which is too long to end."""
+    with out.open("w") as file:
+        job = subprocess.Popen(
+            [*DISTILL, "--config", config], cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, text=True
+        )
+    deadline = time.monotonic() + 150
+    while "fine-tune" not in out.read_text():
+        assert job.poll() is None, out.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return job
+
+
+def status(storage: Path) -> str:
+    """Status of the run in MLflow."""
+    client = MlflowClient(f"sqlite:///{storage}/tiny/mlflow.db")
+    return str(client.get_run((storage / "tiny" / "mlflow_run_id").read_text()).info.status)
+
+
+def listening(job: subprocess.Popen[str]) -> set[str]:
+    """Addresses, other than those of the loopback, at which a command or one of its processes listens."""
+    family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    found = {place.laddr.ip for one in family for place in one.net_connections("inet") if place.status == psutil.CONN_LISTEN}
+    return {address for address in found if address.removeprefix("::ffff:") != "127.0.0.1"}
+
+
+def test_a_command_that_is_ended_says_so_and_goes_on(tiny_world: Path, tmp_path: Path):
+    values = tiny_values(
+        tiny_world, tmp_path / "runs", arms={"random_real": None, "dit": None, "dit_s3": None}, instability={"images": 0},
+        finetune={"steps": 100_000, "checkpoint_every": 50_000},
+    )  # fmt: skip
+    config, out = write_config(tmp_path / "mine.yaml", values), tmp_path / "out"
+
+    job = start(config, out)
+    assert listening(job) == set()
+    job.terminate()
+    assert job.wait(60) == 143
+    assert out.read_text().splitlines()[-1] == "terminated; the same command continues"
+    assert "Traceback" not in out.read_text()
+    assert status(tmp_path / "runs") == "KILLED"
+
+    job = start(config, out)
+    second = subprocess.run([*DISTILL, "--config", config], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert second.returncode == 2
+    assert f"is being run by process {job.pid} of" in second.stderr
+
+    (raylet,) = [one for one in psutil.Process(job.pid).children(recursive=True) if one.name() == "raylet"]
+    os.kill(raylet.pid, signal.SIGKILL)
+    assert job.wait(60) == 1
+    errors = [line for line in out.read_text().splitlines() if line.startswith("error:")]
+    assert errors == [
+        "error: Ray on this machine has died (its raylet was killed, perhaps because memory ran out); the same command goes on"
+    ]
+    assert "Traceback" not in out.read_text()
+    assert status(tmp_path / "runs") == "KILLED"
