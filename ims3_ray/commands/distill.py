@@ -11,7 +11,7 @@ from ims3_ray.cluster.joining import connected
 from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, canonical
 from ims3_ray.engine.executor import run_stages
 from ims3_ray.engine.folder import check_folder, warn_if_lost_with_job
-from ims3_ray.engine.lease import working_on
+from ims3_ray.engine.lease import check_free, working_on
 from ims3_ray.engine.stage import Context
 from ims3_ray.errors import Damaged
 from ims3_ray.io.artifacts import Storage
@@ -53,12 +53,13 @@ def _complete(plan: Plan[Config], publish: Publish) -> RunResult:
     check_folder(config, storage)
     follow_moved_folder(config, storage)
     if not is_finished(plan, storage):
-        with working_on(storage, config.name):
-            if any(stage.missing(storage) for stage in plan.stages):
-                warn_if_lost_with_job(config)
-                with connected(config.cluster, plan.needed()):
-                    _run(plan, storage, publish)
-            else:
+        check_free(storage, config.name)
+        if any(stage.missing(storage) for stage in plan.stages):
+            warn_if_lost_with_job(config)
+            with connected(config.cluster, plan.needed()), working_on(storage, config.name):
+                _run(plan, storage, publish)
+        else:
+            with working_on(storage, config.name):
                 _run(plan, storage, publish)
     return RunResult(storage.address(config.name), storage.read_json(f"{config.name}/results.json") or {})
 

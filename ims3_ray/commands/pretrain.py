@@ -20,7 +20,7 @@ from ims3_ray.config import PretrainConfig, canonical
 from ims3_ray.data.contact_sheet import contact_sheet
 from ims3_ray.engine.folder import first_difference
 from ims3_ray.engine.inputs import Data
-from ims3_ray.engine.lease import working_on
+from ims3_ray.engine.lease import check_free, working_on
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import Storage
 from ims3_ray.io.files import is_remote
@@ -37,8 +37,9 @@ def pretrain(config: PretrainConfig) -> Path:
     path = folder / f"{config.name}.safetensors"
     trainer = config.trainer
     needed = {"CPU": trainer.num_workers * trainer.cpus_per_worker, "GPU": trainer.num_workers * trainer.gpus_per_worker}
-    lease = working_on(Storage.at(str(folder.parent)), config.name)
-    with lease, connected(config.cluster, {k: v for k, v in needed.items() if v}):
+    place = Storage.at(str(folder.parent))
+    check_free(place, config.name)
+    with connected(config.cluster, {k: v for k, v in needed.items() if v}), working_on(place, config.name):
         from ims3_ray.engine.loops import encoder_loop, generator_loop, source_images
         from ims3_ray.engine.train import fit
 

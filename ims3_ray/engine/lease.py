@@ -23,24 +23,28 @@ def lease_path(run: str) -> str:
     return f"{run}/running.json"
 
 
-@contextmanager
-def working_on(storage: Storage, run: str) -> Iterator[None]:
-    """While it lasts, a file in the run folder says that this process works on the run.
-
-    Raises :class:`UserError` if a living process of this machine works on it. For a process of another machine, which may have
-    been killed a moment ago, a line is printed instead.
-    """
+def check_free(storage: Storage, run: str, aloud: bool = False) -> None:
+    """Raises :class:`UserError` if a living process of this machine works on the run. For a process of another machine, which
+    may have been killed a moment ago, a line is printed instead if ``aloud``."""
     if other := _holder(storage, run):
         who = f"process {other['pid']} of {other['host']}"
         if other["host"] == socket.gethostname():
             raise UserError(
                 f"run '{storage.address(run)}' is being run by {who}; wait until it ends, or give this one another name"
             )
-        print(
-            f"note: {who} was working on '{storage.address(run)}' {time.time() - other['time']:.0f} s ago; if it still is, "
-            "both do the same work",
-            flush=True,
-        )
+        if aloud:
+            print(
+                f"note: {who} was working on '{storage.address(run)}' {time.time() - other['time']:.0f} s ago; if it still is, "
+                "both do the same work",
+                flush=True,
+            )
+
+
+@contextmanager
+def working_on(storage: Storage, run: str) -> Iterator[None]:
+    """While it lasts, a file in the run folder says that this process works on the run. Raises the error of
+    :func:`check_free`."""
+    check_free(storage, run, aloud=True)
     over = threading.Event()
 
     def write() -> None:

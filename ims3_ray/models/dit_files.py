@@ -89,10 +89,9 @@ def with_classes(file: DiTFile, classes: tuple[str, ...]) -> DiTFile:
     if file.layout == "release" and len(classes) == config.rows:
         config = config.model_copy(update={"num_classes": config.rows, "null_row": False})
     if len(classes) != config.num_classes:
-        other = f" (or {config.rows}, if no row stands for no class)" if file.layout == "release" else ""
+        rows = f"; its table of labels has {config.rows} rows, one of which may stand for no class"
         raise UserError(
-            f"{len(classes)} class names for '{file.path}', whose table of labels has {config.rows} rows; give "
-            f"{config.num_classes} names{other}"
+            f"{len(classes)} class names for a generator of {config.num_classes} classes{rows if file.layout == 'release' else ''}"
         )
     return replace(file, config=config, classes=classes)
 

@@ -22,7 +22,7 @@ from ims3_ray.config import SweepConfig, canonical
 from ims3_ray.config.sweep import Range, trial_title
 from ims3_ray.engine.executor import run_stages
 from ims3_ray.engine.folder import check_folder, warn_if_lost_with_job
-from ims3_ray.engine.lease import working_on
+from ims3_ray.engine.lease import check_free, working_on
 from ims3_ray.engine.stage import Context
 from ims3_ray.errors import IncompletePool
 from ims3_ray.io.artifacts import Storage
@@ -58,7 +58,8 @@ def sweep(config: SweepConfig | None = None) -> RunResult:
     if (trials := trials_there(plan, storage)) is None:
         warn_if_lost_with_job(config)
         needed = {kind: value * (config.search.concurrent or 1) for kind, value in needs(plan).items()}
-        with working_on(storage, config.name), connected(config.cluster, needed):
+        check_free(storage, config.name)
+        with connected(config.cluster, needed), working_on(storage, config.name):
             _run(plan, storage, None)
     elif not _is_told(config, storage):
         with working_on(storage, config.name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import pyarrow.parquet as pq
@@ -42,10 +43,10 @@ class Export(Stage):
     def run(self, context: Context) -> None:
         began, names = time.monotonic(), context.classes.names
         found = read_set(self.inputs["select"].artifact(context.storage))
-        rows, k = [], self.run_config.selection.images_per_class
-        folders = folder_names(names)
-        for position, (image, label) in enumerate(zip(found.pixels, found.labels.tolist(), strict=True)):
-            rows.append((encode_png(to_pil(image)), f"{folders[label]}/{position % k:05d}.png", label))
+        rows, counts, folders = [], Counter[int](), folder_names(names)
+        for image, label in zip(found.pixels, found.labels.tolist(), strict=True):
+            rows.append((encode_png(to_pil(image)), f"{folders[label]}/{counts[label]:05d}.png", label))
+            counts[label] += 1
         more = {name: tensor.float().numpy() for name in EXTRAS if (tensor := getattr(found, name)) is not None}
         artifact = self.artifact(context.storage)
         digest = artifact.write(PARQUET, parquet_bytes(image_table(rows, names, more)))

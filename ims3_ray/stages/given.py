@@ -51,10 +51,12 @@ class ReadGiven(Stage):
                     f"set '{path}' has {count} images of class '{name}', where {k} are compared; name a set of {k} a class, "
                     "with {k} in the path where there are several"
                 )
-        params = {
+        params: dict[str, Any] = {
             "source": fingerprint(source), "names": list(source.class_names), "classes": list(names),
             "size": data.size, "channels": data.channels, **plugins.hashes(type(source)),
         }  # fmt: skip
+        if source.version > 1:
+            params["reader"] = source.version
         return planner.add(
             cls(
                 f"read {title}", params, units=planner.class_units(), images=len(source.labels), path=path, label=title,

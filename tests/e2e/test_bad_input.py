@@ -95,7 +95,7 @@ def test_a_class_that_the_generator_does_not_know(job: Job, tmp_path: Path):
         for name in ("left", "rigth"):
             (data / split / name).mkdir(parents=True)
             for i in range(2):
-                Image.fromarray(np.zeros((8, 8), np.uint8)).save(data / split / name / f"{i}.png")
+                Image.fromarray(np.full((8, 8), len(split), np.uint8)).save(data / split / name / f"{i}.png")
     line = refused(job, tmp_path, f"data.path={data}")
     assert "rigth" in line
     assert "right" in line

@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from ims3_ray import RunConfig, UserError
+from ims3_ray.config import merge
 from ims3_ray.data.classes import imagenet_wnids
 from ims3_ray.models.difffit import add_difffit
 from ims3_ray.models.dit import PUBLISHED, DiT, DiTConfig
-from ims3_ray.models.dit_files import open_dit, write_dit
+from ims3_ray.models.dit_files import open_dit, with_classes, write_dit
 from ims3_ray.models.generator import generator_path, load_generator, open_generator
+from ims3_ray.models.generators.dit import DiTGenerator
 from ims3_ray.plan import make_plan
 from ims3_ray.stages.generate import Generate
 from tests.conftest import CLASSES, tiny_values
@@ -235,3 +237,40 @@ def test_a_generator_of_latents_is_refused_in_one_line(tiny_world: Path, model: 
     values = tiny_values(tiny_world, tmp_path / "runs", generator=str(tmp_path / "dit.safetensors"))
     with pytest.raises(UserError, match="4-channel latents; name their autoencoder"):
         make_plan(RunConfig.model_validate(values))
+
+
+def test_a_table_of_labels_without_a_row_for_no_class_is_read_right(tmp_path: Path):
+    """A DiT that was trained without label dropout has one row per class. The class names tell it from one with a row more."""
+    shape = DiTConfig(
+        input_size=8, in_channels=1, patch_size=4, hidden_size=64, depth=1, num_heads=1, num_classes=3, null_row=False
+    )
+    model = DiT(shape)
+    path = tmp_path / "release.pt"
+    torch.save({**model.state_dict(), "pos_embed": model.get_buffer("pos_embed")}, path)
+    assumed = open_dit(path)
+    assert (assumed.config.num_classes, assumed.config.null_row) == (2, True)
+    named = with_classes(assumed, ("a", "b", "c"))
+    assert named.config == shape
+    assert with_classes(assumed, ("a", "b")).config.null_row
+    with pytest.raises(UserError, match=r"4 class names for a generator of 2 classes; its table of labels has 3 rows"):
+        with_classes(assumed, ("a", "b", "c", "d"))
+
+    write_dit(model, ("a", "b", "c"), tmp_path / "own.safetensors")
+    again = DiTGenerator.open(tmp_path / "own.safetensors")
+    assert (again.config, again.knows_null) == (shape, False)
+    z, t, y = torch.randn(3, 1, 8, 8), torch.tensor([5]), torch.tensor([0, 1, 2])
+    torch.testing.assert_close(again.load()(z, t.expand(3), y), model.eval()(z, t.expand(3), y))
+
+    write_dit(model, ("a", "b", "c"), tmp_path / "pipeline")
+    assert open_dit(tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors").config == shape
+
+
+def test_a_generator_without_a_null_label_is_not_guided(tiny_world: Path, tmp_path: Path):
+    shape = open_dit(tiny_world / "dit.safetensors").config.model_copy(update={"null_row": False})
+    path = tmp_path / "dit.safetensors"
+    write_dit(DiT(shape), CLASSES, path)
+    values = tiny_values(tiny_world, tmp_path, generator=str(path))
+    with pytest.raises(UserError, match=r"cannot be guided; set sampling\.cfg_scale=1 finetune\.label_dropout=0"):
+        make_plan(RunConfig.model_validate(values))
+    plain = {"sampling": {"cfg_scale": 1}, "finetune": {"label_dropout": 0}}
+    assert make_plan(RunConfig.model_validate(merge(values, plain))).stages
