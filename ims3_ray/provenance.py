@@ -70,9 +70,15 @@ def libraries() -> dict[str, str]:
 
 
 def command(private: Iterable[str] = ()) -> str:
-    """The command line of this process. Arguments whose key begins with one of ``private`` are left out, with their values."""
+    """The command line of this process. Arguments whose key begins with one of ``private`` are left out, with their values;
+    of config files only the names are given."""
     script, *arguments = sys.argv or [""]
     kept = [argument for argument in arguments if not argument.startswith(tuple(private))]
+    for number, argument in enumerate(kept):
+        if number and kept[number - 1] == "--config":
+            kept[number] = Path(argument).name
+        elif argument.startswith("--config="):
+            kept[number] = f"--config={Path(argument.removeprefix('--config=')).name}"
     try:
         script = str(Path(script).resolve().relative_to(Path(__file__).resolve().parents[1]))
     except ValueError:

@@ -93,7 +93,7 @@ def _run(plan: Plan[Config], storage: Storage, publish: Publish) -> None:
                 if attempt == REPAIRS:
                     raise
                 print(f"note: {error}", flush=True)
-                storage.manifests.clear()
+                storage.look_again()
     except BaseException as error:
         tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise

@@ -148,11 +148,12 @@ class Stage(Component, ABC):
     def forget_lost(self, storage: Storage) -> list[str]:
         """Remove from the manifest the units whose shards are no longer there, so that they are made again; returns them.
 
-        Of a set the whole manifest is removed, since it holds the set's content hash.
+        Of a set the whole manifest is removed, since it holds the set's content hash. A process looks once at each artifact.
         """
-        if not self.manifest(storage):
+        if not self.manifest(storage) or self.artifact(storage).folder in storage.looked_at:
             return []
         artifact = self.artifact(storage)
+        storage.looked_at.add(artifact.folder)
         lost = self.lost(artifact)
         if lost and self.makes_set:
             artifact.withdraw()

@@ -54,6 +54,16 @@ class Storage:
         """Path → manifest as this process has read it, None if there was none. Each is read once per command."""
         return {}
 
+    @cached_property
+    def looked_at(self) -> set[str]:
+        """Folders of artifacts whose shards this process has looked for, and whose use it has noted."""
+        return set()
+
+    def look_again(self) -> None:
+        """Forget what this process knows of the storage, since something there is damaged."""
+        self.manifests.clear()
+        self.looked_at.clear()
+
     @property
     def filesystem(self) -> fs.FileSystem:
         return self._opened[0]
@@ -276,8 +286,10 @@ class Artifact:
 
     def used_by(self, run: str) -> None:
         """Note that the run ``run`` uses the artifact, so that it is not removed as long as the run's folder exists."""
-        if run not in self.users():
-            self.storage.write(f"{self.folder}/users/{run}", b"")
+        known = f"{self.folder}/users/{run}"
+        if known not in self.storage.looked_at and run not in self.users():
+            self.storage.write(known, b"")
+        self.storage.looked_at.add(known)
 
     def drop(self, units: Collection[str]) -> None:
         """Remove units from the manifest, so that they are made again."""
@@ -285,7 +297,7 @@ class Artifact:
             self.commit({**manifest, "units": {unit: entry for unit, entry in manifest["units"].items() if unit not in units}})
 
     def withdraw(self) -> None:
-        """Delete the manifest, so that the whole artifact is made again from what its shards and notes still hold."""
+        """Delete the manifest, so that the whole artifact is made again, from those shards that its notes still name."""
         self.storage.delete_file(self._manifest_path)
 
     def forget(self, shard: str) -> None:

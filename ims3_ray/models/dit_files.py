@@ -90,9 +90,8 @@ def with_classes(file: DiTFile, classes: tuple[str, ...]) -> DiTFile:
         config = config.model_copy(update={"num_classes": config.rows, "null_row": False})
     if len(classes) != config.num_classes:
         rows = f"; its table of labels has {config.rows} rows, one of which may stand for no class"
-        raise UserError(
-            f"{len(classes)} class names for a generator of {config.num_classes} classes{rows if file.layout == 'release' else ''}"
-        )
+        table = rows if file.layout == "release" else ""
+        raise UserError(f"{len(classes)} class names for a generator of {config.num_classes} classes{table}")
     return replace(file, config=config, classes=classes)
 
 
