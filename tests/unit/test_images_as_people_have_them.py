@@ -286,6 +286,13 @@ def test_imagenet_with_the_list_of_tensorflow(tmp_path: Path):
         open_source(str(folder), "val")
 
 
+def test_a_flat_folder_may_be_named_itself(tmp_path: Path):
+    folder = imagenet(tmp_path)
+    (folder / "imagenet_2012_validation_synset_labels.txt").write_text("\n".join((WNIDS[1], WNIDS[0], WNIDS[1])))
+    assert files_of(open_source(str(folder / "val"), "test")) == WANTED
+    assert open_source(str(folder / "train"), "train").class_names == WNIDS
+
+
 def test_imagenets_validation_images_alone_have_no_classes(tmp_path: Path):
     folder = imagenet(tmp_path)
     (folder / "ILSVRC2012_validation_ground_truth.txt").write_text("490\n361\n171\n")

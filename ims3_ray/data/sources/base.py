@@ -61,6 +61,10 @@ class Source(Component, ABC):
     def image(self, index: int) -> Image.Image:
         """The decoded image; raises ``OSError`` for one that cannot be decoded."""
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        return _fingerprint_of(self)
+
     @abstractmethod
     def identify(self, index: int) -> str:
         """A name by which a person can find the image."""
@@ -124,7 +128,11 @@ def open_source(path: str, split: str) -> Source:
 
 def fingerprint(source: Source) -> str:
     """A hash that changes when classes, labels or files change. It covers the bytes of the files, but only names and sizes for
-    large sets and for sets on object storage."""
+    large sets and for sets on object storage. It is computed once for each source."""
+    return source._fingerprint
+
+
+def _fingerprint_of(source: Source) -> str:
     digest = hashlib.sha256(json.dumps(source.class_names).encode() + source.labels.tobytes())
     whole = hashed_whole(source)
     for file in source.files:

@@ -35,26 +35,29 @@ class FolderSource(Source):
         root = place.root
         if root.is_folder and (kaggle := root.child(KAGGLE)).is_folder:
             root = kaggle
-        folders = {child.name: child for child in root.children() if child.is_folder} if root.is_folder else {}
-        found = cls._of_split(place, root, folders)
-        if found is None and not any(is_split(folders[name]) for name in SPLIT_NAMES if name in folders):
-            found = cls._of_classes(place, root)  # without folders per split, the whole folder is one split
-        return found
+        if not root.is_folder:
+            return None
+        inside = root.children()
+        folders = {child.name: child for child in inside if child.is_folder}
+        if place.split in folders:
+            split = folders[place.split]
+            if (found := cls._of_split(place, split, split.children(), [place.root, root, split])) is not None:
+                return found
+        if any(is_split(folders[name].children()) for name in SPLIT_NAMES if name in folders):
+            return None
+        # Without folders per split the whole folder is one split, such as data.test_path=/data/imagenet/val.
+        return cls._of_split(place, root, inside, [root]) or cls._of_classes(place, root, inside)
 
     @classmethod
-    def _of_split(cls, place: Location, root: Place, folders: Mapping[str, Place]) -> Source | None:
-        """The split in the folder of its name; None if there is no such folder, or if it is a class of images."""
-        if place.split not in folders:
-            return None
-        split = folders[place.split]
-        labels = listed_labels(split, [place.root, root, split])
+    def _of_split(cls, place: Location, split: Place, inside: Sequence[Place], around: Sequence[Place]) -> Source | None:
+        """The split in the folder ``split`` with the content ``inside``; None if the folder is a class of images."""
+        labels = listed_labels(split, inside, around)
         if labels is not None:
             return cls(place.path, split, *_grouped(split, labels))
-        return cls._of_classes(place, split) if is_split(split) else None
+        return cls._of_classes(place, split, inside) if is_split(inside) else None
 
     @classmethod
-    def _of_classes(cls, place: Location, folder: Place) -> Source | None:
-        inside = folder.children() if folder.is_folder else []
+    def _of_classes(cls, place: Location, folder: Place, inside: Sequence[Place]) -> Source | None:
         classes = [child for child in inside if child.is_folder]
         tars = [child for child in inside if child.is_file and child.name.endswith(".tar")]
         if len(tars) > len(classes):
@@ -96,25 +99,25 @@ def is_image(place: Place) -> bool:
     return place.is_file and Path(place.name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def is_split(folder: Place) -> bool:
-    """Whether ``folder``, which is named like a split, is one: it holds folders or packed classes, and no image. Otherwise it
-    is a class of that name."""
-    inside = folder.children()
+def is_split(inside: Sequence[Place]) -> bool:
+    """Whether a folder that is named like a split and has this content is one: it holds folders or packed classes, and no
+    image. Otherwise it is a class of that name."""
     return not any(map(is_image, inside)) and any(child.is_folder or child.name.endswith(".tar") for child in inside)
 
 
-def listed_labels(split: Place, around: Sequence[Place]) -> dict[str, str] | None:
+def listed_labels(split: Place, inside: Sequence[Place], around: Sequence[Place]) -> dict[str, str] | None:
     """File name → class of the images of a flat split, as a file lists them; None for a split with a folder per class.
 
     Three lists are known: ``val_annotations.txt`` of Tiny-ImageNet in the split's folder, and for ImageNet Kaggle's
     ``LOC_val_solution.csv`` and TensorFlow's ``imagenet_2012_validation_synset_labels.txt``, in any of the folders ``around``
     or their parents. Raises :class:`UserError` for a flat split without any of them.
     """
-    if (annotations := split.child(f"{split.name}_annotations.txt")).is_file:
+    annotations = next((child for child in inside if child.name == f"{split.name}_annotations.txt"), None)
+    if annotations is not None:
         rows = [line.split("\t") for line in annotations.lines()]
         return {row[0]: row[1] for row in rows if len(row) > 1}
-    images = [child.name for child in split.children() if is_image(child)]
-    if not images or any(child.is_folder for child in split.children()) or split.name not in ("val", "validation"):
+    images = [child.name for child in inside if is_image(child)]
+    if not images or any(child.is_folder for child in inside) or split.name not in ("val", "validation"):
         return None
     for folder in {above.path: above for place in around for above in (place, *place.parents(3))}.values():
         if (solution := folder.child("LOC_val_solution.csv")).is_file:
