@@ -5,18 +5,21 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ims3_ray.config.files import read_values
 from ims3_ray.config.keys import check_keys
 from ims3_ray.errors import IncompletePool, UserError
+from ims3_ray.provenance import record_command
 
 if TYPE_CHECKING:
     from ims3_ray.config.loading import Tree
@@ -55,6 +58,8 @@ def main(
         args = parser.parse_intermixed_args(arguments)
         with ended_by_sigterm() as asked:
             values = read_values(args.config, args.overrides)
+            names = [word for file in args.config or () for word in ("--config", Path(file).name)]
+            record_command([f"jobs/{Path(sys.argv[0]).name}", *names, *args.overrides])
             if isinstance(tree, str):
                 check_keys(tree.partition(":")[2], values)
             from ims3_ray.config.loading import build
@@ -72,9 +77,18 @@ def main(
         print(f"{'terminated' if asked.is_set() else 'interrupted'}; the same command continues", file=sys.stderr)
         return TERMINATED if asked.is_set() else INTERRUPTED
     except BrokenPipeError:
+        if not _closed(sys.stdout):
+            raise  # a connection of another kind was lost
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         return CLOSED
     return 0
+
+
+def _closed(stream: TextIO) -> bool:
+    """Whether ``stream`` is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def prepare_streams() -> None:

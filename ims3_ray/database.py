@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-State = Literal["absent", "whole", "old", "damaged"]
+State = Literal["absent", "whole", "old", "newer", "damaged"]
 TABLES = ("experiments", "runs", "metrics", "params", "tags")
 """Tables without which a database is none of MLflow's."""
 WITH = ("-journal", "-wal", "-shm")
@@ -21,8 +21,11 @@ WITH = ("-journal", "-wal", "-shm")
 
 
 def prepare(path: Path, artifacts: Path) -> None:
-    """Make the database at ``path`` usable. ``artifacts`` is the folder in which its runs keep their files."""
+    """Make the database at ``path`` usable. ``artifacts`` is the folder in which its runs keep their files. Raises
+    ``ValueError`` for the database of a newer MLflow."""
     state = state_of(path)
+    if state == "newer":
+        raise ValueError(f"{path} was written by a newer MLflow than the installed one; install that one, or set tracking.uri")
     if state == "old" and not _upgrade(path):
         state = "damaged"
     if state == "damaged":
@@ -42,34 +45,40 @@ def state_of(path: Path) -> State:
     if not path.exists():
         return "absent"
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+        # Opened for writing, because SQLite then rolls back what a killed process has written in part.
+        with contextlib.closing(sqlite3.connect(path)) as database:
             if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
                 return "damaged"
             there = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if not there.issuperset((*TABLES, "alembic_version")):
                 return "damaged"
             revisions = [revision for (revision,) in database.execute("SELECT version_num FROM alembic_version")]
-    except sqlite3.OperationalError as error:
-        if "locked" in str(error):  # another process is writing to it
-            return "whole"
-        return "damaged"
+    except sqlite3.OperationalError:  # another process is writing to it, or it cannot be opened, which MLflow reports
+        return "whole"
     except sqlite3.DatabaseError:
         return "damaged"
     if not revisions:
         return "damaged"
+    if revisions[0] not in known_revisions():
+        return "newer"
     return "whole" if revisions == [newest_revision()] else "old"
 
 
-@cache
 def newest_revision() -> str:
     """The revision of the database's tables that the installed MLflow works with."""
+    return known_revisions()[0]
+
+
+@cache
+def known_revisions() -> list[str]:
+    """All revisions of the database's tables that the installed MLflow knows, the newest first."""
     import mlflow
     from alembic.config import Config
     from alembic.script import ScriptDirectory
 
     config = Config()
     config.set_main_option("script_location", str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
-    return str(ScriptDirectory.from_config(config).get_current_head())
+    return [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()]
 
 
 def _create(path: Path) -> None:

@@ -9,13 +9,18 @@ class UserError(Exception):
     """An error that the user can correct. The message is one line: what is wrong, where, what to do. Exit code 2."""
 
 
-class Diverged(UserError):
+class Unanimous(UserError):
+    """An error that all workers of a training raise at the same step, so that none waits for the others. The training is not
+    tried again."""
+
+
+class Diverged(Unanimous):
     """A training whose loss, or a model whose weights, are not finite numbers."""
 
 
 class Damaged(UserError):
-    """A stored file that is missing or is not the one that was written. It counts as missing from now on, so the same command
-    makes it again."""
+    """A stored file that is missing or is not the one that was written. It counts as missing from now on, so the next command
+    that needs it makes it again."""
 
 
 class IncompletePool(Exception):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import metadata
@@ -69,21 +68,28 @@ def libraries() -> dict[str, str]:
     return found
 
 
+PRIVATE = ("storage", "tracking", "cluster")
+"""Sections of the config that say where a run was computed. They are private: dataset cards leave them out."""
+
+_command: tuple[str, ...] = ()
+"""Words of the command that runs, as :func:`record_command` was told; empty if the program is used from Python."""
+
+
+def record_command(words: Iterable[str]) -> None:
+    """Remember the command that runs: its script, the names of its config files, and its overrides."""
+    global _command
+    _command = tuple(words)
+
+
+def recorded_command() -> tuple[str, ...]:
+    """What :func:`record_command` was told."""
+    return _command
+
+
 def command(private: Iterable[str] = ()) -> str:
-    """The command line of this process. Arguments whose key begins with one of ``private`` are left out, with their values;
-    of config files only the names are given."""
-    script, *arguments = sys.argv or [""]
-    kept = [argument for argument in arguments if not argument.startswith(tuple(private))]
-    for number, argument in enumerate(kept):
-        if number and kept[number - 1] == "--config":
-            kept[number] = Path(argument).name
-        elif argument.startswith("--config="):
-            kept[number] = f"--config={Path(argument.removeprefix('--config=')).name}"
-    try:
-        script = str(Path(script).resolve().relative_to(Path(__file__).resolve().parents[1]))
-    except ValueError:
-        script = Path(script).name
-    return shlex.join([script, *kept])
+    """The command that runs, without overrides whose key begins with one of ``private``; empty if the program is used from
+    Python, since the arguments of another program are none of its business."""
+    return shlex.join(word for word in _command if not word.startswith(tuple(private)))
 
 
 def provenance(
@@ -103,7 +109,7 @@ def described(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     commit = f", commit {found['commit']}" if found["commit"] else ""
     rows = [
         ("program", f"ims3-ray {found['version']}{commit}"),
-        ("command", found["command"]),
+        *([("command", found["command"])] if found["command"] else []),
         ("libraries", ", ".join(f"{name} {number}" for name, number in found["libraries"].items())),
         ("hardware", "; ".join(found["hardware"])),
         *((f"{split} images", f"fingerprint {digest}") for split, digest in found["data"].items()),

@@ -25,7 +25,7 @@ from ims3_ray import database
 from ims3_ray.config import WorkConfig, canonical
 from ims3_ray.errors import UserError, masked
 from ims3_ray.io.artifacts import Storage
-from ims3_ray.provenance import command, commit, version
+from ims3_ray.provenance import PRIVATE, command, commit, version
 
 BATCH = 1000
 """Number of metrics that MLflow accepts in one call."""
@@ -293,7 +293,9 @@ class Tracker(Untracked):
 
     def _log_inputs(self, found: Mapping[str, Any], path: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
+        from mlflow.exceptions import MlflowException
 
+        path = path.rstrip("/")
         run = self._client.get_run(self.run_id)
         if run.inputs.dataset_inputs:
             return  # an interrupted run has logged them
@@ -305,14 +307,22 @@ class Tracker(Untracked):
             )
             for split, digest in found["data"].items()
         ]
-        models = []
-        for key, digest in found["weights"].items():
-            name, _, reference = key.partition(" ")
-            params = {"reference": reference, "digest": digest}
-            model = self._client.create_logged_model(self.experiment_id, name, self.run_id, params=params, model_type=name)
-            self._client.finalize_logged_model(model.model_id, "READY")
-            models.append(LoggedModelInput(model.model_id))
-        self._client.log_inputs(self.run_id, datasets, models)
+        self._client.log_inputs(self.run_id, datasets)
+        try:
+            models = [LoggedModelInput(self._logged_model(key, digest)) for key, digest in found["weights"].items()]
+            self._client.log_inputs(self.run_id, models=models)
+        except MlflowException as error:
+            if not _refused(error):
+                raise
+            # a server of MLflow 2, which knows no models of this kind: params and files name the weights, too
+
+    def _logged_model(self, key: str, digest: str) -> str:
+        """Log weights that the run takes, given as model and reference; returns the id of MLflow's model."""
+        name, _, reference = key.partition(" ")
+        params = {"reference": reference, "digest": digest}
+        model = self._client.create_logged_model(self.experiment_id, name, self.run_id, params=params, model_type=name)
+        self._client.finalize_logged_model(model.model_id, "READY")
+        return str(model.model_id)
 
     def _known_children(self) -> dict[str, tuple[str, str, str]]:
         """Name → (id, status, digest) of the child runs that MLflow has."""
@@ -337,7 +347,8 @@ class Tracker(Untracked):
 def source_tags() -> dict[str, str]:
     """MLflow's own tags that say which program, at which commit, made a run."""
     tags = {
-        "mlflow.source.name": command(), "mlflow.source.type": "JOB" if os.environ.get("RAY_JOB_ID") else "LOCAL",
+        "mlflow.source.name": command(PRIVATE) or "ims3_ray",
+        "mlflow.source.type": "JOB" if os.environ.get("RAY_JOB_ID") else "LOCAL",
         "ims3.version": version(),
     }  # fmt: skip
     if found := commit():

@@ -16,8 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ims3_ray import plugins
 from ims3_ray.cluster.addresses import check_address, check_temporary_folder
-from ims3_ray.cluster.quiet import without_noise
-from ims3_ray.cluster.ray_internals import hide_events, loopback_only
+from ims3_ray.cluster.ray_internals import hide_events, loopback_only, only_fatal_messages
 from ims3_ray.cluster.raylet_watch import RayletWatch
 from ims3_ray.config import ClusterConfig, Role
 from ims3_ray.errors import IncompletePool, UserError
@@ -35,7 +34,8 @@ WORKER_ENV = {
 
 
 ENDINGS = re.compile(r"was killed by `ray\.kill`|Raylet is terminated|has been marked dead")
-"""Messages of a local Ray about what this program ends itself, or reports in a line of its own."""
+"""Messages of a local Ray that are not shown: that this program has ended one of its own actors, and that Ray's raylet has
+died, which this program reports in a line of its own."""
 
 
 def own_device() -> str:
@@ -74,19 +74,18 @@ def connected(config: ClusterConfig, needed: dict[str, float] | None = None) -> 
             "Ray is running already, and its workers do not know the plugins; let this program start or join Ray, or call "
             "ray.init(runtime_env=ims3_ray.plugins.runtime_env()) after ims3_ray.plugins.load([…])"
         )
-    with without_noise() if started else nullcontext():
-        if started:
-            _start(joins(config))
-        watch = RayletWatch() if started and joins(config) is None else None
-        try:
-            with watch or nullcontext():
-                if not config.wait_s:
-                    check_resources(needed or {})
-                yield
-        finally:
-            # A driver whose raylet has died may be ended by its own shutdown, so that comes last: Ray does it at the exit.
-            if started and not (watch and watch.died):
-                ray.shutdown()
+    if started:
+        _start(joins(config))
+    watch = RayletWatch() if started and joins(config) is None else None
+    try:
+        with watch or nullcontext():
+            if not config.wait_s:
+                check_resources(needed or {})
+            yield
+    finally:
+        # A driver whose raylet has died may be ended by its own shutdown, so that comes last: Ray does it at the exit.
+        if started and not (watch and watch.died):
+            ray.shutdown()
 
 
 def _start(address: str | None) -> None:
@@ -102,7 +101,7 @@ def _start(address: str | None) -> None:
     local = {} if address else {"num_cpus": max(LOCAL_CPUS, os.cpu_count() or 1), "include_dashboard": True}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     listening: AbstractContextManager[dict[str, Any]] = nullcontext({}) if address else loopback_only()
-    with listening as more:
+    with listening as more, only_fatal_messages():
         try:
             ray.init(
                 address=address or "local",  # not another cluster that was started on this machine
@@ -113,9 +112,9 @@ def _start(address: str | None) -> None:
                 **more,
             )
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            where = f"no Ray cluster answers at '{address}'" if address else "Ray does not start on this machine"
-            raise UserError(f"{where} ({reason}); check cluster.address, RAY_ADDRESS and RAY_TMPDIR") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            where = f"the Ray cluster at '{address}' cannot be joined" if address else "Ray does not start on this machine"
+            raise UserError(f"{where} ({reason[:500]}); check cluster.address, RAY_ADDRESS and RAY_TMPDIR") from error
     if not address:
         hide_events(ENDINGS)
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():

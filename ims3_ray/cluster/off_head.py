@@ -21,6 +21,7 @@ from ims3_ray.cluster.joining import connected, here, joins, placed, results
 from ims3_ray.cluster.ray_internals import start_helpers_here
 from ims3_ray.config import PretrainConfig, WorkConfig
 from ims3_ray.errors import UserError
+from ims3_ray.provenance import record_command, recorded_command
 
 ATTEMPTS = 20
 """Number of nodes that the task may lose before the job fails; each attempt continues where the previous one stopped."""
@@ -57,7 +58,7 @@ def _run_elsewhere(run: Callable[[Any], None], config: WorkConfig | PretrainConf
     output = ray.remote(num_cpus=0, scheduling_strategy=here())(Output).remote()
     options = {"num_cpus": cluster.driver_cpus, "max_retries": ATTEMPTS, **placed(cluster, "driver")}
     watch = wait_for_capacity(cluster, "driver", "job", [{"CPU": cluster.driver_cpus}])
-    running, seen = ray.remote(_drive).options(**options).remote(run, config, output), 0
+    running, seen = ray.remote(_drive).options(**options).remote(run, config, output, recorded_command()), 0
     try:
         while not ray.wait([running], timeout=0.5)[0]:
             seen = _print(output, seen)
@@ -116,7 +117,8 @@ class LineStream(io.TextIOBase):
         return True
 
 
-def _drive(run: Callable[[Any], None], config: Any, output: Any) -> None:
+def _drive(run: Callable[[Any], None], config: Any, output: Any, command: tuple[str, ...]) -> None:
+    record_command(command)
     ray.get(output.begin.remote())
     with contextlib.redirect_stdout(LineStream(output, False)), contextlib.redirect_stderr(LineStream(output, True)):
         try:

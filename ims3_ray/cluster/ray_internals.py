@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,10 +89,33 @@ def hide_events(pattern: re.Pattern[str]) -> None:
     if getattr(shown, "hides", None) == pattern:
         return
 
-    def show(data: dict[str, Any], *more: Any, **options: Any) -> Any:
-        if not any(pattern.search(line) for line in data.get("lines", [])):
-            return shown(data, *more, **options)
-        return None
+    def show(data: dict[str, Any], *more: Any, **options: Any) -> None:
+        if lines := [line for line in data.get("lines", []) if not pattern.search(line)]:
+            shown({**data, "lines": lines}, *more, **options)
 
     show.hides = pattern  # type: ignore[attr-defined]
     worker.print_to_stdstream = show
+
+
+@contextmanager
+def only_fatal_messages() -> Iterator[None]:
+    """While ``ray.init`` is called: Ray's C++ code in this process is told to print only fatal messages. Its errors, such as
+    one for every actor pool of Ray Data, need no action by the user; those of Ray's other processes go to its log files."""
+    from ray._private import worker
+
+    connect, name = worker.connect, "RAY_BACKEND_LOG_LEVEL"
+
+    def quietly(*arguments: Any, **options: Any) -> Any:
+        before = os.environ.get(name)
+        os.environ.setdefault(name, "fatal")  # read once, when the C++ code of this process starts
+        try:
+            return connect(*arguments, **options)
+        finally:
+            if before is None:
+                os.environ.pop(name, None)
+
+    worker.connect = quietly
+    try:
+        yield
+    finally:
+        worker.connect = connect

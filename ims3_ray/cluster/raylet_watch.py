@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 from types import TracebackType
 
@@ -29,15 +30,20 @@ class RayletWatch:
     def _watch(self, raylet: object) -> None:
         while not self._over.wait(LOOK_EVERY_S):
             if raylet.poll() is not None:  # type: ignore[attr-defined]
+                if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
+                    return  # this process is ending because of SIGTERM, which has ended the raylet, too
                 self.died = True
-                _thread.interrupt_main()
+                # A shell script starts commands in the background with SIGINT ignored.
+                ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+                _thread.interrupt_main(signal.SIGTERM if ignored else signal.SIGINT)
                 return
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:  # fmt: skip
         self._over.set()
-        if self.died:
+        if self.died and error is not None:
             raise IncompletePool(
-                "Ray on this machine has died (its raylet was killed, perhaps because memory ran out); the same command goes on"
+                "Ray on this machine has died (its raylet was killed, perhaps because memory ran out); run the same command "
+                "again to continue"
             ) from error

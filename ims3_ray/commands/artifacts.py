@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +14,7 @@ from ims3_ray import plugins
 from ims3_ray.config import Section
 from ims3_ray.engine.executor import LISTINGS
 from ims3_ray.engine.stage import Stage
-from ims3_ray.errors import IncompletePool
+from ims3_ray.errors import IncompletePool, UserError
 from ims3_ray.io.artifacts import Artifact, Storage, stored_artifacts
 
 DAY_S = 86_400.0
@@ -32,7 +32,7 @@ class ArtifactsConfig(Section):
     plugins: tuple[str, ...] = ()
     """Files or modules with kinds of stage from outside the package."""
     older_than_days: float = Field(default=7, ge=0)
-    """Age in days from which `prune` deletes an artifact that no run uses; a run that is working on it is younger."""
+    """Number of days without a change after which `prune` deletes an artifact that no run uses."""
     dry_run: bool = False
     """Whether `prune` only shows what it would delete."""
 
@@ -43,7 +43,7 @@ class Stored:
 
     artifact: Artifact
     size: int
-    """Bytes of all its shards."""
+    """Bytes of all its files."""
     changed: float
     """Time of the last change, in seconds since 1970."""
     users: tuple[str, ...]
@@ -58,20 +58,38 @@ def run(config: ArtifactsConfig) -> None:
     """Do what ``config.action`` says. Raises :class:`IncompletePool` if `verify` finds damaged shards."""
     plugins.load(config.plugins)
     storage = Storage.at(config.storage)
+    if not storage.is_folder("artifacts"):
+        raise UserError(
+            f"storage '{storage.uri}' holds no artifacts; name the folder or URI that the runs were given as storage="
+        )
     {"list": show, "verify": verify, "repair": repair, "prune": prune}[config.action](config, storage)
 
 
 def found_in(storage: Storage) -> list[Stored]:
+    records = _records(storage)
     with ThreadPoolExecutor(LISTINGS) as pool:
-        return list(pool.map(_stored, stored_artifacts(storage)))
+        return list(pool.map(lambda artifact: _stored(artifact, records), stored_artifacts(storage)))
 
 
-def _stored(artifact: Artifact) -> Stored:
+def _records(storage: Storage) -> dict[str, str]:
+    """Run → the text of its results and of the records of its trials, which name the keys of all artifacts that it used."""
+    found = {}
+    for run in storage.folders(""):
+        paths = [f"{run}/results.json", *(f"{run}/trials/{name}" for name in storage.names(f"{run}/trials"))]
+        if run != "artifacts":
+            found[run] = "".join(storage.read(path).decode(errors="replace") for path in paths if storage.exists(path))
+    return found
+
+
+def _stored(artifact: Artifact, records: Mapping[str, str]) -> Stored:
+    """An artifact is used by the runs that have noted it, by the run that is making it, and by those whose results name it."""
     storage = artifact.storage
-    files = [*storage.files(f"{artifact.folder}/shards").values(), *storage.files(artifact.folder).values()]
-    users = tuple(sorted(name for name in artifact.users() if storage.is_folder(name)))
+    files = storage.files(artifact.folder, recursive=True).values()
+    maker = (storage.read_json(f"{artifact.folder}/maker.json") or {}).get("run")
+    noted = {str(run) for run in (*artifact.users(), maker) if run in records}
+    users = noted | {run for run, text in records.items() if artifact.key in text}
     changed = max((file.mtime_ns or 0 for file in files), default=0) / 1e9
-    return Stored(artifact, sum(file.size or 0 for file in files), changed, users)
+    return Stored(artifact, sum(file.size or 0 for file in files), changed, tuple(sorted(users)))
 
 
 def show(config: ArtifactsConfig, storage: Storage) -> None:

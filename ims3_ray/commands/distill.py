@@ -9,7 +9,7 @@ import yaml
 
 from ims3_ray.cluster.joining import connected
 from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, canonical
-from ims3_ray.engine.executor import run_stages
+from ims3_ray.engine.executor import REPAIRS, run_stages
 from ims3_ray.engine.folder import check_folder, warn_if_lost_with_job
 from ims3_ray.engine.lease import check_free, working_on
 from ims3_ray.engine.stage import Context
@@ -20,9 +20,6 @@ from ims3_ray.plan.estimate import account, expect
 from ims3_ray.report.publish import publish, publish_comparison, publish_scores
 from ims3_ray.report.results import Results, RunResult, gather
 from ims3_ray.tracking import Tracker, follow_moved_folder
-
-REPAIRS = 3
-"""Number of times that a command makes damaged files again before it gives up."""
 
 
 def distill(config: RunConfig | None = None) -> RunResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import ray
 import torch
 import yaml
+from pydantic import ValidationError
 
 from ims3_ray.cluster.capacity import wait_for_capacity
 from ims3_ray.cluster.joining import connected, own_device, placed, results
@@ -33,13 +35,15 @@ def pretrain(config: PretrainConfig) -> Path:
     data = Data(config)  # a bad source is an error before Ray starts
     folder = Path(config.storage).expanduser().resolve() / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    check_pretraining(config, data.fingerprints, folder)
+    described = check_pretraining(config, data.fingerprints, folder)
     path = folder / f"{config.name}.safetensors"
     trainer = config.trainer
     needed = {"CPU": trainer.num_workers * trainer.cpus_per_worker, "GPU": trainer.num_workers * trainer.gpus_per_worker}
     place = Storage.at(str(folder.parent))
     check_free(place, config.name)
     with connected(config.cluster, {k: v for k, v in needed.items() if v}), working_on(place, config.name):
+        check_pretraining(config, data.fingerprints, folder)  # another process may have begun another training meanwhile
+        Storage.at(str(folder)).write("config.yaml", yaml.safe_dump(described, sort_keys=False).encode())
         from ims3_ray.engine.loops import encoder_loop, generator_loop, source_images
         from ims3_ray.engine.train import fit
 
@@ -80,16 +84,18 @@ def _judge(config: PretrainConfig, path: Path) -> Quality:
     return replace(judge(config, path, splits, own_device()), broken=splits.broken)
 
 
+FINGERPRINTS = "data_fingerprints"
+"""Key of the stored config under which the hashes of both splits are."""
 GROWS = {"generator": "steps", "encoder": "epochs"}
 """Target → its key that says how long to train. A training goes on when the number is raised."""
 
 
-def check_pretraining(config: PretrainConfig, fingerprints: Mapping[str, str], folder: Path) -> None:
-    """Write the config and the fingerprints of the data to the folder; raises :class:`UserError` if it holds a training with
-    another config or other data. What only says where and how fast it trains may differ, and the number of steps or epochs
-    may be raised."""
+def check_pretraining(config: PretrainConfig, fingerprints: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    """The config with the fingerprints of the data, as the folder stores it. Raises :class:`UserError` if the folder holds a
+    training with another config or other data. What only says where and how fast it trains may differ, and so may the number
+    of steps or epochs."""
     path = folder / "config.yaml"
-    mine = {**canonical(config), "data_fingerprints": dict(fingerprints)}
+    mine = {**canonical(config), FINGERPRINTS: dict(fingerprints)}
     if path.exists():
         theirs = _read_config(path)
         old, new = (_what_matters(plain) for plain in (theirs, mine))
@@ -99,19 +105,12 @@ def check_pretraining(config: PretrainConfig, fingerprints: Mapping[str, str], f
                 f"folder '{folder}' holds the training of another config ({key}: {before!r} there, {now!r} here); choose "
                 f"another name (name={config.name}-2) or delete the folder"
             )
-        length = GROWS[config.target]
-        done, wanted = theirs[config.target][length], mine[config.target][length]
-        if wanted < done:
-            raise UserError(
-                f"folder '{folder}' holds a training with {config.target}.{length}={done}, which cannot be taken back; choose "
-                f"another name (name={config.name}-2)"
-            )
     elif (folder / "train").exists():
         raise UserError(
             f"folder '{folder}' holds a training whose config is not known (config.yaml is missing); choose another name "
             f"(name={config.name}-2) or delete the folder"
         )
-    Storage.at(str(folder)).write("config.yaml", yaml.safe_dump(mine, sort_keys=False).encode())
+    return mine
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -121,7 +120,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict) or not {"generator", "encoder"} <= found.keys():
         raise UserError(f"'{path}' is damaged, so it is not known what was trained; choose another name or delete the folder")
-    return found
+    plain = {key: value for key, value in found.items() if key != FINGERPRINTS}
+    # Completed with the defaults of options that did not exist when it was written. Options that no longer exist stay, and
+    # count as differences.
+    with suppress(ValidationError):
+        plain = canonical(PretrainConfig.model_validate(plain))
+    return {**plain, FINGERPRINTS: found.get(FINGERPRINTS)}
 
 
 def _what_matters(plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class InstabilityConfig(Section):
 
     images: int = Field(default=3, ge=0)
     """Number of real images at which the coefficient is measured, spread over the classes; 0 skips the measurement."""
-    steps: int = Field(default=8, ge=1)
+    steps: int = Field(default=8, ge=1, le=1000)
     """Number of steps of inversion and of sampling, evenly spaced over the timesteps."""
     probes: int = Field(default=1, ge=1)
     """Number of random directions of the Lanczos estimate at each step."""

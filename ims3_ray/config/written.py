@@ -45,7 +45,14 @@ class Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         found = super().construct_mapping(node, deep)
-        return {key.plain() if isinstance(key, Written) else key: value for key, value in found.items()}
+        return {_plain_key(key): value for key, value in found.items()}
+
+
+def _plain_key(key: Any) -> Any:
+    """A key as it was written, but a whole number as a number, since some tables have numbers as keys."""
+    if not isinstance(key, Written):
+        return key
+    return key.value if isinstance(key.value, int) and str(key.value) == key.text else key.text
 
 
 def as_written(value: Any, text: str) -> Any:
@@ -57,13 +64,14 @@ def as_written(value: Any, text: str) -> Any:
 
 def read_override(override: str, text: str) -> Any:
     """The value of ``key=text`` on the command line. A text that begins with a bracket, a brace or a quote is YAML; any other
-    is a single value, in which ``#`` and ``: `` have no special meaning."""
+    is a single value, in which ``: `` has no special meaning, and ``#`` begins a comment only for keys that take no text."""
+    text = text.strip()
     try:
         if text[:1] in ("[", "{", '"', "'"):
             return yaml.load(text, Loader)
-        loader = Loader("")
-        tag = loader.resolve(yaml.ScalarNode, text, (True, False))
-        return loader.construct_object(yaml.ScalarNode(tag, text))
+        loader, single = Loader(""), re.split(r"\s#", text)[0].strip()
+        value = loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, single, (True, False)), single))
+        return Written(value.value, text) if isinstance(value, Written) else text
     except (yaml.YAMLError, ValueError):
         return Written(None, text, f"override '{override}' has a value that is not YAML; quote it")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Formats that are decoded. Pillow reads others too, some of them by starting other programs."""
@@ -16,6 +16,13 @@ MOST_PIXELS = 100_000_000
 """Largest number of pixels of an image: a small file may declare any number, for which memory would be allocated."""
 READ = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 """Pillow's modes of 8-bit images that are converted to grey or RGB."""
+ORIENTATION = 0x0112
+"""EXIF tag of the orientation."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""Value of the orientation → what makes the image upright."""
 BACKGROUND = 255
 """Grey value of the background behind transparent pixels: white."""
 
@@ -31,9 +38,19 @@ def decode(encoded: bytes) -> Image.Image:
         if image.width * image.height > MOST_PIXELS:
             raise OSError(f"{image.width}×{image.height} pixels are more than {MOST_PIXELS:,}")
         image.load()
-        return _as_8_bits(ImageOps.exif_transpose(image), image.format)
+        return _as_8_bits(_upright(image), image.format)
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for some broken files
         raise OSError(str(error)) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """``image`` turned and mirrored as its EXIF orientation says. EXIF data that cannot be read are ignored."""
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # Pillow raises errors of many kinds for damaged EXIF data, and the pixels need none of these data
+        return image
+    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _as_8_bits(image: Image.Image, file_format: str | None) -> Image.Image:

@@ -79,7 +79,7 @@ class NoiseSchedule:
 def has_whole_steps(num_steps: int, of: int = 1000) -> bool:
     """Whether steps of one whole-numbered size span all timesteps: of 1,000 they do for 250 steps, and not for 600, which would
     end at timestep 599."""
-    return of // (of // num_steps) == num_steps
+    return num_steps > of or of // (of // num_steps) == num_steps
 
 
 def spacing_version(num_steps: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ims3_ray.engine.lease import announce
 from ims3_ray.engine.stage import Context, Stage
+from ims3_ray.errors import Damaged
 from ims3_ray.tracking import slug
 
 LISTINGS = 16
@@ -58,8 +59,24 @@ def runnable(members: Sequence[Stage], pending: set[Stage]) -> list[Stage]:
         found += more
 
 
+REPAIRS = 3
+"""Number of times that damaged files are made again before a command gives up."""
+
+
 def run_stages(context: Context, stages: Sequence[Stage]) -> None:
-    """Run every stage that is not complete."""
+    """Run every stage that is not complete. What is found to be damaged meanwhile is made again."""
+    for attempt in range(REPAIRS + 1):
+        try:
+            _run_missing(context, stages)
+            return
+        except Damaged as error:
+            context.storage.look_again()
+            if attempt == REPAIRS:
+                raise
+            print(f"note: {error}", flush=True)
+
+
+def _run_missing(context: Context, stages: Sequence[Stage]) -> None:
     storage = context.storage
     forget_lost(context, stages)
     waiting = [stage for stage in stages if stage.missing(storage)]

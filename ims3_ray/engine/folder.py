@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -65,19 +66,22 @@ DETAILS = {
 
 def _what_matters(plain: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the options that may change between two commands that continue the same run."""
-    kept = {key: value for key, value in plain.items() if key not in ("storage", "cluster", "actors", "tracking", "plugins")}
+    left_out = ("storage", "cluster", "actors", "tracking", "plugins")
+    kept = {key: copy.deepcopy(value) for key, value in plain.items() if key not in left_out}
     for section, details in DETAILS.items():
         kept[section] = {key: value for key, value in plain.get(section, {}).items() if key not in details}
-    return _without_trainers(kept)
+    arms = kept.get("arms") or {}
+    for holder in (kept, kept.get("evaluation", {}).get("teacher"), *(arm.get("overrides") for arm in arms.values())):
+        _forget_trainer(holder)
+    return kept
 
 
-def _without_trainers(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the sections `trainer` at any depth: they say how many workers train, and workers may come and go."""
-    return {
-        key: _without_trainers(value) if isinstance(value, Mapping) else value
-        for key, value in plain.items()
-        if key != "trainer"
-    }
+def _forget_trainer(holder: Any) -> None:
+    """Remove the section `trainer`, of a teacher or of `finetune`: it says how many workers train, and workers come and go."""
+    if isinstance(holder, dict):
+        holder.pop("trainer", None)
+        if isinstance(tuning := holder.get("finetune"), dict):
+            tuning.pop("trainer", None)
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any]:

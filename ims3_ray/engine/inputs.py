@@ -37,7 +37,7 @@ class Data:
         if len(names) < 2:
             raise UserError(
                 f"data source '{data.path}' holds one class, '{names[0]}', and students need two to tell apart; if the classes "
-                f"are one level deeper, set data.path={data.path.rstrip('/')}/{names[0]}"
+                f"are folders in '{names[0]}', put them directly into the folder of their split"
             )
         self.classes = ClassTable(names, tuple(labels), tuple(counts))
 

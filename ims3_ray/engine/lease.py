@@ -34,8 +34,8 @@ def check_free(storage: Storage, run: str, aloud: bool = False) -> None:
             )
         if aloud:
             print(
-                f"note: {who} was working on '{storage.address(run)}' {time.time() - other['time']:.0f} s ago; if it still is, "
-                "both do the same work",
+                f"note: {who} was working on '{storage.address(run)}' {time.time() - other['time']:.0f} s ago; if it is still "
+                "running, the work of this command is done twice",
                 flush=True,
             )
 
@@ -63,8 +63,10 @@ def working_on(storage: Storage, run: str) -> Iterator[None]:
     finally:
         over.set()
         thread.join(timeout=5)
-        with suppress(OSError):
-            storage.delete_file(lease_path(run))
+        mine = {"host": socket.gethostname(), "pid": os.getpid()}
+        if mine.items() <= (storage.read_json(lease_path(run)) or {}).items():
+            with suppress(OSError):
+                storage.delete_file(lease_path(run))
 
 
 def announce(artifact: Artifact, run: str, title: str) -> None:
@@ -79,12 +81,14 @@ def announce(artifact: Artifact, run: str, title: str) -> None:
         )
     if maker != run:
         artifact.storage.write_json(path, {"run": run})
+    artifact.used_by(run)
 
 
 def _holder(storage: Storage, run: str) -> dict[str, Any] | None:
     """The lease of another process that seems to be working on a run; None if there is none."""
     lease = storage.read_json(lease_path(run))
-    if not lease or not {"host", "pid", "time"} <= lease.keys() or time.time() - float(lease["time"]) > FRESH_S:
+    known = lease and isinstance(lease.get("time"), float) and isinstance(lease.get("pid"), int) and "host" in lease
+    if not lease or not known or time.time() - lease["time"] > FRESH_S:
         return None
     if lease["host"] != socket.gethostname():
         return lease

@@ -16,6 +16,7 @@ from ray.train.torch import prepare_model
 
 from ims3_ray.config import DataConfig, EncoderTraining, PretrainConfig
 from ims3_ray.engine.inputs import decoded_split
+from ims3_ray.errors import Unanimous
 from ims3_ray.training.encoder import EncoderTrainer, Images
 from ims3_ray.training.generator import GeneratorTrainer
 from ims3_ray.training.pace import BySteps
@@ -32,7 +33,7 @@ def generator_loop(plain: dict[str, Any]) -> dict[str, Any]:
         g, (pixels, labels), len(names), config.seed, device, context.get_world_rank(), context.get_world_size(),
         prepare_model,
     )  # fmt: skip
-    seconds = _restored(trainer, device)
+    seconds = _restored(trainer, device, g.steps, "generator.steps")
     began = time.monotonic() - seconds
     for step in trainer.run(BySteps(g.steps, g.warmup_steps, g.cooldown_steps)):
         if step % g.checkpoint_every == 0 or step == g.steps:
@@ -62,13 +63,19 @@ def _report(config: PretrainConfig, trainer: GeneratorTrainer, seconds: float) -
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
 
-def _restored(trainer: GeneratorTrainer | EncoderTrainer, device: torch.device) -> float:
-    """Restore the trainer from the last checkpoint, if there is one; returns the seconds that it had trained."""
+def _restored(trainer: GeneratorTrainer | EncoderTrainer, device: torch.device, steps: int, setting: str) -> float:
+    """Restore the trainer from the last checkpoint, if there is one; returns the seconds that it had trained. Raises
+    :class:`Unanimous` if it has trained for more than ``steps`` steps, the number that ``setting`` asks for."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return 0.0
     with checkpoint.as_directory() as folder:
         state = torch.load(os.path.join(folder, "state.pt"), map_location=device, weights_only=True)
+    if (done := len(state["losses"])) > steps:
+        raise Unanimous(
+            f"the last checkpoint has {done} steps, but {setting} asks for {steps} steps; a training cannot be shortened, so "
+            "raise it or choose another name"
+        )
     trainer.restore(state)
     return float(state["seconds"])
 
@@ -90,7 +97,7 @@ def encoder_loop(plain: dict[str, Any]) -> dict[str, Any]:
     trainer = EncoderTrainer(
         config, plain["images"](), int(plain["seed"]), device, context.get_world_rank(), context.get_world_size(), prepare_model
     )
-    seconds = _restored(trainer, device)
+    seconds = _restored(trainer, device, config.epochs * trainer.steps_per_epoch, "encoder.epochs")
     began = time.monotonic() - seconds
     for epoch in trainer.epochs():
         seconds = time.monotonic() - began

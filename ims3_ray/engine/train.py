@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
 from ims3_ray.config import TrainerConfig
-from ims3_ray.errors import IncompletePool, UserError
+from ims3_ray.errors import IncompletePool, Unanimous, UserError
 from ims3_ray.io.files import is_remote, open_filesystem
 
 
@@ -28,7 +29,7 @@ def fit(
     """
     filesystem, path = open_filesystem(storage)  # retries failed requests, unlike one that Ray would open
     training = TorchTrainer(
-        loop,
+        partial(_answer, loop),
         train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=(trainer.num_workers, trainer.max_workers) if trainer.max_workers else trainer.num_workers,
@@ -54,9 +55,19 @@ def fit(
         raise _failed(name, causes[0] if causes else error) from error
     except ControllerError as error:
         raise _failed(name, error.controller_failure) from error
+    if isinstance(found := outcome.get("error"), UserError):
+        raise found
     return outcome
+
+
+def _answer(loop: Callable[[dict[str, Any]], dict[str, Any]], config: dict[str, Any]) -> dict[str, Any]:
+    """What ``loop`` returns, or the error that all workers raise: a raised error would make Ray Train try again."""
+    try:
+        return loop(config)
+    except Unanimous as error:
+        return {"error": error}
 
 
 def _failed(name: str, cause: Exception) -> IncompletePool:
     reason = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
-    return IncompletePool(f"training '{name}' failed: {type(cause).__name__}: {reason}; the same command goes on")
+    return IncompletePool(f"training '{name}' failed: {type(cause).__name__}: {reason}; run the same command again to continue")

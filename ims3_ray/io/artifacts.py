@@ -12,7 +12,7 @@ import json
 import os
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -133,11 +133,13 @@ class Storage:
             reason = error.strerror or str(error).splitlines()[0]
             raise UserError(f"cannot write {self.address(path)}: {reason}; check storage and its free space") from error
 
-    def files(self, folder: str) -> dict[str, fs.FileInfo]:
-        """Name → size and time of each file directly in ``folder``; empty if there is no such folder."""
-        selector = fs.FileSelector(self.on_filesystem(folder), allow_not_found=True)
-        found = self.filesystem.get_file_info(selector)
-        return {f.base_name: f for f in found if f.type == fs.FileType.File and not f.base_name.endswith(PASSING)}
+    def files(self, folder: str, recursive: bool = False) -> dict[str, fs.FileInfo]:
+        """Path within ``folder`` → size and time of each file directly in it, or of each file below it if ``recursive`` is set;
+        empty if there is no such folder."""
+        place = self.on_filesystem(folder)
+        found = self.filesystem.get_file_info(fs.FileSelector(place, allow_not_found=True, recursive=recursive))
+        files = [f for f in found if f.type == fs.FileType.File and not f.base_name.endswith(PASSING)]
+        return {f.path[len(place) :].lstrip("/") if recursive else f.base_name: f for f in files}
 
     def names(self, folder: str) -> set[str]:
         """Names of the files directly in ``folder``; empty if there is no such folder."""
@@ -171,7 +173,7 @@ class Storage:
 
     def set_aside(self, path: str) -> None:
         """Rename a damaged file to ``….damaged``, so that it counts as missing and can still be looked at."""
-        with self._naming(path):
+        with self._naming(path), suppress(FileNotFoundError):  # another process was faster
             self.filesystem.move(self.on_filesystem(path), self.on_filesystem(f"{path}.damaged"))
 
     def delete(self, folder: str) -> None:

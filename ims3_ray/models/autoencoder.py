@@ -38,6 +38,12 @@ class Autoencoder(nn.Module):
             )
 
     @property
+    def version(self) -> dict[str, float]:
+        """What the key of an artifact holds of the autoencoder beside the hash of its weights: a shift, which older versions of
+        this program did not apply."""
+        return {"shift": self.shift} if self.shift else {}
+
+    @property
     def image_channels(self) -> int:
         return int(self.vae.config.in_channels)
 

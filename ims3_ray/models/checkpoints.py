@@ -45,14 +45,19 @@ def pack(model: nn.Module, config: dict[str, Any], kind: str, dtype: torch.dtype
         for name, tensor in model.state_dict().items()
     }
     if bad := first_not_finite(state):
-        raise Diverged(f"the trained {kind} has values that are not finite ('{bad}'); lower its learning rate")
+        raise Diverged(f"the trained {kind} has values that are not finite ('{bad}'); lower the learning rate")
     return save(state, metadata={"kind": kind, "config": json.dumps(config), **extra})
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Name of the first tensor that holds a value which is not finite; None if all values are."""
     floating = ((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point())
-    return next((name for name, tensor in floating if not tensor.isfinite().all()), None)
+    return next((name for name, tensor in floating if not _is_finite(tensor)), None)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # PyTorch does not look for infinities in numbers of 8 bits.
+    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
 
 
 def check_finite(path: Path) -> None:
@@ -65,7 +70,11 @@ def check_finite(path: Path) -> None:
 
 @lru_cache(64)
 def _first_not_finite_in(path: Path, size: int, changed: int) -> str | None:
-    return first_not_finite(read_tensors(path))
+    if path.suffix in PICKLED:
+        return first_not_finite(read_tensors(path))
+    read_tensors(path, meta=True)  # an unreadable file is an error of one line
+    with safe_open(path, framework="pt") as file:  # one tensor in memory at a time
+        return next((name for name in file.keys() if first_not_finite({name: file.get_tensor(name)})), None)  # noqa: SIM118
 
 
 def read_tensors(path: Path, meta: bool = False) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ import yaml
 
 from ims3_ray.config import RunConfig, canonical
 from ims3_ray.data.classes import ClassTable
-from ims3_ray.provenance import described
-from ims3_ray.report.results import KINDS, PRIVATE, Results, summary_text
+from ims3_ray.provenance import PRIVATE, described
+from ims3_ray.report.results import KINDS, Results, summary_text
 
 
 def accuracy_rows(results: Results) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from ims3_ray.engine.stage import Stage
 from ims3_ray.io.artifacts import Storage
 from ims3_ray.plan.layout import Config, Plan, Scored
-from ims3_ray.provenance import provenance
+from ims3_ray.provenance import PRIVATE, provenance
 from ims3_ray.stages.evaluate import confusion
 
 Results = dict[str, Any]
@@ -63,10 +63,6 @@ def gather(plan: Plan[Config], storage: Storage) -> Results:
         "skipped_images": skipped,
         **{name: value for stage in plan.stages for name, value in stage.results(storage).items()},
     }
-
-
-PRIVATE = ("storage", "tracking", "cluster")
-"""Sections of the config that say where a run was computed. They are private: dataset cards leave them out."""
 
 
 def provenance_of(plan: Plan[Config], storage: Storage) -> dict[str, Any]:

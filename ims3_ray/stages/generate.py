@@ -57,7 +57,7 @@ class Generate(ImagePool):
             names.append(config.generator)
         flops, weights = images * sampling_flops(generator, s), {"generator": models.generator_weights}
         if models.autoencoder is not None and models.autoencoder_weights is not None:
-            params["autoencoder"] = models.autoencoder_weights.digest
+            params |= {"autoencoder": models.autoencoder_weights.digest, **models.autoencoder.version}
             weights["autoencoder"] = models.autoencoder_weights
             flops += images * decoding_flops(models.autoencoder, generator.latent[1])
         latents = config.pool.store == "latents"

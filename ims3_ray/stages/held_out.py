@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,13 @@ class HoldOut(Stage):
     @classmethod
     def plan(cls, planner: Planner) -> HoldOut:
         data, per_class = planner.work.data, planner.work.evaluation.val_per_class
-        params = {
+        params: dict[str, Any] = {
             "source": planner.data.fingerprints["train"], "split": data.train_split, "size": data.size,
             "channels": data.channels, "classes": list(planner.classes.names), "per_class": per_class,
             **plugins.hashes(type(planner.data.train)),
         }  # fmt: skip
+        if planner.data.train.version > 1:
+            params["reader"] = planner.data.train.version
         images = per_class * len(planner.classes.names)
         return planner.add(cls("hold out train images", params, units=planner.class_units(), images=images))
 

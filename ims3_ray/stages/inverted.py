@@ -47,7 +47,7 @@ class Invert(DerivedStage):
         params |= {**plugins.hashes(type(models.generator)), **spacing_version(s.steps)}
         weights, each = {"generator": models.generator_weights}, sampling_flops(models.generator, s)
         if models.autoencoder is not None and models.autoencoder_weights is not None:
-            params["autoencoder"] = models.autoencoder_weights.digest
+            params |= {"autoencoder": models.autoencoder_weights.digest, **models.autoencoder.version}
             weights["autoencoder"] = models.autoencoder_weights
             each += encoding_flops(models.autoencoder, config.data.size)
         units = by_class(images.units)

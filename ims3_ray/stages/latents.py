@@ -42,7 +42,9 @@ class EncodeLatents(DerivedStage):
         flops = images.images * flips * encoding_flops(models.autoencoder, config.data.size)
         return planner.add(
             cls(
-                "encode latents", {"autoencoder": models.autoencoder_weights.digest, "flips": flips}, {"images": images},
+                "encode latents",
+                {"autoencoder": models.autoencoder_weights.digest, "flips": flips, **models.autoencoder.version},
+                {"images": images},
                 units=images.units, images=images.images, flops=flops, weights={"autoencoder": models.autoencoder_weights},
                 stored=2 * flips * images.images * models.latent_bytes,
             )

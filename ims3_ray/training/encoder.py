@@ -91,7 +91,8 @@ class EncoderTrainer:
             self._step(next(batches))
             if self.steps % self.steps_per_epoch == 0:
                 recent = self.losses[-self.steps_per_epoch :]
-                check_losses(recent, self.steps - len(recent) + 1, "its learning rate (encoder.lr)", self.device)
+                setting = "the learning rate (encoder.lr, evaluation.teacher.training.lr)"
+                check_losses(recent, self.steps - len(recent) + 1, setting, self.device)
                 yield self.steps // self.steps_per_epoch
 
     def _step(self, index: Tensor) -> None:

@@ -147,7 +147,7 @@ class Training:
         self.student.train()
         losses = []
         for index in torch.randperm(len(self.labels), generator=self.cpu_rng).split(self.batch_size):
-            if len(index) == 1 and self.batched:
+            if len(index) == 1 and self.batch_size > 1 and (self.batched or self.protocol.norm == "batch"):
                 continue  # batch statistics need more than one image
             index = index.to(self.device, non_blocking=True)
             loss = self._loss(index)
@@ -311,10 +311,15 @@ def confusion_of(student: Student, data: Labelled, num_classes: int, device: str
     """
     student.eval()
     batch = max(1, min(TEST_BATCH, TEST_PIXELS // data[0].shape[-1] ** 2))
-    scores = torch.cat([student(pixels.to(device)) for pixels in data[0].split(batch)])
-    if not scores.isfinite().all():
+    parts = []
+    finite = torch.tensor(True, device=device)
+    for pixels in data[0].split(batch):
+        scores = student(pixels.to(device))
+        finite &= scores.isfinite().all()
+        parts.append(scores.argmax(dim=1))
+    if not finite:
         raise Diverged("a student's scores are not finite, so it has diverged; lower the protocol's lr")
-    predicted = scores.argmax(dim=1).cpu()
+    predicted = torch.cat(parts).cpu()
     return (data[1] * num_classes + predicted).bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
 
 

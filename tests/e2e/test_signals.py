@@ -67,7 +67,8 @@ def test_a_command_that_is_ended_says_so_and_goes_on(tiny_world: Path, tmp_path:
     assert job.wait(60) == 1
     errors = [line for line in out.read_text().splitlines() if line.startswith("error:")]
     assert errors == [
-        "error: Ray on this machine has died (its raylet was killed, perhaps because memory ran out); the same command goes on"
+        "error: Ray on this machine has died (its raylet was killed, perhaps because memory ran out); run the same command "
+        "again to continue"
     ]
     assert "Traceback" not in out.read_text()
     assert status(tmp_path / "runs") == "KILLED"

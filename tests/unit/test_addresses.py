@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +13,6 @@ import pytest
 
 from ims3_ray.cluster.addresses import PREFACE, check_address, check_temporary_folder
 from ims3_ray.cluster.joining import joins
-from ims3_ray.cluster.quiet import NOISE
 from ims3_ray.config import ClusterConfig
 from ims3_ray.errors import UserError
 
@@ -87,21 +84,3 @@ def test_a_folder_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("RAY_TMPDIR", "/proc")
     with pytest.raises(UserError, match="cannot be written"):
         check_temporary_folder()
-
-
-def test_a_message_of_ray_that_needs_no_action_is_not_shown():
-    """What C++ code writes passes the filter, and what Python writes passes it by."""
-    noise = "[… E 3 3] core_worker.cc:2465: Actor with class name: 'M' has constructor arguments in the object store and …"
-    assert NOISE.search(noise.encode())
-    code = (
-        "import os, sys\n"
-        "from ims3_ray.cluster.quiet import without_noise\n"
-        "with without_noise():\n"
-        f"    os.write(2, {noise!r}.encode() + b'\\nan error of C++\\nhalf a line')\n"
-        "    print('of Python', file=sys.stderr)\n"
-        "print('after', file=sys.stderr)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert sorted(done.stderr.replace("half a line", "half a line\n").split("\n")) == sorted(
-        ["of Python", "an error of C++", "half a line", "after", ""]
-    )

@@ -117,6 +117,22 @@ def test_a_picture_is_turned_as_the_camera_was_held(form: str):
     assert shown[:, 5:].min() > 245
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read", "ignore:Corrupt EXIF data", "ignore:Possibly corrupt EXIF")
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+def test_damaged_exif_data_do_not_cost_the_image(form: str):
+    """Pillow raises errors of many kinds for them, such as struct.error."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x829A] = 3, "a description", 0.5
+    whole = encoded(GREY.convert("RGB"), form, exif=exif)
+    start, end = whole.index(b"MM\x00*"), whole.index(b"a description") + 13
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        broken = bytearray(whole)
+        for place in rng.integers(start, end, 4):
+            broken[place] = rng.integers(256)
+        assert decode(bytes(broken)).size == (4, 4)
+
+
 def test_an_animation_gives_its_first_frame():
     frames = [Image.new("L", (2, 2), value) for value in (50, 200)]
     assert pixels(frames[0], "GIF", save_all=True, append_images=frames[1:])[0][0] in (50, [50, 50, 50])
@@ -209,6 +225,19 @@ def test_a_folder_without_splits_is_no_data_to_test_on(tmp_path: Path):
         write(tmp_path / label / "0.png")
     with pytest.raises(UserError, match=r"holds the training images .*train/ and test/ side by side.*data\.test_path"):
         data_of(tmp_path)
+
+
+def test_an_image_beside_the_classes_makes_no_class_of_a_split(tmp_path: Path):
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            write(tmp_path / split / label / f"{split}.png")
+    write(tmp_path / "train" / "overview.png")
+    source = open_source(str(tmp_path), "train")
+    assert source.class_names == ("cat", "dog")
+    assert len(source.labels) == 2
+    assert list(source.notices) == [
+        f"'{tmp_path}/train' holds 1 images beside its classes ('overview.png'), which are not read"
+    ]
 
 
 def test_a_single_file_is_no_test_split_of_itself(tmp_path: Path):
@@ -356,6 +385,28 @@ def test_the_folders_of_the_hubs_conversion_are_read(tmp_path: Path):
     parquet(tmp_path / "test" / "0000.parquet", [1], ["a", "b"])
     assert open_source(str(tmp_path), "train").labels.tolist() == [0, 1]
     assert open_source(str(tmp_path), "test").labels.tolist() == [1]
+    (tmp_path / "default").mkdir()
+    (tmp_path / "train").rename(tmp_path / "default" / "train")
+    assert open_source(str(tmp_path), "train").labels.tolist() == [0, 1]
+
+
+def test_a_folder_of_files_may_be_called_like_a_split(tmp_path: Path):
+    parquet(tmp_path / "train" / "train-00000-of-00001.parquet", [0, 1], ["a", "b"])
+    parquet(tmp_path / "train" / "test-00000-of-00001.parquet", [1], ["a", "b"])
+    assert open_source(str(tmp_path / "train"), "train").labels.tolist() == [0, 1]
+    assert open_source(str(tmp_path / "train"), "test").labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("name", ["train_part1", "train-part-0", "train.0", "train_00000", "train"])
+def test_parts_are_known_by_their_usual_names(name: str, tmp_path: Path):
+    parquet(tmp_path / f"{name}.parquet", [0, 1], ["a", "b"])
+    assert open_source(str(tmp_path), "train").labels.tolist() == [0, 1]
+
+
+def test_a_file_that_is_not_read_is_named(tmp_path: Path):
+    parquet(tmp_path / "train_a.parquet", [0, 1], ["a", "b"])
+    with pytest.raises(UserError, match=r"'train_a\.parquet' is not read as a part of 'train': call it train\.parquet"):
+        open_source(str(tmp_path), "train")
 
 
 def test_files_that_name_their_classes_differently_are_refused(tmp_path: Path):

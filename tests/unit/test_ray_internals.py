@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ NAMES = private_names(Path(ray_internals.__file__).read_text())
 def test_only_one_file_uses_what_is_private():
     users = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if private_names(file.read_text())}
     assert users == {"cluster/ray_internals.py"}
-    assert len(NAMES) == 8
+    assert len(NAMES) == 9
 
 
 @pytest.mark.parametrize(("module", "name"), NAMES)
@@ -43,6 +44,17 @@ def test_ray_still_replaces_the_address_of_the_loopback_where_it_is_kept_from_do
     with ray_internals.loopback_only() as arguments:
         assert services.resolve_ip_for_localhost("127.0.0.1") == arguments["_node_ip_address"] == "127.0.0.1"
     assert services.resolve_ip_for_localhost is replaced
+
+
+def test_errors_of_the_drivers_own_c_code_are_hidden_while_it_connects(monkeypatch: pytest.MonkeyPatch):
+    worker = importlib.import_module("ray._private.worker")
+    levels: list[str | None] = []
+    monkeypatch.setattr(worker, "connect", lambda: levels.append(os.environ.get("RAY_BACKEND_LOG_LEVEL")))
+    monkeypatch.delenv("RAY_BACKEND_LOG_LEVEL", raising=False)
+    with ray_internals.only_fatal_messages():
+        worker.connect()
+    worker.connect()
+    assert levels == ["fatal", None]
 
 
 def test_the_coordinator_still_takes_what_it_is_given():

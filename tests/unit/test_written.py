@@ -30,6 +30,7 @@ def value_of(override: str, tree: Any = RunConfig) -> Any:
         ("name='quoted'", "quoted"), ("name=12:30", None),
         ("storage=/data/my données #1", "/data/my données #1"), ("storage=a: b", "a: b"), ("storage=[photos", "[photos"),
         ("storage=- x", "- x"), ("storage=*x", "*x"), ("storage=%x", "%x"), ("storage=@x", "@x"),
+        ("selection.alpha=0.4 # strong", 0.4), ("seed= 3 ", 3), ("data.classes= [a, b]", ("a", "b")),
         ("data.path=007", "007"), ("data.classes=[0,1]", ("0", "1")), ("data.classes=[01, 1.0, no]", ("01", "1.0", "no")),
         ("data.test_path=null", None), ("data.test_path=~", None), ("export=null", None),
         ("seed=3", 3), ("finetune.lr=1e-3", 0.001), ("finetune.flip=true", True), ("finetune.flip=yes", True),
@@ -67,6 +68,16 @@ def test_files_are_read_alike(tmp_path: Path):
     config = load_config(RunConfig, file)
     assert (config.name, config.storage, config.data.classes) == ("1", "2026-01-02", ("0", "1", "10"))
     assert (config.seed, config.export, config.arms["1"].title) == (4, "1", "2")
+
+
+@pytest.mark.parametrize("name", ["no", "010", "1e-3", "7", "null", "2026-01-02"])
+def test_names_that_are_keys_are_taken_as_written(name: str, tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"arms: {{{name}: {{title: x, images: real, select: random}}}}\nexport: {name}\n")
+    if name == "null":
+        return  # the export of no arm
+    config = load_config(RunConfig, file)
+    assert (name in config.arms, config.export) == (True, name)
 
 
 def test_files_are_utf_8(tmp_path: Path):

@@ -11,6 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from functools import cached_property
 from typing import ClassVar
 
@@ -120,9 +121,12 @@ def open_source(path: str, split: str) -> Source:
             return source
     splits = [child.name for child in place.children if child.is_folder and child.name in SPLIT_NAMES]
     there = f"; it has the splits {', '.join(splits)}: set data.train_split and data.test_split" if splits else ""
+    alike = [file.name for file in place.nearby if file.is_file and fnmatch(file.name, f"{split}*.parquet")]
+    if alike:
+        there = f"; '{alike[0]}' is not read as a part of '{split}': call it {split}.parquet or {split}-00000-of-00001.parquet"
     raise UserError(
-        f"data source '{path}' holds neither IDX files, nor {split}*.parquet, nor one folder per class for split '{split}'"
-        f"{there}"
+        f"data source '{path}' holds neither IDX files, nor {split}.parquet or parts of it, nor one folder per class for split "
+        f"'{split}'{there}"
     )
 
 

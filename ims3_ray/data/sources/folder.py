@@ -72,7 +72,11 @@ class FolderSource(Source):
         if not classes:
             return None
         found = each(lambda folder: folder.children(recursive=True), classes)
-        return cls(place.path, folder, [child.name for child in classes], found)
+        source = cls(place.path, folder, [child.name for child in classes], found)
+        if stray := [child.name for child in inside if is_image(child)]:
+            which = f"{len(stray)} images beside its classes ('{stray[0]}')"
+            source.notices = [*source.notices, f"'{folder.path}' holds {which}, which are not read"]
+        return source
 
     def __init__(self, location: str, folder: Place, classes: Sequence[str], found: Sequence[Sequence[Place]]) -> None:
         """``found`` holds all files of each class; those that are no images are left out."""
@@ -100,9 +104,9 @@ def is_image(place: Place) -> bool:
 
 
 def is_split(inside: Sequence[Place]) -> bool:
-    """Whether a folder that is named like a split and has this content is one: it holds folders or packed classes, and no
-    image. Otherwise it is a class of that name."""
-    return not any(map(is_image, inside)) and any(child.is_folder or child.name.endswith(".tar") for child in inside)
+    """Whether a folder that is named like a split and has this content is one: it holds folders or packed classes. A folder
+    with images alone is a class of that name."""
+    return any(child.is_folder or child.name.endswith(".tar") for child in inside)
 
 
 def listed_labels(split: Place, inside: Sequence[Place], around: Sequence[Place]) -> dict[str, str] | None:
@@ -121,9 +125,9 @@ def listed_labels(split: Place, inside: Sequence[Place], around: Sequence[Place]
         return None
     for folder in {above.path: above for place in around for above in (place, *place.parents(3))}.values():
         if (solution := folder.child("LOC_val_solution.csv")).is_file:
-            pairs = [line.split(",", 1) for line in solution.lines()[1:]]
+            pairs = [(line.partition(",")[0], line.partition(",")[2].split()) for line in solution.lines()[1:]]
             names = {Path(image).stem: image for image in images}
-            return {names[stem]: rest.split()[0] for stem, rest in pairs if stem in names}
+            return {names[stem]: found[0] for stem, found in pairs if stem in names and found}
         if (synsets := folder.child(SYNSET_LABELS)).is_file:
             classes = synsets.lines()
             if len(classes) != len(images):

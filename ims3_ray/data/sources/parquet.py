@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from PIL import Image
 from pyarrow import fs
 
 from ims3_ray.data.decoding import decode
-from ims3_ray.data.sources.base import Location, Source, check_labels, numbered
+from ims3_ray.data.sources.base import Location, Source, check_labels, each, numbered
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place
 from ims3_ray.io.parquet import EXTRAS
@@ -30,7 +31,10 @@ class ParquetSource(Source):
     def find(cls, place: Location) -> Source | None:
         if place.root.is_file:
             return cls(place.path, [place.root])
-        files = [file for file in place.nearby if file.is_file and is_part_of(file, place.split)]
+        below = [folder for folder in place.nearby if folder.is_folder and folder.name == place.split]
+        deeper = itertools.chain(*each(Place.children, [folder for folder in below if folder not in place.children]))
+        there = [file for file in (*place.nearby, *deeper) if file.is_file and file.name.endswith(".parquet")]
+        files = [file for file in there if is_part_of(file, place.split, place.root)]
         check_one_configuration(place.path, files)
         return cls(place.path, files) if files else None
 
@@ -87,12 +91,13 @@ class ParquetSource(Source):
         return {name: values[list(indices)] for name, values in self._extras.items()}
 
 
-def is_part_of(file: Place, split: str) -> bool:
-    """Whether the file holds a part of ``split`` by the Hub's naming: ``train.parquet``, ``train-00000-of-00002.parquet``, or
-    any Parquet file in a folder called ``train``; but not ``train_extra-00000-of-00001.parquet``, which is another split."""
-    if file.path.split("/")[-2:-1] == [split]:
-        return file.name.endswith(".parquet")
-    return re.fullmatch(rf"{re.escape(split)}([-._ ]?\d.*)?\.parquet", file.name) is not None
+def is_part_of(file: Place, split: str, root: Place) -> bool:
+    """Whether a Parquet file below ``root`` holds a part of ``split`` by the Hub's naming: ``train.parquet``,
+    ``train-00000-of-00002.parquet``, ``train_part1.parquet``, or any file in a folder called ``train``; but not
+    ``train_extra-00000-of-00001.parquet``, which is another split."""
+    if file.path.rpartition("/")[0] != root.path and file.path.split("/")[-2] == split:
+        return True
+    return re.fullmatch(rf"{re.escape(split)}([-._ ]?(part|shard)?[-._ ]?\d.*)?\.parquet", file.name) is not None
 
 
 def check_one_configuration(location: str, files: Sequence[Place]) -> None:
