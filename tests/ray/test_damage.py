@@ -59,32 +59,33 @@ def contents(results: dict[str, Any]) -> dict[str, str]:
     return {name: found["content"] for name, found in results["sets"].items()}
 
 
-@pytest.mark.parametrize(
-    ("damage", "kind", "title"),
-    [(flip, "select", "IMS3"), (truncate, "select", "Random real"), (Path.unlink, "select", "IMS3"), (flip, "export", "export"),
-     (flip, "evaluate", "IMS3"), (Path.unlink, "evaluate", "IMS3")],
-)  # fmt: skip
-def test_a_damaged_shard_of_what_is_published_is_made_again(
-    damage: Callable[[Path], None], kind: str, title: str, tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_damaged_shards_of_what_is_published_are_made_again(
+    tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):  # fmt: skip
+    """One shard is altered, one is cut short, two are deleted."""
     config = copy_of(tiny_run, tmp_path)
-    shard = first_shard(artifact(config, kind, title))
-    whole = shard.read_bytes()
-    damage(shard)
+    places = [("select", "IMS3"), ("export", "export"), ("select", "Random real"), ("evaluate", "DiT + S3")]
+    shards = [first_shard(artifact(config, kind, title)) for kind, title in places]
+    whole = [shard.read_bytes() for shard in shards]
+    damages: list[Callable[[Path], None]] = [flip, truncate, Path.unlink, Path.unlink]
+    for shard, damage in zip(shards, damages, strict=True):
+        damage(shard)
     assert contents(again(config)) == contents(tiny_run.result.results)
-    if kind != "evaluate":  # students take their seconds into the shard's note, not into the shard
-        assert shard.read_bytes() == whole
-    assert "is damaged" in capsys.readouterr().out if damage is not Path.unlink else True
+    assert [shard.read_bytes() for shard in shards] == whole
+    said = capsys.readouterr().out
+    assert f"note: {shards[0]} is damaged" in said
+    assert "select (Random real): class-0000 is no longer in the storage and is made again" in said
+    assert (shards[0].parent / f"{shards[0].name}.damaged").is_file()
     artifacts(ArtifactsConfig(action="verify", storage=str(tmp_path)))
 
 
-@pytest.mark.parametrize("kind", ["embed", "generate"])
-def test_an_altered_shard_that_a_later_stage_needs_is_made_again(kind: str, tiny_run: Run, tmp_path: Path):
+def test_altered_shards_that_a_later_stage_needs_are_made_again(tiny_run: Run, tmp_path: Path):
     """The selection is new (another alpha), so it reads embeddings and candidates again."""
     config = copy_of(tiny_run, tmp_path)
-    shard = first_shard(artifact(config, kind, "fine-tuned"))
-    whole = shard.read_bytes()
-    flip(shard)
+    shards = [first_shard(artifact(config, kind, "fine-tuned")) for kind in ("embed", "generate")]
+    whole = [shard.read_bytes() for shard in shards]
+    for shard in shards:
+        flip(shard)
     other = config.model_copy(
         update={"name": "other", "selection": config.selection.model_copy(update={"alpha": 0.9, "beta": 0.1})}
     )
@@ -97,7 +98,7 @@ def test_an_altered_shard_that_a_later_stage_needs_is_made_again(kind: str, tiny
     else:
         pytest.fail("the same command did not repair it")
     assert finished(other)["sets"]["dit"]["content"] == finished(config)["sets"]["dit"]["content"]
-    assert shard.read_bytes() == whole
+    assert [shard.read_bytes() for shard in shards] == whole
 
 
 def test_altered_real_images_are_decoded_again(tiny_run: Run, tmp_path: Path):
@@ -127,22 +128,20 @@ def test_an_artifact_that_was_deleted_is_made_again(tiny_run: Run, tmp_path: Pat
     artifacts(ArtifactsConfig(action="verify", storage=str(tmp_path)))
 
 
-@pytest.mark.parametrize("kind", ["select", "generate", "embed"])
-def test_a_damaged_manifest_counts_as_missing(kind: str, tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_damaged_manifests_and_notes_count_as_missing(
+    tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):  # fmt: skip
     config = copy_of(tiny_run, tmp_path)
-    manifest = artifact(config, kind, "IMS3" if kind == "select" else "fine-tuned") / "manifest.json"
-    truncate(manifest)
+    places = [("select", "IMS3"), ("generate", "fine-tuned"), ("embed", "pretrained")]
+    manifests = [artifact(config, kind, title) / "manifest.json" for kind, title in places]
+    notes = sorted((manifests[1].parent / "shards").glob("*.json"))
+    for file in (*manifests, notes[0]):
+        truncate(file)
     assert contents(again(config)) == contents(tiny_run.result.results)
-    assert f"note: {manifest} is damaged and counts as missing" in capsys.readouterr().out
-    assert json.loads(manifest.read_text())["units"]
-
-
-def test_a_damaged_note_counts_as_missing(tiny_run: Run, tmp_path: Path):
-    config = copy_of(tiny_run, tmp_path)
-    pool = artifact(config, "generate", "fine-tuned")
-    (pool / "manifest.json").unlink()
-    truncate(sorted((pool / "shards").glob("*.json"))[0])
-    assert contents(again(config)) == contents(tiny_run.result.results)
+    said = capsys.readouterr().out
+    for manifest in manifests:
+        assert f"note: {manifest} is damaged and counts as missing" in said
+        assert json.loads(manifest.read_text())["units"]
 
 
 def test_damaged_results_are_published_again(tiny_run: Run, tmp_path: Path):
@@ -152,13 +151,13 @@ def test_damaged_results_are_published_again(tiny_run: Run, tmp_path: Path):
     assert finished(config)["sets"] == tiny_run.result.results["sets"]
 
 
-@pytest.mark.parametrize("text", ["{[", "just text"])
-def test_a_damaged_config_is_one_line(text: str, tiny_run: Run, tmp_path: Path):
+def test_a_damaged_config_is_one_line(tiny_run: Run, tmp_path: Path):
     config = copy_of(tiny_run, tmp_path)
-    (tmp_path / config.name / "config.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"config\.yaml' is damaged.*delete the folder") as refused:
-        distill(config)
-    assert "\n" not in str(refused.value)
+    for text in ("{[", "just text", ""):
+        (tmp_path / config.name / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"config\.yaml' is damaged.*delete the folder") as refused:
+            distill(config)
+        assert "\n" not in str(refused.value)
     shutil.rmtree(tmp_path / config.name)
     assert contents(distill(config).results) == contents(tiny_run.result.results)
 
