@@ -55,7 +55,7 @@ def judge_generator(config: PretrainConfig, weights: Path, splits: Splits, devic
     were generated."""
     q = config.quality
     torch.set_num_threads(q.threads)
-    train, test, names, _ = splits
+    train, test, names = splits[:3]
     student, accuracy = train_student(q.judge.students[0], train, test, len(names), q.judge, 0, device=device)
     produce = Candidates(q.sampling, weights, None, None, config.seed, device)
     agreed, first = [], []
@@ -81,7 +81,7 @@ def judge_generator(config: PretrainConfig, weights: Path, splits: Splits, devic
 def judge_encoder(config: PretrainConfig, weights: Path, splits: Splits, device: str) -> Quality:
     """Test accuracy of φ's own classification head."""
     torch.set_num_threads(config.quality.threads)
-    _, (pixels, labels), _, _ = splits
+    pixels, labels = splits[1]
     encoder = load_encoder(weights).to(device)
     with torch.inference_mode():
         predicted = torch.cat([encoder.logits(to_signed(part.to(device))).argmax(dim=1).cpu() for part in pixels.split(500)])
