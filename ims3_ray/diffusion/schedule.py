@@ -83,8 +83,8 @@ def has_whole_steps(num_steps: int, of: int = 1000) -> bool:
 
 
 def spacing_version(num_steps: int) -> dict[str, int]:
-    """What the key of an artifact holds beside a number of "leading" steps: nothing for those that have whole steps, and a
-    version for the others, which older versions of this program spaced otherwise."""
+    """Entry for the key of an artifact that depends on "leading" timesteps: empty for numbers of steps that have whole steps,
+    and a version for the others, which older versions of this program spaced otherwise."""
     return {} if has_whole_steps(num_steps) else {"spacing": 2}
 
 

@@ -63,5 +63,5 @@ def run_units(
     except ray.data.exceptions.ExecutionTimeoutError as error:
         raise UserError(
             f"the pool has finished no unit for {context.execution_no_progress_timeout_s:.0f} s: are there nodes for it? See "
-            "`ray status`; the same command goes on"
+            "`ray status`; run the same command again to continue"
         ) from error

@@ -124,8 +124,8 @@ class Models:
         }
         if wrong := [fix for fix, needed in needs.items() if needed]:
             raise UserError(
-                f"generator '{generator.path.name}' was trained without label dropout and knows no null label, so it cannot be "
-                f"guided; set {' '.join(wrong)}"
+                f"generator '{generator.path.name}' was trained without label dropout, so it knows only images with a class "
+                f"and cannot be guided; set {' '.join(wrong)}"
             )
 
     def _check_pixels(self, generator: Generator, vae: Autoencoder | None) -> None:

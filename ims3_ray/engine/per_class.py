@@ -61,7 +61,7 @@ def each_unit(
             except ray.exceptions.RayTaskError as error:
                 reason = str(error.cause or error).strip().splitlines()[-1]
                 kind = type(error.cause or error).__name__
-                raise IncompletePool(f"{stage.title}: {kind}: {reason}; the same command goes on") from error
+                raise IncompletePool(f"{stage.title}: {kind}: {reason}; run the same command again to continue") from error
             progress.advance(running.pop(done))
     context.spend(stage, progress.seconds, min(actors.count, max(1, len(parts))))
     made = read_notes(artifact, list(rows))

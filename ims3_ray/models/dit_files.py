@@ -89,7 +89,7 @@ def with_classes(file: DiTFile, classes: tuple[str, ...]) -> DiTFile:
     if file.layout == "release" and len(classes) == config.rows:
         config = config.model_copy(update={"num_classes": config.rows, "null_row": False})
     if len(classes) != config.num_classes:
-        rows = f"; its table of labels has {config.rows} rows, one of which may stand for no class"
+        rows = f"; its table of labels has {config.rows} rows, of which the last may be that for images without a class"
         table = rows if file.layout == "release" else ""
         raise UserError(f"{len(classes)} class names for a generator of {config.num_classes} classes{table}")
     return replace(file, config=config, classes=classes)

@@ -285,8 +285,9 @@ def check_student(
     constant, batched = _check(name, channels, size, num_classes, norm, width)
     if constant:
         raise UserError(
-            f"student {name} normalises maps of a single pixel for images of {size} pixels ({constant}), so it would never "
-            "learn; set norm: batch, choose a smaller network or larger images (size)"
+            f"student {name} has a layer ({constant}) that normalises maps of a single pixel for images of {size} pixels, so "
+            "it would never learn; set evaluation.protocols.NAME.norm to batch, choose a network with fewer layers, or larger "
+            "images (evaluation.protocols.NAME.size)"
         )
     if batched and batch_size == 1:
         raise UserError(batch_of_one(name))
@@ -295,6 +296,6 @@ def check_student(
 def batch_of_one(name: str) -> str:
     """The error message for a student that cannot be trained in batches of one image."""
     return (
-        f"student {name} normalises over batches, which needs more than one image, but batch_size=1; raise it, or choose a "
-        "network with norm: instance"
+        f"student {name} normalises over the images of a batch, which needs more than one image, but the batch size is 1; "
+        "raise evaluation.protocols.NAME.batch_size, or set its norm to instance"
     )

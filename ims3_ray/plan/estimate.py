@@ -100,7 +100,7 @@ def describe(plan: Plan[Config], storage: Storage | None = None) -> str:
 
 
 LONG_ENOUGH_HOURS = 0.25
-"""Device-hours from which a command says which rate would have been right: a shorter one is mostly starting up."""
+"""Device-hours of a command from which its speed is printed as advice for later estimates: shorter commands mostly start up."""
 
 
 def account(expected: Iterable[Expected], spent: Mapping[Stage, float], cluster: ClusterConfig) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def test_a_part_that_was_interrupted_goes_on_from_what_it_saved(tiny_run: Run, t
         values_of(tiny_run, tmp_path, arms={"rungs": FROM_NOTHING}, export=None, name="again", synthesis=settings)
     )
     errors = [attempt(config) for _ in range(3)]
-    assert "RuntimeError: as if interrupted; the same command goes on" in errors[0]
+    assert "RuntimeError: as if interrupted; run the same command again to continue" in errors[0]
     assert errors[-1] == ""
     assert {file.name for file in (tmp_path / "marks").iterdir()} == {"0", "1"}
     (images,) = {scored.images for scored in make_plan(config).sets.values()}

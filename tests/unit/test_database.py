@@ -158,3 +158,33 @@ def test_source_data_and_weights_are_told(tmp_path: Path):
     (model,) = run.inputs.model_inputs
     logged = client.get_logged_model(model.model_id)
     assert (logged.name, logged.params) == ("generator", {"reference": "/there/dit.safetensors", "digest": "d16e57"})
+
+
+def test_what_a_killed_process_has_written_in_part_is_rolled_back(whole: Path, tmp_path: Path):
+    """A process that is killed in the middle of a transaction leaves a journal beside the database."""
+    shutil.copytree(whole / "run", tmp_path / "run")
+    path = tmp_path / "run" / "mlflow.db"
+    write = (
+        "import os, sqlite3, sys\n"
+        "database = sqlite3.connect(sys.argv[1])\n"
+        "database.execute('PRAGMA cache_size = 1')\n"
+        "database.execute('CREATE TABLE more (x TEXT)')\n"
+        "database.executemany('INSERT INTO more VALUES (?)', [('x' * 500,)] * 2000)\n"
+        "os._exit(1)\n"
+    )
+    subprocess.run([sys.executable, "-c", write, str(path)], check=False)
+    assert path.with_name("mlflow.db-journal").is_file()
+    assert state_of(path) == "whole"
+    run_sql(path, "SELECT * FROM runs")
+
+
+def test_the_database_of_a_newer_mlflow_is_left_alone(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(whole / "run", tmp_path / "run")
+    path = tmp_path / "run" / "mlflow.db"
+    run_sql(path, "UPDATE alembic_version SET version_num = 'from the future'")
+    before = path.read_bytes()
+    tracker = Tracker(RunConfig(name="run"), Storage.at(str(tmp_path)))
+    tracker.finish("FINISHED")
+    assert not tracker.complete
+    assert "was written by a newer MLflow than the installed one" in capsys.readouterr().out
+    assert path.read_bytes() == before

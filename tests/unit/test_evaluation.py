@@ -318,7 +318,7 @@ def test_a_last_batch_of_one_is_left_out_where_batch_statistics_need_more(name: 
 
 
 def test_batches_of_one_with_batch_norm_are_refused():
-    with pytest.raises(UserError, match=r"normalises over batches.*batch_size=1"):
+    with pytest.raises(UserError, match=r"normalises over the images of a batch.*the batch size is 1"):
         train_student("resnet-18", bars(2, 1), bars(2, 2), 3, quick(norm="batch", batch_size=1), 0)
 
 
