@@ -2,7 +2,7 @@
 
     python jobs/distill.py                              embedded Fashion-MNIST; results in runs/demo
     python jobs/distill.py --dry-run                    the plan: finished stages, images, FLOPs, hours, storage, cost
-    python jobs/distill.py name=mine data.path=photos   your own images (one folder per class, IDX or Parquet)
+    python jobs/distill.py name=mine data.path=photos   your own images (photos/train/CLASS/*.jpg, photos/test/…)
     python jobs/distill.py --config FILE selection.alpha=0.4 selection.groups=10
     ray job submit --working-dir . -- python jobs/distill.py storage=s3://bucket/distill
 

@@ -13,8 +13,8 @@ from ims3_ray.config.evaluation import EvaluationConfig
 
 class DataConfig(Section):
     path: str = "embedded:fashion-mnist"
-    """The data set: `embedded:NAME`, a folder (IDX files, Parquet files, or one folder per class), a Parquet file or a hub id
-    (`uoft-cs/cifar10`)."""
+    """The data set: `embedded:NAME`, a folder (IDX files, Parquet files, or `train/` and `test/` with one folder per class), a
+    Parquet file or a hub id (`uoft-cs/cifar10`): docs/data.md."""
     train_split: str = "train"
     test_path: str | None = None
     """Path of the test split, in the same forms as `path`; `path` when unset."""
