@@ -106,13 +106,18 @@ def only_fatal_messages() -> Iterator[None]:
     connect, name = worker.connect, "RAY_BACKEND_LOG_LEVEL"
 
     def quietly(*arguments: Any, **options: Any) -> Any:
-        before = os.environ.get(name)
-        os.environ.setdefault(name, "fatal")  # read once, when the C++ code of this process starts
+        if name in os.environ:  # the user has chosen a level
+            return connect(*arguments, **options)
+        stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.environ[name] = "fatal"  # read once, when the C++ code of this process starts
+        os.dup2(nowhere, 2)  # it prints that it has read this
         try:
             return connect(*arguments, **options)
         finally:
-            if before is None:
-                os.environ.pop(name, None)
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.close(nowhere)
+            del os.environ[name]
 
     worker.connect = quietly
     try:

@@ -80,6 +80,7 @@ def run_code(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 JOB = (
     "import os, sys, time, signal\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in what a shell script starts in the background
     "from ims3_ray.cli import main\n"
     "from ims3_ray.component import Section\n"
     "class Config(Section):\n"
