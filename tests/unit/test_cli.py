@@ -94,7 +94,7 @@ JOB = (
 )  # fmt: skip
 def test_a_signal_ends_a_command_with_one_line(signal_name: str, code: int, said: str):
     done = run_code(
-        f"{JOB}def run(config):\n    os.kill(os.getpid(), signal.{signal_name})\n    time.sleep(30)\n"
+        f"{JOB}def run(config):\n    os.kill(os.getpid(), signal.{signal_name})\n    [time.sleep(0.1) for _ in range(300)]\n"
         "sys.exit(main('', Config, run, arguments=[]))\n"
     )
     assert (done.returncode, done.stderr, done.stdout) == (code, f"{said}; the same command continues\n", "")
