@@ -19,6 +19,10 @@ FRESH_S = 90.0
 """Age in seconds up to which a lease shows that a process is working; a killed process leaves its last one behind."""
 
 
+ENDING_S = 10.0
+"""Seconds that a process of this machine is given to end: the task of a job outlives its killed command by a moment."""
+
+
 def lease_path(run: str) -> str:
     return f"{run}/running.json"
 
@@ -26,7 +30,10 @@ def lease_path(run: str) -> str:
 def check_free(storage: Storage, run: str, aloud: bool = False) -> None:
     """Raises :class:`UserError` if a living process of this machine works on the run. For a process of another machine, which
     may have been killed a moment ago, a line is printed instead if ``aloud``."""
-    if other := _holder(storage, run):
+    deadline = time.monotonic() + ENDING_S
+    while (other := _holder(storage, run)) and other["host"] == socket.gethostname() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if other:
         who = f"process {other['pid']} of {other['host']}"
         if other["host"] == socket.gethostname():
             raise UserError(

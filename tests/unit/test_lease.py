@@ -36,7 +36,8 @@ def test_a_lease_is_renewed_and_then_removed(storage: Storage, monkeypatch: pyte
     assert not storage.exists(lease_path("run"))
 
 
-def test_a_living_process_of_this_machine_is_not_disturbed(storage: Storage):
+def test_a_living_process_of_this_machine_is_not_disturbed(storage: Storage, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lease, "ENDING_S", 0.1)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         leave(storage, socket.gethostname(), other.pid)
         with pytest.raises(UserError, match=rf"is being run by process {other.pid} of"), working_on(storage, "run"):
@@ -44,6 +45,13 @@ def test_a_living_process_of_this_machine_is_not_disturbed(storage: Storage):
         other.communicate(b"\n")
     with working_on(storage, "run"):  # it has ended, and left its lease behind as a killed process does
         pass
+
+
+def test_a_process_that_is_ending_is_waited_for(storage: Storage):
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"]) as other:
+        leave(storage, socket.gethostname(), other.pid)
+        with working_on(storage, "run"):
+            pass
 
 
 def test_a_process_of_another_machine_is_named(storage: Storage, capsys: pytest.CaptureFixture[str]):
