@@ -23,9 +23,9 @@ from ims3_ray.config.loading import load_config
 from ims3_ray.data.contact_sheet import contact_sheet
 from ims3_ray.data.sources.embedded import embedded_names
 from ims3_ray.errors import UserError
+from ims3_ray.training.accuracy import Labelled
 from ims3_ray.training.generator import GeneratorTrainer
 from ims3_ray.training.pace import ByClock
-from ims3_ray.training.students import Labelled
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
 SETS = {"cifar10": 0.65, "fashion-mnist": 0.35}

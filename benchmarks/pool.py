@@ -195,7 +195,8 @@ def measure_pool(config: BenchmarkConfig, name: str) -> dict[str, Any]:
     from ims3_ray.engine.images import ImageStore
     from ims3_ray.engine.weights import Weights
     from ims3_ray.engine.worker import Derivation, Work
-    from ims3_ray.io.artifacts import Artifact, Storage
+    from ims3_ray.io.artifacts import Artifact
+    from ims3_ray.io.storage import Storage
     from ims3_ray.models.autoencoder import autoencoder_path
     from ims3_ray.models.encoder import encoder_path
     from ims3_ray.models.generator import generator_path

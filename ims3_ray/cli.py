@@ -56,7 +56,7 @@ def main(
     asked = threading.Event()
     try:
         args = parser.parse_intermixed_args(arguments)
-        with ended_by_sigterm() as asked:
+        with ended_by_sigterm(asked):
             values = read_values(args.config, args.overrides)
             names = [word for file in args.config or () for word in ("--config", Path(file).name)]
             record_command([f"jobs/{Path(sys.argv[0]).name}", *names, *args.overrides])
@@ -99,10 +99,9 @@ def prepare_streams() -> None:
 
 
 @contextmanager
-def ended_by_sigterm() -> Iterator[threading.Event]:
-    """While it lasts, SIGTERM, by which Slurm, Kubernetes and spot machines end a process, raises ``KeyboardInterrupt`` in the
-    main thread, and the event is set."""
-    asked = threading.Event()
+def ended_by_sigterm(asked: threading.Event) -> Iterator[None]:
+    """While it lasts, SIGTERM, by which Slurm, Kubernetes and spot machines end a process, sets ``asked`` and raises
+    ``KeyboardInterrupt`` in the main thread."""
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: the run is ending
@@ -110,11 +109,11 @@ def ended_by_sigterm() -> Iterator[threading.Event]:
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield
         return
     before = signal.signal(signal.SIGTERM, end)
     try:
-        yield asked
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -74,9 +74,10 @@ def connected(config: ClusterConfig, needed: dict[str, float] | None = None) -> 
             "Ray is running already, and its workers do not know the plugins; let this program start or join Ray, or call "
             "ray.init(runtime_env=ims3_ray.plugins.runtime_env()) after ims3_ray.plugins.load([…])"
         )
+    address = joins(config)
     if started:
-        _start(joins(config))
-    watch = RayletWatch() if started and joins(config) is None else None
+        _start(address)
+    watch = RayletWatch() if started and address is None else None
     try:
         with watch or nullcontext():
             if not config.wait_s:

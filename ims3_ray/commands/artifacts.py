@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,10 +11,11 @@ from pydantic import Field
 
 from ims3_ray import plugins
 from ims3_ray.config import Section
-from ims3_ray.engine.executor import LISTINGS
 from ims3_ray.engine.stage import Stage
 from ims3_ray.errors import IncompletePool, UserError
-from ims3_ray.io.artifacts import Artifact, Storage, stored_artifacts
+from ims3_ray.io.artifacts import Artifact, stored_artifacts
+from ims3_ray.io.files import concurrently
+from ims3_ray.io.storage import Storage
 
 DAY_S = 86_400.0
 
@@ -67,17 +67,15 @@ def run(config: ArtifactsConfig) -> None:
 
 def found_in(storage: Storage) -> list[Stored]:
     records = _records(storage)
-    with ThreadPoolExecutor(LISTINGS) as pool:
-        return list(pool.map(lambda artifact: _stored(artifact, records), stored_artifacts(storage)))
+    return concurrently(lambda artifact: _stored(artifact, records), stored_artifacts(storage))
 
 
 def _records(storage: Storage) -> dict[str, str]:
     """Run → the text of its results and of the records of its trials, which name the keys of all artifacts that it used."""
     found = {}
-    for run in storage.folders(""):
+    for run in set(storage.folders("")) - {"artifacts"}:
         paths = [f"{run}/results.json", *(f"{run}/trials/{name}" for name in storage.names(f"{run}/trials"))]
-        if run != "artifacts":
-            found[run] = "".join(storage.read(path).decode(errors="replace") for path in paths if storage.exists(path))
+        found[run] = "".join(storage.read(path).decode(errors="replace") for path in paths if storage.exists(path))
     return found
 
 
@@ -115,11 +113,9 @@ def damaged_units(artifact: Artifact) -> list[tuple[str, str | None]]:
     """(unit, its shard) of an artifact's committed units that are damaged; no shard for a unit whose shard is gone."""
     kind = _kind(artifact)
     lost = [(unit, None) for unit in kind.lost(artifact)] if kind is not Stage else []
-    names = {name.rpartition(".")[0]: name for name in artifact.shards() if not name.endswith((".json", ".state"))}
-    units = (artifact.manifest() or {"units": {}})["units"]
-    shards = [(unit, names[kind.stem(unit)]) for unit in units if kind.stem(unit) in names]
-    with ThreadPoolExecutor(LISTINGS) as pool:
-        intact = list(pool.map(lambda pair: artifact.intact(pair[1], pair[0]), shards))
+    names = artifact.stems()
+    shards = [(unit, names[kind.stem(unit)]) for unit in artifact.units if kind.stem(unit) in names]
+    intact = concurrently(lambda pair: artifact.intact(pair[1], pair[0]), shards)
     return [*lost, *((unit, shard) for (unit, shard), whole in zip(shards, intact, strict=True) if not whole)]
 
 

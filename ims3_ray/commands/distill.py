@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import yaml
 
 from ims3_ray.cluster.joining import connected
 from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig, canonical
-from ims3_ray.engine.executor import REPAIRS, run_stages
+from ims3_ray.engine.executor import repairing, run_stages
 from ims3_ray.engine.folder import check_folder, warn_if_lost_with_job
 from ims3_ray.engine.lease import check_free, working_on
 from ims3_ray.engine.stage import Context
-from ims3_ray.errors import Damaged
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.plan import Config, Plan, make_comparison, make_evaluation, make_plan
 from ims3_ray.plan.estimate import account, expect
 from ims3_ray.report.publish import publish, publish_comparison, publish_scores
@@ -48,16 +48,15 @@ def _complete(plan: Plan[Config], publish: Publish) -> RunResult:
     config = plan.config
     storage = Storage.at(config.storage)
     check_folder(config, storage)
-    follow_moved_folder(config, storage)
-    if not is_finished(plan, storage):
+    if is_finished(plan, storage):
+        follow_moved_folder(config, storage)
+    else:
         check_free(storage, config.name)
-        if any(stage.missing(storage) for stage in plan.stages):
+        needs_ray = any(stage.missing(storage) for stage in plan.stages)
+        if needs_ray:
             warn_if_lost_with_job(config)
-            with connected(config.cluster, plan.needed()), working_on(storage, config.name):
-                _run(plan, storage, publish)
-        else:
-            with working_on(storage, config.name):
-                _run(plan, storage, publish)
+        with connected(config.cluster, plan.needed()) if needs_ray else nullcontext(), working_on(storage, config.name):
+            _run(plan, storage, publish)
     return RunResult(storage.address(config.name), storage.read_json(f"{config.name}/results.json") or {})
 
 
@@ -79,18 +78,14 @@ def _run(plan: Plan[Config], storage: Storage, publish: Publish) -> None:
     tracker = Tracker(config, storage)
     context, expected = Context(config, storage, plan.classes, tracker), expect(plan, storage)
     storage.write(f"{config.name}/config.yaml", yaml.safe_dump(canonical(config), sort_keys=False).encode())
+
+    def run_and_publish() -> None:
+        run_stages(context, plan.stages)
+        estimate = account(expected, context.spent, config.cluster)
+        publish(context, plan, {**gather(plan, storage), "estimate": estimate}, tracker)
+
     try:
-        for attempt in range(REPAIRS + 1):
-            try:
-                run_stages(context, plan.stages)
-                estimate = account(expected, context.spent, config.cluster)
-                publish(context, plan, {**gather(plan, storage), "estimate": estimate}, tracker)
-                break
-            except Damaged as error:
-                if attempt == REPAIRS:
-                    raise
-                print(f"note: {error}", flush=True)
-                storage.look_again()
+        repairing(storage, run_and_publish)
     except BaseException as error:
         tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise

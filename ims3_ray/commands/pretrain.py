@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,19 +12,18 @@ from typing import Any
 import ray
 import torch
 import yaml
-from pydantic import ValidationError
 
 from ims3_ray.cluster.capacity import wait_for_capacity
 from ims3_ray.cluster.joining import connected, own_device, placed, results
 from ims3_ray.commands.quality import Quality, judge_encoder, judge_generator, splits_of
 from ims3_ray.config import PretrainConfig, canonical
 from ims3_ray.data.contact_sheet import contact_sheet
-from ims3_ray.engine.folder import first_difference
+from ims3_ray.engine.folder import check_same, completed, stored_config
 from ims3_ray.engine.inputs import Data
 from ims3_ray.engine.lease import check_free, working_on
 from ims3_ray.errors import UserError
-from ims3_ray.io.artifacts import Storage
 from ims3_ray.io.files import is_remote
+from ims3_ray.io.storage import Storage
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -35,15 +33,15 @@ def pretrain(config: PretrainConfig) -> Path:
     data = Data(config)  # a bad source is an error before Ray starts
     folder = Path(config.storage).expanduser().resolve() / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    described = check_pretraining(config, data.fingerprints, folder)
+    place = Storage.at(str(folder.parent))
+    described = check_pretraining(config, data.fingerprints, place)
     path = folder / f"{config.name}.safetensors"
     trainer = config.trainer
     needed = {"CPU": trainer.num_workers * trainer.cpus_per_worker, "GPU": trainer.num_workers * trainer.gpus_per_worker}
-    place = Storage.at(str(folder.parent))
     check_free(place, config.name)
     with connected(config.cluster, {k: v for k, v in needed.items() if v}), working_on(place, config.name):
-        check_pretraining(config, data.fingerprints, folder)  # another process may have begun another training meanwhile
-        Storage.at(str(folder)).write("config.yaml", yaml.safe_dump(described, sort_keys=False).encode())
+        check_pretraining(config, data.fingerprints, place)  # another process may have begun another training meanwhile
+        place.write(f"{config.name}/config.yaml", yaml.safe_dump(described, sort_keys=False).encode())
         from ims3_ray.engine.loops import encoder_loop, generator_loop, source_images
         from ims3_ray.engine.train import fit
 
@@ -58,7 +56,7 @@ def pretrain(config: PretrainConfig) -> Path:
                 "threads": trainer.threads_per_worker,
             }  # fmt: skip
             outcome = fit(encoder_loop, arguments, trainer, "train", str(folder), labels)
-        Storage.at(str(folder)).write(path.name, outcome["weights"])
+        place.write(f"{config.name}/{path.name}", outcome["weights"])
         threads = config.quality.threads
         task = ray.remote(_judge).options(
             num_cpus=min(threads, trainer.cpus_per_worker),
@@ -90,42 +88,21 @@ GROWS = {"generator": "steps", "encoder": "epochs"}
 """Target → its key that says how long to train. A training goes on when the number is raised."""
 
 
-def check_pretraining(config: PretrainConfig, fingerprints: Mapping[str, str], folder: Path) -> dict[str, Any]:
-    """The config with the fingerprints of the data, as the folder stores it. Raises :class:`UserError` if the folder holds a
-    training with another config or other data. What only says where and how fast it trains may differ, and so may the number
+def check_pretraining(config: PretrainConfig, fingerprints: Mapping[str, str], storage: Storage) -> dict[str, Any]:
+    """The config with the fingerprints of the data, as the run folder stores it. Raises :class:`UserError` if the folder holds
+    a training with another config or other data. What only says where and how fast it trains may differ, and so may the number
     of steps or epochs."""
-    path = folder / "config.yaml"
-    mine = {**canonical(config), FINGERPRINTS: dict(fingerprints)}
-    if path.exists():
-        theirs = _read_config(path)
-        old, new = (_what_matters(plain) for plain in (theirs, mine))
-        if old != new:
-            key, before, now = first_difference(old, new)
-            raise UserError(
-                f"folder '{folder}' holds the training of another config ({key}: {before!r} there, {now!r} here); choose "
-                f"another name (name={config.name}-2) or delete the folder"
-            )
-    elif (folder / "train").exists():
+    name, mine = config.name, {**canonical(config), FINGERPRINTS: dict(fingerprints)}
+    stored = stored_config(storage, name, "or choose another name, if the training in it is still wanted")
+    if stored is not None:
+        data = stored.pop(FINGERPRINTS, None)
+        check_same(storage, name, *map(_what_matters, ({**completed(config, stored), FINGERPRINTS: data}, mine)))
+    elif storage.is_folder(f"{name}/train"):
         raise UserError(
-            f"folder '{folder}' holds a training whose config is not known (config.yaml is missing); choose another name "
-            f"(name={config.name}-2) or delete the folder"
+            f"run folder '{storage.address(name)}' holds a training whose config is not known (config.yaml is missing); choose "
+            f"another name (name={name}-2) or delete the folder"
         )
     return mine
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, ValueError):
-        found = None
-    if not isinstance(found, dict) or not {"generator", "encoder"} <= found.keys():
-        raise UserError(f"'{path}' is damaged, so it is not known what was trained; choose another name or delete the folder")
-    plain = {key: value for key, value in found.items() if key != FINGERPRINTS}
-    # Completed with the defaults of options that did not exist when it was written. Options that no longer exist stay, and
-    # count as differences.
-    with suppress(ValidationError):
-        plain = canonical(PretrainConfig.model_validate(plain))
-    return {**plain, FINGERPRINTS: found.get(FINGERPRINTS)}
 
 
 def _what_matters(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,9 +110,10 @@ def _what_matters(plain: Mapping[str, Any]) -> dict[str, Any]:
     by their fingerprints, so that they may move."""
     places = ("storage", "trainer", "cluster", "quality", "plugins")
     kept = {key: value for key, value in plain.items() if key not in places}
-    kept["data"] = {key: value for key, value in plain["data"].items() if key not in ("path", "test_path", "unit_size")}
-    for target, length in GROWS.items():
-        kept[target] = {key: value for key, value in plain[target].items() if key not in (length, "checkpoint_every")}
+    left_out: dict[str, tuple[str, ...]] = {"data": ("path", "test_path", "unit_size")}
+    left_out |= {target: (length, "checkpoint_every") for target, length in GROWS.items()}
+    for section, details in left_out.items():
+        kept[section] = {key: value for key, value in plain.get(section, {}).items() if key not in details}
     return kept
 
 

@@ -16,7 +16,8 @@ from ims3_ray.engine.inputs import decoded_split
 from ims3_ray.engine.shards import units_of
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.stages.candidates import Candidates
-from ims3_ray.training.students import Labelled, accuracy_of, train_student
+from ims3_ray.training.accuracy import Labelled, accuracy_of
+from ims3_ray.training.students import train_student
 
 
 class Splits(NamedTuple):

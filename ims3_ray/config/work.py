@@ -10,6 +10,8 @@ from pydantic import Field, field_validator
 from ims3_ray.config.base import Section, reserved
 from ims3_ray.config.evaluation import EvaluationConfig
 
+Split = Literal["train", "test"]
+
 
 class DataConfig(Section):
     path: str = "embedded:fashion-mnist"
@@ -26,6 +28,10 @@ class DataConfig(Section):
     """Names of the classes to distil; all of them when unset."""
     unit_size: int = Field(default=500, ge=1)
     """Number of images per shard of the encoded data set."""
+
+    def place(self, split: Split) -> tuple[str, str]:
+        """Path and name of the training or the test split, as :func:`ims3_ray.data.sources.open_source` takes them."""
+        return (self.path, self.train_split) if split == "train" else (self.test_path or self.path, self.test_split)
 
 
 class ActorsConfig(Section):

@@ -76,11 +76,6 @@ def read_override(override: str, text: str) -> Any:
         return Written(None, text, f"override '{override}' has a value that is not YAML; quote it")
 
 
-def plain(value: Any) -> Any:
-    """A value and all values in it as YAML reads them."""
-    return typed(Any, value)
-
-
 def typed(kind: Any, value: Any) -> Any:
     """``value`` with every :class:`Written` in it as the annotation ``kind`` of its key takes it: as text, or as YAML reads
     it."""

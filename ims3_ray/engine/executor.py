@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Sequence
 
 from ims3_ray.engine.lease import announce
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.errors import Damaged
+from ims3_ray.io.files import concurrently
+from ims3_ray.io.storage import Storage
 from ims3_ray.tracking import slug
-
-LISTINGS = 16
-"""Number of artifacts whose shards are listed at the same time, because object storage answers slowly."""
 
 
 def arranged(stages: Sequence[Stage]) -> list[Stage]:
@@ -63,17 +61,22 @@ REPAIRS = 3
 """Number of times that damaged files are made again before a command gives up."""
 
 
-def run_stages(context: Context, stages: Sequence[Stage]) -> None:
-    """Run every stage that is not complete. What is found to be damaged meanwhile is made again."""
+def repairing(storage: Storage, work: Callable[[], None]) -> None:
+    """Do ``work``, again after each file that it finds to be damaged: such a file then counts as missing."""
     for attempt in range(REPAIRS + 1):
         try:
-            _run_missing(context, stages)
+            work()
             return
         except Damaged as error:
-            context.storage.look_again()
+            storage.look_again()
             if attempt == REPAIRS:
                 raise
             print(f"note: {error}", flush=True)
+
+
+def run_stages(context: Context, stages: Sequence[Stage]) -> None:
+    """Run every stage that is not complete. What is found to be damaged meanwhile is made again."""
+    repairing(context.storage, lambda: _run_missing(context, stages))
 
 
 def _run_missing(context: Context, stages: Sequence[Stage]) -> None:
@@ -103,8 +106,7 @@ def _run_missing(context: Context, stages: Sequence[Stage]) -> None:
 
 def forget_lost(context: Context, stages: Sequence[Stage]) -> None:
     """Look for committed shards that are no longer there, so that the stages make them again, and print which."""
-    with ThreadPoolExecutor(LISTINGS) as pool:
-        lost = dict(zip(stages, pool.map(lambda stage: stage.forget_lost(context.storage), stages), strict=True))
+    lost = dict(zip(stages, concurrently(lambda stage: stage.forget_lost(context.storage), stages), strict=True))
     for stage, units in lost.items():
         if units:
             more = f" and {len(units) - 1} more" if len(units) > 1 else ""
@@ -115,8 +117,7 @@ def forget_lost(context: Context, stages: Sequence[Stage]) -> None:
 
 
 def _completed(context: Context, stages: Sequence[Stage]) -> None:
-    with ThreadPoolExecutor(LISTINGS) as pool:
-        list(pool.map(lambda stage: stage.artifact(context.storage).used_by(context.config.name), stages))
+    concurrently(lambda stage: stage.artifact(context.storage).used_by(context.config.name), stages)
     for stage in stages:
         stage.check(context)
         context.tracker.metrics(stage_metrics(stage, context))

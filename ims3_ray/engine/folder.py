@@ -11,30 +11,27 @@ import yaml
 from pydantic import ValidationError
 
 from ims3_ray.component import without_unknown_components
-from ims3_ray.config import WorkConfig, canonical
+from ims3_ray.config import Section, WorkConfig, canonical
 from ims3_ray.config.files import with_moved_keys
 from ims3_ray.errors import UserError
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 
 
 def check_folder(config: WorkConfig, storage: Storage) -> None:
     """Raises :class:`UserError` if the run folder holds a run with another config. Options that only say where and how fast
     it runs are not compared."""
-    path = f"{config.name}/config.yaml"
+    kept = "its images stay in artifacts/, and the same command makes it again"
+    if (stored := stored_config(storage, config.name, kept)) is not None:
+        mine, theirs = (_what_matters(completed(config, plain)) for plain in (canonical(config), stored))
+        check_same(storage, config.name, theirs, mine)
+
+
+def stored_config(storage: Storage, name: str, kept: str) -> dict[str, Any] | None:
+    """The config that a run has written to its folder; None if there is none. Raises :class:`UserError` if it cannot be read;
+    ``kept`` says what is not lost with the folder."""
+    path = f"{name}/config.yaml"
     if not storage.exists(path):
-        return
-    stored = _stored(storage, config.name, path)
-    mine, theirs = (_what_matters(_completed(config, plain)) for plain in (canonical(config), stored))
-    if theirs != mine:
-        key, old, new = first_difference(theirs, mine)
-        raise UserError(
-            f"run folder '{storage.address(config.name)}' holds another config ({key}: {old!r} there, {new!r} here); "
-            f"choose another name (name={config.name}-2) or delete the folder"
-        )
-
-
-def _stored(storage: Storage, name: str, path: str) -> dict[str, Any]:
-    """The config that a run has written. Raises :class:`UserError` if it cannot be read."""
+        return None
     try:
         stored = yaml.safe_load(storage.read(path))
     except (yaml.YAMLError, ValueError):
@@ -42,18 +39,28 @@ def _stored(storage: Storage, name: str, path: str) -> dict[str, Any]:
     if not isinstance(stored, dict):
         raise UserError(
             f"'{storage.address(path)}' is damaged, so it is not known whether the run folder is that of this config; delete "
-            f"the folder '{storage.address(name)}' (its images stay in artifacts/, and the same command makes it again)"
+            f"the folder '{storage.address(name)}' ({kept})"
         )
     return stored
 
 
-def _completed(config: WorkConfig, stored: dict[str, Any]) -> dict[str, Any]:
+def completed(config: Section, stored: dict[str, Any]) -> dict[str, Any]:
     """A stored config, completed at any depth with the defaults of options that did not exist when it was written."""
     plain = without_unknown_components(type(config), with_moved_keys(stored))
     try:
         return canonical(type(config).model_validate(plain))
     except ValidationError:  # it has options that no longer exist: they count as differences
         return plain
+
+
+def check_same(storage: Storage, name: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raises :class:`UserError`, with the first difference, if the config of a run folder is not the one of this command."""
+    if theirs != mine:
+        key, old, new = first_difference(theirs, mine)
+        raise UserError(
+            f"run folder '{storage.address(name)}' holds another config ({key}: {old!r} there, {new!r} here); "
+            f"choose another name (name={name}-2) or delete the folder"
+        )
 
 
 DETAILS = {

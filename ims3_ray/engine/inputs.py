@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Literal
+from typing import Any
 
+from ims3_ray import plugins
 from ims3_ray.config import DataConfig, PretrainConfig, RunConfig, WorkConfig
+from ims3_ray.config.work import Split
 from ims3_ray.data.batches import load_pixels
 from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
-from ims3_ray.data.sources import fingerprint, open_source, shared_file
+from ims3_ray.data.sources import Source, open_source, shared_file
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
 from ims3_ray.models.autoencoder import Autoencoder, autoencoder_path, empty_autoencoder
@@ -24,8 +26,7 @@ class Data:
     def __init__(self, config: WorkConfig | PretrainConfig, images_per_class: int = 1) -> None:
         """Every class must have ``images_per_class`` training images."""
         data = config.data
-        self.train = open_source(data.path, data.train_split)
-        self.test = open_source(data.test_path or data.path, data.test_split)
+        self.train, self.test = open_source(*data.place("train")), open_source(*data.place("test"))
         for notice in dict.fromkeys([*self.train.notices, *self.test.notices]):
             print(f"note: {notice}", flush=True)
         self._check_splits(data)
@@ -45,7 +46,7 @@ class Data:
         """Raises :class:`UserError` if the test split has training images, of which students would know the answers."""
         if shared := shared_file(self.train, self.test):
             raise UserError(
-                f"the test split of '{data.test_path or data.path}' holds the training images ('{shared}'), so accuracies on "
+                f"the test split of '{data.place('test')[0]}' holds the training images ('{shared}'), so accuracies on "
                 "it would mean nothing; put images that are not trained on into a folder of their own (train/ and test/ side "
                 "by side), or name them with data.test_path"
             )
@@ -54,7 +55,18 @@ class Data:
     def fingerprints(self) -> dict[str, str]:
         """Hash of each split's images. It is computed once per plan, since a split may be a large file or a folder of millions
         of files."""
-        return {"train": fingerprint(self.train), "test": fingerprint(self.test)}
+        return {"train": self.train.fingerprint, "test": self.test.fingerprint}
+
+    def params(self, split: Split) -> dict[str, Any]:
+        """What the key of an artifact holds of a split: see :func:`source_params`."""
+        return source_params(self.train if split == "train" else self.test, self.fingerprints[split])
+
+
+def source_params(source: Source, fingerprint: str) -> dict[str, Any]:
+    """What the key of an artifact holds of a data source with this fingerprint: the version of its reader where that is not
+    the first, and the hash of the source code of a plugin's."""
+    reader = {"reader": source.version} if source.version > 1 else {}
+    return {"source": fingerprint, **reader, **plugins.hashes(type(source))}
 
 
 class Models:
@@ -152,15 +164,15 @@ class Models:
             )
 
 
-def decoded_split(data: DataConfig, split: Literal["train", "test"]) -> tuple[Images, list[str]]:
+def decoded_split(data: DataConfig, split: Split) -> tuple[Images, list[str]]:
     """The images of a split, and the names of those that cannot be decoded and are left out. Classes are in the same order in
     both splits: that of `data.classes`, or else of the training split.
 
     Raises :class:`UserError` for a class of which no image can be decoded.
     """
-    train = open_source(data.path, data.train_split)
+    train = open_source(*data.place("train"))
     names = tuple(train.class_names[label] for label in chosen_labels(train.class_names, data.classes))
-    source = train if split == "train" else open_source(data.test_path or data.path, data.test_split)
+    source = train if split == "train" else open_source(*data.place("test"))
     pixels, labels, broken = load_pixels(source, data.size, data.channels, names)
     for name, count in zip(names, labels.bincount(minlength=len(names)).tolist(), strict=True):
         if count == 0:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ims3_ray.errors import UserError
-from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.storage import Storage
 
 RENEW_S = 20.0
+"""Seconds between two renewals of a lease."""
 FRESH_S = 90.0
 """Age in seconds up to which a lease shows that a process is working; a killed process leaves its last one behind."""
-
-
 ENDING_S = 10.0
 """Seconds that a process of this machine is given to end: the task of a job outlives its killed command by a moment."""
 
@@ -52,10 +52,10 @@ def working_on(storage: Storage, run: str) -> Iterator[None]:
     """While it lasts, a file in the run folder says that this process works on the run. Raises the error of
     :func:`check_free`."""
     check_free(storage, run, aloud=True)
-    over = threading.Event()
+    over, mine = threading.Event(), {"host": socket.gethostname(), "pid": os.getpid()}
 
     def write() -> None:
-        storage.write_json(lease_path(run), {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
+        storage.write_json(lease_path(run), {**mine, "time": time.time()})
 
     def renew() -> None:
         while not over.wait(RENEW_S):
@@ -70,7 +70,6 @@ def working_on(storage: Storage, run: str) -> Iterator[None]:
     finally:
         over.set()
         thread.join(timeout=5)
-        mine = {"host": socket.gethostname(), "pid": os.getpid()}
         if mine.items() <= (storage.read_json(lease_path(run)) or {}).items():
             with suppress(OSError):
                 storage.delete_file(lease_path(run))
@@ -104,11 +103,8 @@ def _holder(storage: Storage, run: str) -> dict[str, Any] | None:
 
 def _alive(pid: int) -> bool:
     """Whether a process of this machine is alive: not ended, and not a zombie."""
-    with suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    if Path("/proc/self/stat").exists():
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
         return False
-    with suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return True
-    return False
+    return state not in "ZX"

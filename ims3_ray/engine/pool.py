@@ -19,7 +19,8 @@ from ims3_ray.engine.shards import by_class, commit_units, parse_unit, read_note
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.worker import Derivation, Work
 from ims3_ray.errors import IncompletePool, UserError
-from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.storage import Storage
 from ims3_ray.progress import Progress
 
 
@@ -305,7 +306,7 @@ def _commit_noted(context: Context, noted: Stage, source: ImagePool, derived: Se
         }
         if whole := {unit: entry for unit, entry in found.items() if entry and unit in wanted}:
             seconds = sum(entry["seconds"] for entry in whole.values()) / context.config.actors.count
-            commit_units(stage.artifact(storage), whole, seconds)
+            commit_units(target, whole, seconds)
 
 
 def _without_derived(note: Mapping[str, Any]) -> dict[str, Any]:

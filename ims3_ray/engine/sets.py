@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ims3_ray.engine.pool import ImagePool
 from ims3_ray.engine.shards import by_class, commit_units, pack_tensors, read_class, read_many
-from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.files import natural
-from ims3_ray.training.students import Labelled, LabelledSet
+from ims3_ray.io.storage import Storage
+from ims3_ray.training.accuracy import Labelled
+from ims3_ray.training.students import LabelledSet
 
 EXTRAS = {"logits": torch.float16, "weights": torch.float32}
 """Optional tensors of a shard from which students learn, beside ``pixels`` → their type. The content hash covers them."""

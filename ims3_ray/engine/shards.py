@@ -12,7 +12,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ims3_ray.errors import Damaged
-from ims3_ray.io.artifacts import Artifact, as_json
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.storage import as_json
 from ims3_ray.models.checkpoints import first_not_finite
 
 READERS = 16

@@ -15,8 +15,9 @@ from ims3_ray.config import ClusterConfig, Role, RunConfig, WorkConfig, reserved
 from ims3_ray.data.classes import ClassTable
 from ims3_ray.engine.weights import Weights
 from ims3_ray.engine.worker import ShardReceiver
-from ims3_ray.io.artifacts import Artifact, Storage, key_of
+from ims3_ray.io.artifacts import Artifact, key_of
 from ims3_ray.io.files import natural
+from ims3_ray.io.storage import Storage
 from ims3_ray.tracking import Untracked
 
 
@@ -164,8 +165,8 @@ class Stage(Component, ABC):
     @classmethod
     def lost(cls, artifact: Artifact) -> list[str]:
         """The units of a committed ``artifact`` whose shards are gone. Units without a recorded hash are not looked for."""
-        units = [unit for unit in (artifact.manifest() or {"units": {}})["units"] if artifact.digest(unit)]
-        present = artifact.stems() if units else set()
+        units = [unit for unit in artifact.units if artifact.digest(unit)]
+        present = artifact.stems() if units else {}
         return [unit for unit in units if cls.stem(unit) not in present]
 
     def forget_key(self) -> None:

@@ -9,183 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pyarrow import fs
+from ims3_ray.errors import Damaged
+from ims3_ray.io.storage import Storage, as_json
 
-from ims3_ray.errors import Damaged, UserError
-from ims3_ray.io.files import check_bucket, is_remote, natural, open_filesystem
-
-PASSING = (".tmp", ".damaged")
-"""Endings of files that are no output: unfinished ones, and damaged ones that were set aside."""
 UNCHECKED = (".json", ".state")
 """Endings of shards of which the manifest holds no hash: notes of units, and states of unfinished work."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Files below one URI: a local path, ``s3://…`` or ``gs://…``. Only the URI is pickled; each process opens it anew."""
-
-    uri: str
-
-    @classmethod
-    def at(cls, location: str) -> Storage:
-        """The storage at ``location``; a local path is made absolute. Raises :class:`UserError` for a URI that cannot be
-        used."""
-        if not is_remote(location):
-            return cls(str(Path(open_filesystem(location)[1]).resolve()))
-        open_filesystem(location)
-        check_bucket(location)
-        return cls(location.rstrip("/"))
-
-    @cached_property
-    def _opened(self) -> tuple[fs.FileSystem, str]:
-        return open_filesystem(self.uri)
-
-    @cached_property
-    def manifests(self) -> dict[str, dict[str, Any] | None]:
-        """Path → manifest as this process has read it, None if there was none. Each is read once per command."""
-        return {}
-
-    @cached_property
-    def looked_at(self) -> set[str]:
-        """Folders of artifacts whose shards this process has looked for, and whose use it has noted."""
-        return set()
-
-    def look_again(self) -> None:
-        """Forget what this process knows of the storage, since something there is damaged."""
-        self.manifests.clear()
-        self.looked_at.clear()
-
-    @property
-    def filesystem(self) -> fs.FileSystem:
-        return self._opened[0]
-
-    @property
-    def _root(self) -> str:
-        return self._opened[1]
-
-    def __getstate__(self) -> dict[str, str]:
-        return {"uri": self.uri}
-
-    @property
-    def is_local(self) -> bool:
-        return isinstance(self.filesystem, fs.LocalFileSystem)
-
-    def on_filesystem(self, path: str) -> str:
-        """``path`` as a path of :attr:`filesystem`. Raises :class:`UserError` for one outside the storage."""
-        if ".." in path.split("/"):
-            raise UserError(f"'{path}' would leave the storage '{self.uri}'")
-        return f"{self._root}/{path}" if path else self._root
-
-    def local_path(self, path: str) -> Path | None:
-        """``path`` as a local path of this machine; None on remote storage."""
-        return Path(self.on_filesystem(path)) if self.is_local else None
-
-    def address(self, path: str) -> str:
-        """``path`` as a full path or URI."""
-        return f"{self.uri.rstrip('/')}/{path}"
-
-    def exists(self, path: str) -> bool:
-        return self.filesystem.get_file_info(self.on_filesystem(path)).type == fs.FileType.File
-
-    def is_folder(self, path: str) -> bool:
-        return self.filesystem.get_file_info(self.on_filesystem(path)).type == fs.FileType.Directory
-
-    def read(self, path: str) -> bytes:
-        with self.filesystem.open_input_stream(self.on_filesystem(path), compression=None) as stream:
-            return bytes(stream.read())
-
-    def write(self, path: str, data: bytes) -> None:
-        """Write a file atomically: a reader never sees a part of it. Raises :class:`UserError` if it cannot be written."""
-        target = self.on_filesystem(path)
-        if not self.is_local:  # object stores show an object when its upload is complete
-            with self._naming(path), self.filesystem.open_output_stream(target, compression=None) as stream:
-                stream.write(data)
-            return
-        temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
-        with self._naming(path):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            try:
-                Path(temporary).write_bytes(data)
-                os.replace(temporary, target)
-            except OSError:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-
-    def make_folder(self, folder: str) -> None:
-        with self._naming(folder):
-            self.filesystem.create_dir(self.on_filesystem(folder), recursive=True)
-
-    @contextmanager
-    def _naming(self, path: str) -> Iterator[None]:
-        """Turn a failure to write ``path`` into a :class:`UserError` with the reason."""
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or str(error).splitlines()[0]
-            raise UserError(f"cannot write {self.address(path)}: {reason}; check storage and its free space") from error
-
-    def files(self, folder: str, recursive: bool = False) -> dict[str, fs.FileInfo]:
-        """Path within ``folder`` → size and time of each file directly in it, or of each file below it if ``recursive`` is set;
-        empty if there is no such folder."""
-        place = self.on_filesystem(folder)
-        found = self.filesystem.get_file_info(fs.FileSelector(place, allow_not_found=True, recursive=recursive))
-        files = [f for f in found if f.type == fs.FileType.File and not f.base_name.endswith(PASSING)]
-        return {f.path[len(place) :].lstrip("/") if recursive else f.base_name: f for f in files}
-
-    def names(self, folder: str) -> set[str]:
-        """Names of the files directly in ``folder``; empty if there is no such folder."""
-        return set(self.files(folder))
-
-    def folders(self, folder: str) -> list[str]:
-        """Names of the folders directly in ``folder``, in natural order; empty if there is no such folder."""
-        selector = fs.FileSelector(self.on_filesystem(folder), allow_not_found=True)
-        found = self.filesystem.get_file_info(selector)
-        return sorted((f.base_name for f in found if f.type == fs.FileType.Directory), key=natural)
-
-    def read_json(self, path: str) -> dict[str, Any] | None:
-        """The JSON object in a file; None if there is no such file. A file that holds none is set aside (:meth:`set_aside`) and
-        counts as missing."""
-        try:
-            found = json.loads(self.read(path))
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            self.set_aside(path)
-            print(f"note: {self.address(path)} is damaged and counts as missing", flush=True)
-            return None
-        return found
-
-    def write_json(self, path: str, values: Any) -> None:
-        """Write values as a JSON file, atomically. Raises :class:`UserError` for numbers that are not finite, which JSON does
-        not have."""
-        self.write(path, as_json(values, self.address(path)))
-
-    def set_aside(self, path: str) -> None:
-        """Rename a damaged file to ``….damaged``, so that it counts as missing and can still be looked at."""
-        with self._naming(path), suppress(FileNotFoundError):  # another process was faster
-            self.filesystem.move(self.on_filesystem(path), self.on_filesystem(f"{path}.damaged"))
-
-    def delete(self, folder: str) -> None:
-        """Delete a folder and its contents; nothing happens if the folder does not exist."""
-        for path in [path for path in self.manifests if path.startswith(f"{folder}/")]:
-            del self.manifests[path]
-        if self.is_folder(folder):
-            self.filesystem.delete_dir(self.on_filesystem(folder))
-
-    def delete_file(self, path: str) -> None:
-        self.manifests.pop(path, None)
-        self.filesystem.delete_file(self.on_filesystem(path))
 
 
 def stored_artifacts(storage: Storage) -> list[Artifact]:
@@ -223,6 +57,12 @@ class Artifact:
             known[path] = found if found and isinstance(found.get("units"), dict) else None
         return known[path]
 
+    @property
+    def units(self) -> dict[str, Any]:
+        """Committed unit → its entry in the manifest."""
+        manifest = self.manifest()
+        return manifest["units"] if manifest else {}
+
     def look_again(self) -> None:
         """Forget the remembered manifest, since another process may have written a new one."""
         self.storage.manifests.pop(self._manifest_path, None)
@@ -248,8 +88,7 @@ class Artifact:
                 data = self.storage.read(path)
             except FileNotFoundError as error:
                 raise Damaged(f"{self.storage.address(path)} is missing; the same command makes it again") from error
-            found = hashlib.sha256(data).hexdigest() if wanted else None
-            if found == wanted:
+            if _matches(data, wanted):
                 return data
         self.storage.set_aside(path)
         raise Damaged(
@@ -267,7 +106,7 @@ class Artifact:
 
     def digest(self, unit: str) -> str | None:
         """SHA-256 of a committed unit's shard; None if it was not recorded."""
-        entry = (self.manifest() or {"units": {}})["units"].get(unit)
+        entry = self.units.get(unit)
         return entry.get("sha256") if isinstance(entry, dict) else None
 
     def intact(self, shard: str, unit: str) -> bool:
@@ -276,11 +115,11 @@ class Artifact:
             data = self.storage.read(f"{self.folder}/shards/{shard}")
         except FileNotFoundError:
             return False
-        return self.digest(unit) in (None, hashlib.sha256(data).hexdigest())
+        return _matches(data, self.digest(unit))
 
-    def stems(self) -> set[str]:
-        """Names, without endings, of the shards; notes of units are not counted."""
-        return {name.rpartition(".")[0] for name in self.shards() if not name.endswith(UNCHECKED)}
+    def stems(self) -> dict[str, str]:
+        """Name without its ending → name of each shard; notes of units are not counted."""
+        return {name.rpartition(".")[0]: name for name in self.shards() if not name.endswith(UNCHECKED)}
 
     def users(self) -> set[str]:
         """Names of the runs that have used the artifact."""
@@ -312,12 +151,9 @@ class Artifact:
         return hashlib.sha256(data).hexdigest()
 
 
-def as_json(values: Any, where: str, sort_keys: bool = False) -> bytes:
-    """JSON text for the file ``where``. Raises :class:`UserError` for numbers that are not finite, which JSON does not have."""
-    try:
-        return json.dumps(values, indent=1, sort_keys=sort_keys, allow_nan=False).encode()
-    except ValueError as error:
-        raise UserError(f"cannot write {where}: it would hold a value that is not a finite number ({error})") from error
+def _matches(data: bytes, digest: str | None) -> bool:
+    """Whether the SHA-256 of ``data`` is ``digest``; true if none is known."""
+    return digest is None or hashlib.sha256(data).hexdigest() == digest
 
 
 def key_of(stage: str, version: int, params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

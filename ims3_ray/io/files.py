@@ -6,15 +6,21 @@ import hashlib
 import os
 import re
 import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from pyarrow import fs
 
 from ims3_ray.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 ATTEMPTS = 10
 """Number of attempts of a request to object storage, with growing pauses: some 80 seconds in all."""
@@ -114,6 +120,16 @@ def natural(path: str) -> tuple[list[list[str | int]], str]:
     # Every second piece is a number, so text is compared with text and numbers with numbers.
     parts = [NUMBERS.split(part) for part in path.split("/")]
     return [[int(piece) if i % 2 else piece for i, piece in enumerate(part)] for part in parts], path
+
+
+REQUESTS = 16
+"""Number of requests that are sent to a storage at the same time, because object storage answers slowly."""
+
+
+def concurrently(request: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """The results of ``request`` for each item, in order; several requests run at the same time."""
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return list(pool.map(request, items))
 
 
 @dataclass(frozen=True)

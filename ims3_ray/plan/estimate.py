@@ -8,7 +8,7 @@ from typing import Any
 
 from ims3_ray.config import ClusterConfig, WorkConfig
 from ims3_ray.engine.stage import Stage, Worker
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.plan.layout import Config, Plan
 
 

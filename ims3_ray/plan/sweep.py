@@ -18,7 +18,7 @@ from ims3_ray.engine.executor import arranged
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.stage import Stage
 from ims3_ray.errors import UserError
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.plan.arms import chosen_of, set_of
 from ims3_ray.plan.layout import Plan
 from ims3_ray.selection.grid import Weighing, most_selections

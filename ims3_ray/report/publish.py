@@ -13,7 +13,7 @@ from ims3_ray.data.contact_sheet import contact_sheet
 from ims3_ray.engine.sets import read_set
 from ims3_ray.engine.shards import pack_tensors
 from ims3_ray.engine.stage import Context
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.plan.arms import chosen_of
 from ims3_ray.plan.layout import Config, Plan, Scored
 from ims3_ray.report.card import dataset_card

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ims3_ray.engine.stage import Stage
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.plan.layout import Config, Plan, Scored
 from ims3_ray.provenance import PRIVATE, provenance
 from ims3_ray.stages.evaluate import confusion

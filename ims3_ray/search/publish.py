@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ims3_ray.config import SweepConfig
 from ims3_ray.config.loading import as_yaml
 from ims3_ray.config.sweep import Range, Settings, symbol, title_of, trial_title
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.plan.sweep import SweepPlan
 from ims3_ray.report.html import render_sweep
 from ims3_ray.report.plots import FORMATS, curves, heat_map, scatter

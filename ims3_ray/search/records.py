@@ -10,7 +10,7 @@ from typing import Any
 
 from ims3_ray.config import SweepConfig
 from ims3_ray.config.sweep import Settings
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.plan.sweep import id_of
 from ims3_ray.report.comparison import pooled
 

@@ -10,7 +10,7 @@ from typing import Any
 from ims3_ray.config import SweepConfig
 from ims3_ray.config.sweep import Range, symbol, title_of
 from ims3_ray.engine.stage import Stage
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.plan.estimate import hours_between
 from ims3_ray.plan.sweep import SweepPlan, id_of
 from ims3_ray.report.results import Results, provenance_of, stage_row

@@ -17,7 +17,7 @@ from ims3_ray.engine.executor import arranged, run_stages
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.errors import UserError
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.plan.arms import chosen_of, set_of
 from ims3_ray.plan.sweep import Question, Trial, before, make_trial
 from ims3_ray.report.results import stage_row

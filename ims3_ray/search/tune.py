@@ -25,7 +25,7 @@ from ims3_ray.engine.folder import check_folder, warn_if_lost_with_job
 from ims3_ray.engine.lease import check_free, working_on
 from ims3_ray.engine.stage import Context
 from ims3_ray.errors import IncompletePool
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.plan.layout import Plan
 from ims3_ray.plan.sweep import SweepPlan, make_sweep
 from ims3_ray.progress import Progress

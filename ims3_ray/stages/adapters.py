@@ -15,7 +15,8 @@ from ims3_ray.diffusion.prediction import Predictor
 from ims3_ray.engine.shards import commit_units
 from ims3_ray.engine.stage import Stage
 from ims3_ray.errors import Damaged
-from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.generator import open_generator
 from ims3_ray.models.generators.base import Generator
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
 
-from ims3_ray import plugins
 from ims3_ray.config import DataConfig
+from ims3_ray.config.work import Split
 from ims3_ray.data.sources import open_source
 from ims3_ray.data.transforms import to_pixels
 from ims3_ray.engine.images import ImageStore, Produced, Producer
@@ -20,7 +19,7 @@ from ims3_ray.engine.pool import ImagePool
 from ims3_ray.engine.shards import parse_unit, units_of
 from ims3_ray.engine.stage import Context
 from ims3_ray.errors import UserError
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 
 DECODE_S_PER_VALUE = 4e-8
 """Seconds that a core takes to decode one value (one channel of one pixel) of a scaled image: some 8 ms for a photograph at
@@ -38,7 +37,7 @@ class Encode(ImagePool):
     """Images that every class must have once they are decoded."""
 
     @classmethod
-    def plan(cls, planner: Planner, split: Literal["train", "test"], data: DataConfig, needed: int = 1) -> Encode:
+    def plan(cls, planner: Planner, split: Split, data: DataConfig, needed: int = 1) -> Encode:
         """Plan to decode ``split`` at the size of ``data``. Every class must have ``needed`` images that can be decoded."""
         source = planner.data.train if split == "train" else planner.data.test
         units: list[str] = []
@@ -49,11 +48,9 @@ class Encode(ImagePool):
             images += count
             units += units_of(label, count, data.unit_size)
         params = {
-            "source": planner.data.fingerprints[split], "split": _place(data, split)[1], "size": data.size,
-            "channels": data.channels, "unit_size": data.unit_size, **plugins.hashes(type(source)),
+            **planner.data.params(split), "split": data.place(split)[1], "size": data.size, "channels": data.channels,
+            "unit_size": data.unit_size,
         }  # fmt: skip
-        if source.version > 1:
-            params["reader"] = source.version
         at = "" if data.size == planner.work.data.size else f" at {data.size} pixels"
         found = planner.add(
             cls(
@@ -72,7 +69,7 @@ class Encode(ImagePool):
     @property
     def place(self) -> tuple[str, str]:
         """Path and split of the source."""
-        return _place(self.data, self.label)
+        return self.data.place("train" if self.label == "train" else "test")
 
     def seconds_beside_flops(self) -> float:
         return self.stored * DECODE_S_PER_VALUE
@@ -101,10 +98,6 @@ class Encode(ImagePool):
                     f"class '{name}' has {decoded[label]} {self.label} images that can be decoded ({broken[label]} cannot), "
                     f"fewer than {self.needed}; replace the broken files or leave the class out with data.classes"
                 )
-
-
-def _place(data: DataConfig, split: str) -> tuple[str, str]:
-    return (data.path, data.train_split) if split == "train" else (data.test_path or data.path, data.test_split)
 
 
 class RealImages:

@@ -30,7 +30,8 @@ from ims3_ray.progress import Progress
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.held_out import HoldOut
 from ims3_ray.stages.teacher import TeacherInput, load_teacher, plan_teacher, teacher_of
-from ims3_ray.training.students import Labelled, LabelledSet, train_student
+from ims3_ray.training.accuracy import Labelled
+from ims3_ray.training.students import LabelledSet, train_student
 
 
 @dataclass(eq=False)
@@ -85,7 +86,7 @@ class Evaluate(Stage):
     @classmethod
     def lost(cls, artifact: Artifact) -> list[str]:
         present = artifact.stems()
-        return [unit for unit in (artifact.manifest() or {"units": {}})["units"] if unit not in present]
+        return [unit for unit in artifact.units if unit not in present]
 
     def worker(self, config: WorkConfig) -> Worker:
         return Worker("evaluate", config.evaluation.cpus_per_task, config.evaluation.gpus_per_task)
@@ -108,15 +109,15 @@ def check_protocol(planner: Planner, name: str, protocol: ProtocolConfig, ipc: i
     classes = len(planner.classes.names)
     batch_size = min(for_ipc(protocol.batch_size, ipc), ipc * classes)
     where, data = f"evaluation.protocols.{name}", planner.work.data
+    size = protocol.size or data.size
     if data.channels != 3 and (protocol.normalise == "imagenet" or protocol.augment.lighting):
         what = "normalise=imagenet" if protocol.normalise == "imagenet" else f"augment.lighting={protocol.augment.lighting:g}"
         raise UserError(f"{where}.{what} is for colour images, but data.channels={data.channels}; set it otherwise")
     for student in protocol.students:
         student_builder(student)
         try:
-            size = protocol.size or data.size
             check_student(student, data.channels, size, classes, protocol.norm, protocol.width, batch_size)
-            evaluation_flops(protocol, student, data.channels, protocol.size or data.size, len(planner.classes.names), 0, 0)
+            evaluation_flops(protocol, student, data.channels, size, classes, 0, 0)
         except (ValueError, RuntimeError, AssertionError) as error:  # raised by networks for images that are too small
             reason = str(error).splitlines()[0]
             raise UserError(f"{where}.students: {student} cannot take these images ({reason}); choose another") from error
@@ -165,9 +166,9 @@ def train_and_test(task: Task, seed: int, found: Artifact) -> dict[str, Any]:
     )  # fmt: skip
     plain = asdict(replace(accuracy, confusion=torch.empty(0)))
     plain.pop("confusion")
-    outcome = {**plain, "seconds": time.monotonic() - began}
+    seconds = time.monotonic() - began
     digest = found.write(f"{unit}.safetensors", pack_tensors(confusion=accuracy.confusion))
-    outcome = {**outcome, "sha256": digest}
+    outcome = {**plain, "seconds": seconds, "sha256": digest}
     note(found, unit, outcome)
     if state in found.shards():
         found.forget(state)

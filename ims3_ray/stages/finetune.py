@@ -23,7 +23,7 @@ from ims3_ray.engine.shards import parse_unit
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.train import fit
 from ims3_ray.errors import UserError
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.progress import Progress
 from ims3_ray.stages.adapters import Adapters, adapter_stem, group_checkpoints, group_unit
 from ims3_ray.stages.encode import Encode

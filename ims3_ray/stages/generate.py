@@ -15,7 +15,7 @@ from ims3_ray.engine.planner import PNG_SHARE, Planner, pixel_bytes
 from ims3_ray.engine.pool import ImagePool
 from ims3_ray.engine.shards import units_of
 from ims3_ray.engine.stage import Context, Stage
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.autoencoder import decoding_flops
 from ims3_ray.stages.adapters import Adapters
 from ims3_ray.stages.candidates import Steered, candidates_of, sampling_flops

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ims3_ray import plugins
 from ims3_ray.config import DataConfig
 from ims3_ray.data.classes import match_classes
-from ims3_ray.data.sources import fingerprint, open_source
+from ims3_ray.data.sources import open_source
 from ims3_ray.data.transforms import to_pixels
+from ims3_ray.engine.inputs import source_params
 from ims3_ray.engine.per_class import map_classes
 from ims3_ray.engine.planner import Planner, pixel_bytes
 from ims3_ray.engine.sets import commit_set, write_class
@@ -51,12 +51,10 @@ class ReadGiven(Stage):
                     f"set '{path}' has {count} images of class '{name}', where {k} are compared; name a set of {k} a class, "
                     "with {k} in the path where there are several"
                 )
-        params: dict[str, Any] = {
-            "source": fingerprint(source), "names": list(source.class_names), "classes": list(names),
-            "size": data.size, "channels": data.channels, **plugins.hashes(type(source)),
+        params = {
+            **source_params(source, source.fingerprint), "names": list(source.class_names), "classes": list(names),
+            "size": data.size, "channels": data.channels,
         }  # fmt: skip
-        if source.version > 1:
-            params["reader"] = source.version
         return planner.add(
             cls(
                 f"read {title}", params, units=planner.class_units(), images=len(source.labels), path=path, label=title,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from ims3_ray import plugins
 from ims3_ray.data.sources import open_source
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.stage import Context, Stage
@@ -25,19 +23,16 @@ class HoldOut(Stage):
     @classmethod
     def plan(cls, planner: Planner) -> HoldOut:
         data, per_class = planner.work.data, planner.work.evaluation.val_per_class
-        params: dict[str, Any] = {
-            "source": planner.data.fingerprints["train"], "split": data.train_split, "size": data.size,
-            "channels": data.channels, "classes": list(planner.classes.names), "per_class": per_class,
-            **plugins.hashes(type(planner.data.train)),
+        params = {
+            **planner.data.params("train"), "split": data.train_split, "size": data.size, "channels": data.channels,
+            "classes": list(planner.classes.names), "per_class": per_class,
         }  # fmt: skip
-        if planner.data.train.version > 1:
-            params["reader"] = planner.data.train.version
         images = per_class * len(planner.classes.names)
         return planner.add(cls("hold out train images", params, units=planner.class_units(), images=images))
 
     def run(self, context: Context) -> None:
         """Draw and store the images, without those that cannot be decoded."""
-        place = (context.config.data.path, context.config.data.train_split)
+        place = context.config.data.place("train")
         source, picked = open_source(*place), []
         for position, label in enumerate(context.classes.source_labels):
             indices = np.flatnonzero(source.labels == label)

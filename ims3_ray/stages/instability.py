@@ -21,7 +21,8 @@ from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.shards import commit_units, units_of
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.weights import Weights
-from ims3_ray.io.artifacts import Artifact, Storage, as_json
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.storage import Storage, as_json
 from ims3_ray.models.generators.base import Generator
 from ims3_ray.progress import Progress
 from ims3_ray.seeds import generator_for

@@ -18,7 +18,8 @@ from torch.nn.functional import normalize
 
 from ims3_ray.cluster.joining import here
 from ims3_ray.engine.shards import parse_unit, read_intact
-from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.storage import Storage
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection import SubgroupSelection, SubgroupSelector
 from ims3_ray.selection.grid import Weighed, Weighing, select_grid, terms_of

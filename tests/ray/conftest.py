@@ -16,7 +16,7 @@ from ims3_ray.cluster.joining import connected
 from ims3_ray.config import ClusterConfig
 from ims3_ray.engine.pool import produce
 from ims3_ray.engine.stage import Context, Stage
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.plan import Plan, make_plan
 from ims3_ray.tracking import Tracker
 from tests.conftest import tiny_values

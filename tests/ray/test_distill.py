@@ -30,7 +30,7 @@ from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.engine.pool import produce
 from ims3_ray.engine.sets import read_set
 from ims3_ray.engine.stage import Context, Stage
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.checkpoints import pack
 from ims3_ray.models.difffit import merge_adapter
 from ims3_ray.models.encoder import Encoder, encoder_config, load_encoder

@@ -21,7 +21,7 @@ from ims3_ray.diffusion.samplers.base import sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.engine.images import Decoder
 from ims3_ray.engine.stage import Stage
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.autoencoder import autoencoder_path, load_autoencoder
 from ims3_ray.models.difffit import merge_adapter
 from ims3_ray.models.generator import generator_path, load_generator

@@ -24,7 +24,8 @@ from ims3_ray.engine.sets import read_set
 from ims3_ray.engine.shards import by_class
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.errors import IncompletePool
-from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.storage import Storage
 from ims3_ray.plan import make_plan
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection import SELECTORS, ClassImages, ClassSelector, centroid, select_subgroups

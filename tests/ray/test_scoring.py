@@ -23,7 +23,7 @@ from ims3_ray.diffusion.steering.inverted_gaussian import Gaussian, invert_to_st
 from ims3_ray.diffusion.steering.mode_guidance import find_modes
 from ims3_ray.engine.sets import read_set
 from ims3_ray.engine.stage import Context, Stage
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.models.generator import load_generator
 from ims3_ray.plan import Plan, make_comparison, make_evaluation

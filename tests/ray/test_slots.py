@@ -20,8 +20,8 @@ from ims3_ray.component import Section
 from ims3_ray.config import EvaluateConfig, RunConfig
 from ims3_ray.engine.sets import read_set
 from ims3_ray.errors import IncompletePool, UserError
-from ims3_ray.io.artifacts import Storage
 from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.plan import make_evaluation, make_plan
 from ims3_ray.stages.generate import Generate

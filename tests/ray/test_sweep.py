@@ -20,7 +20,7 @@ from ims3_ray.config.loading import build, load_config
 from ims3_ray.engine.shards import by_class
 from ims3_ray.engine.stage import Stage
 from ims3_ray.errors import IncompletePool
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.plan import make_sweep
 from ims3_ray.report.terminal import print_sweep
 from ims3_ray.selection import centroid, select_subgroups

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ims3_ray.errors import UserError
-from ims3_ray.io.artifacts import Artifact, Storage, key_of
+from ims3_ray.io.artifacts import Artifact, key_of
+from ims3_ray.io.storage import Storage
 
 
 @pytest.fixture(params=["path", "uri"])

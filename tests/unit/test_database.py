@@ -20,9 +20,9 @@ from mlflow import MlflowClient
 from mlflow.store.tracking.dbmodels.initial_models import Base as InitialBase
 
 from ims3_ray.config import RunConfig
-from ims3_ray.database import newest_revision, state_of
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.tracking import Tracker, follow_moved_folder
+from ims3_ray.tracking.database import newest_revision, state_of
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ims3_ray.config import ClusterConfig, RunConfig
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.plan import make_plan
 from ims3_ray.plan.estimate import Expected, Worker, account, describe, expect, hours_of, scaled
 from ims3_ray.stages.export import Export

@@ -15,19 +15,8 @@ from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.errors import Diverged, UserError
 from ims3_ray.models.students import build_student, constant_norms, forward_flops, student_builder
 from ims3_ray.training import students as evaluation
-from ims3_ray.training.students import (
-    LabelledSet,
-    Student,
-    Training,
-    _decay,
-    _optimizer,
-    accuracy_of,
-    confusion_of,
-    resident,
-    soft_label_loss,
-    train_student,
-    validation_epochs,
-)
+from ims3_ray.training.accuracy import accuracy_of, confusion_of, resident, validation_epochs
+from ims3_ray.training.students import LabelledSet, Student, Training, _decay, _optimizer, soft_label_loss, train_student
 
 PUBLISHED = {
     ("convnet-3", 28): 0, ("convnet-6", 224): 754_570, ("convnet-6", 256): 763_530, ("resnetap-10", 224): 4_910_922,

@@ -14,7 +14,7 @@ from ims3_ray.data.classes import ClassTable
 from ims3_ray.engine.executor import arranged, next_batch, run_stages
 from ims3_ray.engine.shards import commit_units
 from ims3_ray.engine.stage import Context, Stage
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.tracking import Untracked
 
 RAN: list[str] = []

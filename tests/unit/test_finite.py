@@ -14,7 +14,7 @@ from ims3_ray.config import RunConfig, canonical
 from ims3_ray.data.transforms import to_uint8
 from ims3_ray.engine.shards import pack_tensors
 from ims3_ray.errors import Diverged
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.checkpoints import check_finite, pack
 from ims3_ray.models.encoder import Encoder, EncoderConfig
 from ims3_ray.plan import make_plan

@@ -25,7 +25,7 @@ from ims3_ray.config import (
 from ims3_ray.engine.folder import check_folder
 from ims3_ray.engine.stage import Stage
 from ims3_ray.errors import UserError
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.objectives.base import Objective
 from ims3_ray.plan import Plan, make_plan
 from ims3_ray.selection import Selector

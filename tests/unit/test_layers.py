@@ -45,7 +45,9 @@ def test_every_room_of_the_ground_floor_has_files():
 def test_a_ground_floor_file_imports_nothing_from_upstairs(file: Path):
     imports = imports_of(file.read_text())
     assert not {name.split(".")[0] for name in imports} & UPSTAIRS
-    assert not {name for name in imports if name.startswith("ims3_ray.io.artifacts")}, "storage is upstairs"
+    assert not {name for name in imports if name.startswith(("ims3_ray.io.artifacts", "ims3_ray.io.storage"))}, (
+        "storage is upstairs"
+    )
     own = {name.split(".")[1] for name in imports if name.startswith("ims3_ray.")}
     beside = {"errors", "seeds", "component", "io"} | ({"config"} if file.parent.name == "training" else set())
     assert own <= {*GROUND_FLOOR, *beside}

@@ -13,7 +13,8 @@ import pytest
 from ims3_ray.engine import lease
 from ims3_ray.engine.lease import announce, lease_path, working_on
 from ims3_ray.errors import UserError
-from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.storage import Storage
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ims3_ray.data.sources import fingerprint, open_source
+from ims3_ray.data.sources import open_source
 from ims3_ray.errors import UserError
 from ims3_ray.io import files
-from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.files import local_copy
 from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
+from ims3_ray.io.storage import Storage
 from tests.conftest import write_idx_split
 from tests.object_storage import SECRET, s3_server, unreliable
 
@@ -94,7 +95,7 @@ def test_sources_are_the_same_there_as_on_a_disk(refused: list[str], tmp_path: P
         for index in range(len(here.labels)):
             assert there.identify(index) == here.identify(index)
             assert np.array_equal(np.asarray(there.image(index)), np.asarray(here.image(index)))
-        assert fingerprint(there) == fingerprint(open_source(f"s3://{BUCKET}/sources/{name}", "train"))
+        assert there.fingerprint == open_source(f"s3://{BUCKET}/sources/{name}", "train").fingerprint
     assert refused
 
 

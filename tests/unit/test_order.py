@@ -11,8 +11,9 @@ import torch
 from ims3_ray.engine.planner import class_units
 from ims3_ray.engine.sets import commit_set, read_set, write_class
 from ims3_ray.engine.shards import by_class, parse_unit, unit_name
-from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.files import natural
+from ims3_ray.io.storage import Storage
 
 
 @pytest.mark.parametrize(

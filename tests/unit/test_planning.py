@@ -11,7 +11,7 @@ import pytest
 from ims3_ray.config import CompareConfig
 from ims3_ray.config.loading import load_config
 from ims3_ray.engine import stage as stage_module
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import Encoder
 from ims3_ray.plan import make_comparison
 from ims3_ray.plan.estimate import describe

@@ -15,7 +15,8 @@ from ims3_ray.config import ActorsConfig, ClusterConfig, SamplingConfig
 from ims3_ray.engine.images import ImageStore, Produced
 from ims3_ray.engine.pool import pool_price
 from ims3_ray.engine.worker import UnitWorker, Work
-from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.dit import DiT
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.models.generator import load_generator

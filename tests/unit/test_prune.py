@@ -11,7 +11,8 @@ import pytest
 from ims3_ray.commands.artifacts import ArtifactsConfig, run
 from ims3_ray.engine.lease import announce
 from ims3_ray.errors import UserError
-from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.storage import Storage
 
 
 def artifact(storage: Storage, key: str, age_days: float = 30.0) -> Artifact:

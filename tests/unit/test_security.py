@@ -23,12 +23,12 @@ from ims3_ray.data.classes import folder_name, folder_names, match_classes
 from ims3_ray.data.decoding import decode
 from ims3_ray.data.sources import open_source
 from ims3_ray.errors import UserError
-from ims3_ray.io.artifacts import Storage
 from ims3_ray.io.files import Place
 from ims3_ray.io.parquet import encode_png, image_table
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import EncoderConfig
 from ims3_ray.report.card import plain
-from ims3_ray.tracking import _reason
+from ims3_ray.tracking.entries import reason
 
 PIXEL = encode_png(Image.new("L", (1, 1)))
 
@@ -132,7 +132,7 @@ def test_passwords_are_neither_stored_nor_shown():
     with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI") as refused:
         load_config(RunConfig, None, ["tracking.uri=http://me:PASSW0RD@mlflow:5000"])
     assert "PASSW0RD" not in str(refused.value)
-    assert _reason(ValueError("no answer from http://me:PASSW0RD@mlflow:5000/api")) == "no answer from http://…@mlflow:5000/api"
+    assert reason(ValueError("no answer from http://me:PASSW0RD@mlflow:5000/api")) == "no answer from http://…@mlflow:5000/api"
 
 
 def test_names_are_text_in_a_card():

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ims3_ray.data.batches import batch_indices, load_pixels
-from ims3_ray.data.sources import fingerprint, open_source
+from ims3_ray.data.sources import open_source
 from ims3_ray.data.transforms import to_pil, to_pixels, to_signed, to_uint8
 from ims3_ray.errors import UserError
 from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
@@ -147,7 +147,7 @@ def test_a_hub_id_is_read_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytes
     source = open_source("uoft-cs/cifar10", "train")
     assert (source.class_names, source.labels.tolist()) == (tuple(NAMES), LABELS)
     assert np.array_equal(np.asarray(source.image(3)), PIXELS[3])
-    assert fingerprint(source) == fingerprint(open_source(str(snapshot), "train"))
+    assert source.fingerprint == open_source(str(snapshot), "train").fingerprint
     with pytest.raises(UserError, match="data source 'nobody/nothing' is neither a file or folder nor to be had from the hub"):
         open_source("nobody/nothing", "train")
 
@@ -313,7 +313,7 @@ def test_load_pixels_keeps_pixels_that_already_fit(tmp_path: Path):
 
 
 def print_of(folder: Path) -> str:
-    return fingerprint(open_source(str(folder), "train"))
+    return open_source(str(folder), "train").fingerprint
 
 
 @pytest.mark.parametrize("kind", WRITERS)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ims3_ray.config import CompareConfig, RunConfig, SweepConfig
 from ims3_ray.config.loading import as_yaml, build, load_config
 from ims3_ray.errors import UserError
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.plan import make_sweep
 from ims3_ray.search.publish import best_yaml, figures_of, table_of
 from ims3_ray.search.records import Tried, objective_of, points_of

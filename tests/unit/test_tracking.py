@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from ims3_ray.config import RunConfig
 from ims3_ray.errors import UserError
-from ims3_ray.io.artifacts import Storage
+from ims3_ray.io.storage import Storage
 from ims3_ray.tracking import PARENT, Tracker, slug, tracking_uri
 
 

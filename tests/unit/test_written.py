@@ -10,7 +10,7 @@ import pytest
 from ims3_ray.config import PretrainConfig, RunConfig, SweepConfig
 from ims3_ray.config.files import read_values
 from ims3_ray.config.loading import load_config
-from ims3_ray.config.written import plain
+from ims3_ray.config.written import typed
 from ims3_ray.errors import UserError
 
 
@@ -90,7 +90,7 @@ def test_files_are_utf_8(tmp_path: Path):
 
 
 def test_values_without_a_type_are_what_yaml_reads():
-    values = plain(read_values(None, ["space={selection.alpha: [1, 0.5], name: [x, null]}", "budgets={1: 2}"]))
+    values = typed(Any, read_values(None, ["space={selection.alpha: [1, 0.5], name: [x, null]}", "budgets={1: 2}"]))
     assert values == {"space": {"selection.alpha": [1, 0.5], "name": ["x", None]}, "budgets": {1: 2}}
     assert load_config(SweepConfig, None, ["space={selection: {alpha: [1, 0.5]}}"]).space
 

@@ -9,8 +9,7 @@ import hashlib
 import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import cached_property
 from typing import ClassVar
@@ -21,13 +20,11 @@ from PIL import Image
 
 from ims3_ray.component import Component, Registry
 from ims3_ray.errors import UserError
-from ims3_ray.io.files import Place, check_bucket, is_remote
+from ims3_ray.io.files import Place, check_bucket, concurrently, is_remote
 from ims3_ray.io.hub import fetch, is_hub_id
 
 LONGEST_NAME = 200
 """Largest length of a class name in bytes; class names become folder names."""
-LISTINGS = 16
-"""Number of folders that are listed at the same time, because object storage answers slowly."""
 SPLIT_NAMES = ("train", "test", "val", "valid", "validation")
 """Names of folders that are splits if they hold folders, and classes if they hold images."""
 HASH_WHOLE_BELOW = 256 * 2**20  # bytes; files that are larger in total are fingerprinted by name and size
@@ -63,8 +60,16 @@ class Source(Component, ABC):
         """The decoded image; raises ``OSError`` for one that cannot be decoded."""
 
     @cached_property
-    def _fingerprint(self) -> str:
-        return _fingerprint_of(self)
+    def fingerprint(self) -> str:
+        """A hash that changes when classes, labels or files change. It covers the bytes of the files, but only names and sizes
+        for large sets and for sets on object storage."""
+        digest = hashlib.sha256(json.dumps(self.class_names).encode() + self.labels.tobytes())
+        whole = hashed_whole(self)
+        for file in self.files:
+            digest.update(f"{file.name} {file.size}\n".encode())
+            if whole:
+                digest.update(file.read())
+        return digest.hexdigest()[:16]
 
     @abstractmethod
     def identify(self, index: int) -> str:
@@ -105,7 +110,7 @@ class Location:
     def nearby(self) -> list[Place]:
         """Files and folders in the folder and one level below."""
         folders = [child for child in self.children if child.is_folder]
-        return [*self.children, *itertools.chain(*each(Place.children, folders))]
+        return [*self.children, *itertools.chain(*concurrently(Place.children, folders))]
 
 
 def open_source(path: str, split: str) -> Source:
@@ -130,24 +135,8 @@ def open_source(path: str, split: str) -> Source:
     )
 
 
-def fingerprint(source: Source) -> str:
-    """A hash that changes when classes, labels or files change. It covers the bytes of the files, but only names and sizes for
-    large sets and for sets on object storage. It is computed once for each source."""
-    return source._fingerprint
-
-
-def _fingerprint_of(source: Source) -> str:
-    digest = hashlib.sha256(json.dumps(source.class_names).encode() + source.labels.tobytes())
-    whole = hashed_whole(source)
-    for file in source.files:
-        digest.update(f"{file.name} {file.size}\n".encode())
-        if whole:
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
-
-
 def hashed_whole(source: Source) -> bool:
-    """Whether :func:`fingerprint` covers the bytes of the source's files."""
+    """Whether the fingerprint covers the bytes of the source's files."""
     return sum(file.size for file in source.files) < HASH_WHOLE_BELOW and not is_remote(source.location)
 
 
@@ -159,12 +148,7 @@ def shared_file(train: Source, test: Source) -> str | None:
     if shared:
         return shared[0]
     known = bool(train.files) and hashed_whole(train) and hashed_whole(test)
-    return test.files[0].path if known and fingerprint(train) == fingerprint(test) else None
-
-
-def each(look: Callable[[Place], list[Place]], folders: Sequence[Place]) -> list[list[Place]]:
-    with ThreadPoolExecutor(LISTINGS) as pool:
-        return list(pool.map(look, folders))
+    return test.files[0].path if known and train.fingerprint == test.fingerprint else None
 
 
 def numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:

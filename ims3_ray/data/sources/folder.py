@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from ims3_ray.data.decoding import decode
-from ims3_ray.data.sources.base import SPLIT_NAMES, Location, Source, check_names, each
+from ims3_ray.data.sources.base import SPLIT_NAMES, Location, Source, check_names
 from ims3_ray.errors import UserError
-from ims3_ray.io.files import Place, natural
+from ims3_ray.io.files import Place, concurrently, natural
 
 IMAGE_SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -37,7 +37,7 @@ class FolderSource(Source):
             root = kaggle
         if not root.is_folder:
             return None
-        inside = root.children()
+        inside = place.children if root is place.root else root.children()
         folders = {child.name: child for child in inside if child.is_folder}
         if place.split in folders:
             split = folders[place.split]
@@ -71,7 +71,7 @@ class FolderSource(Source):
             )
         if not classes:
             return None
-        found = each(lambda folder: folder.children(recursive=True), classes)
+        found = concurrently(lambda folder: folder.children(recursive=True), classes)
         source = cls(place.path, folder, [child.name for child in classes], found)
         if stray := [child.name for child in inside if is_image(child)]:
             which = f"{len(stray)} images beside its classes ('{stray[0]}')"

@@ -15,9 +15,9 @@ from PIL import Image
 from pyarrow import fs
 
 from ims3_ray.data.decoding import decode
-from ims3_ray.data.sources.base import Location, Source, check_labels, each, numbered
+from ims3_ray.data.sources.base import Location, Source, check_labels, numbered
 from ims3_ray.errors import UserError
-from ims3_ray.io.files import Place
+from ims3_ray.io.files import Place, concurrently
 from ims3_ray.io.parquet import EXTRAS
 
 
@@ -32,7 +32,7 @@ class ParquetSource(Source):
         if place.root.is_file:
             return cls(place.path, [place.root])
         below = [folder for folder in place.nearby if folder.is_folder and folder.name == place.split]
-        deeper = itertools.chain(*each(Place.children, [folder for folder in below if folder not in place.children]))
+        deeper = itertools.chain(*concurrently(Place.children, [folder for folder in below if folder not in place.children]))
         there = [file for file in (*place.nearby, *deeper) if file.is_file and file.name.endswith(".parquet")]
         files = [file for file in there if is_part_of(file, place.split, place.root)]
         check_one_configuration(place.path, files)

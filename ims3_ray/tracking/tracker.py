@@ -1,31 +1,24 @@
-"""Tracking with MLflow: one run per job, with a child run per set or per point of a sweep. One thread of the driver is the only
-writer.
-
-Everything that is tracked is also on the storage, so a lost server does not delay the job, and the same command sends it the
-rest later.
-"""
+"""The run of a job in MLflow: what is logged, by one thread of the driver."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import queue
-import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ims3_ray import database
 from ims3_ray.config import WorkConfig, canonical
 from ims3_ray.errors import UserError, masked
-from ims3_ray.io.artifacts import Storage
-from ims3_ray.provenance import PRIVATE, command, commit, version
+from ims3_ray.io.storage import Storage
+from ims3_ray.tracking import database
+from ims3_ray.tracking.entries import datasets_of, digest_of, flat, reason, refused, source_tags
+from ims3_ray.tracking.places import files_of, is_own, tracking_uri
 
 BATCH = 1000
 """Number of metrics that MLflow accepts in one call."""
@@ -44,30 +37,6 @@ CLIENT = {
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """Metric → its (step, value) pairs."""
-
-
-def slug(title: str) -> str:
-    """``title`` with only characters that MLflow accepts in names."""
-    return re.sub(r"\W+", "_", title.replace("+", "and")).strip("_")
-
-
-def tracking_uri(config: WorkConfig, storage: Storage) -> str:
-    """The configured URI, that of ``MLFLOW_TRACKING_URI``, or a sqlite file in the run folder.
-
-    Raises :class:`UserError` where none is given and the run folder is remote.
-    """
-    if uri := config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
-        return uri
-    local = storage.local_path(f"{config.name}/mlflow.db")
-    if local is None:
-        raise UserError("storage is remote, where sqlite cannot live; set tracking.uri or MLFLOW_TRACKING_URI to a server")
-    return f"sqlite:///{local}"
-
-
-def follow_moved_folder(config: WorkConfig, storage: Storage) -> None:
-    """Where the run folder with MLflow's database was moved, correct the places of files in the database."""
-    if (files := storage.local_path(f"{config.name}/mlflow")) is not None:
-        database.follow_move(files.with_name("mlflow.db"), files)
 
 
 class Untracked:
@@ -106,20 +75,15 @@ class Tracker(Untracked):
         self._warned, self._away, self._leaving = False, False, threading.Event()
         if self.uri.startswith("sqlite"):
             storage.make_folder(config.name)
-        if not self._ours and not storage.exists(self._note):
+        if not is_own(config) and not storage.exists(self._note):
             try:
                 self._begin()
             except Exception as error:
                 raise UserError(
-                    f"MLflow at '{masked(self.uri)}' does not take the run ({_reason(error)}); check tracking.uri"
+                    f"MLflow at '{masked(self.uri)}' does not take the run ({reason(error)}); check tracking.uri"
                 ) from error
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
         self._thread.start()
-
-    @property
-    def _ours(self) -> bool:
-        """Whether the database is a file in the run folder: creating it takes seconds, but is not expected to fail."""
-        return self.config.tracking.uri is None and "MLFLOW_TRACKING_URI" not in os.environ
 
     @property
     def client(self) -> Any:
@@ -188,13 +152,13 @@ class Tracker(Untracked):
                 call()
                 return
             except Exception as error:
-                refused = _refused(error)
+                final = refused(error)
                 if not self._warned:
-                    how = "refuses an entry" if refused else "does not answer"
-                    print(f"warning: MLflow at '{masked(self.uri)}' {how} ({_reason(error)}); the run goes on", flush=True)
+                    how = "refuses an entry" if final else "does not answer"
+                    print(f"warning: MLflow at '{masked(self.uri)}' {how} ({reason(error)}); the run goes on", flush=True)
                 self._warned = True
-                if refused or self._leaving.wait(wait):
-                    self.complete, self._away = False, not refused
+                if final or self._leaving.wait(wait):
+                    self.complete, self._away = False, not final
                     return
                 wait = min(2 * wait, most)
 
@@ -204,7 +168,8 @@ class Tracker(Untracked):
             return
         from mlflow.exceptions import MlflowException
 
-        if self._ours and (files := self._files()) is not None:
+        files = files_of(self.config, self.storage, self.uri)
+        if is_own(self.config) and files is not None:
             database.prepare(files.with_name("mlflow.db"), files)
         self._client = self._connect()
         if self.storage.exists(self._note):
@@ -215,12 +180,12 @@ class Tracker(Untracked):
                 self.run_id = known
                 return
             except MlflowException as error:
-                if not _refused(error):
+                if not refused(error):
                     raise
                 # another server, or one that has lost its database: everything is logged to a new run
         self.experiment_id = self._experiment()
         run_id = self._client.create_run(self.experiment_id, run_name=self.config.name, tags=source_tags()).info.run_id
-        self._log_params(run_id, dict(_flat(canonical(self.config))))
+        self._log_params(run_id, dict(flat(canonical(self.config))))
         self.storage.write(self._note, run_id.encode())
         self.run_id = run_id
 
@@ -229,20 +194,9 @@ class Tracker(Untracked):
         found = self._client.get_experiment_by_name(config.tracking.experiment)
         if found is not None:
             return str(found.experiment_id)
-        place = self._files()
-        location = place.as_uri() if place is not None else None
+        files = files_of(config, self.storage, self.uri)
+        location = files.as_uri() if files is not None else None
         return str(self._client.create_experiment(config.tracking.experiment, artifact_location=location))
-
-    def _files(self) -> Path | None:
-        """Folder for the files of a new experiment in a SQLite database: in the run folder, or beside a database elsewhere.
-        None for a server, which decides itself."""
-        if self._ours:
-            return self.storage.local_path(f"{self.config.name}/mlflow")
-        if not self.uri.startswith("sqlite:///"):
-            return None
-        return (
-            Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" / slug(self.config.tracking.experiment)
-        )
 
     def _log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -272,7 +226,7 @@ class Tracker(Untracked):
     def _log_child(
         self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], curves: Curves, failed: str
     ) -> None:
-        status, digest = "FAILED" if failed else "FINISHED", _digest(params, metrics)
+        status, digest = "FAILED" if failed else "FINISHED", digest_of(params, metrics)
         if self._known_children().get(name, ("", "", ""))[1:] == ("FINISHED", digest):
             return
         self._delete_child(name)  # it was logged in part, has failed, or has other values
@@ -292,27 +246,17 @@ class Tracker(Untracked):
             del self._known_children()[name]
 
     def _log_inputs(self, found: Mapping[str, Any], path: str) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
+        from mlflow.entities import LoggedModelInput
         from mlflow.exceptions import MlflowException
 
-        path = path.rstrip("/")
-        run = self._client.get_run(self.run_id)
-        if run.inputs.dataset_inputs:
+        if self._client.get_run(self.run_id).inputs.dataset_inputs:
             return  # an interrupted run has logged them
-        contexts = {"train": "training", "test": "evaluation"}
-        datasets = [
-            DatasetInput(
-                Dataset(f"{path.rpartition('/')[2]} {split}", digest, "local", json.dumps({"path": path})),
-                [InputTag("mlflow.data.context", contexts.get(split, split))],
-            )
-            for split, digest in found["data"].items()
-        ]
-        self._client.log_inputs(self.run_id, datasets)
+        self._client.log_inputs(self.run_id, datasets_of(found["data"], path))
         try:
             models = [LoggedModelInput(self._logged_model(key, digest)) for key, digest in found["weights"].items()]
             self._client.log_inputs(self.run_id, models=models)
         except MlflowException as error:
-            if not _refused(error):
+            if not refused(error):
                 raise
             # a server of MLflow 2, which knows no models of this kind: params and files name the weights, too
 
@@ -342,38 +286,3 @@ class Tracker(Untracked):
             path = Path(folder, name)
             path.write_bytes(data)
             self._client.log_artifact(self.run_id, str(path))
-
-
-def source_tags() -> dict[str, str]:
-    """MLflow's own tags that say which program, at which commit, made a run."""
-    tags = {
-        "mlflow.source.name": command(PRIVATE) or "ims3_ray",
-        "mlflow.source.type": "JOB" if os.environ.get("RAY_JOB_ID") else "LOCAL",
-        "ims3.version": version(),
-    }  # fmt: skip
-    if found := commit():
-        tags["mlflow.source.git.commit"] = found.removesuffix("+")
-    return tags
-
-
-def _digest(params: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
-    told = repr((sorted((key, str(value)) for key, value in params.items()), sorted(metrics.items())))
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
-
-
-def _refused(error: Exception) -> bool:
-    """Whether another attempt is useless, because the server answered and refused the call."""
-    status = getattr(error, "get_http_status_code", lambda: 500)()
-    return isinstance(error, TypeError | ValueError | PermissionError) or (400 <= status < 500 and status not in (408, 429))
-
-
-def _reason(error: Exception) -> str:
-    return masked((str(error) or type(error).__name__).splitlines()[0])[:200]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

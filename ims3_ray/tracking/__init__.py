@@ -1,0 +1,12 @@
+"""Tracking with MLflow: one run per job, with a child run per set or per point of a sweep. One thread of the driver is the only
+writer.
+
+Everything that is tracked is also on the storage, so a lost server does not delay the job, and the same command sends it the
+rest later.
+"""
+
+from ims3_ray.tracking.entries import slug
+from ims3_ray.tracking.places import follow_moved_folder, tracking_uri
+from ims3_ray.tracking.tracker import PARENT, Tracker, Untracked
+
+__all__ = ["PARENT", "Tracker", "Untracked", "follow_moved_folder", "slug", "tracking_uri"]

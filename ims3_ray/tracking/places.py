@@ -1,0 +1,46 @@
+"""Where the runs of MLflow and their files are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ims3_ray.config import WorkConfig
+from ims3_ray.errors import UserError
+from ims3_ray.io.storage import Storage
+from ims3_ray.tracking import database
+from ims3_ray.tracking.entries import slug
+
+
+def is_own(config: WorkConfig) -> bool:
+    """Whether the database is a file in the run folder: creating it takes seconds, but is not expected to fail."""
+    return config.tracking.uri is None and "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def tracking_uri(config: WorkConfig, storage: Storage) -> str:
+    """The configured URI, that of ``MLFLOW_TRACKING_URI``, or a sqlite file in the run folder.
+
+    Raises :class:`UserError` where none is given and the run folder is remote.
+    """
+    if uri := config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    local = storage.local_path(f"{config.name}/mlflow.db")
+    if local is None:
+        raise UserError("storage is remote, where sqlite cannot live; set tracking.uri or MLFLOW_TRACKING_URI to a server")
+    return f"sqlite:///{local}"
+
+
+def follow_moved_folder(config: WorkConfig, storage: Storage) -> None:
+    """Where the run folder with MLflow's database was moved, correct the places of files in the database."""
+    if (files := storage.local_path(f"{config.name}/mlflow")) is not None:
+        database.follow_move(files.with_name("mlflow.db"), files)
+
+
+def files_of(config: WorkConfig, storage: Storage, uri: str) -> Path | None:
+    """Folder for the files of a new experiment in the SQLite database ``uri``: in the run folder, or beside a database
+    elsewhere. None for a server, which decides itself."""
+    if is_own(config):
+        return storage.local_path(f"{config.name}/mlflow")
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" / slug(config.tracking.experiment)
