@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import numpy as np
 import torch
@@ -17,6 +19,11 @@ from ims3_ray.seeds import generator_for
 
 MOST_THREADS = 16
 """Largest number of threads that decode images; there is at most one for each CPU."""
+CHUNK = 64
+"""Number of images that a thread decodes at a time."""
+SMALL_IMAGE_S = 0.001
+"""Images that take less than this many seconds each are decoded by one thread. Most of this time is spent in Python, where
+threads only wait for each other."""
 
 
 def load_pixels(
@@ -35,8 +42,14 @@ def load_pixels(
         except OSError:
             return None
 
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-        images = list(pool.map(decoded, wanted.tolist()))
+    def decoded_chunk(start: int) -> list[NDArray[np.uint8] | None]:
+        return [decoded(index) for index in wanted[start : start + CHUNK].tolist()]
+
+    began = time.perf_counter()
+    chunks = [decoded_chunk(0)]
+    small = time.perf_counter() - began < SMALL_IMAGE_S * len(chunks[0])
+    with ThreadPoolExecutor(1 if small else min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        images = list(chain(*chunks, *pool.map(decoded_chunk, range(CHUNK, len(wanted), CHUNK))))
     whole = [int(index) for index, image in zip(wanted, images, strict=True) if image is not None]
     pixels = [image for image in images if image is not None]
     stacked = np.stack(pixels) if pixels else np.zeros((0, channels, size, size), np.uint8)

@@ -17,7 +17,8 @@ from ims3_ray.diffusion.samplers.base import sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.engine.images import ImageStore, Produced
 from ims3_ray.engine.worker import Derivation, UnitWorker, Work
-from ims3_ray.io.artifacts import Artifact, Storage
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.models.generator import load_generator
 from ims3_ray.stages.candidates import Candidates
