@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from ims3_ray.config.base import Fraction, Name, Section
 from ims3_ray.config.finetune import TrainerConfig
+from ims3_ray.data.siamese import Family
 
 Count = Annotated[int, Field(ge=1)]
 ByIpc = Count | Annotated[dict[Count, Count], Field(min_length=1)]
@@ -25,6 +26,10 @@ def for_ipc(value: ByIpc, ipc: int) -> int:
 class AugmentConfig(Section):
     """Augmentations of a batch of training images, applied on the device of the batch, in this order."""
 
+    rand_augment: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0, le=30)]] | None = None
+    """Number of operations of torchvision's RandAugment for each image, and their magnitude; none when unset. It processes one
+    image at a time, which takes some milliseconds an image."""
+
     shuffle_patches: int = Field(default=1, ge=1)
     """Number of patches per side into which each image is cut; the patches are then shuffled (RDED: 2). 1 leaves the image
     whole."""
@@ -38,6 +43,12 @@ class AugmentConfig(Section):
     """Strength of ColorJitter: brightness, contrast and saturation change, in random order, by factors from 1 ± this value."""
     lighting: float = Field(default=0.0, ge=0)
     """Standard deviation of AlexNet's colour noise along ImageNet's principal components."""
+
+    dsa: tuple[Family, ...] = ()
+    """Families of DSA's augmentations, which are applied to normalised images: `color`, `crop`, `cutout`, `flip`, `scale`,
+    `rotate`. Digits and other images that must not be mirrored go without `flip`."""
+    dsa_every: bool = False
+    """Whether all families of `dsa` are applied to every image (IDC), instead of one that is drawn for each batch (DSA)."""
 
     @model_validator(mode="after")
     def _area(self) -> AugmentConfig:
@@ -62,8 +73,12 @@ class ProtocolConfig(Section):
     """Number of channels of every layer of a ConvNet."""
     size: int | None = Field(default=None, ge=8)
     """Height and width of the images that students are trained and tested on, in pixels; data.size when unset."""
+    pad_to: int | None = Field(default=None, ge=8)
+    """Height and width to which images are padded before the network, with the mean colour (DC, DSA and DM pad images of 28
+    pixels to 32); no padding when unset."""
     test_crop: Fraction = Field(default=1.0, gt=0)
-    """Share of the height and width of a test image that a central crop keeps (RDED: 0.875)."""
+    """Share of the height and width of a test image that a central crop keeps (RDED: 0.875). Test images are read from the data
+    set at the size that makes the crop as large as `size`."""
     normalise: Literal["set", "imagenet"] = "set"
     """Statistics that normalise the images: `set` uses one mean and standard deviation of all pixels of the set, `imagenet`
     those of ImageNet for each colour."""
@@ -78,13 +93,17 @@ class ProtocolConfig(Section):
     """Momentum of SGD."""
     weight_decay: float = Field(default=5e-4, ge=0)
     """Weight decay. AdamW does not apply it to biases and normalisation layers."""
-    decay: Literal["cosine", "half_cosine", "steps"] = "cosine"
+    decay: Literal["cosine", "half_cosine", "steps", "halfway"] = "cosine"
     """Decay of the learning rate, by epoch: `cosine` to 0; `half_cosine` to half of its start (RDED); `steps` divides it by 5
-    after two thirds and again after five sixths of the epochs (Minimax)."""
+    after two thirds and again after five sixths of the epochs (Minimax); `halfway` divides it by 10 after half of the epochs
+    and one more (DC, DSA, DM)."""
     augment: AugmentConfig = AugmentConfig(max_shift=2)
-    cutmix: bool = False
-    """Whether CutMix is applied to every batch, with one permutation and one box per batch; the share of the image that the box
-    covers is drawn from Beta(1, 1)."""
+    cutmix: Fraction = 0.0
+    """Probability with which CutMix is applied to a batch (`true` is 1), with one permutation and one box per batch; the share
+    of the image that the box covers is drawn from Beta(1, 1)."""
+    unmixed_pass: bool = False
+    """Whether the student also sees each batch before CutMix, without learning from it: the running statistics of batch norm
+    are then updated twice a step, as in RDED's code."""
     temperature: float = Field(default=20.0, gt=0)
     """Temperature T of the soft-label loss, the KL divergence of the softmaxes at T, without the factor T²."""
     validations: int = Field(default=100, ge=1)

@@ -7,12 +7,16 @@ transforms of the same names, which process one image at a time.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
+
+from ims3_ray.data.siamese import Family, drawn_family, siamese
 
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_TRIES = 10
@@ -23,12 +27,25 @@ EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836
 ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
 
+@dataclass(frozen=True)
+class Scale:
+    """The statistics by which images are normalised, each [C, 1, 1] or [1, 1, 1] on the device of the images."""
+
+    mean: Tensor
+    std: Tensor
+
+
 def augment(
-    images: Tensor, size: int, rng: Generator, *, shuffle_patches: int = 1, crop: tuple[float, float] | None = None,
-    max_shift: int = 0, flip: bool = False, jitter: float = 0.0, lighting: float = 0.0,
+    images: Tensor, size: int, rng: Generator, *, cpu_rng: Generator, scale: Scale,
+    rand_augment: tuple[int, int] | None = None, shuffle_patches: int = 1, crop: tuple[float, float] | None = None,
+    max_shift: int = 0, flip: bool = False, jitter: float = 0.0, lighting: float = 0.0, dsa: Sequence[Family] = (),
+    dsa_every: bool = False,
 ) -> Tensor:  # fmt: skip
     """Apply the augmentations that are switched on, in the order of the config's ``augment`` keys; returns [B, C, size,
-    size]."""
+    size]. ``cpu_rng`` makes the choices that the host must know, so that it does not wait for the device; ``scale`` is that of
+    the network that gets the images."""
+    if rand_augment is not None:
+        images = rand_augmented(images, *rand_augment, cpu_rng)
     if shuffle_patches > 1:
         images = shuffled_patches(images, shuffle_patches, rng)
     if crop is not None:
@@ -42,7 +59,20 @@ def augment(
         images = jittered(images, jitter, rng)
     if lighting:
         images = lit(images, lighting, rng)
+    if dsa:
+        families = dsa if dsa_every else [drawn_family(dsa, cpu_rng)]
+        images = siamese((images - scale.mean) / scale.std, families, rng) * scale.std + scale.mean
     return images
+
+
+def rand_augmented(images: Tensor, operations: int, magnitude: int, rng: Generator) -> Tensor:
+    """Each image after ``operations`` random operations of torchvision's RandAugment. ``rng`` is a generator on the CPU."""
+    from torchvision.transforms.v2 import RandAugment
+
+    transform = RandAugment(num_ops=operations, magnitude=magnitude)
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from PyTorch's own generator
+        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
+        return torch.stack([transform(image) for image in images])
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -63,14 +93,15 @@ def uniform(count: int, low: float, high: float, rng: Generator) -> Tensor:
 
 
 def shuffled_patches(images: Tensor, parts: int, rng: Generator) -> Tensor:
-    """Each image cut into parts × parts patches, which are shuffled. Images whose size is not divisible are resampled first."""
+    """Each image cut into ``parts`` strips of columns, which are shuffled, then likewise into strips of rows, as in RDED's
+    code. Of the 24 arrangements of 2 × 2 patches this reaches 4. Images whose size is not divisible are resampled first."""
     B, C, H, _ = images.shape
     side = -(-H // parts)
     images = F.interpolate(images, (side * parts, side * parts), mode="bilinear") if side * parts != H else images
-    tiles = images.reshape(B, C, parts, side, parts, side).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    order = torch.rand(B, parts * parts, generator=rng, device=rng.device).argsort(dim=1)
-    tiles = tiles[torch.arange(B, device=order.device)[:, None], order]
-    return tiles.unflatten(1, (parts, parts)).permute(0, 3, 1, 4, 2, 5).reshape(B, C, side * parts, side * parts)
+    tiles = images.reshape(B, C, parts, side, parts, side).permute(0, 2, 4, 1, 3, 5)
+    rows, columns = torch.rand(2, B, parts, generator=rng, device=rng.device).argsort(dim=2)
+    tiles = tiles[torch.arange(B, device=rng.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return tiles.permute(0, 3, 1, 4, 2, 5).reshape(B, C, side * parts, side * parts)
 
 
 def crop_boxes(count: int, height: int, width: int, scale: tuple[float, float], rng: Generator) -> Tensor:
@@ -134,7 +165,8 @@ def mirrored(images: Tensor, rng: Generator) -> Tensor:
 def jittered(images: Tensor, strength: float, rng: Generator) -> Tensor:
     """Brightness, contrast and saturation of each image changed by factors from 1 ± ``strength``, in a random order per image.
 
-    Each change blends the image with a degenerate one: black, the mean grey of the image, or the image in grey.
+    Each change blends the image with a degenerate one: black, the mean grey of the image, or the image in grey. Values are not
+    clamped to [0, 1], as in the code of IDC and Minimax and unlike torchvision's.
     """
     B, C = images.shape[:2]
     factors = uniform(3 * B, 1 - strength, 1 + strength, rng).reshape(3, B, 1, 1, 1).to(images.dtype)
@@ -144,7 +176,7 @@ def jittered(images: Tensor, strength: float, rng: Generator) -> Tensor:
         factor = factors[turn, torch.arange(B, device=images.device)]
         luma = grey(images)
         degenerate = torch.where(which == 0, 0.0, torch.where(which == 1, luma.mean(dim=(2, 3), keepdim=True), luma))
-        images = (factor * images + (1 - factor) * degenerate.expand(-1, C, -1, -1)).clamp(0, 1)
+        images = factor * images + (1 - factor) * degenerate.expand(-1, C, -1, -1)
     return images
 
 

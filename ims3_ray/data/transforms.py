@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+Filter = Literal["area", "bilinear"]
+"""How images are scaled. ``area``: halved by averaging while they are at least twice too large, then bicubic, as for ADM and
+DiT. ``bilinear``: with antialiasing, as by torchvision's Resize and CenterCrop, which is usual for classifiers."""
 
-def to_pixels(image: Image.Image, size: int, channels: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """``image`` as uint8 ``[channels, size, size]``: shorter side scaled to ``size`` (area, then bicubic), centre cropped.
 
-    Halving the image repeatedly before the final bicubic step is the preprocessing of ADM and DiT; it avoids aliasing.
-    """
+def to_pixels(
+    image: Image.Image, size: int, channels: int, filter: Filter = "area"
+) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """``image`` as uint8 ``[channels, size, size]``: shorter side scaled to ``size`` by ``filter``, centre cropped."""
     image = image.convert("L" if channels == 1 else "RGB")
-    while min(image.size) >= 2 * size:
+    while filter == "area" and min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     if min(image.size) != size:
-        scale = size / min(image.size)
-        target = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
-        image = image.resize(target, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+        shorter = min(image.size)
+        if filter == "area":
+            target = [max(size, round(side * (size / shorter))) for side in image.size]
+        else:
+            target = [side * size // shorter for side in image.size]
+        image = image.resize(
+            (target[0], target[1]), Image.Resampling.BICUBIC if filter == "area" else Image.Resampling.BILINEAR
+        )
+    margins = [side - size for side in image.size]
+    left, top = (margin // 2 if filter == "area" else round(margin / 2) for margin in margins)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)))
     return pixels[None].copy() if channels == 1 else pixels.transpose(2, 0, 1).copy()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from itertools import accumulate, repeat
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Spacing = Literal["leading", "linspace"]
+Spacing = Literal["leading", "linspace", "dit"]
 
 
 class NoiseSchedule:
@@ -60,32 +61,40 @@ class NoiseSchedule:
     def respaced(self, num_steps: int, spacing: Spacing = "leading") -> Tensor:
         """``num_steps`` evenly spaced timesteps in rising order, int64.
 
-        "leading" counts from zero with a whole-numbered step size, as DDIM does. Where such steps would end far below the last
-        timestep (see :func:`has_whole_steps`), the step size is the exact one, rounded down at each step. "linspace" runs from
-        zero to the last timestep, rounded (a single step is the last timestep).
+        "leading" counts from zero with one whole-numbered step size, the smallest that gives so many timesteps, like "ddimN" in
+        DiT's code. Where there is none, such as for 600 of 1,000, the step size is the exact one, rounded down at each step.
+        "dit" runs from zero to the last timestep, as "N" does in DiT's code: the step size is added up and rounded at each
+        step. "linspace" is the same in exact arithmetic, as in diffusers; the two differ by 1 at some timesteps of 278 of the
+        1,000 numbers of steps. A single step is the last timestep.
         """
         if not 1 <= num_steps <= self.num_steps:
             raise ValueError(f"number of sampling steps must lie in 1 … {self.num_steps}, not {num_steps}")
         if spacing == "leading":
-            if has_whole_steps(num_steps, self.num_steps):
-                return torch.arange(num_steps) * (self.num_steps // num_steps)
-            return torch.arange(num_steps) * self.num_steps // num_steps
+            stride = whole_stride(num_steps, self.num_steps)
+            return torch.arange(num_steps) * (stride or self.num_steps) // (1 if stride else num_steps)
         last = self.num_steps - 1
         if num_steps == 1:
             return torch.tensor([last])
-        return (torch.arange(num_steps) * torch.tensor(last / (num_steps - 1), dtype=torch.float64)).round().long()
+        step = last / (num_steps - 1)
+        if spacing == "linspace":
+            return (torch.arange(num_steps) * torch.tensor(step, dtype=torch.float64)).round().long()
+        return torch.tensor([round(at) for at in accumulate(repeat(step, num_steps - 1), initial=0.0)])
 
 
-def has_whole_steps(num_steps: int, of: int = 1000) -> bool:
-    """Whether steps of one whole-numbered size span all timesteps: of 1,000 they do for 250 steps, and not for 600, which would
-    end at timestep 599."""
-    return num_steps > of or of // (of // num_steps) == num_steps
+def whole_stride(num_steps: int, of: int = 1000) -> int | None:
+    """The smallest step size with which ``num_steps`` timesteps from 0 on reach past the last one; None if there is none."""
+    stride = -(-of // num_steps)
+    return stride if -(-of // stride) == num_steps else None
 
 
-def spacing_version(num_steps: int) -> dict[str, int]:
-    """Entry for the key of an artifact that depends on "leading" timesteps: empty for numbers of steps that have whole steps,
-    and a version for the others, which older versions of this program spaced otherwise."""
-    return {} if has_whole_steps(num_steps) else {"spacing": 2}
+def spacing_version(num_steps: int, spacing: Spacing) -> dict[str, int]:
+    """Entry for the key of an artifact that depends on timesteps: empty if they are those of the first version of this program,
+    otherwise a version."""
+    now = NoiseSchedule().respaced(num_steps, spacing)
+    if spacing == "leading":
+        first = torch.arange(num_steps) * (1000 // num_steps)
+        return {} if torch.equal(now, first) else {"spacing": 3 if whole_stride(num_steps) else 2}
+    return {} if torch.equal(now, NoiseSchedule().respaced(num_steps, "linspace")) else {"spacing": 2}
 
 
 def per_sample(value_B: Tensor, like: Tensor) -> Tensor:

@@ -100,6 +100,7 @@ def he_normal(network: nn.Module) -> None:
 
 class ConvNet(nn.Module):
     """The ConvNet of the distillation literature: ``depth`` × (3×3 conv, norm, ReLU, 2×2 average pool), then a linear layer.
+    Weights have PyTorch's default initialisation, as in the code of DC, IDC and Minimax.
 
     The input is [B, in_channels, size, size], the output logits [B, num_classes].
     """
@@ -116,7 +117,6 @@ class ConvNet(nn.Module):
             layers += [conv, norm_layer(norm, width), nn.ReLU(inplace=True), nn.AvgPool2d(2)]
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(width * (size >> depth) ** 2, num_classes)
-        he_normal(self)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.classifier(self.features(x_BCHW).flatten(1))

@@ -18,7 +18,8 @@ class S3Config(Section):
     beta: float = Field(default=0.9, ge=0)
     """Weight β of distance from the candidates of the other classes (Eq. 10)."""
     coupling: Coupling = "pool"
-    """`pool`: repulsion from all candidates of the other classes, Eq. 10 as printed. `selected`: from their selected groups."""
+    """`pool`: repulsion from all candidates of the other classes, Eq. 10 as printed. `selected`: from their selected groups.
+    `released`: the same with the weights of the authors' code, in which β weighs (C−1)/2 times as much for C classes."""
 
     @model_validator(mode="after")
     def _possible(self) -> S3Config:

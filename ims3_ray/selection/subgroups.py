@@ -5,7 +5,7 @@ Shape letters: C classes, G candidate subgroups per class, D features.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ims3_ray.selection.base import SubgroupSelection
 from ims3_ray.selection.coupled import buffer_for_pairs, descend
 from ims3_ray.selection.distances import log_distance, pool_tables
 
-Coupling = Literal["pool", "selected"]
+Coupling = Literal["pool", "selected", "released"]
 
 
 def centroid(features_ND: Tensor) -> Tensor:
@@ -31,15 +31,19 @@ def select_subgroups(
     ``coupling="pool"`` is Eq. 10 as printed. Its second sum runs over all candidates of the other classes, so the objective
     separates and the exact optimum is one argmin per class (ties: lowest index). ``coupling="selected"`` sums over the
     selected subgroups of the other classes, normalised by C−1. It is solved by coordinate descent from the separable optimum
-    and random starts; ``gap`` bounds how much better the optimum can be. Inputs need not be normalised. Raises ``ValueError``
-    for shapes that do not match, values that are not finite, or weights that are negative or both zero.
+    and random starts; ``gap`` bounds how much better the optimum can be. ``coupling="released"`` is the same with the weights
+    of the authors' code, which counts each pair of classes once and does not normalise, so that β weighs (C−1)/2 times as
+    much. Inputs need not be normalised. Raises ``ValueError`` for shapes that do not match, values that are not finite, or
+    weights that are negative or both zero.
     """
     if not (alpha >= 0 and beta >= 0 and alpha + beta > 0):
         raise ValueError(f"alpha and beta must be >= 0 and not both 0, not {alpha} and {beta}")
-    if coupling not in ("pool", "selected"):
-        raise ValueError(f"coupling must be 'pool' or 'selected', not {coupling!r}")
-    coupled = coupling == "selected" and len(candidates_CGD) > 1 and beta > 0
+    if coupling not in get_args(Coupling):
+        raise ValueError(f"coupling must be one of {', '.join(get_args(Coupling))}, not {coupling!r}")
+    coupled = coupling != "pool" and len(candidates_CGD) > 1 and beta > 0
     C, G = candidates_CGD.shape[:2]
+    if coupled and coupling == "released":
+        beta *= (C - 1) / 2
     pairs = buffer_for_pairs(C, G, candidates_CGD.device) if coupled else None
     proximity, repulsion, farthest = scored(candidates_CGD, references_CD, pairs)
     score = alpha * proximity - beta * repulsion

@@ -12,7 +12,7 @@ import torch
 from ims3_ray.config import DataConfig
 from ims3_ray.config.work import Split
 from ims3_ray.data.sources import open_source
-from ims3_ray.data.transforms import to_pixels
+from ims3_ray.data.transforms import Filter, to_pixels
 from ims3_ray.engine.images import ImageStore, Produced, Producer
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.pool import ImagePool
@@ -35,10 +35,12 @@ class Encode(ImagePool):
     data: DataConfig = field(default_factory=DataConfig)
     needed: int = 1
     """Images that every class must have once they are decoded."""
+    filter: Filter = "area"
 
     @classmethod
-    def plan(cls, planner: Planner, split: Split, data: DataConfig, needed: int = 1) -> Encode:
-        """Plan to decode ``split`` at the size of ``data``. Every class must have ``needed`` images that can be decoded."""
+    def plan(cls, planner: Planner, split: Split, data: DataConfig, needed: int = 1, filter: Filter = "area") -> Encode:
+        """Plan to decode ``split`` at the size of ``data``, scaled by ``filter`` (see :func:`to_pixels`). Every class must have
+        ``needed`` images that can be decoded."""
         source = planner.data.train if split == "train" else planner.data.test
         units: list[str] = []
         images = 0
@@ -49,13 +51,13 @@ class Encode(ImagePool):
             units += units_of(label, count, data.unit_size)
         params = {
             **planner.data.params(split), "split": data.place(split)[1], "size": data.size, "channels": data.channels,
-            "unit_size": data.unit_size,
+            "unit_size": data.unit_size, **({} if filter == "area" else {"filter": filter}),
         }  # fmt: skip
-        at = "" if data.size == planner.work.data.size else f" at {data.size} pixels"
+        at = "" if data.size == planner.work.data.size and filter == "area" else f" at {data.size} pixels"
         found = planner.add(
             cls(
                 f"encode {split} images{at}", params, units=tuple(units), images=images, label=split, data=data,
-                labels=planner.classes.source_labels, unit_size=data.unit_size,
+                labels=planner.classes.source_labels, unit_size=data.unit_size, filter=filter,
                 stored=float(images * data.channels * data.size**2),
             )
         )  # fmt: skip
@@ -78,7 +80,7 @@ class Encode(ImagePool):
         return ImageStore(self.artifact(storage), "pixels")
 
     def producer(self, context: Context) -> Callable[[str], Producer]:
-        return partial(_real_images, self.data, *self.place)
+        return partial(_real_images, self.data, *self.place, self.filter)
 
     def counts(self, storage: Storage) -> Mapping[str, int]:
         """Number of decoded images in each unit, without broken ones."""
@@ -103,8 +105,8 @@ class Encode(ImagePool):
 class RealImages:
     """Decodes a data source. Unit u of a class is its images u·unit_size … in the source's order."""
 
-    def __init__(self, data: DataConfig, path: str, split: str) -> None:
-        self.data, self.source = data, open_source(path, split)
+    def __init__(self, data: DataConfig, path: str, split: str, filter: Filter) -> None:
+        self.data, self.source, self.filter = data, open_source(path, split), filter
 
     def __call__(self, unit: str) -> Produced:
         label, number = parse_unit(unit)
@@ -113,7 +115,7 @@ class RealImages:
         pixels, names, broken = [], [], []
         for index in indices.tolist():
             try:
-                pixels.append(to_pixels(self.source.image(index), self.data.size, self.data.channels))
+                pixels.append(to_pixels(self.source.image(index), self.data.size, self.data.channels, self.filter))
                 names.append(self.source.identify(index))
             except OSError as error:
                 broken.append(f"{self.source.identify(index)}: {str(error).splitlines()[0]}")
@@ -121,5 +123,5 @@ class RealImages:
         return Produced(torch.from_numpy(np.stack(pixels) if pixels else empty), names, broken)
 
 
-def _real_images(data: DataConfig, path: str, split: str, device: str) -> RealImages:
-    return RealImages(data, path, split)
+def _real_images(data: DataConfig, path: str, split: str, filter: Filter, device: str) -> RealImages:
+    return RealImages(data, path, split, filter)

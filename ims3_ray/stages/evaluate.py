@@ -31,7 +31,7 @@ from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.held_out import HoldOut
 from ims3_ray.stages.teacher import TeacherInput, load_teacher, plan_teacher, teacher_of
 from ims3_ray.training.accuracy import Labelled
-from ims3_ray.training.students import LabelledSet, train_student
+from ims3_ray.training.students import LabelledSet, padding, train_student
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ class Evaluate(Stage):
     """Trains and tests students. Each student seed is a unit: its accuracies are in the manifest, its confusion matrix in
     the shard."""
 
-    name, version, settings, of_arm, runs_last, counted = "evaluate", 4, ProtocolConfig, True, True, "evaluations"
+    name, version, settings, of_arm, runs_last, counted = "evaluate", 5, ProtocolConfig, True, True, "evaluations"
 
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     """The protocol for the one student of the row."""
@@ -57,7 +57,7 @@ class Evaluate(Stage):
                 f"evaluation.protocols.{protocol_name} takes stored soft labels, which the set of '{title}' has not; set "
                 "labels: soft for its arm, or score a set that has them"
             )
-        inputs: dict[str, Stage] = {"set": images, "test": Encode.plan(planner, "test", data)}
+        inputs: dict[str, Stage] = {"set": images, "test": plan_test(planner, protocol)}
         if config.val_per_class:
             inputs["val"] = HoldOut.plan(planner)
         teacher = plan_teacher(planner) if protocol.labels == "soft" else TeacherInput()
@@ -66,7 +66,7 @@ class Evaluate(Stage):
             "classes": list(names),  # the key of a set depends on its images, not on the names of its classes
             **teacher.params, **plugins.hashes(student_builder(student)),
         }  # fmt: skip
-        size, classes = protocol.size or data.size, len(names)
+        size, classes = network_size(protocol, data.size), len(names)
         tested = inputs["test"].images + classes * config.val_per_class
         trained = for_ipc(protocol.epochs, ipc) * ipc * classes
         flops = evaluation_flops(protocol, student, data.channels, size, classes, trained, tested)
@@ -99,6 +99,16 @@ class Evaluate(Stage):
         train_students(context, stages)
 
 
+def plan_test(planner: Planner, protocol: ProtocolConfig) -> Encode:
+    """Plan the test images of a protocol. If it names a size, they are scaled to it from the data set's files as torchvision's
+    Resize and CenterCrop do, before the protocol's own crop."""
+    data = planner.work.data
+    if protocol.size is None:
+        return Encode.plan(planner, "test", data)
+    size = round(protocol.size / protocol.test_crop)
+    return Encode.plan(planner, "test", data.model_copy(update={"size": size}), filter="bilinear")
+
+
 def plan_rows(planner: Planner, title: str, images: Stage, ipc: int) -> dict[str, Evaluate]:
     """Row of the table → the stage that trains its students on a set."""
     return {row: Evaluate.plan(planner, title, images, ipc, row) for row in planner.work.evaluation.rows}
@@ -109,7 +119,7 @@ def check_protocol(planner: Planner, name: str, protocol: ProtocolConfig, ipc: i
     classes = len(planner.classes.names)
     batch_size = min(for_ipc(protocol.batch_size, ipc), ipc * classes)
     where, data = f"evaluation.protocols.{name}", planner.work.data
-    size = protocol.size or data.size
+    size = network_size(protocol, data.size)
     if data.channels != 3 and (protocol.normalise == "imagenet" or protocol.augment.lighting):
         what = "normalise=imagenet" if protocol.normalise == "imagenet" else f"augment.lighting={protocol.augment.lighting:g}"
         raise UserError(f"{where}.{what} is for colour images, but data.channels={data.channels}; set it otherwise")
@@ -123,13 +133,20 @@ def check_protocol(planner: Planner, name: str, protocol: ProtocolConfig, ipc: i
             raise UserError(f"{where}.students: {student} cannot take these images ({reason}); choose another") from error
 
 
+def network_size(protocol: ProtocolConfig, size: int) -> int:
+    """Height and width of the images that a student's network gets, for a data set of images of ``size``."""
+    size = protocol.size or size
+    return size + sum(padding(size, protocol.pad_to))
+
+
 def evaluation_flops(
     protocol: ProtocolConfig, student: str, channels: int, size: int, classes: int, trained: int, tested: int
 ) -> float:
     """Floating-point operations of one student: three forward passes per training image and epoch (``trained`` counts all
-    epochs), and one per test image and validation. Those of a teacher are not included."""
+    epochs), four with ``unmixed_pass``, and one per test image and validation. Those of a teacher are not included."""
     forward = forward_flops(student, channels, size, classes, protocol.norm, protocol.width)
-    return forward * (3 * trained + protocol.validations * tested)
+    passes = 4 if protocol.unmixed_pass else 3
+    return forward * (passes * trained + protocol.validations * tested)
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,7 @@ class Generate(ImagePool):
             "sampling": differing(s), "store": config.pool.store, "generator": models.generator_weights.digest,
             "seed": config.seed, **plugins.hashes(type(generator), Sampler.registry[s.sampler], s.steering),
         }  # fmt: skip
-        if Sampler.registry[s.sampler].spacing == "leading":
-            params |= spacing_version(s.steps)
+        params |= spacing_version(s.steps, Sampler.registry[s.sampler].spacing)
         inputs: dict[str, Stage] = {"finetune": Finetune.plan(planner, config)} if arm.finetune else {}
         names = [tuned_title(planner, config) if arm.finetune else "pretrained"]
         if (steering := s.steering) is not None:

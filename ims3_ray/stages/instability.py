@@ -46,7 +46,7 @@ class MeasureInstability(Stage):
         measured, finetune, models = config.instability, Finetune.plan(planner, config), planner.models(config)
         params: dict[str, Any] = {
             "instability": differing(measured), "seed": config.seed, "classes": list(models.labels),
-            **spacing_version(measured.steps),
+            **spacing_version(measured.steps, "leading"),
         }  # fmt: skip
         return planner.add(
             cls(

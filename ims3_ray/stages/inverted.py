@@ -44,7 +44,7 @@ class Invert(DerivedStage):
             "cfg_channels": s.cfg_channels, "cfg_interval": s.cfg_interval, "precision": s.precision,
             "labels": dict(zip(map(str, images.labels), models.labels, strict=True)),
         }  # fmt: skip
-        params |= {**plugins.hashes(type(models.generator)), **spacing_version(s.steps)}
+        params |= {**plugins.hashes(type(models.generator)), **spacing_version(s.steps, "leading")}
         weights, each = {"generator": models.generator_weights}, sampling_flops(models.generator, s)
         if models.autoencoder is not None and models.autoencoder_weights is not None:
             params |= {"autoencoder": models.autoencoder_weights.digest, **models.autoencoder.version}

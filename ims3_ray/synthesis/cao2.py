@@ -32,7 +32,7 @@ def refine(
     an index from the first of ``timesteps`` up to, but not including, the second, in the process respaced to ``of`` timesteps.
     """
     noise = torch.stack([torch.randn(z0.shape[1:], generator=rng) for rng in rngs]).to(z0)
-    spaced = schedule.respaced(of, "linspace")
+    spaced = schedule.respaced(of, "dit")
     z = z0.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([z], lr=lr)
     for _ in range(steps):

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ims3_ray.config import EncoderTraining, canonical
-from ims3_ray.data.augment import augment
+from ims3_ray.data.augment import Scale, augment
 from ims3_ray.data.batches import batch_indices
 from ims3_ray.data.transforms import to_signed
 from ims3_ray.models.checkpoints import pack
 from ims3_ray.models.encoder import Encoder, EncoderConfig
-from ims3_ray.seeds import seed_for
+from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.training.divergence import check_losses
 
 Images = tuple[Tensor, Tensor, tuple[str, ...]]
@@ -74,6 +74,9 @@ class EncoderTrainer:
         )
         self.losses: list[float] = []
         """The loss of every step so far."""
+        shape = self.encoder.config
+        mean, std = (torch.tensor(value).reshape(-1, 1, 1).to(self.device) for value in (shape.mean, shape.std))
+        self.scale = Scale((mean + 1) / 2, std / 2)  # of pixels in [0, 1]
 
     @property
     def steps(self) -> int:
@@ -98,10 +101,11 @@ class EncoderTrainer:
     def _step(self, index: Tensor) -> None:
         e = self.config
         rng = torch.Generator(self.device).manual_seed(seed_for(self.seed, "encoder", self.steps, self.rank))
+        cpu_rng = generator_for(self.seed, "encoder-choices", self.steps, self.rank)
         images = self.pixels[index].to(self.device).float() / 255
-        batch = 2 * augment(images, self.pixels.shape[-1], rng, **dict(e.augment)) - 1
+        batch = augment(images, self.pixels.shape[-1], rng, cpu_rng=cpu_rng, scale=self.scale, **dict(e.augment))
         labels = self.labels[index].to(self.device)
-        loss = F.cross_entropy(self.wrapped(batch), labels, label_smoothing=e.label_smoothing)
+        loss = F.cross_entropy(self.wrapped(2 * batch - 1), labels, label_smoothing=e.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

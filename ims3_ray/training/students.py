@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ims3_ray.config import ProtocolConfig
 from ims3_ray.config.evaluation import for_ipc
-from ims3_ray.data.augment import augment, cutmix
+from ims3_ray.data.augment import Scale, augment, cutmix
 from ims3_ray.errors import Diverged, UserError
 from ims3_ray.models.students import batch_of_one, build_student, has_batch_norm
 from ims3_ray.seeds import generator_for, seed_for
@@ -66,14 +66,26 @@ class Student(nn.Module):
                 )
         self.register_buffer("mean", mean.reshape(-1, 1, 1))
         self.register_buffer("std", std.reshape(-1, 1, 1))
-        self.net = build_student(name, channels, size, num_classes, protocol.norm, protocol.width)
+        self.pad = padding(size, protocol.pad_to)
+        self.net = build_student(name, channels, size + sum(self.pad), num_classes, protocol.norm, protocol.width)
+
+    @property
+    def scale(self) -> Scale:
+        return Scale(self.mean, self.std)
 
     def scores(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images in [0, 1]."""
-        return self.net((images - self.mean) / self.std)
+        images = (images - self.mean) / self.std
+        return self.net(F.pad(images, self.pad * 2) if sum(self.pad) else images)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.scores(pixels.float() / 255)
+
+
+def padding(size: int, pad_to: int | None) -> tuple[int, int]:
+    """Pixels by which each side of images of ``size`` is padded, before and after."""
+    more = max(0, (pad_to or size) - size)
+    return more // 2, more - more // 2
 
 
 class Training:
@@ -105,7 +117,7 @@ class Training:
             raise UserError(batch_of_one(name))
         self.optimizer = _optimizer(self.student, protocol)
         self.decay = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda epoch: _decay(protocol.decay, epoch / self.epochs)
+            self.optimizer, lambda epoch: decay_factor(protocol.decay, epoch, self.epochs)
         )
         self.cpu_rng = generator_for(seed, "student")
         self.rng = torch.Generator(device).manual_seed(seed_for(seed, "student-augment"))
@@ -143,9 +155,13 @@ class Training:
     def _loss(self, index: Tensor) -> Tensor:
         """The loss of the images ``index``, with new random augmentation."""
         p, labels = self.protocol, self.labels[index]
-        batch = augment(self.images[index].float() / 255, self.size, self.rng, **dict(p.augment))
+        images, scale = self.images[index].float() / 255, self.student.scale
+        batch = augment(images, self.size, self.rng, cpu_rng=self.cpu_rng, scale=scale, **dict(p.augment))
         order, share = None, 1.0
-        if p.cutmix:
+        if p.unmixed_pass:
+            with torch.no_grad(), self.autocast:
+                self.student.scores(batch)
+        if p.cutmix == 1 or (p.cutmix and torch.rand((), generator=self.cpu_rng).item() < p.cutmix):
             batch, order, share = cutmix(batch, self.cpu_rng)
         with self.autocast:
             logits = self.student.scores(batch)
@@ -242,8 +258,10 @@ def _optimizer(student: nn.Module, p: ProtocolConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=p.lr, betas=(0.9, 0.999))
 
 
-def _decay(kind: str, done: float) -> float:
-    """Factor of the learning rate after the share ``done`` of the epochs is done."""
+def decay_factor(kind: str, epoch: int, epochs: int) -> float:
+    """Factor of the learning rate in the epoch with the number ``epoch``, which counts from 0."""
     if kind == "steps":
-        return 0.2 ** sum(done >= mark for mark in (2 / 3, 5 / 6))
-    return 0.5 * (1 + math.cos(math.pi * done / (2 if kind == "half_cosine" else 1)))
+        return 0.2 ** sum(epoch >= milestone for milestone in (2 * epochs // 3, 5 * epochs // 6))
+    if kind == "halfway":
+        return 0.1 if epoch > epochs // 2 else 1.0
+    return 0.5 * (1 + math.cos(math.pi * epoch / epochs / (2 if kind == "half_cosine" else 1)))

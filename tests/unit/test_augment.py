@@ -13,6 +13,7 @@ from ims3_ray.data.augment import (
     EIGENVECTORS,
     LUMA,
     ORDERS,
+    Scale,
     augment,
     crop_boxes,
     cropped,
@@ -20,6 +21,7 @@ from ims3_ray.data.augment import (
     jittered,
     lit,
     mirrored,
+    rand_augmented,
     shifted,
     shuffled_patches,
     uniform,
@@ -74,7 +76,7 @@ def test_a_box_that_never_fits_is_the_whole_image():
 def test_jitter_is_torchvisions_in_each_images_order():
     from torchvision.transforms.v2 import functional as tv
 
-    images, strength = pictures(24), 0.4
+    images, strength = 0.4 + 0.2 * pictures(24), 0.2  # so grey that torchvision has nothing to clamp
     found = jittered(images, strength, rng(3))
     draws = rng(3)
     factors = uniform(72, 1 - strength, 1 + strength, draws).reshape(3, 24)
@@ -102,13 +104,20 @@ def test_lighting_has_the_covariance_of_imagenets_colours():
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(3), atol=2e-3, rtol=0)
 
 
-def test_shuffled_patches_are_the_same_patches_anywhere():
+def test_jitter_does_not_clamp():
+    bright = jittered(torch.ones(64, 3, 4, 4), 0.4, rng())
+    assert bright.max() > 1.2
+
+
+def test_shuffled_patches_are_strips_of_columns_then_of_rows():
     images = torch.arange(16.0).reshape(1, 1, 4, 4).expand(4000, 1, 4, 4)
     found = shuffled_patches(images, 2, rng())
     corner = found[:, 0, 0, 0]  # of the patch that came first
     assert set(corner.tolist()) == {0.0, 2.0, 8.0, 10.0}
     assert all(abs((corner == value).float().mean() - 0.25) < 0.03 for value in (0.0, 2.0, 8.0, 10.0))
     assert (found.flatten(1).sort(dim=1).values == torch.arange(16.0)).all()
+    arrangements = {tuple(image[0, ::2, ::2].flatten().tolist()) for image in found}
+    assert arrangements == {(0, 2, 8, 10), (2, 0, 10, 8), (8, 10, 0, 2), (10, 8, 2, 0)}
     first = found[0, 0]
     assert first[0, 1] == first[0, 0] + 1
     assert first[1, 0] == first[0, 0] + 4
@@ -152,6 +161,31 @@ def test_the_share_of_cutmix_is_distributed_as_published():
 
 def test_nothing_asked_for_is_nothing_done_and_all_of_it_gives_the_size():
     images = pictures(4, size=20)
-    assert augment(images, 20, rng()) is images
-    everything = AugmentConfig(shuffle_patches=3, crop=(0.5, 1), max_shift=2, flip=True, jitter=0.4, lighting=0.1)
-    assert augment(images, 16, rng(), **dict(everything)).shape == (4, 3, 16, 16)
+    scale = Scale(torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 0.25))
+    assert augment(images, 20, rng(), cpu_rng=rng(), scale=scale) is images
+    everything = AugmentConfig(
+        rand_augment=(1, 6), shuffle_patches=3, crop=(0.5, 1), max_shift=2, flip=True, jitter=0.4, lighting=0.1,
+        dsa=("color", "cutout"), dsa_every=True,
+    )  # fmt: skip
+    assert augment(images, 16, rng(), cpu_rng=rng(), scale=scale, **dict(everything)).shape == (4, 3, 16, 16)
+
+
+def test_rand_augment_is_torchvisions_and_repeats_with_its_generator():
+    from torchvision.transforms.v2 import RandAugment
+
+    images = pictures(6)
+    before = torch.random.get_rng_state()
+    found = rand_augmented(images, 1, 6, rng(4))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with torch.random.fork_rng():
+        torch.manual_seed(int(torch.randint(2**62, (), generator=rng(4))))
+        transform = RandAugment(num_ops=1, magnitude=6)
+        expected = torch.stack([transform(image) for image in images])
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, rand_augmented(images, 1, 6, rng(5)))
+
+
+def test_dsa_acts_on_normalised_images():
+    images, scale = torch.full((3, 1, 8, 8), 0.75), Scale(torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 0.25))
+    cut = augment(images, 8, rng(), cpu_rng=rng(), scale=scale, dsa=("cutout",))
+    assert set(cut.unique().tolist()) == {0.5, 0.75}, "what is cut out has the mean colour"

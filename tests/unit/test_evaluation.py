@@ -16,7 +16,7 @@ from ims3_ray.errors import Diverged, UserError
 from ims3_ray.models.students import build_student, constant_norms, forward_flops, student_builder
 from ims3_ray.training import students as evaluation
 from ims3_ray.training.accuracy import accuracy_of, confusion_of, resident, validation_epochs
-from ims3_ray.training.students import LabelledSet, Student, Training, _decay, _optimizer, soft_label_loss, train_student
+from ims3_ray.training.students import LabelledSet, Student, Training, _optimizer, decay_factor, soft_label_loss, train_student
 
 PUBLISHED = {
     ("convnet-3", 28): 0, ("convnet-6", 224): 754_570, ("convnet-6", 256): 763_530, ("resnetap-10", 224): 4_910_922,
@@ -80,8 +80,8 @@ def test_tables_by_images_per_class():
     assert for_ipc(7, 50) == 7
 
 
-def test_the_learning_rate_follows_torchs_schedulers():
-    epochs = 30
+@pytest.mark.parametrize("epochs", [30, 31, 1300])
+def test_the_learning_rate_follows_torchs_schedulers(epochs: int):
     weight = [nn.Parameter(torch.zeros(1))]
     for kind, build in (
         ("cosine", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, epochs)),
@@ -90,10 +90,12 @@ def test_the_learning_rate_follows_torchs_schedulers():
         optimizer = torch.optim.SGD(weight, lr=1.0)
         scheduler = build(optimizer)
         for epoch in range(epochs):
-            assert _decay(kind, epoch / epochs) == pytest.approx(optimizer.param_groups[0]["lr"])
+            assert decay_factor(kind, epoch, epochs) == pytest.approx(optimizer.param_groups[0]["lr"])
             optimizer.step()
             scheduler.step()
-    assert [_decay("half_cosine", e) for e in (0, 0.5, 1)] == pytest.approx([1, 0.5 * (1 + math.cos(math.pi / 4)), 0.5])
+    halves = [decay_factor("half_cosine", epoch, 30) for epoch in (0, 15, 30)]
+    assert halves == pytest.approx([1, 0.5 * (1 + math.cos(math.pi / 4)), 0.5])
+    assert [decay_factor("halfway", epoch, 1000) for epoch in (0, 500, 501, 999)] == [1, 1, 0.1, 0.1]
 
 
 def test_validations_are_evenly_spaced_and_end_with_the_last_epoch():
@@ -317,3 +319,54 @@ def test_instance_norm_of_maps_of_one_pixel_is_refused(name: str, size: int, fit
     found = constant_norms(build_student(name, 1, size, 3, "instance", 8), 1, size)
     assert (found is None) == fits
     assert constant_norms(build_student(name, 1, size, 3, "batch", 8), 1, size) is None
+
+
+def test_images_of_28_pixels_are_padded_to_32_as_by_a_first_convolution_with_padding_3():
+    protocol = quick(pad_to=32, width=8)
+    images = torch.randint(256, (6, 1, 28, 28), dtype=torch.uint8)
+    torch.manual_seed(0)
+    student = Student("convnet-3", images, 4, protocol)
+    assert student.net.classifier.in_features == 8 * 4 * 4  # type: ignore[union-attr]
+    first = student.net.features[0]  # type: ignore[union-attr]
+    normalised = (images.float() / 255 - student.mean) / student.std
+    wide = torch.nn.functional.conv2d(normalised, first.weight, first.bias, padding=3)
+    hooked = []
+    first.register_forward_hook(lambda _module, _inputs, output: hooked.append(output))
+    student(images)
+    torch.testing.assert_close(hooked[0], wide)
+
+
+def test_an_unmixed_pass_updates_batch_norm_twice_a_step():
+    images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(8) % 2
+    counts = {}
+    for unmixed in (False, True):
+        training = Training(
+            "convnet-2", (images, labels), 2, quick(norm="batch", width=4, cutmix=True, unmixed_pass=unmixed, batch_size=4), 0
+        )
+        training.epoch()
+        (norm, *_) = [m for m in training.student.modules() if isinstance(m, nn.BatchNorm2d)]
+        counts[unmixed] = int(norm.num_batches_tracked)  # type: ignore[arg-type]
+    assert counts == {False: 2, True: 4}
+
+
+def test_cutmix_may_be_applied_to_some_batches(monkeypatch: pytest.MonkeyPatch):
+    calls: list[int] = []
+    real = evaluation.cutmix
+    monkeypatch.setattr(evaluation, "cutmix", lambda *arguments: (calls.append(1), real(*arguments))[1])
+    images, labels = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 2
+    for share, low, high in ((0.0, 0, 0), (0.5, 5, 35), (1.0, 40, 40)):
+        calls.clear()
+        training = Training("convnet-1", (images, labels), 2, quick(cutmix=share, width=2, batch_size=10), 0)
+        for _ in range(10):
+            training.epoch()
+        assert low <= len(calls) <= high
+
+
+def test_convnets_keep_pytorchs_initialisation():
+    torch.manual_seed(3)
+    network = build_student("convnet-3", 3, 32, 10, width=16)
+    convolution = network.features[4]  # type: ignore[union-attr]
+    bound = 1 / math.sqrt(16 * 9)  # of kaiming_uniform with a = √5, PyTorch's default
+    assert convolution.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+    assert convolution.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)

@@ -87,7 +87,7 @@ def test_predict_z0_is_eq2_and_undoes_eq4():
         torch.testing.assert_close(actual, z0, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("num_steps", [1, 7, 50, 1000])
+@pytest.mark.parametrize("num_steps", [1, 8, 50, 1000])
 def test_respaced_timesteps_are_those_of_diffusers(num_steps: int):
     assert SCHEDULE.respaced(num_steps).flip(0).tolist() == ddim(num_steps).timesteps.tolist()
 
@@ -105,11 +105,41 @@ def test_every_number_of_steps_begins_near_pure_noise(num_steps: int):
     assert timesteps[0] == 0
     assert 999 - timesteps[-1] <= 1000 / num_steps
     assert set(timesteps.diff().tolist()) <= {1000 // num_steps, 1000 // num_steps + 1}
-    assert spacing_version(num_steps) == {"spacing": 2}
-    assert spacing_version(25) == spacing_version(3) == spacing_version(1000) == {}
+    assert spacing_version(num_steps, "leading") == ({} if num_steps == 999 else {"spacing": 2})
 
 
-def test_linspace_timesteps_are_those_of_diffusers_and_of_dit():
+def test_timesteps_of_ddim_have_the_smallest_stride_that_gives_so_many():
+    for num_steps in range(1, 1001):
+        strides = [stride for stride in range(1, 1001) if len(range(0, 1000, stride)) == num_steps]
+        if strides:
+            assert SCHEDULE.respaced(num_steps).tolist() == list(range(0, 1000, strides[0]))
+    assert SCHEDULE.respaced(15)[-1] == 938
+    assert spacing_version(15, "leading") == {"spacing": 3}
+    assert all(spacing_version(steps, "leading") == {} for steps in (1, 10, 20, 25, 50, 100, 250, 1000))
+
+
+def test_timesteps_of_ddpm_are_rounded_as_in_dits_code():
+    def added(num_steps: int) -> list[int]:
+        at, found = 0.0, []
+        for _ in range(num_steps):
+            found.append(round(at))
+            at += 999 / (num_steps - 1)
+        return found
+
+    differing = 0
+    for num_steps in range(2, 1001):
+        found = SCHEDULE.respaced(num_steps, "dit")
+        assert found.tolist() == added(num_steps)
+        other = not torch.equal(found, SCHEDULE.respaced(num_steps, "linspace"))
+        assert spacing_version(num_steps, "dit") == ({"spacing": 2} if other else {})
+        differing += other
+    assert differing == 278
+    assert SCHEDULE.respaced(21, "dit")[10] == 499
+    assert SCHEDULE.respaced(21, "linspace")[10] == 500
+    assert SCHEDULE.respaced(1, "dit").tolist() == [999]
+
+
+def test_linspace_timesteps_are_those_of_diffusers():
     for num_steps in range(2, 1001):
         theirs = DDPMScheduler(beta_schedule="linear", timestep_spacing="linspace")
         theirs.set_timesteps(num_steps)
@@ -150,7 +180,7 @@ def loop_of_diffusers(theirs: object, predict: Callable[..., torch.Tensor], **op
 
 
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("num_steps", [1, 7, 20])
+@pytest.mark.parametrize("num_steps", [1, 8, 20])
 def test_ddim_equals_the_loop_of_diffusers(num_steps: int, clip: bool):
     theirs = ddim(num_steps, clip_sample=clip, clip_sample_range=1.0)
     expected = loop_of_diffusers(theirs, predictor, use_clipped_model_output=clip)

@@ -453,3 +453,12 @@ def test_batches_take_any_seed_of_the_seed_function():
 def test_a_batch_that_the_workers_cannot_share_equally_loses_no_image():
     parts = [take(8, 8, rank, 3, 1)[0] for rank in range(3)]
     assert sorted(itertools.chain(*parts)) == list(range(8))
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 301), (33, 57), (20, 20), (16, 16)])
+def test_bilinear_scaling_is_torchvisions_resize_and_centre_crop(shape: tuple[int, int]):
+    from torchvision.transforms import CenterCrop, Compose, Resize
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    expected = np.asarray(Compose([Resize(16), CenterCrop(16)])(image)).transpose(2, 0, 1)
+    assert np.array_equal(to_pixels(image, 16, 3, "bilinear"), expected)

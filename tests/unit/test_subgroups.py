@@ -117,6 +117,16 @@ def test_selected_reports_its_literal_objective_and_bounds_the_optimum(seed: int
     assert optimum <= chosen.objective + 1e-9
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_released_counts_each_pair_of_classes_once_and_does_not_normalise(seed: int):
+    c, r = instance(seed, C=5)
+    chosen = select_subgroups(c, r, alpha=0.4, beta=0.9, coupling="released")
+    groups = chosen.groups.tolist()
+    pairs = [log_distance(c[i, groups[i]], c[j, groups[j]]) for i, j in itertools.combinations(range(5), 2)]
+    own = [log_distance(c[i, groups[i]], r[i]) for i in range(5)]
+    assert chosen.objective == pytest.approx(0.4 * sum(own) - 0.9 * sum(pairs), rel=1e-10)
+
+
 def test_selected_names_the_repulsion_of_the_selected_rivals():
     c, r = instance(7, C=5)
     chosen = select_subgroups(c, r, alpha=0.4, beta=0.8, coupling="selected")

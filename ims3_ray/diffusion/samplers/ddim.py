@@ -47,7 +47,7 @@ class Ddim(Sampler):
         first: int | None = None,
         **_: Any,
     ) -> Tensor:
-        timesteps = schedule.respaced(num_steps).tolist()
+        timesteps = schedule.respaced(num_steps, self.spacing).tolist()
         levels = [1.0, *schedule.alpha_bar[timesteps].tolist()]
         for i in range(num_steps - 1 if first is None else first, -1, -1):
             eps = predict(z, torch.tensor(timesteps[i : i + 1]))[:, : z.shape[1]]

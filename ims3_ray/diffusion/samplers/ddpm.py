@@ -22,7 +22,7 @@ class Ddpm(Sampler):
     predicted variance the posterior's is used. ``drift`` is added to the noise of a step to guide the samples.
     """
 
-    name = "ddpm"
+    name, spacing = "ddpm", "dit"
     uses_variance = True
     takes = frozenset({"drift"})
 
@@ -38,7 +38,7 @@ class Ddpm(Sampler):
         drift: Drift | None = None,
         **_: Any,
     ) -> Tensor:
-        timesteps = schedule.respaced(num_steps, "linspace").tolist()
+        timesteps = schedule.respaced(num_steps, self.spacing).tolist()
         levels = [1.0, *schedule.alpha_bar[timesteps].tolist()]
         betas = [1 - now / before for before, now in itertools.pairwise(levels)]
         for i in range(num_steps - 1, -1, -1):
