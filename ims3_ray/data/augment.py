@@ -104,21 +104,25 @@ def shuffled_patches(images: Tensor, parts: int, rng: Generator) -> Tensor:
     return tiles.permute(0, 3, 1, 4, 2, 5).reshape(B, C, side * parts, side * parts)
 
 
-def crop_boxes(count: int, height: int, width: int, scale: tuple[float, float], rng: Generator) -> Tensor:
+def crop_boxes(
+    count: int, height: int, width: int, scale: tuple[float, float], rng: Generator, ratio: tuple[float, float] = CROP_RATIO
+) -> Tensor:
     """The boxes of RandomResizedCrop in whole pixels, int64 [count, 4]: top, left, height, width."""
     shape = (CROP_TRIES, count)
-    low, high = map(math.log, CROP_RATIO)
+    low, high = map(math.log, ratio)
     area = uniform(CROP_TRIES * count, *scale, rng).reshape(shape) * height * width
-    ratio = uniform(CROP_TRIES * count, low, high, rng).reshape(shape).exp()
-    w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    aspect = uniform(CROP_TRIES * count, low, high, rng).reshape(shape).exp()
+    w, h = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.float().argmax(dim=0)  # the first try that fits
     found = fits.any(dim=0)
     pick = torch.arange(count, device=rng.device)
-    # If no try fits: the largest box of an allowed ratio, in the centre. Images are square, so it is the whole image.
-    h, w = torch.where(found, h[first, pick], height), torch.where(found, w[first, pick], width)
+    # If no try fits: the largest box of an allowed ratio, in the centre.
+    most_h, most_w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    h, w = torch.where(found, h[first, pick], most_h), torch.where(found, w[first, pick], most_w)
     top = (torch.rand(count, generator=rng, device=rng.device) * (height - h + 1)).long()
     left = (torch.rand(count, generator=rng, device=rng.device) * (width - w + 1)).long()
+    top, left = torch.where(found, top, (height - h) // 2), torch.where(found, left, (width - w) // 2)
     return torch.stack([top, left, h, w], dim=1)
 
 

@@ -19,7 +19,7 @@ from ims3_ray.engine.sets import EXTRAS, commit_set, write_class
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
-from ims3_ray.stages.synthesise import teacher_flops
+from ims3_ray.stages.method_inputs import teacher_flops
 from ims3_ray.stages.teacher import load_teacher, plan_teacher, teacher_of
 
 AT_ONCE = 100

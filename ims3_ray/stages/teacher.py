@@ -34,9 +34,9 @@ from ims3_ray.models.encoder import (
     encoder_path,
     load_encoder,
 )
+from ims3_ray.models.teacher import TeacherNetwork
 from ims3_ray.stages.encode import Encode
 from ims3_ray.training.encoder import Images
-from ims3_ray.training.students import Teacher
 
 SHARD = "teacher.safetensors"
 
@@ -123,16 +123,13 @@ def teacher_of(stage: Stage, context: Context) -> Weights | Artifact:
     return stage.inputs["teacher"].artifact(context.storage) if "teacher" in stage.inputs else stage.weights["teacher"]
 
 
-def load_teacher(teacher: Weights | Artifact, class_names: tuple[str, ...], device: str) -> Teacher:
+def load_teacher(teacher: Weights | Artifact, class_names: tuple[str, ...], device: str) -> TeacherNetwork:
     """The teacher on a device; its logits are in the order of ``class_names``."""
     if isinstance(teacher, Artifact):
-        encoder, positions = read_teacher(teacher), list(range(len(class_names)))
-    else:
-        path = teacher.path()
-        encoder, positions = load_encoder(path), class_positions(path, class_names, "evaluation.teacher.weights")
-    encoder = encoder.to(device)
-    order = torch.tensor(positions, device=device)
-    return lambda images: encoder.logits(2 * images - 1)[:, order]
+        return TeacherNetwork(read_teacher(teacher), range(len(class_names))).to(device)
+    path = teacher.path()
+    positions = class_positions(path, class_names, "evaluation.teacher.weights")
+    return TeacherNetwork(load_encoder(path), positions).to(device)
 
 
 def read_teacher(teacher: Artifact) -> Encoder:

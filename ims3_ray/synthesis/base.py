@@ -7,18 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+from PIL import Image
 from torch import Tensor
 
 from ims3_ray.component import Component, Registry, Section
 from ims3_ray.diffusion.prediction import Predictor
 from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.models.teacher import TeacherNetwork
 
-Need = Literal["real", "generator", "teacher"]
-"""What a method may need: the real training images, the generator that the given images come from, or the classifier that
-``evaluation.teacher`` names."""
+Need = Literal["real", "originals", "statistics", "generator", "teacher"]
+"""What a method may need: the real training images at the size of the data, their files at full size, the mean and standard
+deviation of their pixels, the generator that the given images come from, or the classifier that ``evaluation.teacher``
+names."""
 
 Part = Sequence[tuple[int, int]]
 """The images that are made together: for each, the position of its class and its number within the class (0 … K−1)."""
+
+Piece = tuple[int, int]
+"""A piece of a preparation: the position of a class and a number within the class."""
 
 Save = Callable[[bytes], object]
 """Stores a state, from which :meth:`Synthesis.make` resumes after an interruption."""
@@ -42,8 +48,39 @@ class Denoiser(Protocol):
         """Decode latents on the device to uint8 pixels on the CPU."""
 
 
-@dataclass(frozen=True)
-class Given:
+class Originals(Protocol):
+    """The files of the real training images, at their own sizes."""
+
+    def count(self, position: int) -> int:
+        """Number of images of the class at ``position``."""
+
+    def image(self, position: int, index: int) -> Image.Image:
+        """Image ``index`` of a class, decoded; raises ``OSError`` for one that cannot be decoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a method may use beside the set that it starts from. A member that is not among the method's needs is None."""
+
+    num_classes: int
+    seed: int
+    """Seed of the run."""
+    device: str
+    size: int
+    """Height and width of the images of the set, in pixels."""
+    channels: int
+    counts: Sequence[int]
+    """Number of real training images of each class, including those that cannot be decoded."""
+    real: Callable[[int], Tensor]
+    """Position of a class → its real training images, uint8 [M, C, H, W]. The method's needs must include ``real``."""
+    originals: Originals | None = None
+    statistics: tuple[Tensor, Tensor] | None = None
+    """Mean and standard deviation of the real training pixels in [0, 1], float32 [C, 1, 1] each, on the device."""
+    teacher: TeacherNetwork | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(Inputs):
     """The input of a method for one part, which has N images, in the order of the part."""
 
     pixels: Tensor
@@ -52,22 +89,41 @@ class Given:
     """Position of each image's class, int64 [N]."""
     indices: Tensor
     """Index of each image among the candidates or real images of its class, int64 [N]; it seeds the image's random numbers."""
-    num_classes: int
-    seed: int
-    """Seed of the run."""
-    device: str
-    real: Callable[[int], Tensor]
-    """Position of a class → its real training images, uint8 [M, C, H, W]. The method's needs must include ``real``."""
+    prepared: Callable[[Piece], Mapping[str, Tensor]]
+    """Piece of the preparation → what :meth:`Synthesis.prepare` returned for it."""
     generator: Denoiser | None = None
-    teacher: Callable[[Tensor], Tensor] | None = None
-    """Images in [0, 1] → logits [B, num_classes], differentiable in the images."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the cost of a method depends on beside its settings."""
+
+    forward: Mapping[Need, float]
+    """Floating-point operations of a forward pass of one image, for the networks among the method's needs."""
+    counts: Sequence[int]
+    """Number of real training images of each class."""
+    k: int
+    """K, the number of images per class in the set."""
+    size: int
+    channels: int
 
 
 class Synthesis(Component, ABC):
-    """A synthesis method. An arm names it by ``synthesise``; its settings are ``synthesis.NAME``."""
+    """A synthesis method. An arm names it by ``synthesise``; its settings are ``synthesis.NAME``.
+
+    A method may have a preparation: computations that depend on the real images and not on the set, so that sets of all sizes
+    and starts share them. It is made in pieces, before the set.
+    """
 
     registry = Registry["type[Synthesis]"]("synthesis method", "ims3_ray.synthesis")
+    version: ClassVar[int] = 1
+    """Version of the output. It is raised when the output changes for the same input."""
     needs: ClassVar[frozenset[Need]] = frozenset()
+    """What :meth:`make` needs."""
+    preparation_needs: ClassVar[frozenset[Need]] = frozenset()
+    """What :meth:`prepare` needs; not the generator."""
+    prepared_by: ClassVar[frozenset[str]] = frozenset()
+    """Names of the settings on which the preparation depends."""
 
     def __init__(self, config: Section | None = None) -> None:
         self.config: Any = config or self.Config()
@@ -81,9 +137,26 @@ class Synthesis(Component, ABC):
         return [[(position, number) for number in range(k)] for position in range(num_classes)]
 
     @classmethod
+    def pieces(cls, config: Any, counts: Sequence[int]) -> list[Piece]:
+        """The pieces of the preparation for classes of so many real images: by default none. Pieces are made independently."""
+        return []
+
+    @classmethod
     @abstractmethod
-    def flops(cls, config: Any, forward: Mapping[Need, float]) -> float:
-        """Floating-point operations per image, given those of one forward pass of each network that the method needs."""
+    def flops(cls, config: Any, costs: Costs) -> float:
+        """Floating-point operations of making a set, without the preparation."""
+
+    @classmethod
+    def preparation_flops(cls, config: Any, costs: Costs) -> float:
+        """Floating-point operations of all pieces of the preparation."""
+        return 0.0
+
+    def check(self, num_classes: int, size: int, channels: int) -> None:
+        """Raises :class:`ims3_ray.errors.UserError` if the settings do not fit the images."""
+
+    def prepare(self, piece: Piece, inputs: Inputs) -> Mapping[str, Tensor]:
+        """Make one piece of the preparation: named tensors."""
+        raise NotImplementedError
 
     @abstractmethod
     def make(self, given: Given, state: bytes | None, save: Save) -> Mapping[str, Tensor]:

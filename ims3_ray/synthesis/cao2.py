@@ -13,7 +13,7 @@ from ims3_ray.component import Section
 from ims3_ray.diffusion.prediction import Predictor
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.seeds import generator_for
-from ims3_ray.synthesis.base import Given, Need, Save, Synthesis
+from ims3_ray.synthesis.base import Costs, Given, Save, Synthesis
 
 
 def refinement_loss(eps: Tensor, predicted: Tensor, peak_weight: float) -> Tensor:
@@ -79,9 +79,9 @@ class CaO2(Synthesis):
     config: Config
 
     @classmethod
-    def flops(cls, config: Config, forward: Mapping[Need, float]) -> float:
-        """Each step takes a forward pass and the gradient with respect to its input."""
-        return 2.0 * config.steps * forward["generator"]
+    def flops(cls, config: Config, costs: Costs) -> float:
+        """Each step of an image takes a forward pass and the gradient with respect to its input."""
+        return 2.0 * config.steps * costs.k * len(costs.counts) * costs.forward["generator"]
 
     def make(self, given: Given, state: bytes | None, save: Save) -> Mapping[str, Tensor]:
         generator, c, position = given.generator, self.config, int(given.classes[0])

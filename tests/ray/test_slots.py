@@ -25,7 +25,7 @@ from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.plan import make_evaluation, make_plan
 from ims3_ray.stages.generate import Generate
-from ims3_ray.synthesis.base import Given, Part, Save, Synthesis
+from ims3_ray.synthesis.base import Costs, Given, Part, Save, Synthesis
 from tests.conftest import CLASSES, tiny_values
 from tests.ray.conftest import Run
 
@@ -46,7 +46,7 @@ class Rungs(Synthesis):
         return [[(position, number) for position in range(num_classes)] for number in range(k)]
 
     @classmethod
-    def flops(cls, config: Config, forward: Mapping[Any, float]) -> float:
+    def flops(cls, config: Config, costs: Costs) -> float:
         return 7.0
 
     def make(self, given: Given, state: bytes | None, save: Save) -> Mapping[str, Tensor]:

@@ -1,0 +1,144 @@
+"""What a synthesis method needs beside the set that it starts from: how it is planned, and how a task reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ims3_ray import plugins
+from ims3_ray.config import RunConfig
+from ims3_ray.data.sources import open_source
+from ims3_ray.engine.planner import Planner
+from ims3_ray.engine.sets import RealSplit
+from ims3_ray.engine.stage import Context, Stage
+from ims3_ray.engine.weights import Weights
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.models.encoder import embedding_cost, encoder_config, encoder_path
+from ims3_ray.stages.encode import Encode
+from ims3_ray.stages.select import Select
+from ims3_ray.stages.statistics import Statistics, read_statistics
+from ims3_ray.stages.teacher import load_teacher, plan_teacher, teacher_of, training_cost
+from ims3_ray.synthesis.base import Costs, Need
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What a stage adds to its plan for the needs of a method."""
+
+    inputs: dict[str, Stage] = field(default_factory=dict)
+    weights: dict[str, Weights] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+    forward: dict[Need, float] = field(default_factory=dict)
+    """Floating-point operations of a forward pass of one image through each network."""
+
+
+def plan_needs(planner: Planner, needs: Collection[Need], config: RunConfig, start: Stage | None = None) -> Needed:
+    """Plan what a method needs. ``start`` is the set that it starts from, which ``generator`` needs."""
+    found = Needed()
+    if "real" in needs:
+        found.inputs["real"] = Encode.plan(planner, "train", config.data)
+    if "originals" in needs:
+        found.params.update(originals=planner.data.params("train"), split=config.data.train_split)
+    if "statistics" in needs:
+        found.inputs["statistics"] = Statistics.plan(planner)
+    if "generator" in needs:
+        models, pool = planner.models(config), cast(Select, start).pool
+        found.params.update(
+            generator=models.generator_weights.digest, labels=list(models.labels), precision=config.sampling.precision,
+            **plugins.hashes(type(models.generator)),
+        )  # fmt: skip
+        found.inputs.update({name: stage for name, stage in pool.inputs.items() if name == "finetune"})
+        if models.autoencoder is not None:
+            found.inputs["images"] = pool  # for the latents of its images, if these are stored
+        found.weights.update(pool.weights)
+        found.forward["generator"] = models.generator.forward_flops()
+    if "teacher" in needs:
+        teacher = plan_teacher(planner)
+        found.inputs.update(teacher.inputs)
+        found.weights.update(teacher.weights)
+        found.params.update(teacher.params)
+        found.forward["teacher"] = teacher_flops(planner)
+    return found
+
+
+def costs_of(planner: Planner, config: RunConfig, needed: Needed) -> Costs:
+    """The numbers on which the cost of a method depends."""
+    data = config.data
+    return Costs(needed.forward, planner.classes.counts, config.selection.images_per_class, data.size, data.channels)
+
+
+def teacher_flops(planner: Planner) -> float:
+    """Floating-point operations of a forward pass of the teacher on one image."""
+    teacher, data = planner.work.evaluation.teacher, planner.work.data
+    if teacher.weights is None:
+        return training_cost(teacher.training, data.channels, len(planner.classes.names), data.size)
+    return embedding_cost(encoder_config(encoder_path(teacher.weights)).model_dump_json(), data.size)[0]
+
+
+@dataclass(frozen=True)
+class MethodInputs:
+    """References to what a method needs, which travel to its tasks."""
+
+    class_names: tuple[str, ...]
+    shape: tuple[int, int, int]
+    """Channels, height and width of the images."""
+    counts: tuple[int, ...]
+    """Number of real training images of each class."""
+    seed: int
+    threads: int
+    real: RealSplit | None = None
+    originals: tuple[str, str, tuple[int, ...]] | None = None
+    """Path and split of the source, and its label of each class."""
+    statistics: Artifact | None = None
+    teacher: Weights | Artifact | None = None
+
+    @classmethod
+    def of(cls, stage: Stage, needs: Collection[Need], context: Context) -> MethodInputs:
+        """The references of a stage that was planned with :func:`plan_needs`. Its inputs are made."""
+        config, storage, data = stage.run_config, context.storage, stage.run_config.data
+        real, statistics = stage.inputs.get("real"), stage.inputs.get("statistics")
+        return cls(
+            context.classes.names, (data.channels, data.size, data.size), tuple(context.classes.counts), config.seed,
+            context.config.actors.threads,
+            real=RealSplit.of(cast(Encode, real), storage) if real and "real" in needs else None,
+            originals=(*data.place("train"), context.classes.source_labels) if "originals" in needs else None,
+            statistics=statistics.artifact(storage) if statistics else None,
+            teacher=teacher_of(stage, context) if "teacher" in needs else None,
+        )  # fmt: skip
+
+    def on(self, device: str) -> dict[str, Any]:
+        """Read on a device; the members of :class:`ims3_ray.synthesis.base.Inputs`, by name."""
+        torch.set_num_threads(self.threads)
+        mean_std = read_statistics(self.statistics) if self.statistics is not None else None
+        return {
+            "num_classes": len(self.class_names), "seed": self.seed, "device": device, "size": self.shape[1],
+            "channels": self.shape[0], "counts": self.counts,
+            "real": _no_real_images if self.real is None else self.real.read_class,
+            "originals": SourceOriginals(*self.originals) if self.originals is not None else None,
+            "statistics": None if mean_std is None else tuple(tensor.to(device) for tensor in mean_std),
+            "teacher": load_teacher(self.teacher, self.class_names, device) if self.teacher is not None else None,
+        }  # fmt: skip
+
+
+def _no_real_images(position: int) -> Tensor:
+    raise ValueError("this method does not say that it needs real images; add 'real' to its needs")
+
+
+class SourceOriginals:
+    """The :class:`ims3_ray.synthesis.base.Originals` of a data source."""
+
+    def __init__(self, path: str, split: str, labels: tuple[int, ...]) -> None:
+        self.source = open_source(path, split)
+        self.indices = [np.flatnonzero(self.source.labels == label) for label in labels]
+
+    def count(self, position: int) -> int:
+        return len(self.indices[position])
+
+    def image(self, position: int, index: int) -> Image.Image:
+        return self.source.image(int(self.indices[position][index]))

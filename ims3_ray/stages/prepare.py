@@ -1,0 +1,94 @@
+"""The preparation of a synthesis method: computations on the real images that the sets of all sizes and starts share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors.torch import load
+from torch import Tensor
+
+from ims3_ray import plugins
+from ims3_ray.cluster.joining import own_device
+from ims3_ray.config import RunConfig, WorkConfig, differing
+from ims3_ray.engine.per_class import each_unit
+from ims3_ray.engine.planner import Planner
+from ims3_ray.engine.shards import commit_units, note, pack_tensors
+from ims3_ray.engine.stage import Context, Stage, Worker
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.stages.method_inputs import MethodInputs, costs_of, plan_needs
+from ims3_ray.synthesis.base import Inputs, Piece, Synthesis
+
+
+@dataclass(eq=False)
+class Prepare(Stage):
+    """Makes the pieces of a preparation. Each is a unit with the tensors that the method returned."""
+
+    name = "prepare"
+
+    @classmethod
+    def plan(cls, planner: Planner, method: type[Synthesis], config: RunConfig) -> Prepare:
+        settings, needed = config.synthesis.of(method), plan_needs(planner, method.preparation_needs, config)
+        params: dict[str, Any] = {
+            "method": method.name, **({"version": method.version} if method.version > 1 else {}),
+            "settings": {key: value for key, value in differing(settings).items() if key in method.prepared_by},
+            "classes": list(planner.classes.names), "seed": config.seed, "size": config.data.size,
+            "channels": config.data.channels, **needed.params, **plugins.hashes(method),
+        }  # fmt: skip
+        pieces = method.pieces(settings, planner.classes.counts)
+        return planner.add(
+            cls(
+                f"prepare {method.name}", params, needed.inputs, units=tuple(unit_of(piece) for piece in pieces),
+                flops=method.preparation_flops(settings, costs_of(planner, config, needed)), label=method.name,
+                weights=needed.weights, config=config,
+            )
+        )  # fmt: skip
+
+    def worker(self, config: WorkConfig) -> Worker:
+        return Worker("pool", config.actors.cpus, config.actors.gpus)
+
+    def run(self, context: Context) -> None:
+        began, artifact = time.monotonic(), self.artifact(context.storage)
+        method: type[Synthesis] = Synthesis.registry[self.params["method"]]
+        settings = self.run_config.synthesis.of(method)
+        missing = set(self.missing(context.storage))
+        pieces = method.pieces(settings, context.classes.counts)
+        rows = {unit_of(piece): piece for piece in pieces if unit_of(piece) in missing}
+        way = _Way(method(settings), artifact, MethodInputs.of(self, method.preparation_needs, context))
+        entries = each_unit(context, self, make_pieces, way, rows, gpus=context.config.actors.gpus, what="pieces")
+        commit_units(artifact, entries, time.monotonic() - began)
+
+
+@dataclass(frozen=True)
+class _Way:
+    method: Synthesis
+    made: Artifact
+    inputs: MethodInputs
+
+
+def make_pieces(way: _Way, pieces: Sequence[tuple[str, Piece]]) -> None:
+    """Make and store some pieces."""
+    inputs = Inputs(**way.inputs.on(own_device()))
+    for unit, piece in pieces:
+        tensors = way.method.prepare(piece, inputs)
+        note(way.made, unit, {"sha256": way.made.write(f"{unit}.safetensors", pack_tensors(**tensors))})
+
+
+def unit_of(piece: Piece) -> str:
+    """Name of a piece's unit."""
+    position, number = piece
+    return f"class-{position:04d}-{number:05d}"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The pieces of a preparation; there are none where the method has no preparation."""
+
+    made: Artifact | None
+
+    def __call__(self, piece: Piece) -> Mapping[str, Tensor]:
+        if self.made is None:
+            raise ValueError("this method has no preparation; its pieces() names none")
+        return load(self.made.read(f"{unit_of(piece)}.safetensors"))

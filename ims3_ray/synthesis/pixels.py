@@ -1,0 +1,111 @@
+"""What the methods that optimise pixels share: networks with fresh weights, and images between bytes and normalised values."""
+
+from __future__ import annotations
+
+import io
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ims3_ray.data.transforms import to_pil
+from ims3_ray.errors import UserError
+from ims3_ray.models.students import build_student, has_batch_norm
+from ims3_ray.synthesis.base import Save
+
+SAVE_EVERY_S = 60.0
+"""Least number of seconds between two saved states of an optimisation."""
+
+
+def normalised(pixels: Tensor, statistics: tuple[Tensor, Tensor], device: str) -> Tensor:
+    """uint8 pixels as normalised float32 values on the device."""
+    mean, std = statistics
+    return (pixels.to(device).float() / 255 - mean) / std
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8 pixels on the CPU; values outside are clamped."""
+    return (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def padded(images: Tensor, to: int | None) -> Tensor:
+    """Normalised images padded with the mean colour to ``to`` pixels, if they are smaller."""
+    more = max(0, (to or 0) - images.shape[-1])
+    return F.pad(images, (more // 2, more - more // 2) * 2) if more else images
+
+
+class FreshNetworks:
+    """Students with random weights: the same seed gives the same weights on devices of the same kind."""
+
+    def __init__(self, name: str, width: int, channels: int, size: int, num_classes: int, device: str) -> None:
+        self.arguments = (name, channels, size, num_classes, "instance", width)
+        self.device = device
+
+    def __call__(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        with torch.device(self.device):
+            return build_student(*self.arguments)  # type: ignore[arg-type]
+
+
+def without_head(network: nn.Module) -> nn.Module:
+    """The network with its last linear layer removed, so that it returns features [B, D]."""
+    name = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+    parent, _, last = name.rpartition(".")
+    setattr(network.get_submodule(parent), last, nn.Identity())
+    return network
+
+
+def check_network(method: str, name: str, channels: int, size: int, num_classes: int, width: int) -> None:
+    """Raises :class:`UserError` for a network that the images do not fit, or whose batch norm would couple images."""
+    try:
+        with torch.device("meta"):
+            network = build_student(name, channels, size, num_classes, "instance", width)
+            network(torch.zeros(2, channels, size, size))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"synthesis.{method}.network: {name} cannot take these images ({reason}); choose another") from error
+    if has_batch_norm(network):
+        raise UserError(
+            f"synthesis.{method}.network: {name} has batch norm, by which the images of a batch depend on each other; choose "
+            "convnet-DEPTH or resnetap-10"
+        )
+
+
+class Saver:
+    """Saves the state of an optimisation from time to time."""
+
+    def __init__(self, save: Save) -> None:
+        self.save, self.last = save, time.monotonic()
+
+    def __call__(self, **values: Any) -> None:
+        """Save tensors and numbers, from which :func:`unpack_state` makes the same again, if the last save is long ago."""
+        if time.monotonic() - self.last >= SAVE_EVERY_S:
+            buffer = io.BytesIO()
+            torch.save(values, buffer)
+            self.save(buffer.getvalue())
+            self.last = time.monotonic()
+
+
+def unpack_state(state: bytes, device: str) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(io.BytesIO(state), map_location=device, weights_only=True)
+    return found
+
+
+def as_jpeg(pixels: Tensor, quality: int) -> Tensor:
+    """Images uint8 [N, C, H, W] after JPEG compression by Pillow, as published sets are stored."""
+    found = []
+    for image in pixels:
+        buffer = io.BytesIO()
+        to_pil(image).save(buffer, "JPEG", quality=quality)
+        found.append(image_tensor(Image.open(buffer)))
+    return torch.stack(found)
+
+
+def image_tensor(image: Image.Image) -> Tensor:
+    """An 8-bit grey or RGB image as uint8 [C, H, W]."""
+    values = torch.from_numpy(np.array(image))
+    return values[None] if values.dim() == 2 else values.permute(2, 0, 1)
