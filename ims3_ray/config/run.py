@@ -59,6 +59,9 @@ class ArmConfig(Section):
     unset."""
     labels: Literal["hard", "soft"] = "hard"
     """`hard`: each image has its class as label. `soft`: the teacher's logits are stored with each image as well."""
+    weights: Literal["equal", "clusters"] = "equal"
+    """Weights of the images in the loss of students. `clusters`: each image weighs as much as the cluster of real images from
+    which or towards which it was sampled has images (DDOQ)."""
     overrides: dict[Overridable, Any] = Field(default={})
     """Settings in which this arm differs from the run: values of finetune, sampling, selection, pool and synthesis, another
     encoder, generator or autoencoder, or data.size."""
@@ -87,6 +90,10 @@ class ArmConfig(Section):
             raise ValueError("images: none needs a method that makes some; set synthesise")
         if self.method is not None and "generator" in self.method.needs and self.images != "generated":
             raise ValueError(f"synthesise: {self.synthesise} works on the generator's latents, so it needs images: generated")
+        if self.weights == "clusters" and (self.images != "generated" or self.synthesise is not None):
+            raise ValueError(
+                "weights: clusters is for samples of the generator; leave synthesise out and set images: generated"
+            )
         if "images_per_class" in self._section("selection"):
             raise ValueError("overrides.selection.images_per_class: sets of other sizes cannot be compared; set it for the run")
         if other := set(self._section("data")) - {"size"}:

@@ -1,4 +1,4 @@
-"""Plans the stages of the four slots of an arm: images, select, synthesise, labels."""
+"""Plans the stages of the four slots of an arm: images, select, synthesise, labels (with weights)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ims3_ray.stages.given import ReadGiven
 from ims3_ray.stages.label import Label
 from ims3_ray.stages.select import Select
 from ims3_ray.stages.synthesise import Synthesise
+from ims3_ray.stages.weigh import Weigh
 
 
 def set_of(planner: Planner, label: str, title: str, arm: ArmConfig, config: RunConfig) -> Stage:
@@ -23,6 +24,8 @@ def set_of(planner: Planner, label: str, title: str, arm: ArmConfig, config: Run
     if arm.synthesise is not None:
         found = Synthesise.plan(planner, label, title, arm, config, found)
     assert found is not None, "an arm without images has a method that makes some"
+    if arm.weights == "clusters":
+        found = Weigh.plan(planner, label, title, config, found)
     return Label.plan(planner, label, title, config, found) if arm.labels == "soft" else found
 
 

@@ -1,4 +1,4 @@
-"""Modes of each class's real images, towards which the sampling of candidates is guided (MGD3)."""
+"""Modes of each class's real images, towards which the sampling of candidates is guided (MGD3) or where it starts (D4M)."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class _Search:
 @dataclass(eq=False)
 class FindModes(Stage):
     """Finds the modes of each class. Every class has a shard ``class-NNNN.safetensors`` with ``modes`` [K, C, h, w] in the
-    space that the generator works in."""
+    space that the generator works in, and ``counts`` int64 [K], the number of real images in each one's cluster."""
 
-    name = "modes"
+    name, version = "modes", 2
 
     @classmethod
     def plan(cls, planner: Planner, config: RunConfig) -> FindModes:
@@ -73,6 +73,7 @@ def find_in_classes(search: _Search, classes: Sequence[tuple[str, tuple[int, lis
             latents = to_signed(read_class(search.pixels, units, "pixels"))
         else:
             latents = read_latents(search.latents, units)["mean"][:, 0].float()
-        modes = find_modes(latents, search.k, seed_for(search.seed, "modes", label))
-        entry: dict[str, Any] = {"sha256": search.modes.write(f"{unit}.safetensors", pack_tensors(modes=modes))}
+        modes, counts = find_modes(latents, search.k, seed_for(search.seed, "modes", label))
+        packed = pack_tensors(modes=modes, counts=counts)
+        entry: dict[str, Any] = {"sha256": search.modes.write(f"{unit}.safetensors", packed)}
         note(search.modes, unit, {**entry, "images": len(latents)})

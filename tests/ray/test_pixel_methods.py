@@ -41,7 +41,7 @@ STARTS = {"dm": REAL, "idc": REAL, "sre2l": {"images": "none"}, "rded": {"images
 
 
 class Killed:
-    """Ends its process, as a machine that is lost, once for each part, after the second state or within the preparation."""
+    """Ends its process, as on a machine that is lost: once after the second state of a part and once in the preparation."""
 
     def at(self, place: str) -> None:
         mark = Path(self.config.marks, place)  # type: ignore[attr-defined]
@@ -51,7 +51,7 @@ class Killed:
 
     def prepare(self, piece: Piece, inputs: Inputs) -> Mapping[str, Tensor]:
         made = super().prepare(piece, inputs)  # type: ignore[misc]
-        self.at(f"piece-{piece[0]}-{piece[1]}")
+        self.at("piece")
         return made  # type: ignore[no-any-return]
 
     def make(self, given: Given, state: bytes | None, save: Save) -> Mapping[str, Tensor]:
@@ -63,7 +63,7 @@ class Killed:
             save(data)
             if count == 2:
                 assert state is None or state != data
-                self.at(f"part-{int(given.classes[0])}-{int(given.indices[0])}")
+                self.at("part")
 
         return super().make(given, state, saved)  # type: ignore[misc,no-any-return]
 
@@ -171,7 +171,7 @@ def test_workers_that_are_killed_make_the_same_bytes(
     settings = {f"killed_{name}": {**SETTINGS[name], "marks": str(folders[name])} for name in arms}
     sets = distill(config_of(tiny_world, tmp_path / "runs", killed, settings, 2, "killed")).results["sets"]
     assert {name: row["content"] for name, row in sets.items()} == contents
-    marks = {name: {mark.name.split("-")[0] for mark in folder.iterdir()} for name, folder in folders.items()}
+    marks = {name: {mark.name for mark in folder.iterdir()} for name, folder in folders.items()}
     assert marks == {"dm": {"piece", "part"}, "idc": {"part"}, "sre2l": {"part"}, "rded": {"piece"}}
 
 

@@ -116,6 +116,12 @@ def test_a_set_that_does_not_fit_is_refused_in_one_line(spoil: Any, says: str, t
 # All methods
 
 
+PIXEL_METHODS = {
+    "dm": {"steps": 2, "width": 4, "batch_size": 8}, "sre2l": {"steps": 2, "max_roll": 2}, "rded": {"images_per_class": 20},
+    "idc": {"outer": 1, "inner": 1, "width": 4, "batch_size": 8, "training_images": 8},
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def comparison(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[CompareConfig, RunResult]:
     """Every method at one and two images a class, from the pools and the fine-tuning that the tiny run has made."""
@@ -130,8 +136,10 @@ def comparison(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple
             "cao2": {"overrides": {"synthesis": {"cao2": {"steps": 3}}}},
             "cao2_least": {"overrides": {"synthesis": {"cao2": {"steps": 3}}}},
         },
+        "synthesis": PIXEL_METHODS,
         "published": {"ims3": {"hard/convnet-3": {2: "99.9 ± 0.1"}}},
     }  # fmt: skip
+    values["evaluation"] = {**values["evaluation"], "teacher": {"weights": values["encoder"]}}
     config = load_config(CompareConfig, write_config(folder / "compare.yaml", values))
     return config, compare(config)
 
@@ -189,7 +197,7 @@ def test_modes_are_those_of_the_real_images_of_each_class(plan: Plan[CompareConf
     for position, unit in enumerate(modes.units):
         shards = [u for u in modes.inputs["images"].units if u.startswith(f"c{position:04d}")]
         pixels = torch.cat([load(modes.inputs["images"].artifact(storage).read(f"{u}.safetensors"))["pixels"] for u in shards])
-        expected = find_modes(to_signed(pixels), 2, seed_for(0, "modes", position))
+        expected, _ = find_modes(to_signed(pixels), 2, seed_for(0, "modes", position))
         assert torch.equal(load(modes.artifact(storage).read(f"{unit}.safetensors"))["modes"], expected)
 
 
@@ -207,9 +215,20 @@ def test_inverted_images_are_summed_up_unit_by_unit(plan: Plan[CompareConfig], t
     torch.testing.assert_close(gaussian.std, z.std(dim=0, correction=0), rtol=1e-3, atol=1e-3)
 
 
+def test_images_from_prototypes_weigh_as_much_as_their_clusters(plan: Plan[CompareConfig], tiny_run: Run):
+    storage = tiny_run.storage
+    plain, weighed = (read_set(plan.sets[f"{name} K=2"].images.artifact(storage)) for name in ("d4m_dit", "ddoq_dit"))
+    assert torch.equal(plain.pixels, weighed.pixels)
+    assert plain.weights is None
+    modes = one(plan, "modes", "2 modes")
+    for position, unit in enumerate(modes.units):
+        counts = load(modes.artifact(storage).read(f"{unit}.safetensors"))["counts"].float()
+        torch.testing.assert_close(weighed.weights[2 * position : 2 * position + 2], counts / counts.mean())
+
+
 def test_guided_started_and_refined_images_differ_from_plain_ones(plan: Plan[CompareConfig], tiny_run: Run):
     pixels = {name: read_set(scored.images.artifact(tiny_run.storage))[0] for name, scored in plan.sets.items()}
-    for name in ("mgd3 K=2", "d3hr K=2", "cao2 K=2"):
+    for name in ("mgd3 K=2", "d3hr K=2", "d4m_dit K=2", "cao2 K=2"):
         assert pixels[name].shape == pixels["dit K=2"].shape == (6, 1, 8, 8)
         assert not torch.equal(pixels[name], pixels["dit K=2"])
     refined = plan.sets["cao2 K=2"].images

@@ -13,6 +13,7 @@ from ims3_ray.diffusion.samplers.ddpm import Ddpm
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.diffusion.steering.inverted_gaussian import Gaussian, draw_group, invert_to_start, start_index
 from ims3_ray.diffusion.steering.mode_guidance import find_modes, toward_modes
+from ims3_ray.diffusion.steering.prototypes import Prototypes
 from ims3_ray.synthesis.cao2 import refine, refinement_loss
 
 SCHEDULE = NoiseSchedule()
@@ -38,10 +39,11 @@ def test_modes_are_the_means_of_clusters_the_largest_first():
     centres = torch.tensor([[5.0, 0, 0, 0], [0, 5, 0, 0], [0, 0, 5, 0]])
     sizes = (10, 40, 20)
     latents = torch.cat([c + 0.1 * torch.randn(n, 4, generator=rng(n)) for c, n in zip(centres, sizes, strict=True)])
-    modes = find_modes(latents.reshape(-1, 1, 2, 2), 3, seed=0)
+    modes, counts = find_modes(latents.reshape(-1, 1, 2, 2), 3, seed=0)
     expected = torch.stack([part.mean(dim=0) for part in latents.split(sizes)])[[1, 2, 0]].reshape(3, 1, 2, 2)
     torch.testing.assert_close(modes, expected)
-    assert (find_modes(latents.reshape(-1, 1, 2, 2), 3, seed=0) == modes).all()
+    assert counts.tolist() == [40, 20, 10]
+    assert (find_modes(latents.reshape(-1, 1, 2, 2), 3, seed=0)[0] == modes).all()
     with pytest.raises(ValueError, match="3 modes are to be found of 2 images"):
         find_modes(torch.zeros(2, 1, 2, 2), 3, seed=0)
 
@@ -154,3 +156,27 @@ def test_one_step_of_refinement_is_one_of_adam_by_hand():
     gradient.flatten()[largest] -= 10 * scale * alpha_bar.sqrt() * error.flatten()[largest].sign()
     expected = z0[0] - 0.1 * gradient / (gradient.abs() + 1e-8)  # Adam's first step
     torch.testing.assert_close(refine(predict, z0, SCHEDULE, [rng(4)], **how)[0], expected)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_sample_that_starts_at_a_prototype_is_noised_and_denoised_from_there(sampler: str):
+    """D4M: of ten steps at a strength of 0.7, seven are taken, from the timestep to which the centre is noised."""
+    modes = torch.stack([torch.full((1, 2, 2), value) for value in (-0.5, 0.8)])
+    steering = Prototypes(Prototypes.Config(strength=0.7), 2, 0, 10, lambda label: [{"modes": modes}], "cpu")
+    options = steering.options(3, [0, 1, 2])
+    assert options["first"] == 6
+    assert torch.equal(options["around"], modes[[0, 1, 0]])
+    seen: list[int] = []
+    starts: list[torch.Tensor] = []
+
+    def predict(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(int(t))
+        starts.append(z)
+        return torch.zeros_like(z)
+
+    sample(predict, (1, 2, 2), [rng(seed) for seed in range(3)], SCHEDULE, 10, sampler=sampler, **options)
+    timesteps = SCHEDULE.respaced(10, "leading" if sampler == "ddim" else "dit")
+    assert seen == timesteps[:7].flip(0).tolist()
+    noise = torch.stack([torch.randn(1, 2, 2, generator=rng(seed)) for seed in range(3)])
+    share = SCHEDULE.alpha_bar[seen[0]].float()
+    torch.testing.assert_close(starts[0], share.sqrt() * modes[[0, 1, 0]] + (1 - share).sqrt() * noise)

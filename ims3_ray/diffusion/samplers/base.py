@@ -31,7 +31,8 @@ class Sampler(Component, ABC):
     spacing: ClassVar[Spacing] = "linspace"
     """How its timesteps are spaced: see :meth:`NoiseSchedule.respaced`."""
     takes: ClassVar[frozenset[str]] = frozenset()
-    """The options that the sampler accepts: ``first`` (index of the timestep to start from), ``drift`` (:data:`Drift`)."""
+    """The options that a sampling with it may have: ``first`` (index of the timestep to start from), ``around`` (clean latents
+    to start near, see :func:`sample`), ``drift`` (:data:`Drift`)."""
 
     def __init__(self, config: Section | None = None) -> None:
         self.config: Any = config or self.Config()
@@ -58,12 +59,14 @@ def sample(
     clip: bool = False,
     device: torch.device | str = "cpu",
     start: Tensor | None = None,
+    around: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """Draw ``len(generators)`` samples of ``shape`` [C, H, W]; sample b uses noise from ``generators[b]`` alone.
 
     Noise is drawn on the CPU, so that it is the same for every device. Sampling ends at the clean latent (ᾱ = 1), which is
-    returned in float32. ``start`` [B, C, H, W] replaces the initial noise; ``options`` are passed to the sampler.
+    returned in float32. ``start`` [B, C, H, W] replaces the initial noise. ``around`` [B, C, H, W] are clean latents that are
+    noised to the timestep with the index ``first``, where sampling then starts. ``options`` are passed to the sampler.
     """
 
     def draw() -> Tensor:
@@ -71,4 +74,7 @@ def sample(
 
     way = Sampler.registry[sampler]() if isinstance(sampler, str) else sampler
     z = draw() if start is None else start.to(device)
+    if around is not None:
+        t = schedule.respaced(num_steps, way.spacing)[options["first"]]
+        z = schedule.add_noise(around.to(device), z, t.expand(len(z)).to(device))
     return way(predict, z, draw, schedule, num_steps, clip, **options).float()

@@ -33,7 +33,7 @@ class Ddim(Sampler):
     where ``z`` is not pure noise."""
 
     name, spacing = "ddim", "leading"
-    takes = frozenset({"first"})
+    takes = frozenset({"first", "around"})
 
     def __call__(
         self,

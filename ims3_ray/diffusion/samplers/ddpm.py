@@ -19,12 +19,13 @@ class Ddpm(Sampler):
 
     Timesteps run from 0 to the last one, DiT's respacing "N" (for 50: 0, 20, 41 … 979, 999). A predicted variance lies between
     that of the posterior and β of the respaced process, on a logarithmic scale (Nichol & Dhariwal 2021, Eq. 15); without a
-    predicted variance the posterior's is used. ``drift`` is added to the noise of a step to guide the samples.
+    predicted variance the posterior's is used. ``drift`` is added to the noise of a step to guide the samples; sampling starts
+    from the timestep of index ``first`` where ``z`` is not pure noise.
     """
 
     name, spacing = "ddpm", "dit"
     uses_variance = True
-    takes = frozenset({"drift"})
+    takes = frozenset({"first", "around", "drift"})
 
     def __call__(
         self,
@@ -35,13 +36,14 @@ class Ddpm(Sampler):
         num_steps: int,
         clip: bool,
         *,
+        first: int | None = None,
         drift: Drift | None = None,
         **_: Any,
     ) -> Tensor:
         timesteps = schedule.respaced(num_steps, self.spacing).tolist()
         levels = [1.0, *schedule.alpha_bar[timesteps].tolist()]
         betas = [1 - now / before for before, now in itertools.pairwise(levels)]
-        for i in range(num_steps - 1, -1, -1):
+        for i in range(num_steps - 1 if first is None else first, -1, -1):
             now, before, beta = levels[i + 1], levels[i], betas[i]
             predicted = predict(z, torch.tensor(timesteps[i : i + 1]))
             eps, values = predicted[:, : z.shape[1]], predicted[:, z.shape[1] :]

@@ -16,8 +16,9 @@ from ims3_ray.diffusion.samplers.base import Drift
 from ims3_ray.diffusion.steering.base import REMEMBERED, Shards, Steering
 
 
-def find_modes(latents_NCHW: Tensor, k: int, seed: int) -> Tensor:
-    """Centres of k-means clusters of a class's latents, float32 [K, C, H, W], largest clusters first.
+def find_modes(latents_NCHW: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Centres of k-means clusters of a class's latents, float32 [K, C, H, W], and their numbers of latents, int64 [K]; the
+    largest clusters first.
 
     Raises ``ValueError`` for fewer latents than modes.
     """
@@ -27,8 +28,9 @@ def find_modes(latents_NCHW: Tensor, k: int, seed: int) -> Tensor:
         raise ValueError(f"{k} modes are to be found of {len(latents_NCHW)} images")
     found = KMeans(n_clusters=k, n_init=10, random_state=seed % 2**32).fit(latents_NCHW.flatten(1).numpy())
     sizes = torch.from_numpy(found.labels_).long().bincount(minlength=k)
-    centres = torch.from_numpy(found.cluster_centers_).float()[sizes.argsort(descending=True, stable=True)]
-    return centres.reshape(k, *latents_NCHW.shape[1:])
+    order = sizes.argsort(descending=True, stable=True)
+    centres = torch.from_numpy(found.cluster_centers_).float()[order]
+    return centres.reshape(k, *latents_NCHW.shape[1:]), sizes[order]
 
 
 def toward_modes(modes_BCHW: Tensor, strength: float, until: float) -> Drift:
