@@ -31,8 +31,8 @@ class Sampler(Component, ABC):
     spacing: ClassVar[Spacing] = "linspace"
     """How its timesteps are spaced: see :meth:`NoiseSchedule.respaced`."""
     takes: ClassVar[frozenset[str]] = frozenset()
-    """The options that a sampling with it may have: ``first`` (index of the timestep to start from), ``around`` (clean latents
-    to start near, see :func:`sample`), ``drift`` (:data:`Drift`)."""
+    """The options that a sampling with it may have: ``first`` (index of the timestep at which a ``start`` of one's own begins),
+    ``around`` (clean latents to start near, with ``first``, see :func:`sample`), ``drift`` (:data:`Drift`)."""
 
     def __init__(self, config: Section | None = None) -> None:
         self.config: Any = config or self.Config()

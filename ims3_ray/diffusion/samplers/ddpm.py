@@ -25,7 +25,7 @@ class Ddpm(Sampler):
 
     name, spacing = "ddpm", "dit"
     uses_variance = True
-    takes = frozenset({"first", "around", "drift"})
+    takes = frozenset({"around", "drift"})
 
     def __call__(
         self,
