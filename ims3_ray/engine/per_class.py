@@ -33,12 +33,13 @@ def map_classes(function: Any, shared: Any, classes: Sequence[Any], **resources:
 
 def each_unit(
     context: Context, stage: Stage, function: Callable[[Any, Sequence[tuple[str, Any]]], None], shared: Any,
-    rows: Mapping[str, Any], *, gpus: float = 0, what: str = "classes",
+    rows: Mapping[str, Any], *, gpus: float = 0, what: str = "classes", most_at_once: int = 25,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Make the units of ``rows`` (unit → input of its task) that do not exist yet. Returns the entries of all units, in order.
 
     Ray tasks call ``function(shared, [(unit, row), …])``, which makes some units and stores each one's entry with
-    :func:`ims3_ray.engine.shards.note`, so that nothing is made twice after an interruption.
+    :func:`ims3_ray.engine.shards.note`, so that nothing is made twice after an interruption. A task makes at most
+    ``most_at_once`` units.
     """
     artifact = stage.artifact(context.storage)
     there = read_notes(artifact, list(rows))
@@ -46,7 +47,7 @@ def each_unit(
     actors, cluster = context.config.actors, context.config.cluster
     options = {"num_cpus": actors.cpus, "num_gpus": gpus, **placed(cluster, "pool")}
     task, shared_ref = ray.remote(function).options(max_retries=3, **options), ray.put(shared)
-    at_once = max(1, min(25, -(-len(todo) // (2 * context.config.actors.count))))
+    at_once = max(1, min(most_at_once, -(-len(todo) // (2 * context.config.actors.count))))
     parts = [todo[start : start + at_once] for start in range(0, len(todo), at_once)]
     watch = wait_for_capacity(cluster, "pool", stage.title, [reserved(actors.cpus, gpus)] * min(actors.count, len(parts)))
     with Progress(stage.title, len(todo), what) as progress:

@@ -57,7 +57,8 @@ class Prepare(Stage):
         pieces = method.pieces(settings, context.classes.counts)
         rows = {unit_of(piece): piece for piece in pieces if unit_of(piece) in missing}
         way = _Way(method(settings), artifact, MethodInputs.of(self, method.preparation_needs, context))
-        entries = each_unit(context, self, make_pieces, way, rows, gpus=context.config.actors.gpus, what="pieces")
+        gpus = context.config.actors.gpus
+        entries = each_unit(context, self, make_pieces, way, rows, gpus=gpus, what="pieces", most_at_once=1)
         commit_units(artifact, entries, time.monotonic() - began)
 
 

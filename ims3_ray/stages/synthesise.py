@@ -85,7 +85,7 @@ class Synthesise(Stage):
             Prepared(prepared.artifact(storage) if prepared else None), MethodInputs.of(self, method.needs, context),
         )  # fmt: skip
         gpus = context.config.actors.gpus
-        entries = each_unit(context, self, make_parts, way, parts, gpus=gpus, what="parts")
+        entries = each_unit(context, self, make_parts, way, parts, gpus=gpus, what="parts", most_at_once=1)
         if tuple(parts) != self.units:
             members = members_of(parts, classes)
             gathered = map_classes(gather_parts, way.made, [(unit, members[i]) for i, unit in enumerate(self.units)])
