@@ -34,7 +34,8 @@ from ims3_ray.data.augment import EIGENVALUES, EIGENVECTORS, cutmix
 from ims3_ray.data.transforms import to_pil
 from ims3_ray.errors import UserError
 from ims3_ray.models.students import forward_flops
-from ims3_ray.training.students import IMAGENET_MEAN, IMAGENET_STD, Training
+from ims3_ray.training.augmented import IMAGENET_MEAN, IMAGENET_STD
+from ims3_ray.training.students import Training
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -108,7 +109,7 @@ def through_a_loader(config: BenchmarkConfig, kept: bool) -> Callable[[], object
     def epoch() -> None:
         training.student.train()
         for images, labels in batches(loader):
-            images, order, share = cutmix(images, training.cpu_rng)
+            images, order, share = cutmix(images, training.batches.cpu_rng)
             logits = training.student.net(images)
             loss = share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, labels[order])
             training.optimizer.zero_grad(set_to_none=True)

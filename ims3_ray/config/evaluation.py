@@ -64,9 +64,10 @@ class ProtocolConfig(Section):
     students: tuple[str, ...] = Field(default=("convnet-3",), min_length=1)
     """Students to train: `convnet-DEPTH`, `resnetap-10`, `resnet-18`, `resnet-50`, `resnet-101` or `timm/NAME`. Each is a row
     of the results table."""
-    labels: Literal["hard", "soft", "stored"] = "hard"
+    labels: Literal["hard", "soft", "stored", "stored_batches"] = "hard"
     """Labels that students learn. `hard`: the class. `soft`: the outputs of the teacher, computed for every batch after its
-    augmentation. `stored`: the soft labels that are stored with the set."""
+    augmentation. `stored`: the soft labels that are stored with the set. `stored_batches`: as `soft`, but all students see the
+    same batches with the same augmentation, whose labels are computed once and stored in half precision (FKD, SRe2L)."""
     norm: Literal["instance", "batch"] = "instance"
     """Kind of normalisation layers in ConvNets and ResNets."""
     width: int = Field(default=128, ge=1)

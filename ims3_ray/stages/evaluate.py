@@ -29,6 +29,7 @@ from ims3_ray.models.students import check_student, forward_flops, student_build
 from ims3_ray.progress import Progress
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.held_out import HoldOut
+from ims3_ray.stages.label_batches import LabelBatches, StoredBatchLabels
 from ims3_ray.stages.teacher import TeacherInput, load_teacher, plan_teacher, teacher_of
 from ims3_ray.training.accuracy import Labelled
 from ims3_ray.training.students import LabelledSet, padding, train_student
@@ -60,6 +61,8 @@ class Evaluate(Stage):
         inputs: dict[str, Stage] = {"set": images, "test": plan_test(planner, protocol)}
         if config.val_per_class:
             inputs["val"] = HoldOut.plan(planner)
+        if protocol.labels == "stored_batches":
+            inputs["labels"] = LabelBatches.plan(planner, title, images, ipc, protocol)
         teacher = plan_teacher(planner) if protocol.labels == "soft" else TeacherInput()
         params: dict[str, Any] = {
             "protocol": differing(protocol, without=("students",)), "student": student,
@@ -159,6 +162,8 @@ class Task:
     val: Artifact | None
     teacher: Weights | Artifact | None
     """Given weights, or the artifact of :mod:`ims3_ray.stages.teacher`; None if the protocol needs no teacher."""
+    labels: Artifact | None
+    """Stored labels of the batches; None if the protocol takes other labels."""
     class_names: tuple[str, ...]
     threads: int
 
@@ -180,6 +185,7 @@ def train_and_test(task: Task, seed: int, found: Artifact) -> dict[str, Any]:
         task.protocol.students[0], train, task.test.read(), classes, task.protocol, seed, device=device, val=val,
         teacher=load_teacher(task.teacher, task.class_names, device) if task.teacher is not None else None,
         resume=found.read(state) if state in found.shards() else None, save=partial(found.write, state),
+        batch_labels=StoredBatchLabels(task.labels) if task.labels is not None else None,
     )  # fmt: skip
     plain = asdict(replace(accuracy, confusion=torch.empty(0)))
     plain.pop("confusion")
@@ -249,11 +255,12 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
 
 
 def _task(context: Context, stage: Evaluate) -> Task:
-    storage, val = context.storage, stage.inputs.get("val")
+    storage, val, labels = context.storage, stage.inputs.get("val"), stage.inputs.get("labels")
     return Task(
         stage.protocol, stage.inputs["set"].artifact(storage), RealSplit.of(cast(Encode, stage.inputs["test"]), storage),
         val.artifact(storage) if val else None,
-        teacher_of(stage, context) if stage.protocol.labels == "soft" else None, context.classes.names,
+        teacher_of(stage, context) if stage.protocol.labels == "soft" else None,
+        labels.artifact(storage) if labels else None, context.classes.names,
         context.config.evaluation.threads_per_task,
     )  # fmt: skip
 

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ims3_ray.config import ProtocolConfig
-from ims3_ray.config.evaluation import for_ipc
-from ims3_ray.data.augment import Scale, augment, cutmix
+from ims3_ray.data.augment import Scale
 from ims3_ray.errors import Diverged, UserError
 from ims3_ray.models.students import batch_of_one, build_student, has_batch_norm
-from ims3_ray.seeds import generator_for, seed_for
+from ims3_ray.seeds import seed_for
 from ims3_ray.training.accuracy import Accuracy, Check, Labelled, confusion_of, resident, test_images, validation_epochs
+from ims3_ray.training.augmented import AugmentedBatches, Batch, epochs_and_batch_size, scale_of
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SAVE_EVERY_S = 60.0
 """Least number of seconds between two saved states of a training."""
 
@@ -45,6 +44,9 @@ class LabelledSet(NamedTuple):
 Teacher = Callable[[Tensor], Tensor]
 """Images in [0, 1], [B, C, H, W] → logits [B, num_classes]."""
 
+BatchLabels = Callable[[int], Tensor]
+"""Number of an epoch → the teacher's logits of its shared batches, one after another, [N, num_classes]."""
+
 
 class Student(nn.Module):
     """A network that takes uint8 images [B, C, size, size] and normalises them as the protocol specifies."""
@@ -55,17 +57,9 @@ class Student(nn.Module):
     def __init__(self, name: str, images: Tensor, num_classes: int, protocol: ProtocolConfig) -> None:
         super().__init__()
         channels, size = images.shape[1:3]
-        if protocol.normalise == "imagenet":
-            mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        else:
-            scaled = images.float() / 255
-            mean, std = scaled.mean().reshape(1), scaled.std().reshape(1)
-            if not std > 0:
-                raise UserError(
-                    "all pixels of the set have the same value, so students learn nothing from it; look at its images"
-                )
-        self.register_buffer("mean", mean.reshape(-1, 1, 1))
-        self.register_buffer("std", std.reshape(-1, 1, 1))
+        scale = scale_of(images, protocol)
+        self.register_buffer("mean", scale.mean)
+        self.register_buffer("std", scale.std)
         self.pad = padding(size, protocol.pad_to)
         self.net = build_student(name, channels, size + sum(self.pad), num_classes, protocol.norm, protocol.width)
 
@@ -89,29 +83,30 @@ def padding(size: int, pad_to: int | None) -> tuple[int, int]:
 
 
 class Training:
-    """A student in training. If labels are soft, ``teacher`` labels every batch."""
+    """A student in training. If labels are soft, ``teacher`` labels every batch; ``batch_labels`` are the stored labels of an
+    epoch's batches."""
 
     def __init__(
         self, name: str, train: LabelledSet | Labelled, num_classes: int, protocol: ProtocolConfig, seed: int,
-        device: str = "cpu", teacher: Teacher | None = None,
+        device: str = "cpu", teacher: Teacher | None = None, batch_labels: BatchLabels | None = None,
     ) -> None:  # fmt: skip
         train = LabelledSet(*train)
         if protocol.labels == "soft" and teacher is None:
             raise ValueError("soft labels need a teacher")
+        if protocol.labels == "stored_batches" and batch_labels is None:
+            raise ValueError("labels of batches need batch_labels")
         if protocol.labels == "stored" and train.logits is None:
             raise ValueError("the set has no stored soft labels")
-        self.protocol, self.device, self.teacher = protocol, device, teacher
+        self.protocol, self.device, self.teacher, self.batch_labels = protocol, device, teacher, batch_labels
         self.size = protocol.size or train.pixels.shape[-1]
         self.logits = train.logits.to(device).float() if protocol.labels == "stored" and train.logits is not None else None
         self.weights = (train.weights / train.weights.mean()).to(device) if train.weights is not None else None
         torch.manual_seed(seed_for(seed, "student-init"))
-        self.images, self.labels = resident(train.pixels, self.size).to(device), train.labels.to(device)
-        self.student = Student(name, self.images, num_classes, protocol).to(device)
+        images, self.labels = resident(train.pixels, self.size).to(device), train.labels.to(device)
+        self.student = Student(name, images, num_classes, protocol).to(device)
         if device != "cpu":
             self.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        ipc = int(train.labels.bincount().max())
-        self.epochs = for_ipc(protocol.epochs, ipc)
-        self.batch_size = min(for_ipc(protocol.batch_size, ipc), len(self.labels))
+        self.epochs, self.batch_size = epochs_and_batch_size(protocol, train.labels)
         self.batched = has_batch_norm(self.student.net)
         if self.batched and self.batch_size == 1:
             raise UserError(batch_of_one(name))
@@ -119,19 +114,21 @@ class Training:
         self.decay = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda epoch: decay_factor(protocol.decay, epoch, self.epochs)
         )
-        self.cpu_rng = generator_for(seed, "student")
-        self.rng = torch.Generator(device).manual_seed(seed_for(seed, "student-augment"))
+        shared = protocol.labels == "stored_batches"
+        self.batches = AugmentedBatches(images, protocol, self.batch_size, self.student.scale, seed, device, shared)
         self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=protocol.precision == "bf16")
 
     def epoch(self) -> Tensor:
         """Train on every image once; returns the mean loss of the batches, still on the device."""
         self.student.train()
-        losses = []
-        for index in torch.randperm(len(self.labels), generator=self.cpu_rng).split(self.batch_size):
-            if len(index) == 1 and self.batch_size > 1 and (self.batched or self.protocol.norm == "batch"):
+        losses, number, seen = [], self.decay.last_epoch, 0
+        stored = self.batch_labels(number).to(self.device) if self.batch_labels is not None else None
+        for batch in self.batches.epoch(number):
+            count = len(batch.members)
+            first, seen = seen, seen + count
+            if count == 1 and self.batch_size > 1 and (self.batched or self.protocol.norm == "batch"):
                 continue  # batch statistics need more than one image
-            index = index.to(self.device, non_blocking=True)
-            loss = self._loss(index)
+            loss = self._loss(batch, None if stored is None else stored[first:seen])
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
@@ -143,69 +140,68 @@ class Training:
         """Everything that is needed to resume the training, possibly on another machine."""
         return {
             "student": self.student.state_dict(), "optimizer": self.optimizer.state_dict(), "decay": self.decay.state_dict(),
-            "cpu_rng": self.cpu_rng.get_state(), "rng": self.rng.get_state(),
+            "cpu_rng": self.batches.cpu_rng.get_state(), "rng": self.batches.rng.get_state(),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in ("student", "optimizer", "decay"):
             getattr(self, name).load_state_dict(state[name])
         for name in ("cpu_rng", "rng"):
-            getattr(self, name).set_state(state[name])
+            getattr(self.batches, name).set_state(state[name])
 
-    def _loss(self, index: Tensor) -> Tensor:
-        """The loss of the images ``index``, with new random augmentation."""
-        p, labels = self.protocol, self.labels[index]
-        images, scale = self.images[index].float() / 255, self.student.scale
-        batch = augment(images, self.size, self.rng, cpu_rng=self.cpu_rng, scale=scale, **dict(p.augment))
-        order, share = None, 1.0
+    def _loss(self, batch: Batch, stored: Tensor | None = None) -> Tensor:
+        """The loss of a batch, for which ``stored`` are the teacher's logits, if they are stored."""
+        p, (images, members, unmixed, order, share) = self.protocol, batch
+        labels = self.labels[members]
         if p.unmixed_pass:
             with torch.no_grad(), self.autocast:
-                self.student.scores(batch)
-        if p.cutmix == 1 or (p.cutmix and torch.rand((), generator=self.cpu_rng).item() < p.cutmix):
-            batch, order, share = cutmix(batch, self.cpu_rng)
+                self.student.scores(unmixed)
         with self.autocast:
-            logits = self.student.scores(batch)
+            logits = self.student.scores(images)
         logits = logits.float()
-        if self.teacher is not None:
+        if self.teacher is not None or stored is not None:
             with torch.no_grad():
-                wanted = self.teacher(batch)
-            return self._mean(soft_label_loss(logits, wanted, p.temperature, self._reduction), index)
+                wanted = self.teacher(images) if self.teacher is not None else stored
+            assert wanted is not None
+            return self._mean(soft_label_loss(logits, wanted, p.temperature, self._reduction), members)
         if self.logits is None:
-            loss = self._hard(logits, labels, index)
-            return loss if order is None else share * loss + (1 - share) * self._hard(logits, labels[order], index[order])
-        stored = self.logits[index]
-        loss = self._mean(soft_label_loss(logits, stored, p.temperature, self._reduction), index)
+            loss = self._hard(logits, labels, members)
+            return loss if order is None else share * loss + (1 - share) * self._hard(logits, labels[order], members[order])
+        of_images = self.logits[members]
+        loss = self._mean(soft_label_loss(logits, of_images, p.temperature, self._reduction), members)
         if order is None:
             return loss
-        other = soft_label_loss(logits, stored[order], p.temperature, self._reduction)
-        return share * loss + (1 - share) * self._mean(other, index[order])
+        other = soft_label_loss(logits, of_images[order], p.temperature, self._reduction)
+        return share * loss + (1 - share) * self._mean(other, members[order])
 
-    def _hard(self, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        return self._mean(F.cross_entropy(logits, labels, reduction=self._reduction), index)
+    def _hard(self, logits: Tensor, labels: Tensor, members: Tensor) -> Tensor:
+        return self._mean(F.cross_entropy(logits, labels, reduction=self._reduction), members)
 
     @property
     def _reduction(self) -> str:
         return "mean" if self.weights is None else "none"
 
-    def _mean(self, loss: Tensor, index: Tensor) -> Tensor:
+    def _mean(self, loss: Tensor, members: Tensor) -> Tensor:
         """The mean loss of a batch, weighted if the set has weights."""
-        return loss if self.weights is None else (loss * self.weights[index]).mean()
+        return loss if self.weights is None else (loss * self.weights[members]).mean()
 
 
 def train_student(
     name: str, train: LabelledSet | Labelled, test: Labelled, num_classes: int, protocol: ProtocolConfig, seed: int,
     *, device: str = "cpu", val: Labelled | None = None, teacher: Teacher | None = None, resume: bytes | None = None,
-    save: Callable[[bytes], object] | None = None,
+    save: Callable[[bytes], object] | None = None, batch_labels: BatchLabels | None = None,
 ) -> tuple[Student, Accuracy]:  # fmt: skip
     """Train student ``name`` from scratch on ``train`` by ``protocol``, test it on ``test`` and, if given, ``val``.
 
     Where the protocol's epochs or batch size depend on the images per class, the size of the largest class counts. The same
-    seed on the same kind of device yields the same student. Raises ``ValueError`` for soft labels without a ``teacher``.
+    seed on the same kind of device yields the same student. Raises ``ValueError`` for soft labels without a ``teacher``, and
+    for stored labels of batches without ``batch_labels``.
 
     ``save`` is called with the state of the training after a validation, at most every :data:`SAVE_EVERY_S` seconds. With such
     a state as ``resume`` the training continues from there and yields the same student.
     """
-    training = Training(name, train, num_classes, protocol, seed, device, teacher if protocol.labels == "soft" else None)
+    teacher = teacher if protocol.labels == "soft" else None
+    training = Training(name, train, num_classes, protocol, seed, device, teacher, batch_labels)
     student, keep = training.student, protocol.test_crop
     tests = {"test": test_images(test, training.size, keep, device)}
     if val is not None and len(val[1]):

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load
 from torch import Tensor
 
 from ims3_ray.commands.distill import distill, evaluate
@@ -180,6 +181,26 @@ def test_soft_labels_are_the_teachers_and_students_learn_from_them(tiny_run: Run
     values["name"] = "hard"
     with pytest.raises(UserError, match=r"protocols.stored takes stored soft labels, which the set of 'Soft' has not"):
         make_plan(RunConfig.model_validate(values))
+
+
+def test_labels_of_batches_are_made_once_for_all_students(tiny_run: Run, tmp_path: Path):
+    arm = {"title": "Real", "images": "real", "select": "random"}
+    values = values_of(tiny_run, tmp_path, arms={"real": arm}, export=None, name="batches")
+    fkd = {"labels": "stored_batches", "width": 8, "epochs": 12, "validations": 1, "cutmix": True}
+    protocols = {"fkd": {**fkd, "students": ["convnet-3", "convnet-2"]}, "faster": {**fkd, "lr": 0.02}}
+    values["evaluation"] = {
+        **values["evaluation"], "teacher": {"weights": tiny_run.config.encoder}, "protocols": protocols, "seeds": [0, 1],
+    }  # fmt: skip
+    config = RunConfig.model_validate(values)
+    plan, storage = make_plan(config), Storage.at(config.storage)
+    result = distill(config)
+    (labelled,) = [stage for stage in plan.stages if stage.name == "label_batches"]
+    assert labelled.units == ("epochs-00000", "epochs-00010")
+    logits = load(labelled.artifact(storage).read("epochs-00010.safetensors"))["logits"]
+    assert (logits.shape, logits.dtype) == ((2, 3 * K, 3), torch.float16)
+    rows = result.results["sets"]["real"]["rows"]
+    assert set(rows) == {"fkd/convnet-3", "fkd/convnet-2", "faster/convnet-3"}
+    assert all(row["curve"][-1]["loss"] < 0.5 for row in rows.values()), "divergences at T = 20, no cross entropies"
 
 
 def test_an_arm_may_have_its_own_generator(tiny_run: Run, tmp_path: Path):

@@ -14,8 +14,10 @@ from ims3_ray.config import AugmentConfig, ProtocolConfig
 from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.errors import Diverged, UserError
 from ims3_ray.models.students import build_student, constant_norms, forward_flops, student_builder
+from ims3_ray.training import augmented
 from ims3_ray.training import students as evaluation
 from ims3_ray.training.accuracy import accuracy_of, confusion_of, resident, validation_epochs
+from ims3_ray.training.augmented import AugmentedBatches, scale_of
 from ims3_ray.training.students import LabelledSet, Student, Training, _optimizer, decay_factor, soft_label_loss, train_student
 
 PUBLISHED = {
@@ -251,12 +253,12 @@ def test_weights_of_images_weigh_their_losses_and_equal_ones_change_nothing():
     alone = torch.stack(
         [F.cross_entropy(plain.student.scores(pixels[i : i + 1].float() / 255), labels[i : i + 1]) for i in range(8)]
     )
-    torch.testing.assert_close(plain._loss(index), alone.mean())
+    torch.testing.assert_close(plain._loss(plain.batches._batch(index)), alone.mean())
     weights = torch.tensor([3.0, 1, 0, 0, 2, 2, 0, 0])
     weighed = Training("convnet-2", LabelledSet(pixels, labels, weights=weights), 2, protocol, 0)
-    torch.testing.assert_close(weighed._loss(index), (alone * weights / weights.mean()).mean())
+    torch.testing.assert_close(weighed._loss(weighed.batches._batch(index)), (alone * weights / weights.mean()).mean())
     even = Training("convnet-2", LabelledSet(pixels, labels, weights=torch.full((8,), 5.0)), 2, protocol, 0)
-    torch.testing.assert_close(even._loss(index), alone.mean())
+    torch.testing.assert_close(even._loss(even.batches._batch(index)), alone.mean())
 
 
 def test_stored_soft_labels_take_the_place_of_a_teacher():
@@ -268,10 +270,10 @@ def test_stored_soft_labels_take_the_place_of_a_teacher():
     scores = training.student.scores(pixels.float() / 255)
     wanted, found = (logits / 4).softmax(dim=1), (scores / 4).log_softmax(dim=1)
     expected = (wanted * (wanted.log() - found)).sum(dim=1)
-    torch.testing.assert_close(training._loss(torch.arange(6)), expected.mean())
+    torch.testing.assert_close(training._loss(training.batches._batch(torch.arange(6))), expected.mean())
     weights = torch.tensor([1.0, 2, 3, 0, 0, 0])
     weighed = Training("convnet-2", LabelledSet(pixels, labels, logits, weights), 2, protocol, 0)
-    torch.testing.assert_close(weighed._loss(torch.arange(6)), (expected * weights).mean())
+    torch.testing.assert_close(weighed._loss(weighed.batches._batch(torch.arange(6))), (expected * weights).mean())
     with pytest.raises(ValueError, match="no stored soft labels"):
         Training("convnet-2", (pixels, labels), 2, protocol, 0)
 
@@ -352,8 +354,8 @@ def test_an_unmixed_pass_updates_batch_norm_twice_a_step():
 
 def test_cutmix_may_be_applied_to_some_batches(monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
-    real = evaluation.cutmix
-    monkeypatch.setattr(evaluation, "cutmix", lambda *arguments: (calls.append(1), real(*arguments))[1])
+    real = augmented.cutmix
+    monkeypatch.setattr(augmented, "cutmix", lambda *arguments: (calls.append(1), real(*arguments))[1])
     images, labels = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 2
     for share, low, high in ((0.0, 0, 0), (0.5, 5, 35), (1.0, 40, 40)):
         calls.clear()
@@ -370,3 +372,30 @@ def test_convnets_keep_pytorchs_initialisation():
     bound = 1 / math.sqrt(16 * 9)  # of kaiming_uniform with a = √5, PyTorch's default
     assert convolution.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
     assert convolution.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def test_stored_labels_belong_to_the_batches_that_every_student_sees():
+    """Students of different seeds see the same batches, and learn from stored labels what the teacher would have said."""
+    images, labels = torch.randint(256, (10, 1, 12, 12), dtype=torch.uint8), torch.arange(10) % 2
+    augment = {"max_shift": 3, "flip": True}
+    protocol = quick(labels="stored_batches", cutmix=0.5, batch_size=4, width=4, epochs=3, augment=augment)
+    torch.manual_seed(1)
+    network = nn.Linear(144, 2).requires_grad_(False)
+
+    def teacher(batch: torch.Tensor) -> torch.Tensor:
+        return network(batch.flatten(1))
+
+    stream = AugmentedBatches(images, protocol, 4, scale_of(images, protocol), 7, "cpu", shared=True)
+    stored = {number: torch.cat([teacher(batch.images) for batch in stream.epoch(number)]) for number in (2, 0, 1)}
+    seen: list[torch.Tensor] = []
+    for seed in (0, 1):
+        training = Training("convnet-2", (images, labels), 2, protocol, seed, batch_labels=stored.__getitem__)
+        scores = training.student.scores
+        training.student.scores = lambda batch, scores=scores: seen.append(batch) or scores(batch)  # type: ignore[method-assign]
+        for number in range(3):
+            seen.clear()
+            training.epoch()
+            torch.testing.assert_close(stored[number], torch.cat([teacher(batch) for batch in seen]))
+    assert len({stored[number].numpy().tobytes() for number in range(3)}) == 3, "every epoch is augmented anew"
+    with pytest.raises(ValueError, match="batch_labels"):
+        Training("convnet-2", (images, labels), 2, protocol, 0)

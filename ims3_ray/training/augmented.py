@@ -1,0 +1,92 @@
+"""The augmented batches of a set on which a student is trained, and which a teacher labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ims3_ray.config import ProtocolConfig
+from ims3_ray.config.evaluation import for_ipc
+from ims3_ray.data.augment import Scale, augment, cutmix
+from ims3_ray.errors import UserError
+from ims3_ray.seeds import generator_for, seed_for
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SHARED_SEED = 42
+"""Seed of the batches that all students share because their labels are stored; it is that of SRe2L's code."""
+
+
+class Batch(NamedTuple):
+    images: Tensor
+    """Images in [0, 1] after augmentation and CutMix, float32 [B, C, H, W]."""
+    members: Tensor
+    """Position of each image in the set, int64 [B]."""
+    unmixed: Tensor
+    """The images before CutMix."""
+    order: Tensor | None
+    """Permutation of the batch whose images fill the box of CutMix; None without CutMix."""
+    share: float
+    """Share of each image that is still its own."""
+
+
+def epochs_and_batch_size(protocol: ProtocolConfig, labels: Tensor) -> tuple[int, int]:
+    """Number of epochs and of images in a batch for a set with these labels [N]. Where they depend on the images per class, the
+    largest class counts; a batch never has more images than the set."""
+    ipc = int(labels.bincount().max())
+    return for_ipc(protocol.epochs, ipc), min(for_ipc(protocol.batch_size, ipc), len(labels))
+
+
+def scale_of(pixels: Tensor, protocol: ProtocolConfig) -> Scale:
+    """The statistics by which a protocol normalises the images of a set, uint8 [N, C, H, W], as values in [0, 1]. Raises
+    :class:`UserError` for a set of one grey value."""
+    if protocol.normalise == "imagenet":
+        return Scale(*(torch.tensor(values).reshape(-1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)))
+    scaled = pixels.float() / 255
+    mean, std = scaled.mean().reshape(1, 1, 1), scaled.std().reshape(1, 1, 1)
+    if not std > 0:
+        raise UserError("all pixels of the set have the same value, so students learn nothing from it; look at its images")
+    return Scale(mean, std)
+
+
+class AugmentedBatches:
+    """The batches of a protocol, drawn anew for every epoch.
+
+    By default the seed is a student's, and the images are augmented on their device by random numbers of this device. With
+    ``shared`` an epoch depends on its number alone and is augmented on the CPU, so that it is the same for all students and
+    devices.
+    """
+
+    def __init__(
+        self, pixels: Tensor, protocol: ProtocolConfig, batch_size: int, scale: Scale, seed: int, device: str,
+        shared: bool = False,
+    ) -> None:  # fmt: skip
+        """``pixels`` uint8 [N, C, H, W] of the size at which students take images."""
+        self.protocol, self.batch_size, self.device, self.shared = protocol, batch_size, device, shared
+        place = "cpu" if shared else device
+        self.pixels, self.scale = pixels.to(place), Scale(scale.mean.to(place), scale.std.to(place))
+        self.cpu_rng = generator_for(seed, "student")
+        self.rng = torch.Generator(place).manual_seed(seed_for(seed, "student-augment"))
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """The batches of an epoch, on the device. ``number`` counts from 0."""
+        if self.shared:
+            self.cpu_rng = generator_for(SHARED_SEED, "labelled", number)
+            self.rng = generator_for(SHARED_SEED, "labelled-augment", number)
+        for index in torch.randperm(len(self.pixels), generator=self.cpu_rng).split(self.batch_size):
+            yield self._batch(index)
+
+    def _batch(self, index: Tensor) -> Batch:
+        p, cpu_rng, size = self.protocol, self.cpu_rng, self.pixels.shape[-1]
+        index = index.to(self.pixels.device, non_blocking=True)
+        images = self.pixels[index].float() / 255
+        unmixed = augment(images, size, self.rng, cpu_rng=cpu_rng, scale=self.scale, **dict(p.augment))
+        images, order, share = unmixed, None, 1.0
+        if p.cutmix == 1 or (p.cutmix and torch.rand((), generator=cpu_rng).item() < p.cutmix):
+            images, order, share = cutmix(unmixed, cpu_rng)
+        if not self.shared:
+            return Batch(images, index, unmixed, order, share)
+        images, index, unmixed = (tensor.to(self.device, non_blocking=True) for tensor in (images, index, unmixed))
+        return Batch(images, index, unmixed, order if order is None else order.to(self.device), share)
