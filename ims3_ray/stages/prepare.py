@@ -37,12 +37,12 @@ class Prepare(Stage):
             "classes": list(planner.classes.names), "seed": config.seed, "size": config.data.size,
             "channels": config.data.channels, **needed.params, **plugins.hashes(method),
         }  # fmt: skip
-        pieces = method.pieces(settings, planner.classes.counts)
+        pieces, costs = method.pieces(settings, planner.classes.counts), costs_of(planner, config, needed)
         return planner.add(
             cls(
                 f"prepare {method.name}", params, needed.inputs, units=tuple(unit_of(piece) for piece in pieces),
-                flops=method.preparation_flops(settings, costs_of(planner, config, needed)), label=method.name,
-                weights=needed.weights, config=config,
+                flops=method.preparation_flops(settings, costs), stored=method.preparation_bytes(settings, costs),
+                label=method.name, weights=needed.weights, config=config,
             )
         )  # fmt: skip
 

@@ -151,6 +151,11 @@ class Synthesis(Component, ABC):
         """Floating-point operations of all pieces of the preparation."""
         return 0.0
 
+    @classmethod
+    def preparation_bytes(cls, config: Any, costs: Costs) -> float:
+        """Number of bytes of all pieces of the preparation."""
+        return 0.0
+
     def check(self, num_classes: int, size: int, channels: int) -> None:
         """Raises :class:`ims3_ray.errors.UserError` if the settings do not fit the images."""
 

@@ -86,6 +86,14 @@ class DM(Synthesis):
         images = sum(min(count, config.batch_size) for count in costs.counts)
         return float(config.steps * images) * _features_flops(config, costs)
 
+    @classmethod
+    def preparation_bytes(cls, config: Config, costs: Costs) -> float:
+        size = max(costs.size, config.pad_to or 0)
+        with torch.device("meta"):
+            network = FreshNetworks(config.network, config.width, costs.channels, size, len(costs.counts), "meta")(0)
+            features = without_head(network)(torch.zeros(1, costs.channels, size, size)).numel()
+        return 4.0 * config.steps * len(costs.counts) * features
+
     def check(self, num_classes: int, size: int, channels: int) -> None:
         check_network("dm", self.config.network, channels, max(size, self.config.pad_to or 0), num_classes, self.config.width)
 

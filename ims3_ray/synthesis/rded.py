@@ -96,6 +96,11 @@ class RDED(Synthesis):
         images = sum(min(count, config.images_per_class) for count in costs.counts)
         return images * config.crops * costs.forward["teacher"]
 
+    @classmethod
+    def preparation_bytes(cls, config: Config, costs: Costs) -> float:
+        images = sum(min(count, config.images_per_class) for count in costs.counts)
+        return float(images * costs.channels * (costs.size // config.factor) ** 2)
+
     @torch.no_grad()
     def prepare(self, piece: Piece, inputs: Inputs) -> Mapping[str, Tensor]:
         """``crops`` uint8 [n, C, s, s], the best crop of each image that can be decoded, and ``losses`` float32 [n]."""

@@ -431,3 +431,5 @@ def test_costs_grow_with_the_images(method: type[Synthesis]):
     assert method.flops(config, many) >= method.flops(config, few)
     assert method.preparation_flops(config, many) == method.preparation_flops(config, few)
     assert method.flops(config, many) + method.preparation_flops(config, many) > 0
+    bytes_of = {DM: 4 * 20000 * CLASSES * 2048, RDED: 40 * CLASSES * 3 * 16 * 16}
+    assert method.preparation_bytes(config, many) == bytes_of.get(method, 0)
