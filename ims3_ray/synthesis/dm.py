@@ -111,6 +111,10 @@ class DM(Synthesis):
         return {"means": torch.stack(means)}
 
     def make(self, given: Given, state: bytes | None, save: Save) -> Mapping[str, Tensor]:
+        return {"pixels": to_bytes(self.optimised(given, state, save))}
+
+    def optimised(self, given: Given, state: bytes | None, save: Save) -> Tensor:
+        """The images after all steps, float32 [N, C, H, W] where pixels are in [0, 1]; they may lie outside."""
         c, position = self.config, int(given.classes[0])
         assert given.statistics is not None
         first = 0
@@ -130,7 +134,7 @@ class DM(Synthesis):
             images = images.detach() - c.lr * velocity
             saver(step=step + 1, images=images, velocity=velocity)
         mean, std = given.statistics
-        return {"pixels": to_bytes(images * std + mean)}
+        return images * std + mean
 
     def _networks(self, inputs: Inputs) -> FreshNetworks:
         c = self.config
