@@ -75,8 +75,8 @@ class ProtocolConfig(Section):
     size: int | None = Field(default=None, ge=8)
     """Height and width of the images that students are trained and tested on, in pixels; data.size when unset."""
     pad_to: int | None = Field(default=None, ge=8)
-    """Height and width to which images are padded before the network, with the mean colour (DC, DSA and DM pad images of 28
-    pixels to 32); no padding when unset."""
+    """Height and width to which images are padded before the network, with the mean colour (DC, DSA, DM and IDC pad
+    images of 28 pixels to 32); no padding when unset."""
     test_crop: Fraction = Field(default=1.0, gt=0)
     """Share of the height and width of a test image that a central crop keeps (RDED: 0.875). Test images are read from the data
     set at the size that makes the crop as large as `size`."""

@@ -60,8 +60,8 @@ class ArmConfig(Section):
     labels: Literal["hard", "soft"] = "hard"
     """`hard`: each image has its class as label. `soft`: the teacher's logits are stored with each image as well."""
     weights: Literal["equal", "clusters"] = "equal"
-    """Weights of the images in the loss of students. `clusters`: each image weighs as much as the cluster of real images from
-    which or towards which it was sampled has images (DDOQ)."""
+    """Weights of the images in the loss of students. `clusters` (DDOQ): the weight of an image is the number of real images in
+    the cluster that it was sampled from or towards."""
     overrides: dict[Overridable, Any] = Field(default={})
     """Settings in which this arm differs from the run: values of finetune, sampling, selection, pool and synthesis, another
     encoder, generator or autoencoder, or data.size."""
@@ -88,6 +88,9 @@ class ArmConfig(Section):
             raise ValueError("images: given and path go together: give both or neither")
         if self.images == "none" and self.synthesise is None:
             raise ValueError("images: none needs a method that makes some; set synthesise")
+        if self.method is not None and ("nothing" if self.images == "none" else "set") not in self.method.starts:
+            fix = "set images: none" if self.images != "none" else "choose images, as in images: real with select: random"
+            raise ValueError(f"synthesise: {self.synthesise} does not start from images: {self.images}; {fix}")
         if self.method is not None and "generator" in self.method.needs and self.images != "generated":
             raise ValueError(f"synthesise: {self.synthesise} works on the generator's latents, so it needs images: generated")
         if self.weights == "clusters" and (self.images != "generated" or self.synthesise is not None):

@@ -1,6 +1,7 @@
 """Augmentation of whole batches on the device that holds them: every image draws its own parameters.
 
-Images are float [B, C, H, W] in [0, 1]; ``rng`` is a generator on their device. The distributions are those of torchvision's
+Images are float [B, C, H, W] in [0, 1]; ``rng`` is a generator on their device, or on the CPU for draws that are the same for
+every device. The distributions are those of torchvision's
 transforms of the same names, which process one image at a time.
 """
 
@@ -99,8 +100,8 @@ def shuffled_patches(images: Tensor, parts: int, rng: Generator) -> Tensor:
     side = -(-H // parts)
     images = F.interpolate(images, (side * parts, side * parts), mode="bilinear") if side * parts != H else images
     tiles = images.reshape(B, C, parts, side, parts, side).permute(0, 2, 4, 1, 3, 5)
-    rows, columns = torch.rand(2, B, parts, generator=rng, device=rng.device).argsort(dim=2)
-    tiles = tiles[torch.arange(B, device=rng.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    rows, columns = torch.rand(2, B, parts, generator=rng, device=rng.device).argsort(dim=2).to(images.device)
+    tiles = tiles[torch.arange(B, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
     return tiles.permute(0, 3, 1, 4, 2, 5).reshape(B, C, side * parts, side * parts)
 
 
@@ -135,7 +136,7 @@ def random_resized_crop(images: Tensor, size: int, scale: tuple[float, float], r
 def cropped(images: Tensor, boxes_B4: Tensor, size: int) -> Tensor:
     """The box (top, left, height, width) of each image, scaled (bilinear, edges repeated) to ``size`` × ``size``."""
     H, W = images.shape[-2:]
-    top, left, h, w = boxes_B4.to(images.dtype).unbind(dim=1)
+    top, left, h, w = boxes_B4.to(images).unbind(dim=1)
     centre = (torch.arange(size, device=images.device, dtype=images.dtype) + 0.5) / size
 
     def inside(first: Tensor, length: Tensor, whole: int) -> Tensor:
@@ -153,7 +154,7 @@ def shifted(images: Tensor, max_shift: int, rng: Generator) -> Tensor:
     """Each image shifted by up to ``max_shift`` pixels in both directions, edges repeated."""
     B, _, H, W = images.shape
     padded = F.pad(images, (max_shift,) * 4, mode="replicate")
-    offset = torch.randint(2 * max_shift + 1, (2, B), generator=rng, device=rng.device)
+    offset = torch.randint(2 * max_shift + 1, (2, B), generator=rng, device=rng.device).to(images.device)
     rows = offset[0][:, None] + torch.arange(H, device=images.device)
     columns = offset[1][:, None] + torch.arange(W, device=images.device)
     which = torch.arange(B, device=images.device)[:, None, None]
@@ -162,7 +163,7 @@ def shifted(images: Tensor, max_shift: int, rng: Generator) -> Tensor:
 
 def mirrored(images: Tensor, rng: Generator) -> Tensor:
     """Each image mirrored horizontally with probability one half."""
-    chosen = torch.rand(len(images), generator=rng, device=rng.device) < 0.5
+    chosen = torch.rand(len(images), generator=rng, device=rng.device).to(images.device) < 0.5
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
@@ -173,8 +174,9 @@ def jittered(images: Tensor, strength: float, rng: Generator) -> Tensor:
     clamped to [0, 1], as in the code of IDC and Minimax and unlike torchvision's.
     """
     B, C = images.shape[:2]
-    factors = uniform(3 * B, 1 - strength, 1 + strength, rng).reshape(3, B, 1, 1, 1).to(images.dtype)
-    orders = constant(ORDERS, images.device, torch.int64)[torch.randint(len(ORDERS), (B,), generator=rng, device=rng.device)]
+    factors = uniform(3 * B, 1 - strength, 1 + strength, rng).reshape(3, B, 1, 1, 1).to(images)
+    drawn = torch.randint(len(ORDERS), (B,), generator=rng, device=rng.device).to(images.device)
+    orders = constant(ORDERS, images.device, torch.int64)[drawn]
     for turn in orders.T:
         which = turn[:, None, None, None]
         factor = factors[turn, torch.arange(B, device=images.device)]
@@ -195,7 +197,7 @@ def lit(images: Tensor, std: float, rng: Generator) -> Tensor:
     """AlexNet's colour noise: a normal multiple of each principal component of ImageNet's colours, one draw per image."""
     alpha = torch.randn(len(images), 3, generator=rng, device=rng.device) * std
     vectors, values = (constant(table, images.device, images.dtype) for table in (EIGENVECTORS, EIGENVALUES))
-    return images + (alpha.to(images.dtype) @ (vectors * values).T)[:, :, None, None]
+    return images + (alpha.to(images) @ (vectors * values).T)[:, :, None, None]
 
 
 def cutmix(images: Tensor, rng: Generator) -> tuple[Tensor, Tensor, float]:

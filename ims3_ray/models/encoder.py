@@ -19,6 +19,7 @@ from ims3_ray.errors import UserError
 from ims3_ray.io.files import local_copy
 from ims3_ray.io.hub import fetch, is_hub_id
 from ims3_ray.models.checkpoints import check_fit, load_into, read_metadata, weights_path
+from ims3_ray.models.students import has_batch_norm
 
 TIMM_WEIGHTS = "model.safetensors"
 FETCHING = {"checkpoint_path", "cache_dir", "features_only"}
@@ -184,3 +185,10 @@ def embedding_cost(shape: str, size: int) -> tuple[float, int]:
         encoder = Encoder(config).eval()
         encoder(torch.zeros(1, config.channels, size, size))
     return float(counter.get_total_flops()), encoder.dim
+
+
+@cache
+def uses_batch_norm(shape: str) -> bool:
+    """Whether an encoder with the settings ``shape`` (:class:`EncoderConfig` as JSON) has layers of batch norm."""
+    with torch.device("meta"):
+        return has_batch_norm(Encoder(EncoderConfig.model_validate_json(shape)))

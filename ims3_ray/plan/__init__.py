@@ -60,8 +60,7 @@ def make_evaluation(config: EvaluateConfig) -> Plan[EvaluateConfig]:
     sets = {}
     for title, path in config.sets.items():
         images = ReadGiven.plan(planner, title, path, config.data)
-        ipc = -(-images.images // len(planner.classes.names))
-        sets[title] = Scored(title, 0, images, dict(plan_rows(planner, title, images, ipc)))
+        sets[title] = Scored(title, 0, images, dict(plan_rows(planner, title, images, images.most)))
     return Plan(config, planner.classes, arranged(planner.stages), sets, fingerprints=planner.data.fingerprints)
 
 

@@ -31,6 +31,8 @@ class ReadGiven(Stage):
 
     path: str = ""
     data: DataConfig = field(default_factory=DataConfig)
+    most: int = 0
+    """Number of images of the largest class."""
 
     @classmethod
     def plan(cls, planner: Planner, title: str, path: str, data: DataConfig, k: int | None = None) -> ReadGiven:
@@ -59,6 +61,7 @@ class ReadGiven(Stage):
             cls(
                 f"read {title}", params, units=planner.class_units(), images=len(source.labels), path=path, label=title,
                 stored=pixel_bytes(len(source.labels), planner.work), data=data, has_logits=logits is not None,
+                most=max(int((source.labels == label).sum()) for label in labels),
             )
         )  # fmt: skip
 

@@ -40,8 +40,8 @@ class Label(Stage):
         return planner.add(
             cls(
                 f"label ({title})", params, {"set": start, **teacher.inputs}, units=planner.class_units(),
-                images=start.images, flops=start.images * teacher_flops(planner), label=label, weights=teacher.weights,
-                config=config, has_logits=True, stored=pixel_bytes(start.images, config),
+                images=start.images, flops=start.images * teacher_flops(planner, config.data.size), label=label,
+                weights=teacher.weights, config=config, has_logits=True, stored=pixel_bytes(start.images, config),
             )
         )  # fmt: skip
 

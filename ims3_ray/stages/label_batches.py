@@ -49,12 +49,12 @@ class LabelBatches(Stage):
         params: dict[str, Any] = {
             "protocol": kept, "epochs": epochs, "classes": list(names), **teacher.params,
         }  # fmt: skip
-        count = epochs * ipc * len(names)
+        count, size = epochs * ipc * len(names), protocol.size or planner.work.data.size
         return planner.add(
             cls(
                 f"label the batches ({title})", params, {"set": images, **teacher.inputs}, images=count,
                 units=tuple(unit_of(first) for first in range(0, epochs, EPOCHS_PER_UNIT)),
-                flops=count * teacher_flops(planner), stored=2.0 * count * len(names), weights=teacher.weights,
+                flops=count * teacher_flops(planner, size), stored=2.0 * count * len(names), weights=teacher.weights,
                 protocol=protocol,
             )
         )  # fmt: skip

@@ -19,11 +19,11 @@ from ims3_ray.engine.sets import RealSplit
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
-from ims3_ray.models.encoder import embedding_cost, encoder_config, encoder_path
+from ims3_ray.models.encoder import EncoderConfig, embedding_cost, encoder_config, encoder_path
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.select import Select
 from ims3_ray.stages.statistics import Statistics, read_statistics
-from ims3_ray.stages.teacher import load_teacher, plan_teacher, teacher_of, training_cost
+from ims3_ray.stages.teacher import load_teacher, plan_teacher, shape_in_training, teacher_of
 from ims3_ray.synthesis.base import Costs, Need
 
 
@@ -63,22 +63,28 @@ def plan_needs(planner: Planner, needs: Collection[Need], config: RunConfig, sta
         found.inputs.update(teacher.inputs)
         found.weights.update(teacher.weights)
         found.params.update(teacher.params)
-        found.forward["teacher"] = teacher_flops(planner)
+        found.forward["teacher"] = teacher_flops(planner, config.data.size)
     return found
 
 
 def costs_of(planner: Planner, config: RunConfig, needed: Needed) -> Costs:
     """The numbers on which the cost of a method depends."""
-    data = config.data
-    return Costs(needed.forward, planner.classes.counts, config.selection.images_per_class, data.size, data.channels)
+    data, teacher = config.data, teacher_shape(planner) if "teacher" in needed.forward else None
+    k = config.selection.images_per_class
+    return Costs(needed.forward, planner.classes.counts, k, data.size, data.channels, teacher)
 
 
-def teacher_flops(planner: Planner) -> float:
-    """Floating-point operations of a forward pass of the teacher on one image."""
-    teacher, data = planner.work.evaluation.teacher, planner.work.data
-    if teacher.weights is None:
-        return training_cost(teacher.training, data.channels, len(planner.classes.names), data.size)
-    return embedding_cost(encoder_config(encoder_path(teacher.weights)).model_dump_json(), data.size)[0]
+def teacher_shape(planner: Planner) -> EncoderConfig:
+    """Architecture of the teacher."""
+    teacher, channels, classes = planner.work.evaluation.teacher, planner.work.data.channels, len(planner.classes.names)
+    if teacher.weights is not None:
+        return encoder_config(encoder_path(teacher.weights))
+    return shape_in_training(teacher.training, channels, classes)
+
+
+def teacher_flops(planner: Planner, size: int) -> float:
+    """Floating-point operations of a forward pass of the teacher on one image of ``size`` pixels."""
+    return embedding_cost(teacher_shape(planner).model_dump_json(), size)[0]
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Prepare(Stage):
         rows = {unit_of(piece): piece for piece in pieces if unit_of(piece) in missing}
         way = _Way(method(settings), artifact, MethodInputs.of(self, method.preparation_needs, context))
         gpus = context.config.actors.gpus
-        entries = each_unit(context, self, make_pieces, way, rows, gpus=gpus, what="pieces", most_at_once=1)
+        entries = each_unit(context, self, make_pieces, way, rows, gpus=gpus, what="pieces", most_at_once=method.pieces_at_once)
         commit_units(artifact, entries, time.monotonic() - began)
 
 

@@ -61,12 +61,13 @@ class Synthesise(Stage):
         inputs |= needed.inputs
         if method.pieces(settings, planner.classes.counts):
             inputs["prepared"] = Prepare.plan(planner, method, config)
-        method(settings).check(len(planner.classes.names), config.data.size, config.data.channels)
+        costs = costs_of(planner, config, needed)
+        method.check(settings, costs)
         count = k * len(planner.classes.names)
         return planner.add(
             cls(
                 f"synthesise ({title}, {method.name})", params, inputs, units=planner.class_units(), images=count,
-                flops=method.flops(settings, costs_of(planner, config, needed)), label=label, has_logits=None,
+                flops=method.flops(settings, costs), label=label, has_logits=None,
                 weights=needed.weights, config=config, stored=2 * pixel_bytes(count, config),
             )
         )  # fmt: skip

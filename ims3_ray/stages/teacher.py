@@ -53,7 +53,8 @@ class TrainTeacher(Stage):
         images, test = Encode.plan(planner, "train", data), Encode.plan(planner, "test", data)
         count, names = images.images * training.epochs, planner.classes.names
         params = {"training": differing(training), "classes": list(names)}
-        flops = 3 * count * training_cost(training, data.channels, len(names), data.size)
+        shape = shape_in_training(training, data.channels, len(names))
+        flops = 3 * count * embedding_cost(shape.model_dump_json(), data.size)[0]
         return planner.add(cls("train the teacher", params, {"images": images, "test": test}, images=count, flops=flops))
 
     def worker(self, config: WorkConfig) -> Worker:
@@ -154,9 +155,8 @@ def _with_names(images: RealSplit, names: tuple[str, ...]) -> Images:
     return *images.read(), names
 
 
-def training_cost(training: EncoderTraining, channels: int, num_classes: int, size: int) -> float:
-    """Floating-point operations of a forward pass of the network in training, on one image."""
-    shape = EncoderConfig(
+def shape_in_training(training: EncoderTraining, channels: int, num_classes: int) -> EncoderConfig:
+    """Architecture of the network in training; its mean and standard deviation are known once it is trained."""
+    return EncoderConfig(
         model=training.model, model_args=training.model_args, channels=channels, num_classes=num_classes, mean=0.0, std=1.0
     )
-    return embedding_cost(shape.model_dump_json(), size)[0]

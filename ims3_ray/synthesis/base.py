@@ -13,12 +13,16 @@ from torch import Tensor
 from ims3_ray.component import Component, Registry, Section
 from ims3_ray.diffusion.prediction import Predictor
 from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.models.encoder import EncoderConfig
 from ims3_ray.models.teacher import TeacherNetwork
 
 Need = Literal["real", "originals", "statistics", "generator", "teacher"]
 """What a method may need: the real training images at the size of the data, their files at full size, the mean and standard
 deviation of their pixels, the generator that the given images come from, or the classifier that ``evaluation.teacher``
 names."""
+
+Start = Literal["set", "nothing"]
+"""What a method may start from: the images that an arm's slots before it give, or no images."""
 
 Part = Sequence[tuple[int, int]]
 """The images that are made together: for each, the position of its class and its number within the class (0 … K−1)."""
@@ -106,6 +110,8 @@ class Costs:
     """K, the number of images per class in the set."""
     size: int
     channels: int
+    teacher: EncoderConfig | None = None
+    """Architecture of the teacher, if it is among the method's needs."""
 
 
 class Synthesis(Component, ABC):
@@ -118,10 +124,14 @@ class Synthesis(Component, ABC):
     registry = Registry["type[Synthesis]"]("synthesis method", "ims3_ray.synthesis")
     version: ClassVar[int] = 1
     """Version of the output. It is raised when the output changes for the same input."""
+    starts: ClassVar[frozenset[Start]] = frozenset({"set", "nothing"})
+    """What the method can start from."""
     needs: ClassVar[frozenset[Need]] = frozenset()
     """What :meth:`make` needs."""
     preparation_needs: ClassVar[frozenset[Need]] = frozenset()
     """What :meth:`prepare` needs; not the generator."""
+    pieces_at_once: ClassVar[int] = 1
+    """Number of pieces of the preparation in one task: more than one where a piece takes seconds."""
     prepared_by: ClassVar[frozenset[str]] = frozenset()
     """Names of the settings on which the preparation depends."""
 
@@ -156,8 +166,9 @@ class Synthesis(Component, ABC):
         """Number of bytes of all pieces of the preparation."""
         return 0.0
 
-    def check(self, num_classes: int, size: int, channels: int) -> None:
-        """Raises :class:`ims3_ray.errors.UserError` if the settings do not fit the images."""
+    @classmethod
+    def check(cls, config: Any, costs: Costs) -> None:
+        """Raises :class:`ims3_ray.errors.UserError` if the settings do not fit the images, the set or the teacher."""
 
     def prepare(self, piece: Piece, inputs: Inputs) -> Mapping[str, Tensor]:
         """Make one piece of the preparation: named tensors."""

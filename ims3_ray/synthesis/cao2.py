@@ -51,6 +51,7 @@ class CaO2(Synthesis):
     (run seed, class, index) alone."""
 
     name = "cao2"
+    starts = frozenset({"set"})
     needs = frozenset({"generator"})
 
     class Config(Section):

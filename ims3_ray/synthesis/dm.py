@@ -42,6 +42,7 @@ class DM(Synthesis):
     """Distribution matching. Images are optimised as normalised values without bounds, and rounded to bytes at the end."""
 
     name = "dm"
+    starts = frozenset({"set"})
     needs = frozenset({"statistics"})
     preparation_needs = frozenset({"real", "statistics"})
     prepared_by = frozenset({"steps", "batch_size", "network", "width", "pad_to", "dsa"})
@@ -53,7 +54,7 @@ class DM(Synthesis):
         steps: int = Field(default=20000, ge=1)
         """Number of steps."""
         lr: float = Field(default=1.0, gt=0)
-        """Learning rate of SGD for the images (DM takes 10 for 50 images per class and more)."""
+        """Learning rate of SGD for the images (DM takes 10 for more than 50 images per class of CIFAR-10)."""
         momentum: float = Field(default=0.5, ge=0, lt=1)
         """Momentum of SGD for the images."""
         batch_size: int = Field(default=256, ge=1)
@@ -94,8 +95,9 @@ class DM(Synthesis):
             features = without_head(network)(torch.zeros(1, costs.channels, size, size)).numel()
         return 4.0 * config.steps * len(costs.counts) * features
 
-    def check(self, num_classes: int, size: int, channels: int) -> None:
-        check_network("dm", self.config.network, channels, max(size, self.config.pad_to or 0), num_classes, self.config.width)
+    @classmethod
+    def check(cls, config: Config, costs: Costs) -> None:
+        check_network("dm", config.network, config.width, config.pad_to, costs)
 
     @torch.no_grad()
     def prepare(self, piece: Piece, inputs: Inputs) -> Mapping[str, Tensor]:

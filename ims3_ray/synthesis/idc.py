@@ -56,6 +56,7 @@ class IDC(Synthesis):
     """Gradient matching with networks that are trained on real images meanwhile."""
 
     name = "idc"
+    starts = frozenset({"set"})
     needs = frozenset({"real", "statistics"})
 
     class Config(Section):
@@ -68,7 +69,8 @@ class IDC(Synthesis):
         """Number of times that each network is matched for every class and then trained."""
         lr: float = Field(default=5e-3, gt=0)
         """Learning rate of SGD for the images, as values in [0, 1], at 10 images per class and images of `lr_size`. It is
-        multiplied by K/10 and by the area. CIFAR-10: 5e-3; Fashion-MNIST: 1e-4 with `distance: l1`; ImageNet-10: 3e-3."""
+        multiplied by K/10 and by (size / lr_size)². CIFAR-10: 5e-3; Fashion-MNIST: 1e-4 with `distance: l1`; ImageNet-10:
+        3e-3."""
         lr_size: int = Field(default=32, ge=1)
         """Size of images to which `lr` refers: 32, or 224 for ImageNet."""
         momentum: float = Field(default=0.5, ge=0, lt=1)
@@ -90,10 +92,12 @@ class IDC(Synthesis):
         network_lr: float = Field(default=0.01, gt=0)
         """Learning rate of the networks' SGD."""
         network_momentum: float = Field(default=0.9, ge=0, lt=1)
+        """Momentum of the networks' SGD."""
         network_weight_decay: float = Field(default=5e-4, ge=0)
-        pad_to: int | None = Field(default=None, ge=8)
-        """Height and width to which smaller images are padded with the mean colour before the network; no padding when
-        unset."""
+        """Weight decay of the networks' SGD."""
+        pad_to: int | None = Field(default=32, ge=8)
+        """Height and width to which smaller images are padded with the mean colour before the network (IDC pads 28 pixels to
+        32); no padding when unset."""
         match_dsa: tuple[Family, ...] = ("color", "crop", "cutout")
         """Families of DSA's augmentations that are all applied, with one draw, to the real and synthetic images of a match."""
         train_dsa: tuple[Family, ...] = ("color", "crop")
@@ -123,8 +127,9 @@ class IDC(Synthesis):
         trained = c.inner * c.training_images + c.pretraining_epochs * sum(costs.counts)
         return c.outer * forward * (c.inner * match + min(c.groups, len(costs.counts)) * 3 * trained)
 
-    def check(self, num_classes: int, size: int, channels: int) -> None:
-        check_network("idc", self.config.network, channels, max(size, self.config.pad_to or 0), num_classes, self.config.width)
+    @classmethod
+    def check(cls, config: Config, costs: Costs) -> None:
+        check_network("idc", config.network, config.width, config.pad_to, costs)
 
     def make(self, given: Given, state: bytes | None, save: Save) -> Mapping[str, Tensor]:
         return {"pixels": to_bytes(Matching(self.config, given, state, save).run())}
@@ -141,44 +146,49 @@ class Matching:
         self.lr = config.lr * k / 10 * (given.size / config.lr_size) ** 2
         self.images = given.pixels.to(given.device).float() / 255
         self.velocity = torch.zeros_like(self.images)
-        real = [given.real(position).to(given.device) for position in range(given.num_classes)]
-        counts = torch.tensor([len(each) for each in real], device=given.device)
-        self.pixels, self.labels = (
-            torch.cat(real),
-            torch.arange(given.num_classes, device=given.device).repeat_interleave(counts),
-        )
-        self.real = self.pixels.split(counts.tolist())
+        real = [given.real(position) for position in range(given.num_classes)]
+        counts = [len(each) for each in real]
+        self.pixels = torch.cat(real).to(given.device)
+        self.labels = torch.arange(given.num_classes).repeat_interleave(torch.tensor(counts)).to(given.device)
+        self.real = self.pixels.split(counts)
         self.saved = unpack_state(state, given.device) if state is not None else None
         size = max(given.size, config.pad_to or 0)
         self.networks = FreshNetworks(config.network, config.width, given.channels, size, given.num_classes, given.device)
 
     def run(self) -> Tensor:
         """All steps; returns the images as values that may lie outside of [0, 1]."""
-        c, saved, first, begin = self.config, self.saved, 0, 0
+        c, saved, first = self.config, self.saved, 0
         if saved is not None:
-            first, begin, self.images, self.velocity = (saved[name] for name in ("outer", "inner", "images", "velocity"))
+            first, self.images, self.velocity = (saved[name] for name in ("outer", "images", "velocity"))
         for outer in range(first, c.outer):
             network = self.networks(seed_for(self.given.seed, "idc-network", outer))
             optimizer = torch.optim.SGD(
                 network.parameters(), lr=c.network_lr, momentum=c.network_momentum, weight_decay=c.network_weight_decay
             )
-            if begin and saved is not None:
+            pretrained, begin = 0, 0
+            if saved is not None:
+                pretrained, begin = saved["pretrained"], saved["inner"]
                 network.load_state_dict(saved["network"])
                 optimizer.load_state_dict(saved["optimizer"])
+                saved = None
             else:
                 self.images = self.images.clamp(0, 1)  # the published code clamps here and nowhere else
-                for epoch in range(c.pretraining_epochs):
-                    self.train(network, optimizer, len(self.pixels), ("idc-pretrain", outer, epoch))
+            for epoch in range(pretrained, c.pretraining_epochs):
+                self.train(network, optimizer, len(self.pixels), ("idc-pretrain", outer, epoch))
+                self._save(network, optimizer, outer, epoch + 1, 0)
             for inner in range(begin, c.inner):
                 for position in self.positions:
                     self.match(network, position, outer, inner)
-                self.train(network, optimizer, c.training_images, ("idc-train", outer, inner))
-                self.saver(
-                    outer=outer, inner=inner + 1, images=self.images, velocity=self.velocity, network=network.state_dict(),
-                    optimizer=optimizer.state_dict(),
-                )  # fmt: skip
-            begin = 0
+                if c.training_images:
+                    self.train(network, optimizer, c.training_images, ("idc-train", outer, inner))
+                self._save(network, optimizer, outer, c.pretraining_epochs, inner + 1)
         return self.images
+
+    def _save(self, network: nn.Module, optimizer: torch.optim.Optimizer, outer: int, pretrained: int, inner: int) -> None:
+        self.saver(
+            outer=outer, pretrained=pretrained, inner=inner, images=self.images, velocity=self.velocity,
+            network=network.state_dict(), optimizer=optimizer.state_dict(),
+        )  # fmt: skip
 
     def match(self, network: nn.Module, position: int, outer: int, inner: int) -> None:
         """Change the images of one class by a step of SGD, and by the momentum steps of the other classes' turns."""

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from ims3_ray.data.transforms import to_pil
 from ims3_ray.errors import UserError
-from ims3_ray.models.students import build_student, has_batch_norm
-from ims3_ray.synthesis.base import Save
+from ims3_ray.models.students import build_student, constant_norms, has_batch_norm
+from ims3_ray.synthesis.base import Costs, Save
 
 SAVE_EVERY_S = 60.0
 """Least number of seconds between two saved states of an optimisation."""
@@ -28,7 +28,10 @@ def normalised(pixels: Tensor, statistics: tuple[Tensor, Tensor], device: str) -
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images in [0, 1] as uint8 pixels on the CPU; values outside are clamped."""
+    """Images in [0, 1] as uint8 pixels on the CPU; values outside are clamped. Raises :class:`UserError` for values that are
+    not finite."""
+    if not images.isfinite().all():
+        raise UserError("the optimised images have values that are not finite; lower the synthesis method's learning rate (lr)")
     return (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
@@ -39,7 +42,7 @@ def padded(images: Tensor, to: int | None) -> Tensor:
 
 
 class FreshNetworks:
-    """Students with random weights: the same seed gives the same weights on devices of the same kind."""
+    """Students with random weights, which are drawn on the CPU: the same seed gives the same weights on every device."""
 
     def __init__(self, name: str, width: int, channels: int, size: int, num_classes: int, device: str) -> None:
         self.arguments = (name, channels, size, num_classes, "instance", width)
@@ -47,8 +50,7 @@ class FreshNetworks:
 
     def __call__(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        with torch.device(self.device):
-            return build_student(*self.arguments)  # type: ignore[arg-type]
+        return build_student(*self.arguments).to(self.device)  # type: ignore[arg-type]
 
 
 def without_head(network: nn.Module) -> nn.Module:
@@ -59,12 +61,14 @@ def without_head(network: nn.Module) -> nn.Module:
     return network
 
 
-def check_network(method: str, name: str, channels: int, size: int, num_classes: int, width: int) -> None:
-    """Raises :class:`UserError` for a network that the images do not fit, or whose batch norm would couple images."""
+def check_network(method: str, name: str, width: int, pad_to: int | None, costs: Costs) -> None:
+    """Raises :class:`UserError` for a network that the images do not fit, that cannot tell them apart, or whose batch norm
+    would couple them."""
+    size, classes = max(costs.size, pad_to or 0), len(costs.counts)
     try:
         with torch.device("meta"):
-            network = build_student(name, channels, size, num_classes, "instance", width)
-            network(torch.zeros(2, channels, size, size))
+            network = build_student(name, costs.channels, size, classes, "instance", width)
+        constant = constant_norms(network, costs.channels, size)
     except (ValueError, RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"synthesis.{method}.network: {name} cannot take these images ({reason}); choose another") from error
@@ -72,6 +76,11 @@ def check_network(method: str, name: str, channels: int, size: int, num_classes:
         raise UserError(
             f"synthesis.{method}.network: {name} has batch norm, by which the images of a batch depend on each other; choose "
             "convnet-DEPTH or resnetap-10"
+        )
+    if constant:
+        raise UserError(
+            f"synthesis.{method}.network: {name} has a layer ({constant}) that normalises maps of a single pixel for images of "
+            f"{size} pixels, so all images look alike to it; choose a network with fewer layers"
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
@@ -62,6 +62,8 @@ class RDED(Synthesis):
     """Mosaics of the crops with the least cross-entropy of the teacher."""
 
     name = "rded"
+    starts = frozenset({"nothing"})
+    pieces_at_once = 20
     needs = frozenset()
     preparation_needs = frozenset({"originals", "teacher"})
     prepared_by = frozenset({"images_per_class", "crops", "crop", "factor"})
@@ -76,9 +78,15 @@ class RDED(Synthesis):
         crops: int = Field(default=5, ge=1)
         """Number of crops of each image, of which the teacher chooses one."""
         crop: tuple[float, float] = (0.08, 1.0)
-        """Smallest and largest share of an image's area in a crop."""
+        """Smallest and largest share of an image's area in a crop, above 0 and up to 1."""
         jpeg: int | None = Field(default=75, ge=1, le=100)
         """Quality of the JPEG compression that the published sets have; no compression when unset."""
+
+        @model_validator(mode="after")
+        def _area(self) -> RDED.Config:
+            if not 0 < self.crop[0] <= self.crop[1] <= 1:
+                raise ValueError(f"crop=[{self.crop[0]:g}, {self.crop[1]:g}] is no range of areas above 0 and up to 1")
+            return self
 
     config: Config
 
@@ -100,6 +108,12 @@ class RDED(Synthesis):
     def preparation_bytes(cls, config: Config, costs: Costs) -> float:
         images = sum(min(count, config.images_per_class) for count in costs.counts)
         return float(images * costs.channels * (costs.size // config.factor) ** 2)
+
+    @classmethod
+    def check(cls, config: Config, costs: Costs) -> None:
+        if config.factor > costs.size:
+            raise UserError(f"synthesis.rded.factor={config.factor} is more than the {costs.size} pixels of an image; lower it")
+        _check_count(config, costs.k, min(costs.counts))
 
     @torch.no_grad()
     def prepare(self, piece: Piece, inputs: Inputs) -> Mapping[str, Tensor]:
@@ -138,11 +152,18 @@ class RDED(Synthesis):
         c, position, k = self.config, int(given.classes[0]), len(given.classes)
         pieces = [given.prepared(piece) for piece in self.pieces(c, given.counts) if piece[0] == position]
         crops, losses = (torch.cat([piece[name] for piece in pieces]) for name in ("crops", "losses"))
-        if len(crops) < (wanted := k * c.factor**2):
-            raise UserError(
-                f"synthesis.rded: a class has {len(crops)} images that can be decoded, and mosaics of {c.factor}×{c.factor} "
-                f"take {wanted}; lower selection.images_per_class or synthesis.rded.factor"
-            )
-        best = losses.argsort(stable=True)[:wanted]
+        _check_count(c, k, len(crops))
+        best = losses.argsort(stable=True)[: k * c.factor**2]
         made = mosaics(crops[best], c.factor, given.size)
         return {"pixels": made if c.jpeg is None else as_jpeg(made, c.jpeg)}
+
+
+def _check_count(config: RDED.Config, k: int, count: int) -> None:
+    """Raises :class:`UserError` if a class of ``count`` real images has too few for a set of ``k`` mosaics."""
+    taken, wanted = min(count, config.images_per_class), k * config.factor**2
+    if taken < wanted:
+        raise UserError(
+            f"{k} mosaics of {config.factor}×{config.factor} images take {wanted} real images of a class, and there are "
+            f"{taken} (of {count}, synthesis.rded.images_per_class={config.images_per_class}); lower synthesis.rded.factor or "
+            "selection.images_per_class, or raise synthesis.rded.images_per_class if the class has more"
+        )

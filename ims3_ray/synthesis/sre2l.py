@@ -1,7 +1,7 @@
 """SRe2L (Yin et al. 2023, arXiv 2306.13092): images are recovered from noise by a teacher and its batch norms' statistics.
 
 Images of one number and up to 100 classes are optimised together, because the batch statistics of the teacher's layers are
-taken over them. CDA (Yin & Shen 2024) is the same with crops that grow less random: ``crop_decay``.
+taken over them. CDA (Yin & Shen 2024) is the same with crops that become smaller during the optimisation: ``crop_decay``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ims3_ray.component import Section
 from ims3_ray.data.augment import crop_boxes, cropped
 from ims3_ray.errors import UserError
+from ims3_ray.models.encoder import uses_batch_norm
 from ims3_ray.models.teacher import TeacherNetwork
 from ims3_ray.seeds import generator_for
 from ims3_ray.synthesis.base import Costs, Given, Part, Save, Synthesis
@@ -77,7 +78,7 @@ class SRe2L(Synthesis):
         images."""
 
         steps: int = Field(default=4000, ge=1)
-        """Number of steps of Adam (CIFAR-100 and small images: 1000)."""
+        """Number of steps of Adam (CIFAR-100: 1000)."""
         lr: float = Field(default=0.25, gt=0)
         """Learning rate of Adam, with cosine decay to 0 (Tiny-ImageNet: 0.1)."""
         bn_weight: float = Field(default=0.01, ge=0)
@@ -110,15 +111,20 @@ class SRe2L(Synthesis):
         """A step of an image takes a forward pass and the gradient with respect to the pixels."""
         return 2.0 * config.steps * costs.k * len(costs.counts) * costs.forward["teacher"]
 
+    @classmethod
+    def check(cls, config: Config, costs: Costs) -> None:
+        assert costs.teacher is not None
+        if not uses_batch_norm(costs.teacher.model_dump_json()):
+            raise UserError(
+                f"synthesis.sre2l needs a teacher with batch norm, such as a ResNet, and {costs.teacher.model} has none; name "
+                "another by evaluation.teacher.weights or evaluation.teacher.training.model"
+            )
+
     def make(self, given: Given, state: bytes | None, save: Save) -> Mapping[str, Tensor]:
         c, teacher = self.config, given.teacher
         assert teacher is not None
         images, optimizer, first = self._start(given, teacher, state)
         distance, saver = BatchNormDistance(teacher.encoder.network), Saver(save)
-        if not distance.hooks:
-            raise UserError(
-                "synthesis.sre2l needs a teacher with batch norm, such as a ResNet; name another by evaluation.teacher"
-            )
         labels = given.classes.to(given.device)
         low, high = ((value - teacher.mean) / teacher.std for value in (0.0, 1.0))
         # All images of a part see the same crops, so the draws belong to the part's first image.

@@ -54,9 +54,9 @@ def scale_of(pixels: Tensor, protocol: ProtocolConfig) -> Scale:
 class AugmentedBatches:
     """The batches of a protocol, drawn anew for every epoch.
 
-    By default the seed is a student's, and the images are augmented on their device by random numbers of this device. With
-    ``shared`` an epoch depends on its number alone and is augmented on the CPU, so that it is the same for all students and
-    devices.
+    By default the seed is a student's, and the random numbers are those of the device. With ``shared`` an epoch depends on its
+    number alone and its random numbers are drawn on the CPU, so that it is the same for all students and, but for rounding, on
+    all devices.
     """
 
     def __init__(
@@ -64,11 +64,10 @@ class AugmentedBatches:
         shared: bool = False,
     ) -> None:  # fmt: skip
         """``pixels`` uint8 [N, C, H, W] of the size at which students take images."""
-        self.protocol, self.batch_size, self.device, self.shared = protocol, batch_size, device, shared
-        place = "cpu" if shared else device
-        self.pixels, self.scale = pixels.to(place), Scale(scale.mean.to(place), scale.std.to(place))
+        self.protocol, self.batch_size, self.shared = protocol, batch_size, shared
+        self.pixels, self.scale = pixels.to(device), Scale(scale.mean.to(device), scale.std.to(device))
         self.cpu_rng = generator_for(seed, "student")
-        self.rng = torch.Generator(place).manual_seed(seed_for(seed, "student-augment"))
+        self.rng = torch.Generator(device).manual_seed(seed_for(seed, "student-augment"))
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """The batches of an epoch, on the device. ``number`` counts from 0."""
@@ -86,7 +85,4 @@ class AugmentedBatches:
         images, order, share = unmixed, None, 1.0
         if p.cutmix == 1 or (p.cutmix and torch.rand((), generator=cpu_rng).item() < p.cutmix):
             images, order, share = cutmix(unmixed, cpu_rng)
-        if not self.shared:
-            return Batch(images, index, unmixed, order, share)
-        images, index, unmixed = (tensor.to(self.device, non_blocking=True) for tensor in (images, index, unmixed))
-        return Batch(images, index, unmixed, order if order is None else order.to(self.device), share)
+        return Batch(images, index, unmixed, order, share)

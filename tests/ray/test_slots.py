@@ -203,6 +203,23 @@ def test_labels_of_batches_are_made_once_for_all_students(tiny_run: Run, tmp_pat
     assert all(row["curve"][-1]["loss"] < 0.5 for row in rows.values()), "divergences at T = 20, no cross entropies"
 
 
+def test_a_given_set_with_classes_of_other_sizes_is_planned_by_its_largest(tiny_run: Run, tmp_path: Path):
+    shutil.copytree(tiny_run.folder / "distilled" / "images", tmp_path / "set")
+    (removed, *_) = sorted((tmp_path / "set" / CLASSES[0]).iterdir())
+    removed.unlink()
+    values = values_of(tiny_run, tmp_path / "runs")
+    fkd = {"labels": "stored_batches", "width": 8, "epochs": {1: 2, 2: 11}, "batch_size": {1: 2, 2: 4}, "validations": 1}
+    shared = {key: values[key] for key in ("storage", "data", "actors")}
+    evaluation = {"teacher": {"weights": tiny_run.config.encoder}, "protocols": {"fkd": fkd}, "seeds": [0], "val_per_class": 0}
+    config = EvaluateConfig.model_validate(
+        {**shared, "evaluation": evaluation, "name": "unequal", "sets": {"mine": str(tmp_path / "set")}}
+    )
+    (labelled,) = [stage for stage in make_evaluation(config).stages if stage.name == "label_batches"]
+    assert len(labelled.units) == 2, "eleven epochs"
+    (row,) = evaluate(config).results["sets"]["mine"]["rows"].values()
+    assert row["curve"][-1]["epoch"] == 11
+
+
 def test_an_arm_may_have_its_own_generator(tiny_run: Run, tmp_path: Path):
     other = shutil.copy(tiny_run.config.generator, tmp_path / "other.safetensors")
     arms = {

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +22,8 @@ from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.synthesis import pixels as shared
 from ims3_ray.synthesis.base import Costs, Given, Inputs, Piece, Synthesis
 from ims3_ray.synthesis.dm import DM
-from ims3_ray.synthesis.idc import IDC, coast, gradient_distance, gradients
+from ims3_ray.synthesis.idc import IDC, Matching, coast, gradient_distance, gradients
+from ims3_ray.synthesis.pixels import FreshNetworks
 from ims3_ray.synthesis.rded import RDED, crops_of, mosaics
 from ims3_ray.synthesis.sre2l import BatchNormDistance, SRe2L, augmented
 
@@ -161,12 +163,20 @@ def test_the_preparation_of_dm_serves_sets_of_all_sizes_and_ends_with_the_steps(
 
 
 def test_a_network_that_does_not_fit_is_refused_before_anything_runs():
-    with pytest.raises(UserError, match=r"synthesis.dm.network: convnet-5 cannot take these images"):
-        dm(network="convnet-5").check(CLASSES, SIZE, 1)
-    with pytest.raises(UserError, match="has batch norm"):
-        dm(network="timm/resnet18").check(CLASSES, 32, 1)
-    dm().check(CLASSES, SIZE, 1)
-    IDC(IDC.Config()).check(CLASSES, SIZE, 1)
+    costs = Costs({}, (40,) * CLASSES, 2, SIZE, 1)
+    for method in (DM, IDC):
+        method.check(method.Config(), costs)
+        for network, pad_to, reason in (
+            ("convnet-5", None, "convnet-5 cannot take these images"), ("timm/resnet18", 32, "has batch norm"),
+            ("convnet-4", None, None), ("resnetap-10", None, None), ("resnetap-10", 8, "normalises maps of a single pixel"),
+        ):  # fmt: skip
+            config = method.Config(network=network, pad_to=pad_to)
+            if reason is None:
+                method.check(config, costs)
+            else:
+                small = Costs({}, (40,) * CLASSES, 2, 8 if pad_to == 8 else SIZE, 1)
+                with pytest.raises(UserError, match=rf"synthesis.{method.name}.network: .*{reason}"):
+                    method.check(config, small)
 
 
 # IDC
@@ -174,7 +184,8 @@ def test_a_network_that_does_not_fit_is_refused_before_anything_runs():
 
 def idc(**settings: Any) -> IDC:
     values = {
-        "outer": 2, "inner": 2, "width": 4, "batch_size": 8, "lr": 2.0, "training_images": 20, "lr_size": SIZE, **settings,
+        "outer": 2, "inner": 2, "width": 4, "batch_size": 8, "lr": 2.0, "training_images": 20, "lr_size": SIZE, "pad_to": None,
+        **settings,
     }  # fmt: skip
     return IDC(IDC.Config.model_validate(values))
 
@@ -335,10 +346,8 @@ def test_a_teacher_without_batch_norm_is_refused():
         model_args={"img_size": SIZE, "patch_size": 8, "depth": 1, "embed_dim": 12, "num_heads": 2},
          num_classes=3, mean=0.0, std=1.0,
     )  # fmt: skip
-    method = sre2l()
-    given = part_of(method, [(0, 0)], teacher=TeacherNetwork(Encoder(shape), [0, 1, 2]))
-    with pytest.raises(UserError, match="a teacher with batch norm"):
-        method.make(given, None, nothing)
+    with pytest.raises(UserError, match="needs a teacher with batch norm, such as a ResNet, and vit_tiny_patch16_224 has none"):
+        SRe2L.check(SRe2L.Config(), Costs({}, (40,) * CLASSES, 2, SIZE, 1, shape))
 
 
 def test_every_image_of_a_batch_is_cropped_mirrored_and_rolled_alike():
@@ -411,9 +420,47 @@ def test_sets_of_all_sizes_share_the_crops_of_rded():
 
 
 def test_too_few_images_for_a_mosaic_are_an_error(teacher: TeacherNetwork):
-    method = rded(images_per_class=6)
-    with pytest.raises(UserError, match=r"mosaics of 2×2 take 8"):
-        method.make(part_of(method, of_class(0), teacher=teacher), None, nothing)
+    method, message = (
+        rded(images_per_class=6),
+        r"2 mosaics of 2×2 images take 8 real images of a class, and there are 6 \(of 40",
+    )
+    with pytest.raises(UserError, match=message):
+        RDED.check(method.config, Costs({}, (60, 40), 2, SIZE, 1))
+    RDED.check(rded(images_per_class=8).config, Costs({}, (60, 40), 2, SIZE, 1))
+    with pytest.raises(UserError, match=r"factor=20 is more than the 16 pixels"):
+        RDED.check(rded(factor=20).config, Costs({}, (60, 40), 2, SIZE, 1))
+    method = rded(images_per_class=40, crops=1)
+    given = part_of(method, of_class(1, 10), teacher=teacher)
+    with pytest.raises(UserError, match="take 40 real images of a class, and there are 39"):  # one of the 40 files is broken
+        method.make(given, None, nothing)
+    for crop in ((0.0, 1.0), (1.0, 0.5), (0.5, 1.5)):
+        with pytest.raises(ValidationError, match="no range of areas"):
+            RDED.Config(crop=crop)
+
+
+@pytest.mark.parametrize("method", [dm(lr=1e30), idc(lr=1e30, match_dsa=()), sre2l(lr=float("inf"))], ids=lambda m: m.name)
+def test_an_optimisation_that_diverges_is_an_error(method: Synthesis, teacher: TeacherNetwork):
+    part = whole_set() if method.name == "idc" else of_class(1)
+    with pytest.raises(UserError, match="are not finite"):
+        method.make(part_of(method, part, teacher=teacher), None, nothing)
+
+
+def test_networks_have_the_same_weights_whatever_the_device(monkeypatch: pytest.MonkeyPatch):
+    """They are drawn on the CPU: a device that draws for itself would have other numbers."""
+    expected = [parameter.clone() for parameter in FreshNetworks("convnet-3", 4, 1, SIZE, CLASSES, "cpu")(3).parameters()]
+    drawn: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: (drawn.append(self), self)[1])
+    network = FreshNetworks("convnet-3", 4, 1, SIZE, CLASSES, "cuda")(3)
+    assert drawn == [network]
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), expected, strict=True))
+
+
+def test_without_training_images_the_networks_stay_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    calls: list[int] = []
+    monkeypatch.setattr(Matching, "train", lambda *arguments: calls.append(1))
+    method = idc(training_images=0)
+    method.make(part_of(method, whole_set()), None, nothing)
+    assert calls == []
 
 
 def test_published_sets_are_jpeg(teacher: TeacherNetwork):
