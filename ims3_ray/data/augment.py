@@ -83,6 +83,13 @@ def resize(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
+def padded(images: Tensor, size: int | None) -> Tensor:
+    """The images in the centre of images of ``size``, surrounded by zeros; unchanged if they are not smaller or ``size`` is
+    None."""
+    more = max(0, (size or 0) - images.shape[-1])
+    return F.pad(images, (more // 2, more - more // 2) * 2) if more else images
+
+
 @cache
 def constant(table: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """A table of numbers as a tensor. It is sent to the device only once, because sending makes the host wait."""

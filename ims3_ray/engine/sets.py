@@ -4,7 +4,7 @@ per set."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,16 @@ def write_class(artifact: Artifact, unit: str, pixels: Tensor, **more: Tensor) -
         if name in more:
             content.update(name.encode() + more[name].numpy().tobytes())
     return {"sha256": digest, "images": len(pixels), "content": content.hexdigest()}
+
+
+def add_to_class(
+    start: Artifact, made: Artifact, unit: str, more: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """Write a class of the set ``start`` again, with the tensors that ``more`` computes from those of its shard; returns its
+    entry for the manifest."""
+    tensors = load(start.read(f"{unit}.safetensors"))
+    kept = {name: tensor for name, tensor in tensors.items() if name in (*EXTRAS, "indices")}
+    return write_class(made, unit, tensors["pixels"], **{**kept, **more(tensors)})
 
 
 def commit_set(artifact: Artifact, entries: Mapping[str, dict[str, Any]], seconds: float, **extra: Any) -> None:

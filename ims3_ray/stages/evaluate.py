@@ -32,7 +32,7 @@ from ims3_ray.stages.held_out import HoldOut
 from ims3_ray.stages.label_batches import LabelBatches, StoredBatchLabels
 from ims3_ray.stages.teacher import TeacherInput, load_teacher, plan_teacher, teacher_of
 from ims3_ray.training.accuracy import Labelled
-from ims3_ray.training.students import LabelledSet, padding, train_student
+from ims3_ray.training.students import LabelledSet, train_student
 
 
 @dataclass(eq=False)
@@ -138,8 +138,7 @@ def check_protocol(planner: Planner, name: str, protocol: ProtocolConfig, ipc: i
 
 def network_size(protocol: ProtocolConfig, size: int) -> int:
     """Height and width of the images that a student's network gets, for a data set of images of ``size``."""
-    size = protocol.size or size
-    return size + sum(padding(size, protocol.pad_to))
+    return max(protocol.size or size, protocol.pad_to or 0)
 
 
 def evaluation_flops(

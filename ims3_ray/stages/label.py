@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load
+from torch import Tensor
 
 from ims3_ray.cluster.capacity import wait_for_capacity
 from ims3_ray.cluster.joining import own_device, placed
 from ims3_ray.config import RunConfig, WorkConfig
 from ims3_ray.engine.per_class import map_classes
 from ims3_ray.engine.planner import Planner, pixel_bytes
-from ims3_ray.engine.sets import EXTRAS, commit_set, write_class
+from ims3_ray.engine.sets import add_to_class, commit_set
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
@@ -75,11 +75,10 @@ def label_classes(way: _Way, units: Sequence[str]) -> list[dict[str, Any]]:
     """Write the shards of some classes again, with the teacher's logits."""
     torch.set_num_threads(way.threads)
     device = own_device()
-    teacher, entries = load_teacher(way.teacher, way.class_names, device), []
-    for unit in units:
-        tensors = load(way.start.read(f"{unit}.safetensors"))
-        pixels = tensors.pop("pixels")
-        logits = torch.cat([teacher(part.to(device).float() / 255).half().cpu() for part in pixels.split(AT_ONCE)])
-        kept = {name: tensor for name, tensor in tensors.items() if name in (*EXTRAS, "indices")}
-        entries.append(write_class(way.labelled, unit, pixels, **{**kept, "logits": logits}))
-    return entries
+    teacher = load_teacher(way.teacher, way.class_names, device)
+
+    def logits_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        parts = tensors["pixels"].split(AT_ONCE)
+        return {"logits": torch.cat([teacher(part.to(device).float() / 255).half().cpu() for part in parts])}
+
+    return [add_to_class(way.start, way.labelled, unit, logits_of) for unit in units]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from safetensors.torch import load
+from torch import Tensor
 
 from ims3_ray.config import RunConfig
 from ims3_ray.engine.per_class import map_classes
 from ims3_ray.engine.planner import Planner, pixel_bytes
-from ims3_ray.engine.sets import EXTRAS, commit_set, write_class
+from ims3_ray.engine.sets import add_to_class, commit_set
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import Artifact
@@ -59,12 +61,10 @@ class _Way:
 
 def weigh_classes(way: _Way, units: Sequence[str]) -> list[dict[str, Any]]:
     """Write the shards of some classes again, with weights. Image i of the candidates belongs to mode i mod K."""
-    entries = []
-    for unit in units:
-        tensors = load(way.start.read(f"{unit}.safetensors"))
+
+    def weights_of(unit: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         counts = load(way.modes.read(f"{unit}.safetensors"))["counts"].float()
-        pixels = tensors.pop("pixels")
         weights = counts[tensors["indices"] % len(counts)]
-        kept = {name: tensor for name, tensor in tensors.items() if name in (*EXTRAS, "indices")}
-        entries.append(write_class(way.weighed, unit, pixels, **{**kept, "weights": weights / weights.mean()}))
-    return entries
+        return {"weights": weights / weights.mean()}
+
+    return [add_to_class(way.start, way.weighed, unit, partial(weights_of, unit)) for unit in units]

@@ -172,7 +172,7 @@ class Synthesis(Component, ABC):
 
     def prepare(self, piece: Piece, inputs: Inputs) -> Mapping[str, Tensor]:
         """Make one piece of the preparation: named tensors."""
-        raise NotImplementedError
+        raise ValueError(f"synthesis method '{self.name}' names pieces of a preparation; give it a method prepare()")
 
     @abstractmethod
     def make(self, given: Given, state: bytes | None, save: Save) -> Mapping[str, Tensor]:

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from ims3_ray.component import Section
+from ims3_ray.data.augment import padded
 from ims3_ray.data.siamese import Family, drawn_family, siamese
 from ims3_ray.models.students import forward_flops
 from ims3_ray.seeds import generator_for, seed_for
@@ -23,7 +24,6 @@ from ims3_ray.synthesis.pixels import (
     Saver,
     check_network,
     normalised,
-    padded,
     to_bytes,
     unpack_state,
     without_head,

@@ -22,12 +22,12 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from ims3_ray.component import Section
-from ims3_ray.data.augment import cutmix
+from ims3_ray.data.augment import cutmix, padded
 from ims3_ray.data.siamese import Family, siamese
 from ims3_ray.models.students import forward_flops
 from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.synthesis.base import Costs, Given, Part, Save, Synthesis
-from ims3_ray.synthesis.pixels import FreshNetworks, Saver, check_network, padded, to_bytes, unpack_state
+from ims3_ray.synthesis.pixels import FreshNetworks, Saver, check_network, to_bytes, unpack_state
 
 Distance = Literal["squared", "l1"]
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ims3_ray.data.transforms import to_pil
 from ims3_ray.errors import UserError
@@ -33,12 +32,6 @@ def to_bytes(images: Tensor) -> Tensor:
     if not images.isfinite().all():
         raise UserError("the optimised images have values that are not finite; lower the synthesis method's learning rate (lr)")
     return (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
-
-
-def padded(images: Tensor, to: int | None) -> Tensor:
-    """Normalised images padded with the mean colour to ``to`` pixels, if they are smaller."""
-    more = max(0, (to or 0) - images.shape[-1])
-    return F.pad(images, (more // 2, more - more // 2) * 2) if more else images
 
 
 class FreshNetworks:

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from ims3_ray.component import Section
-from ims3_ray.data.augment import crop_boxes
+from ims3_ray.data.augment import crop_boxes, padded
 from ims3_ray.errors import UserError
 from ims3_ray.seeds import generator_for
 from ims3_ray.synthesis.base import Costs, Given, Inputs, Piece, Save, Synthesis
@@ -142,9 +142,7 @@ class RDED(Synthesis):
         """Cross-entropy of the teacher for each crop, padded with the teacher's mean colour to the size of an image."""
         teacher = inputs.teacher
         assert teacher is not None
-        images = crops.to(inputs.device).float() / 255 - teacher.mean
-        more = inputs.size - images.shape[-1]
-        images = F.pad(images, (more // 2, more - more // 2) * 2) + teacher.mean
+        images = padded(crops.to(inputs.device).float() / 255 - teacher.mean, inputs.size) + teacher.mean
         labels = torch.full((len(images),), position, device=images.device)
         return F.cross_entropy(teacher(images), labels, reduction="none").cpu()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ims3_ray.config import ProtocolConfig
-from ims3_ray.data.augment import Scale
+from ims3_ray.data.augment import Scale, padded
 from ims3_ray.errors import Diverged, UserError
 from ims3_ray.models.students import batch_of_one, build_student, has_batch_norm
 from ims3_ray.seeds import seed_for
@@ -60,8 +60,9 @@ class Student(nn.Module):
         scale = scale_of(images, protocol)
         self.register_buffer("mean", scale.mean)
         self.register_buffer("std", scale.std)
-        self.pad = padding(size, protocol.pad_to)
-        self.net = build_student(name, channels, size + sum(self.pad), num_classes, protocol.norm, protocol.width)
+        self.pad_to = protocol.pad_to
+        size = max(size, protocol.pad_to or 0)
+        self.net = build_student(name, channels, size, num_classes, protocol.norm, protocol.width)
 
     @property
     def scale(self) -> Scale:
@@ -69,17 +70,10 @@ class Student(nn.Module):
 
     def scores(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images in [0, 1]."""
-        images = (images - self.mean) / self.std
-        return self.net(F.pad(images, self.pad * 2) if sum(self.pad) else images)
+        return self.net(padded((images - self.mean) / self.std, self.pad_to))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.scores(pixels.float() / 255)
-
-
-def padding(size: int, pad_to: int | None) -> tuple[int, int]:
-    """Pixels by which each side of images of ``size`` is padded, before and after."""
-    more = max(0, (pad_to or size) - size)
-    return more // 2, more - more // 2
 
 
 class Training:
