@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def _tables_of(name: str, rows: Sequence[Mapping[str, Any]], on_gpu: bool) -> li
         lines += [f"- Left out: {row['left out']}."] if "left out" in row else []
         lines += [f"- Failed: {subject}: {row['error']}"] if "error" in row else []
         lines += [f"- {subject} was trained without compilation: {row['not compiled']}"] if "not compiled" in row else []
-        lines += [f"- {subject}, {line}" for line in row.get("quality", ())]
+        lines += [textwrap.fill(f"- {subject}, {line}", 120, subsequent_indent="  ") for line in row.get("quality", ())]
     return [*lines, ""] if lines and lines[-1] else lines
 
 

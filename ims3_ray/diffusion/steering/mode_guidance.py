@@ -42,10 +42,24 @@ def toward_modes(modes_BCHW: Tensor, strength: float, until: float) -> Drift:
     return drift
 
 
-class ModeGuidance(Steering):
+class ByModes(Steering):
+    """Base of steerings in which sample i of a class belongs to mode i mod K."""
+
+    source = "modes"
+
+    def __init__(self, config: Any, k: int, seed: int, steps: int, shards: Shards, device: str) -> None:
+        super().__init__(config, k, seed, steps, shards, device)
+        self._modes_of = lru_cache(REMEMBERED)(lambda label: torch.cat([shard["modes"] for shard in shards(label)]))
+
+    def modes(self, label: int, indices: Sequence[int]) -> Tensor:
+        """The mode of each sample of a class, float32 [B, C, H, W]."""
+        return self._modes_of(label)[[index % self.k for index in indices]]
+
+
+class ModeGuidance(ByModes):
     """Guides sample i of a class towards mode i mod K."""
 
-    name, source, option, switch = "mode_guidance", "modes", "drift", "strength"
+    name, option, switch = "mode_guidance", "drift", "strength"
 
     class Config(Section):
         """Mode guidance (MGD3) of candidate i of a class to mode i mod K of its real images (k-means with k = K)."""
@@ -55,14 +69,10 @@ class ModeGuidance(Steering):
         until: float = Field(default=0.5, ge=0, le=1)
         """Share of the steps, at the end of sampling, that are not guided."""
 
-    def __init__(self, config: Config, k: int, seed: int, steps: int, shards: Shards, device: str) -> None:
-        super().__init__(config, k, seed, steps, shards, device)
-        self._modes_of = lru_cache(REMEMBERED)(lambda label: torch.cat([shard["modes"] for shard in shards(label)]))
-
     @classmethod
     def title(cls, config: Config, k: int) -> str:
         return f"guided to {k} modes"
 
     def options(self, label: int, indices: Sequence[int]) -> dict[str, Any]:
-        modes = self._modes_of(label)[[index % self.k for index in indices]].to(self.device)
+        modes = self.modes(label, indices).to(self.device)
         return {"drift": toward_modes(modes, self.config.strength, self.config.until)}
