@@ -72,7 +72,7 @@ def optimised(config: BenchmarkConfig, train: Labelled, classes: int) -> Labelle
             Given(
                 pixels=real[position][: config.k], classes=torch.full((config.k,), position), indices=torch.arange(config.k),
                 prepared=pieces.__getitem__, **inputs,
-            ), None, lambda _: None,
+            ), None, lambda *_: None,
         ).cpu()
         for position in range(classes)
     ]  # fmt: skip

@@ -76,7 +76,7 @@ def given_of(config: BenchmarkConfig, classes: range, prepared: Mapping[Piece, M
     )  # fmt: skip
 
 
-def nothing(_: bytes) -> None:
+def nothing(state: bytes, done: float = 0.0) -> None:
     return None
 
 

@@ -51,7 +51,7 @@ class Progress:
         if now - self._shown < (TERMINAL_EVERY_S if self._terminal else LOG_EVERY_S) or done >= self.total:
             return
         self._shown = now
-        text = f"{self.title}: {done:g}/{self.total:g} {self.unit}"
+        text = f"{self.title}: {round(done, 2):g}/{self.total:g} {self.unit}"
         if done > self._first[1]:
             rate = (done - self._first[1]) / max(now - self._first[0], 1e-9)
             left = (self.total - done) / rate

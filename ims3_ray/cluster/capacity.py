@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -99,9 +99,12 @@ class CapacityWatch:
             )
         return False
 
-    def first_done(self, running: Sequence[Any]) -> Any:
-        """The first of the ``running`` tasks to end. On a cluster that grows, :meth:`look` is called meanwhile."""
+    def first_done(self, running: Sequence[Any], meanwhile: Callable[[], None] | None = None) -> Any:
+        """The first of the ``running`` tasks to end. Every few seconds until then ``meanwhile`` is called, and on a cluster
+        that grows :meth:`look` is called."""
         while not (done := ray.wait(list(running), num_returns=1, timeout=5)[0]):
+            if meanwhile is not None:
+                meanwhile()
             if self.config.wait_s:  # on other clusters a task that can never run was refused before it started
                 self.look()
         return done[0]

@@ -84,10 +84,15 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def padded(images: Tensor, size: int | None) -> Tensor:
-    """The images in the centre of images of ``size``, surrounded by zeros; unchanged if they are not smaller or ``size`` is
-    None."""
+    """The images in the centre of images of ``size``, surrounded by zeros; equal to ``images`` if they are not smaller or
+    ``size`` is None.
+
+    The strides of grey images are those of [B, 1, H, W]. Operations before may have left those of [B, H, W, 1], which is the
+    same memory, but makes convolutions on a CPU return ``channels_last`` tensors; group norm takes ten times as long on them.
+    """
     more = max(0, (size or 0) - images.shape[-1])
-    return F.pad(images, (more // 2, more - more // 2) * 2) if more else images
+    images = F.pad(images, (more // 2, more - more // 2) * 2) if more else images
+    return images[:, 0][:, None] if images.shape[1] == 1 else images
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -12,6 +13,7 @@ from ims3_ray.cluster.joining import placed, results
 from ims3_ray.config import reserved
 from ims3_ray.engine.shards import read_notes
 from ims3_ray.engine.stage import Context, Stage
+from ims3_ray.engine.unfinished import Shares, Unfinished
 from ims3_ray.errors import Damaged, IncompletePool
 from ims3_ray.progress import Progress
 
@@ -34,12 +36,14 @@ def map_classes(function: Any, shared: Any, classes: Sequence[Any], **resources:
 def each_unit(
     context: Context, stage: Stage, function: Callable[[Any, Sequence[tuple[str, Any]]], None], shared: Any,
     rows: Mapping[str, Any], *, gpus: float = 0, what: str = "classes", most_at_once: int = 25,
+    saves: bool = False,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Make the units of ``rows`` (unit → input of its task) that do not exist yet. Returns the entries of all units, in order.
 
     Ray tasks call ``function(shared, [(unit, row), …])``, which makes some units and stores each one's entry with
     :func:`ims3_ray.engine.shards.note`, so that nothing is made twice after an interruption. A task makes at most
-    ``most_at_once`` units.
+    ``most_at_once`` units. ``saves`` says that the units save their states as :class:`Unfinished`, by which progress within a
+    unit is shown.
     """
     artifact = stage.artifact(context.storage)
     there = read_notes(artifact, list(rows))
@@ -51,19 +55,21 @@ def each_unit(
     parts = [todo[start : start + at_once] for start in range(0, len(todo), at_once)]
     watch = wait_for_capacity(cluster, "pool", stage.title, [reserved(actors.cpus, gpus)] * min(actors.count, len(parts)))
     with Progress(stage.title, len(todo), what) as progress:
-        waiting, running = list(parts), dict[Any, int]()
+        waiting, running = list(parts), dict[Any, list[Unfinished]]()
+        shares = Shares(progress)
         while waiting or running:
             while waiting and len(running) < actors.count:
                 part = waiting.pop(0)
-                running[task.remote(shared_ref, part)] = len(part)
-            done = watch.first_done(list(running))
+                running[task.remote(shared_ref, part)] = [Unfinished(artifact, unit) for unit, _ in part]
+            begun = [unit for units in running.values() for unit in units]
+            done = watch.first_done(list(running), partial(shares.look, begun) if saves else None)
             try:
                 results(done)
             except ray.exceptions.RayTaskError as error:
                 reason = str(error.cause or error).strip().splitlines()[-1]
                 kind = type(error.cause or error).__name__
                 raise IncompletePool(f"{stage.title}: {kind}: {reason}; run the same command again to continue") from error
-            progress.advance(running.pop(done))
+            shares.finish(len(running.pop(done)))
     context.spend(stage, progress.seconds, min(actors.count, max(1, len(parts))))
     made = read_notes(artifact, list(rows))
     if lost := [unit for unit in rows if unit not in made]:

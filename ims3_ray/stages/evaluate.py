@@ -22,6 +22,7 @@ from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.sets import RealSplit, read_set
 from ims3_ray.engine.shards import commit_units, note, pack_tensors, read_notes
 from ims3_ray.engine.stage import Context, Stage, Worker
+from ims3_ray.engine.unfinished import Shares, Unfinished
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import Damaged, IncompletePool, UserError
 from ims3_ray.io.artifacts import Artifact
@@ -179,11 +180,11 @@ def train_and_test(task: Task, seed: int, found: Artifact) -> dict[str, Any]:
         raise UserError("labels: stored needs a set with soft labels; this one has none (arms.NAME.labels=soft stores them)")
     val = held_out(read_set(task.val)[:2], train) if task.val else None
     classes, unit = len(task.class_names), unit_of(seed)
-    state = f"{unit}.state"
+    unfinished = Unfinished(found, unit)
     _, accuracy = train_student(
         task.protocol.students[0], train, task.test.read(), classes, task.protocol, seed, device=device, val=val,
         teacher=load_teacher(task.teacher, task.class_names, device) if task.teacher is not None else None,
-        resume=found.read(state) if state in found.shards() else None, save=partial(found.write, state),
+        resume=unfinished.state(), save=unfinished.save,
         batch_labels=StoredBatchLabels(task.labels) if task.labels is not None else None,
     )  # fmt: skip
     plain = asdict(replace(accuracy, confusion=torch.empty(0)))
@@ -192,8 +193,7 @@ def train_and_test(task: Task, seed: int, found: Artifact) -> dict[str, Any]:
     digest = found.write(f"{unit}.safetensors", pack_tensors(confusion=accuracy.confusion))
     outcome = {**plain, "seconds": seconds, "sha256": digest}
     note(found, unit, outcome)
-    if state in found.shards():
-        found.forget(state)
+    unfinished.forget()
     return outcome
 
 
@@ -231,11 +231,13 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
     student = reserved(config.cpus_per_task, config.gpus_per_task)
     watch = wait_for_capacity(cluster, "evaluate", "evaluate", [student] if waiting else [])
     with Progress("evaluate", len(waiting), "students") as progress:
+        shares = Shares(progress)
         while running or waiting:
             while waiting and (context.most_tasks is None or len(running) < context.most_tasks):
                 stage, task, artifact, seed = waiting.pop(0)
                 running[remote.remote(task, seed, artifact)] = (stage, artifact, unit_of(seed))
-            ref = watch.first_done(list(running))
+            begun = [Unfinished(artifact, unit) for _, artifact, unit in running.values()]
+            ref = watch.first_done(list(running), partial(shares.look, begun))
             stage, artifact, unit = running.pop(ref)
             try:
                 outcome = results(ref)
@@ -248,7 +250,7 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
                 continue
             context.spend(stage, outcome["seconds"])
             commit_units(artifact, {unit: outcome}, outcome["seconds"])
-            progress.advance(1)
+            shares.finish(1)
     if failed:
         raise IncompletePool(f"{len(failed)} students failed every attempt, e.g. {failed[0]}; the same command tries again")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,6 +23,7 @@ from ims3_ray.engine.planner import Planner, pixel_bytes
 from ims3_ray.engine.sets import EXTRAS, commit_set, write_class
 from ims3_ray.engine.shards import note
 from ims3_ray.engine.stage import Context, Stage, Worker
+from ims3_ray.engine.unfinished import Unfinished
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.stages.adapters import Adapters
@@ -86,7 +86,7 @@ class Synthesise(Stage):
             Prepared(prepared.artifact(storage) if prepared else None), MethodInputs.of(self, method.needs, context),
         )  # fmt: skip
         gpus = context.config.actors.gpus
-        entries = each_unit(context, self, make_parts, way, parts, gpus=gpus, what="parts", most_at_once=1)
+        entries = each_unit(context, self, make_parts, way, parts, gpus=gpus, what="parts", most_at_once=1, saves=True)
         if tuple(parts) != self.units:
             members = members_of(parts, classes)
             gathered = map_classes(gather_parts, way.made, [(unit, members[i]) for i, unit in enumerate(self.units)])
@@ -136,13 +136,11 @@ def make_parts(way: _Way, parts: Sequence[tuple[str, Part]]) -> None:
     inputs["generator"] = PoolDenoiser(way.generator, device) if way.generator is not None else None
     for name, part in parts:
         given = _given(way, part, inputs)
-        state = f"{name}.state"
-        saved = way.made.read(state) if state in way.made.shards() else None
-        made = dict(way.method.make(given, saved, partial(way.made.write, state)))
+        unfinished = Unfinished(way.made, name)
+        made = dict(way.method.make(given, unfinished.state(), unfinished.save))
         check_made(way.method.name, made, given, len(part), way.inputs.shape)
         note(way.made, name, write_class(way.made, name, made.pop("pixels"), indices=given.indices, **made))
-        if state in way.made.shards():
-            way.made.forget(state)
+        unfinished.forget()
 
 
 def check_made(method: str, made: Mapping[str, Tensor], given: Given, count: int, shape: tuple[int, int, int]) -> None:

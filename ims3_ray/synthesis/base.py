@@ -15,6 +15,7 @@ from ims3_ray.diffusion.prediction import Predictor
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.models.encoder import EncoderConfig
 from ims3_ray.models.teacher import TeacherNetwork
+from ims3_ray.saving import Save
 
 Need = Literal["real", "originals", "statistics", "generator", "teacher"]
 """What a method may need: the real training images at the size of the data, their files at full size, the mean and standard
@@ -29,9 +30,6 @@ Part = Sequence[tuple[int, int]]
 
 Piece = tuple[int, int]
 """A piece of a preparation: the position of a class and a number within the class."""
-
-Save = Callable[[bytes], object]
-"""Stores a state, from which :meth:`Synthesis.make` resumes after an interruption."""
 
 
 class Denoiser(Protocol):

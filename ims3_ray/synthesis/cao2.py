@@ -12,8 +12,9 @@ from torch import Generator, Tensor
 from ims3_ray.component import Section
 from ims3_ray.diffusion.prediction import Predictor
 from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.saving import Save
 from ims3_ray.seeds import generator_for
-from ims3_ray.synthesis.base import Costs, Given, Save, Synthesis
+from ims3_ray.synthesis.base import Costs, Given, Synthesis
 
 
 def refinement_loss(eps: Tensor, predicted: Tensor, peak_weight: float) -> Tensor:

@@ -17,15 +17,14 @@ from ims3_ray.component import Section
 from ims3_ray.data.augment import padded
 from ims3_ray.data.siamese import Family, drawn_family, siamese
 from ims3_ray.models.students import forward_flops
+from ims3_ray.saving import Save, Saver, unpack_state
 from ims3_ray.seeds import generator_for, seed_for
-from ims3_ray.synthesis.base import Costs, Given, Inputs, Piece, Save, Synthesis
+from ims3_ray.synthesis.base import Costs, Given, Inputs, Piece, Synthesis
 from ims3_ray.synthesis.pixels import (
     FreshNetworks,
-    Saver,
     check_network,
     normalised,
     to_bytes,
-    unpack_state,
     without_head,
 )
 
@@ -134,7 +133,7 @@ class DM(Synthesis):
             (gradient,) = torch.autograd.grad(matching_loss(means[step % STEPS_PER_PIECE], features), [images])
             velocity = c.momentum * velocity + gradient
             images = images.detach() - c.lr * velocity
-            saver(step=step + 1, images=images, velocity=velocity)
+            saver((step + 1) / c.steps, step=step + 1, images=images, velocity=velocity)
         mean, std = given.statistics
         return images * std + mean
 

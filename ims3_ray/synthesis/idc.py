@@ -25,9 +25,10 @@ from ims3_ray.component import Section
 from ims3_ray.data.augment import cutmix, padded
 from ims3_ray.data.siamese import Family, siamese
 from ims3_ray.models.students import forward_flops
+from ims3_ray.saving import Save, Saver, unpack_state
 from ims3_ray.seeds import generator_for, seed_for
-from ims3_ray.synthesis.base import Costs, Given, Part, Save, Synthesis
-from ims3_ray.synthesis.pixels import FreshNetworks, Saver, check_network, to_bytes, unpack_state
+from ims3_ray.synthesis.base import Costs, Given, Part, Synthesis
+from ims3_ray.synthesis.pixels import FreshNetworks, check_network, to_bytes
 
 Distance = Literal["squared", "l1"]
 
@@ -185,7 +186,9 @@ class Matching:
         return self.images
 
     def _save(self, network: nn.Module, optimizer: torch.optim.Optimizer, outer: int, pretrained: int, inner: int) -> None:
+        done = (outer + inner / self.config.inner) / self.config.outer
         self.saver(
+            done,
             outer=outer, pretrained=pretrained, inner=inner, images=self.images, velocity=self.velocity,
             network=network.state_dict(), optimizer=optimizer.state_dict(),
         )  # fmt: skip

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +12,7 @@ from torch import Tensor, nn
 from ims3_ray.data.transforms import to_pil
 from ims3_ray.errors import UserError
 from ims3_ray.models.students import build_student, constant_norms, has_batch_norm
-from ims3_ray.synthesis.base import Costs, Save
-
-SAVE_EVERY_S = 60.0
-"""Least number of seconds between two saved states of an optimisation."""
+from ims3_ray.synthesis.base import Costs
 
 
 def normalised(pixels: Tensor, statistics: tuple[Tensor, Tensor], device: str) -> Tensor:
@@ -75,26 +70,6 @@ def check_network(method: str, name: str, width: int, pad_to: int | None, costs:
             f"synthesis.{method}.network: {name} has a layer ({constant}) that normalises maps of a single pixel for images of "
             f"{size} pixels, so all images look alike to it; choose a network with fewer layers"
         )
-
-
-class Saver:
-    """Saves the state of an optimisation from time to time."""
-
-    def __init__(self, save: Save) -> None:
-        self.save, self.last = save, time.monotonic()
-
-    def __call__(self, **values: Any) -> None:
-        """Save tensors and numbers, from which :func:`unpack_state` makes the same again, if the last save is long ago."""
-        if time.monotonic() - self.last >= SAVE_EVERY_S:
-            buffer = io.BytesIO()
-            torch.save(values, buffer)
-            self.save(buffer.getvalue())
-            self.last = time.monotonic()
-
-
-def unpack_state(state: bytes, device: str) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(io.BytesIO(state), map_location=device, weights_only=True)
-    return found
 
 
 def as_jpeg(pixels: Tensor, quality: int) -> Tensor:

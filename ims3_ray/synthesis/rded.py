@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from ims3_ray.component import Section
 from ims3_ray.data.augment import crop_boxes, padded
 from ims3_ray.errors import UserError
+from ims3_ray.saving import Save
 from ims3_ray.seeds import generator_for
-from ims3_ray.synthesis.base import Costs, Given, Inputs, Piece, Save, Synthesis
+from ims3_ray.synthesis.base import Costs, Given, Inputs, Piece, Synthesis
 from ims3_ray.synthesis.pixels import as_jpeg, image_tensor
 
 IMAGES_PER_PIECE = 50

@@ -19,9 +19,10 @@ from ims3_ray.data.augment import crop_boxes, cropped
 from ims3_ray.errors import UserError
 from ims3_ray.models.encoder import uses_batch_norm
 from ims3_ray.models.teacher import TeacherNetwork
+from ims3_ray.saving import Save, Saver, unpack_state
 from ims3_ray.seeds import generator_for
-from ims3_ray.synthesis.base import Costs, Given, Part, Save, Synthesis
-from ims3_ray.synthesis.pixels import Saver, as_jpeg, to_bytes, unpack_state
+from ims3_ray.synthesis.base import Costs, Given, Part, Synthesis
+from ims3_ray.synthesis.pixels import as_jpeg, to_bytes
 
 FIRST_LAYER_WEIGHT = 10.0
 """Weight of the first batch norm in the loss; that of the others is 1."""
@@ -139,7 +140,7 @@ class SRe2L(Synthesis):
             optimizer.step()
             with torch.no_grad():
                 images.copy_(images.clamp(low, high))
-            saver(step=step + 1, images=images.detach(), adam=optimizer.state_dict())
+            saver((step + 1) / c.steps, step=step + 1, images=images.detach(), adam=optimizer.state_dict())
         distance.remove()
         pixels = to_bytes(images * teacher.std + teacher.mean)
         return {"pixels": pixels if c.jpeg is None else as_jpeg(pixels, c.jpeg)}

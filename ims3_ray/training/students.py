@@ -5,9 +5,7 @@ All training images stay on the device and are augmented there, a batch at a tim
 
 from __future__ import annotations
 
-import io
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from typing import Any, NamedTuple
@@ -20,12 +18,10 @@ from ims3_ray.config import ProtocolConfig
 from ims3_ray.data.augment import Scale, padded
 from ims3_ray.errors import Diverged, UserError
 from ims3_ray.models.students import batch_of_one, build_student, has_batch_norm
+from ims3_ray.saving import Save, Saver, unpack_state
 from ims3_ray.seeds import seed_for
 from ims3_ray.training.accuracy import Accuracy, Check, Labelled, confusion_of, resident, test_images, validation_epochs
 from ims3_ray.training.augmented import AugmentedBatches, Batch, epochs_and_batch_size, scale_of
-
-SAVE_EVERY_S = 60.0
-"""Least number of seconds between two saved states of a training."""
 
 
 class LabelledSet(NamedTuple):
@@ -183,7 +179,7 @@ class Training:
 def train_student(
     name: str, train: LabelledSet | Labelled, test: Labelled, num_classes: int, protocol: ProtocolConfig, seed: int,
     *, device: str = "cpu", val: Labelled | None = None, teacher: Teacher | None = None, resume: bytes | None = None,
-    save: Callable[[bytes], object] | None = None, batch_labels: BatchLabels | None = None,
+    save: Save | None = None, batch_labels: BatchLabels | None = None,
 ) -> tuple[Student, Accuracy]:  # fmt: skip
     """Train student ``name`` from scratch on ``train`` by ``protocol``, test it on ``test`` and, if given, ``val``.
 
@@ -191,8 +187,8 @@ def train_student(
     seed on the same kind of device yields the same student. Raises ``ValueError`` for soft labels without a ``teacher``, and
     for stored labels of batches without ``batch_labels``.
 
-    ``save`` is called with the state of the training after a validation, at most every :data:`SAVE_EVERY_S` seconds. With such
-    a state as ``resume`` the training continues from there and yields the same student.
+    ``save`` is called with the state of the training after a validation, at most every :data:`ims3_ray.saving.SAVE_EVERY_S`
+    seconds. With such a state as ``resume`` the training continues from there and yields the same student.
     """
     teacher = teacher if protocol.labels == "soft" else None
     training = Training(name, train, num_classes, protocol, seed, device, teacher, batch_labels)
@@ -203,10 +199,10 @@ def train_student(
     checks = validation_epochs(training.epochs, protocol.validations, protocol.validate_from)
     curve, losses, confusions = [], [], {}
     if resume is not None:
-        state = torch.load(io.BytesIO(resume), map_location="cpu", weights_only=True)
+        state = unpack_state(resume, "cpu")
         training.load_state_dict(state["training"])
         curve = [Check(*check) for check in state["curve"]]
-    saved = time.monotonic()
+    saver = Saver(save)
     for epoch in range(curve[-1].epoch + 1 if curve else 1, training.epochs + 1):
         losses.append(training.epoch())
         if epoch in checks:
@@ -217,11 +213,8 @@ def train_student(
                 raise Diverged(f"student {name} diverged: its loss by epoch {epoch} is not finite; lower the protocol's lr")
             curve.append(Check(epoch, loss, shares["test"], shares.get("val")))
             losses = []
-            if save is not None and epoch < training.epochs and time.monotonic() - saved >= SAVE_EVERY_S:
-                buffer = io.BytesIO()
-                torch.save({"training": training.state_dict(), "curve": [astuple(check) for check in curve]}, buffer)
-                save(buffer.getvalue())
-                saved = time.monotonic()
+            if epoch < training.epochs:
+                saver(epoch / training.epochs, training=training.state_dict(), curve=[astuple(check) for check in curve])
     chosen = max(curve, key=lambda check: check.val or 0.0)
     return student, Accuracy(
         last=curve[-1].test, best=max(check.test for check in curve), val=chosen.test if "val" in tests else None,

@@ -13,16 +13,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ims3_ray import distill
+from ims3_ray import distill, saving
 from ims3_ray.config import RunConfig
 from ims3_ray.engine.sets import read_set
 from ims3_ray.engine.stage import Stage
 from ims3_ray.io.storage import Storage
 from ims3_ray.plan import make_plan
+from ims3_ray.saving import Save
 from ims3_ray.stages.prepare import Prepare
 from ims3_ray.stages.statistics import read_statistics
-from ims3_ray.synthesis import pixels
-from ims3_ray.synthesis.base import Given, Inputs, Piece, Save, Synthesis
+from ims3_ray.synthesis.base import Given, Inputs, Piece, Synthesis
 from ims3_ray.synthesis.dm import DM
 from ims3_ray.synthesis.idc import IDC
 from ims3_ray.synthesis.rded import RDED
@@ -55,12 +55,12 @@ class Killed:
         return made  # type: ignore[no-any-return]
 
     def make(self, given: Given, state: bytes | None, save: Save) -> Mapping[str, Tensor]:
-        pixels.SAVE_EVERY_S, count = 0.0, 0
+        saving.SAVE_EVERY_S, count = 0.0, 0
 
-        def saved(data: bytes) -> None:
+        def saved(data: bytes, done: float = 0.0) -> None:
             nonlocal count
             count += 1
-            save(data)
+            save(data, done)
             if count == 2:
                 assert state is None or state != data
                 self.at("part")

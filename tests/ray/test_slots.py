@@ -25,8 +25,9 @@ from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.plan import make_evaluation, make_plan
+from ims3_ray.saving import Save
 from ims3_ray.stages.generate import Generate
-from ims3_ray.synthesis.base import Costs, Given, Part, Save, Synthesis
+from ims3_ray.synthesis.base import Costs, Given, Part, Synthesis
 from tests.conftest import CLASSES, tiny_values
 from tests.ray.conftest import Run
 

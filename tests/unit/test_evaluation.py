@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ims3_ray import saving
 from ims3_ray.config import AugmentConfig, ProtocolConfig
 from ims3_ray.config.evaluation import for_ipc
+from ims3_ray.data.augment import padded
 from ims3_ray.errors import Diverged, UserError
 from ims3_ray.models.students import build_student, constant_norms, forward_flops, student_builder
 from ims3_ray.training import augmented
-from ims3_ray.training import students as evaluation
 from ims3_ray.training.accuracy import accuracy_of, confusion_of, resident, validation_epochs
 from ims3_ray.training.augmented import AugmentedBatches, scale_of
 from ims3_ray.training.students import LabelledSet, Student, Training, _optimizer, decay_factor, soft_label_loss, train_student
@@ -171,13 +172,17 @@ def test_a_student_learns_what_can_be_learnt_and_the_same_seed_learns_the_same()
 
 
 def test_an_interrupted_training_goes_on_to_the_same_student(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(evaluation, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(saving, "SAVE_EVERY_S", 0.0)
     train, test, val = bars(4, 1), bars(5, 2), bars(2, 3)
     protocol = quick(optimizer="adamw", lr=0.01, augment={"max_shift": 1, "flip": True}, cutmix=True, norm="batch")
-    saved: list[bytes] = []
-    student, accuracy = train_student("convnet-2", train, test, 3, protocol, 0, val=val, save=saved.append)
-    assert len(saved) == 2  # after the first and the second of three validations
-    for state in saved:
+    saved: list[tuple[bytes, float]] = []
+
+    def save(state: bytes, done: float = 0.0) -> None:
+        saved.append((state, done))
+
+    student, accuracy = train_student("convnet-2", train, test, 3, protocol, 0, val=val, save=save)
+    assert [done for _, done in saved] == pytest.approx([1 / 3, 2 / 3])  # after the first two of three validations
+    for state, _ in saved:
         again, same = train_student("convnet-2", train, test, 3, protocol, 0, val=val, resume=state)
         assert same.curve == accuracy.curve
         assert torch.equal(same.confusion, accuracy.confusion)
@@ -321,6 +326,16 @@ def test_instance_norm_of_maps_of_one_pixel_is_refused(name: str, size: int, fit
     found = constant_norms(build_student(name, 1, size, 3, "instance", 8), 1, size)
     assert (found is None) == fits
     assert constant_norms(build_student(name, 1, size, 3, "batch", 8), 1, size) is None
+
+
+def test_grey_images_reach_convolutions_with_the_strides_of_their_shape():
+    """With those of channels last, PyTorch's group norm takes several times as long on CPUs."""
+    hwc = torch.rand(4, 8, 8, 1).permute(0, 3, 1, 2)
+    for images in (padded(hwc, None), padded(hwc, 10)):
+        assert nn.Conv2d(1, 4, 3)(images).is_contiguous()
+    assert torch.equal(padded(hwc, None), hwc)
+    colour = torch.rand(4, 3, 8, 8)
+    assert padded(colour, None) is colour
 
 
 def test_images_of_28_pixels_are_padded_to_32_as_by_a_first_convolution_with_padding_3():

@@ -49,7 +49,7 @@ def test_a_ground_floor_file_imports_nothing_from_upstairs(file: Path):
         "storage is upstairs"
     )
     own = {name.split(".")[1] for name in imports if name.startswith("ims3_ray.")}
-    beside = {"errors", "seeds", "component", "io"} | ({"config"} if file.parent.name == "training" else set())
+    beside = {"errors", "seeds", "saving", "component", "io"} | ({"config"} if file.parent.name == "training" else set())
     assert own <= {*GROUND_FLOOR, *beside}
 
 

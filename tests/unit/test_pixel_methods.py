@@ -14,12 +14,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ims3_ray import saving
 from ims3_ray.errors import UserError
 from ims3_ray.models.encoder import Encoder, EncoderConfig
 from ims3_ray.models.students import build_student
 from ims3_ray.models.teacher import TeacherNetwork
 from ims3_ray.seeds import generator_for, seed_for
-from ims3_ray.synthesis import pixels as shared
 from ims3_ray.synthesis.base import Costs, Given, Inputs, Piece, Synthesis
 from ims3_ray.synthesis.dm import DM
 from ims3_ray.synthesis.idc import IDC, Matching, coast, gradient_distance, gradients
@@ -94,7 +94,7 @@ def part_of(method: Synthesis, part: list[tuple[int, int]], from_nothing: bool =
     )  # fmt: skip
 
 
-def nothing(_: bytes) -> None:
+def nothing(state: bytes, done: float = 0.0) -> None:
     return None
 
 
@@ -104,10 +104,19 @@ def of_class(position: int, k: int = 2) -> list[tuple[int, int]]:
 
 def assert_goes_on(method: Synthesis, given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
     """From every state that is saved on the way, the part is finished to the same bytes."""
-    monkeypatch.setattr(shared, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(saving, "SAVE_EVERY_S", 0.0)
     states: list[bytes] = []
-    whole = method.make(given, None, states.append)["pixels"]
+    shares: list[float] = []
+
+    def save(state: bytes, done: float = 0.0) -> None:
+        states.append(state)
+        shares.append(done)
+
+    whole = method.make(given, None, save)["pixels"]
     assert len(states) >= 3
+    assert shares == sorted(shares)
+    assert shares[0] < shares[-1]
+    assert shares[-1] == 1
     for state in states[:-1]:
         assert torch.equal(method.make(given, state, nothing)["pixels"], whole)
     assert not torch.equal(whole, given.pixels)

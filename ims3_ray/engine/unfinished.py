@@ -1,0 +1,67 @@
+"""Units that a task has begun: the saved state of each, and how much of it is finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.storage import as_json
+from ims3_ray.progress import LOG_EVERY_S, Progress
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A unit of an artifact whose computation saves its state, so that another task can continue it."""
+
+    artifact: Artifact
+    unit: str
+
+    @property
+    def _state(self) -> str:
+        return f"{self.unit}.state"
+
+    @property
+    def _progress(self) -> str:
+        return f"{self.unit}.progress.json"
+
+    def state(self) -> bytes | None:
+        """The last saved state; None if there is none."""
+        return self.artifact.read(self._state) if self._state in self.artifact.shards() else None
+
+    def save(self, state: bytes, done: float = 0.0, /) -> None:
+        """Store a state (see :class:`ims3_ray.saving.Save`)."""
+        self.artifact.write(self._state, state)
+        self.artifact.write(self._progress, as_json({"done": done}, f"the progress of {self.unit}"))
+
+    def done(self) -> float:
+        """The share of the unit that was finished when its state was last saved, in [0, 1]; 0 if none was."""
+        found = self.artifact.storage.read_json(f"{self.artifact.folder}/shards/{self._progress}") or {}
+        return float(found.get("done", 0.0))
+
+    def forget(self) -> None:
+        """Delete what is saved, since the unit is finished."""
+        for name in {self._state, self._progress} & self.artifact.shards():
+            self.artifact.forget(name)
+
+
+class Shares:
+    """Shows the progress of a stage by its finished units and the shares of those that have begun."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.finished = progress, 0
+        self._looked, self._begun = time.monotonic(), 0.0
+
+    def finish(self, units: int) -> None:
+        """Count units that have just been finished."""
+        self.finished += units
+        self.progress.at(self.finished)
+
+    def look(self, begun: Iterable[Unfinished]) -> None:
+        """Look up the shares of the units that have begun, if the last time is :data:`LOG_EVERY_S` seconds ago."""
+        if time.monotonic() - self._looked >= LOG_EVERY_S:
+            self._looked, before = time.monotonic(), self._begun
+            self._begun = sum(unit.done() for unit in begun)
+            if self._begun != before:
+                self.progress.at(self.finished + self._begun)
