@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,7 @@ from ims3_ray.engine.shards import read_notes
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.engine.unfinished import Shares, Unfinished
 from ims3_ray.errors import Damaged, IncompletePool
+from ims3_ray.io.artifacts import Artifact
 from ims3_ray.progress import Progress
 
 CLASSES_PER_TASK = 50
@@ -33,45 +36,105 @@ def map_classes(function: Any, shared: Any, classes: Sequence[Any], **resources:
     return [row for rows in results([task.remote(shared_ref, part) for part in parts]) for row in rows]
 
 
-def each_unit(
-    context: Context, stage: Stage, function: Callable[[Any, Sequence[tuple[str, Any]]], None], shared: Any,
-    rows: Mapping[str, Any], *, gpus: float = 0, what: str = "classes", most_at_once: int = 25,
-    saves: bool = False,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Make the units of ``rows`` (unit → input of its task) that do not exist yet. Returns the entries of all units, in order.
+Make = Callable[[Any, Sequence[tuple[str, Any]]], None]
+"""``make(shared, [(unit, row), …])`` makes some units of a stage in a task, and stores the entry of each with
+:func:`ims3_ray.engine.shards.note`, so that nothing is made twice after an interruption."""
 
-    Ray tasks call ``function(shared, [(unit, row), …])``, which makes some units and stores each one's entry with
-    :func:`ims3_ray.engine.shards.note`, so that nothing is made twice after an interruption. A task makes at most
-    ``most_at_once`` units. ``saves`` says that the units save their states as :class:`Unfinished`, by which progress within a
-    unit is shown.
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Units of a stage that tasks have to make."""
+
+    stage: Stage
+    shared: Any
+    """What all tasks of the stage are given."""
+    rows: Mapping[str, Any]
+    """Unit → input of its task."""
+    most_at_once: int = 25
+    """The most units that a task makes."""
+
+    def missing(self, artifact: Artifact) -> list[tuple[str, Any]]:
+        there = read_notes(artifact, list(self.rows))
+        return [(unit, row) for unit, row in self.rows.items() if unit not in there]
+
+    @property
+    def flops_per_unit(self) -> float:
+        return self.stage.flops / max(1, len(self.rows))
+
+
+Entries = dict[str, dict[str, Any]]
+"""Unit → its entry."""
+
+
+def each_unit(
+    context: Context, stage: Stage, make: Make, shared: Any, rows: Mapping[str, Any], *, gpus: float = 0, what: str = "classes"
+) -> Entries:  # fmt: skip
+    """Make the units of ``rows`` (unit → input of its task) that do not exist yet; returns the entries of all, in order."""
+    ((_, entries, _),) = each_unit_of(context, stage.title, [Work(stage, shared, rows)], make, gpus=gpus, what=what)
+    return entries
+
+
+def each_unit_of(
+    context: Context, title: str, works: Sequence[Work], make: Make, *, gpus: float = 0, what: str, saves: bool = False
+) -> Iterator[tuple[Work, Entries, float]]:  # fmt: skip
+    """Make the units of several stages that do not exist yet, side by side. Yields for each stage, as soon as it is complete,
+    the entries of all its units in order, and the seconds that its tasks took.
+
+    Stages whose units cost most begin first. ``saves`` says that the units save their states as :class:`Unfinished`, by which
+    progress within a unit is shown.
     """
-    artifact = stage.artifact(context.storage)
-    there = read_notes(artifact, list(rows))
-    todo = [(unit, row) for unit, row in rows.items() if unit not in there]
-    actors, cluster = context.config.actors, context.config.cluster
+    actors, cluster, artifacts = (
+        context.config.actors,
+        context.config.cluster,
+        {w: w.stage.artifact(context.storage) for w in works},
+    )
     options = {"num_cpus": actors.cpus, "num_gpus": gpus, **placed(cluster, "pool")}
-    task, shared_ref = ray.remote(function).options(max_retries=3, **options), ray.put(shared)
-    at_once = max(1, min(most_at_once, -(-len(todo) // (2 * context.config.actors.count))))
-    parts = [todo[start : start + at_once] for start in range(0, len(todo), at_once)]
-    watch = wait_for_capacity(cluster, "pool", stage.title, [reserved(actors.cpus, gpus)] * min(actors.count, len(parts)))
-    with Progress(stage.title, len(todo), what) as progress:
-        waiting, running = list(parts), dict[Any, list[Unfinished]]()
-        shares = Shares(progress)
+    task = ray.remote(make).options(max_retries=3, **options)
+    waiting: list[_Task] = []
+    for work in sorted(works, key=lambda work: -work.flops_per_unit):
+        todo, shared = work.missing(artifacts[work]), ray.put(work.shared)
+        at_once = max(1, min(work.most_at_once, -(-len(todo) // (2 * actors.count))))
+        waiting += [_Task(work, shared, todo[start : start + at_once]) for start in range(0, len(todo), at_once)]
+    left = {work: sum(each.work is work for each in waiting) for work in works}
+    seconds, count = dict.fromkeys(works, 0.0), sum(len(each.rows) for each in waiting)
+    watch = wait_for_capacity(cluster, "pool", title, [reserved(actors.cpus, gpus)] * min(actors.count, len(waiting)))
+    with Progress(title, count, what) as progress:
+        yield from (_completed(work, artifacts[work], 0.0) for work in works if not left[work])
+        shares, running = Shares(progress), dict[Any, tuple[_Task, float]]()
         while waiting or running:
             while waiting and len(running) < actors.count:
-                part = waiting.pop(0)
-                running[task.remote(shared_ref, part)] = [Unfinished(artifact, unit) for unit, _ in part]
-            begun = [unit for units in running.values() for unit in units]
+                next_one = waiting.pop(0)
+                running[task.remote(next_one.shared, next_one.rows)] = next_one, time.monotonic()
+            begun = [Unfinished(artifacts[each.work], unit) for each, _ in running.values() for unit, _ in each.rows]
             done = watch.first_done(list(running), partial(shares.look, begun) if saves else None)
-            try:
-                results(done)
-            except ray.exceptions.RayTaskError as error:
-                reason = str(error.cause or error).strip().splitlines()[-1]
-                kind = type(error.cause or error).__name__
-                raise IncompletePool(f"{stage.title}: {kind}: {reason}; run the same command again to continue") from error
-            shares.finish(len(running.pop(done)))
-    context.spend(stage, progress.seconds, min(actors.count, max(1, len(parts))))
-    made = read_notes(artifact, list(rows))
-    if lost := [unit for unit in rows if unit not in made]:
+            ended, started = running.pop(done)
+            _raise_failure(done, ended.work.stage.title)
+            shares.finish(len(ended.rows))
+            seconds[ended.work] += time.monotonic() - started
+            left[ended.work] -= 1
+            if not left[ended.work]:
+                context.spend(ended.work.stage, seconds[ended.work])
+                yield _completed(ended.work, artifacts[ended.work], seconds[ended.work])
+
+
+@dataclass(frozen=True)
+class _Task:
+    work: Work
+    shared: Any
+    rows: list[tuple[str, Any]]
+
+
+def _raise_failure(task: Any, title: str) -> None:
+    try:
+        results(task)
+    except ray.exceptions.RayTaskError as error:
+        reason = str(error.cause or error).strip().splitlines()[-1]
+        kind = type(error.cause or error).__name__
+        raise IncompletePool(f"{title}: {kind}: {reason}; run the same command again to continue") from error
+
+
+def _completed(work: Work, artifact: Artifact, seconds: float) -> tuple[Work, Entries, float]:
+    made = read_notes(artifact, list(work.rows))
+    if lost := [unit for unit in work.rows if unit not in made]:
         raise Damaged(f"{artifact.address}: {lost[0]} is damaged; the same command makes it again")
-    return {unit: made[unit] for unit in rows}
+    return work, {unit: made[unit] for unit in work.rows}, seconds

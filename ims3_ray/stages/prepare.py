@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from ims3_ray import plugins
 from ims3_ray.cluster.joining import own_device
 from ims3_ray.config import RunConfig, WorkConfig, differing
-from ims3_ray.engine.per_class import each_unit
+from ims3_ray.engine.per_class import Work, each_unit_of
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.shards import commit_units, note, pack_tensors
 from ims3_ray.engine.stage import Context, Stage, Worker
@@ -49,17 +48,30 @@ class Prepare(Stage):
     def worker(self, config: WorkConfig) -> Worker:
         return Worker("pool", config.actors.cpus, config.actors.gpus)
 
+    @property
+    def batch(self) -> Hashable:
+        return "preparations"
+
     def run(self, context: Context) -> None:
-        began, artifact = time.monotonic(), self.artifact(context.storage)
+        self.run_all(context, [self])
+
+    @classmethod
+    def run_all(cls, context: Context, stages: Sequence[Prepare]) -> None:
+        """Make the pieces of all preparations side by side."""
+        works = [stage._work(context) for stage in stages]
+        gpus, title = context.config.actors.gpus, stages[0].title if len(stages) == 1 else "prepare"
+        for work, entries, seconds in each_unit_of(context, title, works, make_pieces, gpus=gpus, what="pieces"):
+            commit_units(work.shared.made, entries, seconds)
+
+    def _work(self, context: Context) -> Work:
         method: type[Synthesis] = Synthesis.registry[self.params["method"]]
-        settings = self.run_config.synthesis.of(method)
-        missing = set(self.missing(context.storage))
+        settings, missing = self.run_config.synthesis.of(method), set(self.missing(context.storage))
         pieces = method.pieces(settings, context.classes.counts)
         rows = {unit_of(piece): piece for piece in pieces if unit_of(piece) in missing}
-        way = _Way(method(settings), artifact, MethodInputs.of(self, method.preparation_needs, context))
-        gpus = context.config.actors.gpus
-        entries = each_unit(context, self, make_pieces, way, rows, gpus=gpus, what="pieces", most_at_once=method.pieces_at_once)
-        commit_units(artifact, entries, time.monotonic() - began)
+        way = _Way(
+            method(settings), self.artifact(context.storage), MethodInputs.of(self, method.preparation_needs, context)
+        )  # fmt: skip
+        return Work(self, way, rows, most_at_once=method.pieces_at_once)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ method has saved. The images of all parts are then collected in one shard per cl
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from ims3_ray import plugins
 from ims3_ray.cluster.joining import own_device
 from ims3_ray.config import ArmConfig, RunConfig, WorkConfig, differing
-from ims3_ray.engine.per_class import each_unit, map_classes
+from ims3_ray.engine.per_class import Work, each_unit_of, map_classes
 from ims3_ray.engine.planner import Planner, pixel_bytes
 from ims3_ray.engine.sets import EXTRAS, commit_set, write_class
 from ims3_ray.engine.shards import note
@@ -75,23 +74,40 @@ class Synthesise(Stage):
     def worker(self, config: WorkConfig) -> Worker:
         return Worker("pool", config.actors.cpus, config.actors.gpus)
 
+    @property
+    def batch(self) -> Hashable:
+        return "synthesis"
+
     def run(self, context: Context) -> None:
-        began, storage, config = time.monotonic(), context.storage, self.run_config
+        self.run_all(context, [self])
+
+    @classmethod
+    def run_all(cls, context: Context, stages: Sequence[Synthesise]) -> None:
+        """Make the parts of all sets side by side: a method may have one part only."""
+        works = [stage._work(context) for stage in stages]
+        gpus, title = context.config.actors.gpus, stages[0].title if len(stages) == 1 else "synthesise"
+        for work, entries, seconds in each_unit_of(context, title, works, make_parts, gpus=gpus, what="parts", saves=True):
+            work.stage._finish(entries, work, seconds)  # type: ignore[attr-defined]
+
+    def _work(self, context: Context) -> Work:
+        storage, config, k = context.storage, self.run_config, self.params["k"]
         method: type[Synthesis] = Synthesis.registry[self.params["method"]]
-        settings, classes, k = config.synthesis.of(method), len(context.classes.names), self.params["k"]
-        parts = named(method.parts(settings, classes, k), self.units, k)
+        settings = config.synthesis.of(method)
         start, prepared = self.inputs.get("set"), self.inputs.get("prepared")
         way = _Way(
             method(settings), self.artifact(storage), start.artifact(storage) if start else None, self._generator(context),
             Prepared(prepared.artifact(storage) if prepared else None), MethodInputs.of(self, method.needs, context),
         )  # fmt: skip
-        gpus = context.config.actors.gpus
-        entries = each_unit(context, self, make_parts, way, parts, gpus=gpus, what="parts", most_at_once=1, saves=True)
-        if tuple(parts) != self.units:
-            members = members_of(parts, classes)
-            gathered = map_classes(gather_parts, way.made, [(unit, members[i]) for i, unit in enumerate(self.units)])
+        parts = named(method.parts(settings, len(context.classes.names), k), self.units, k)
+        return Work(self, way, parts, most_at_once=1)
+
+    def _finish(self, entries: dict[str, dict[str, Any]], work: Work, seconds: float) -> None:
+        """Collect the parts in one shard per class, and commit the set."""
+        if tuple(work.rows) != self.units:
+            members = members_of(work.rows, len(self.units))
+            gathered = map_classes(gather_parts, work.shared.made, [(unit, members[i]) for i, unit in enumerate(self.units)])
             entries = dict(zip(self.units, gathered, strict=True))
-        commit_set(way.made, entries, time.monotonic() - began)
+        commit_set(work.shared.made, entries, seconds)
 
     def _generator(self, context: Context) -> PoolModels | None:
         if "generator" not in self.weights:
