@@ -31,26 +31,28 @@ def write_idx_split(folder: Path, prefix: str, per_class: int, seed: int) -> Non
     (folder / "classes.txt").write_text("\n".join(CLASSES))
 
 
-def write_tiny_weights(folder: Path, seed: int = 0) -> None:
+def write_tiny_weights(folder: Path, seed: int = 0, channels: int = 1, classes: tuple[str, ...] = CLASSES) -> None:
     from ims3_ray.config import canonical
     from ims3_ray.models.checkpoints import pack
     from ims3_ray.models.dit import DiT, DiTConfig
     from ims3_ray.models.encoder import Encoder, EncoderConfig
 
     torch.manual_seed(seed)
-    shape = DiTConfig(input_size=8, in_channels=1, patch_size=4, hidden_size=32, depth=2, num_heads=2, num_classes=len(CLASSES))
+    shape = DiTConfig(
+        input_size=8, in_channels=channels, patch_size=4, hidden_size=32, depth=2, num_heads=2, num_classes=len(classes)
+    )  # fmt: skip
     generator = DiT(shape)
     with torch.no_grad():  # a fresh DiT predicts zero noise: give its zero-initialised layers something to say
         for parameter in generator.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.05)
-    (folder / "dit.safetensors").write_bytes(pack(generator, canonical(shape), "dit", classes="\n".join(CLASSES)))
+    (folder / "dit.safetensors").write_bytes(pack(generator, canonical(shape), "dit", classes="\n".join(classes)))
     phi_shape = EncoderConfig(
-        model="resnet18", model_args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}, channels=1,
-        num_classes=len(CLASSES), mean=-0.5, std=0.5,
+        model="resnet18", model_args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}, channels=channels,
+        num_classes=len(classes), mean=-0.5, std=0.5,
     )  # fmt: skip
     (folder / "phi.safetensors").write_bytes(
-        pack(Encoder(phi_shape), canonical(phi_shape), "encoder", classes="\n".join(CLASSES))
+        pack(Encoder(phi_shape), canonical(phi_shape), "encoder", classes="\n".join(classes))
     )
 
 

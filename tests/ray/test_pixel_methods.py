@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
@@ -20,14 +22,15 @@ from ims3_ray.engine.stage import Stage
 from ims3_ray.io.storage import Storage
 from ims3_ray.plan import make_plan
 from ims3_ray.saving import Save
+from ims3_ray.seeds import generator_for
 from ims3_ray.stages.prepare import Prepare
 from ims3_ray.stages.statistics import read_statistics
 from ims3_ray.synthesis.base import Given, Inputs, Piece, Synthesis
 from ims3_ray.synthesis.dm import DM
 from ims3_ray.synthesis.idc import IDC
-from ims3_ray.synthesis.rded import RDED
+from ims3_ray.synthesis.rded import RDED, crops_of
 from ims3_ray.synthesis.sre2l import SRe2L
-from tests.conftest import tiny_values
+from tests.conftest import tiny_values, write_tiny_weights
 from tests.ray.conftest import Run
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -188,6 +191,39 @@ def test_a_generated_set_is_taken_further(tiny_run: Run, tmp_path: Path):
     mine = tiny_run.result.results["sets"]["ims3"]
     assert sets["ims3"]["content"] == mine["content"]
     assert len({row["content"] for row in sets.values()}) == 3
+
+
+def test_rded_cuts_its_crops_from_colour_files_of_any_size(tmp_path: Path, cluster: None):
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(("blue", "green")):
+        for split, count in (("train", 6), ("test", 2)):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                photo = rng.integers(0, 120, (40 + index, 60 - index, 3), dtype=np.uint8)
+                photo[..., 2 - number] += 130
+                Image.fromarray(photo).save(folder / f"{index}.png")
+    write_tiny_weights(tmp_path, channels=3, classes=("blue", "green"))
+    values = {
+        "name": "photos", "storage": str(tmp_path / "runs"), "export": None, "instability": {"images": 0},
+        "data": {"path": str(tmp_path / "photos"), "size": 16, "channels": 3}, "selection": {"images_per_class": 2},
+        "arms": {"rded": {"title": "RDED", "images": "none", "synthesise": "rded"}},
+        "synthesis": {"rded": {"factor": 1, "jpeg": None}},
+        "evaluation": {
+            "protocols": {"hard": {"width": 4, "epochs": 1, "validations": 1}}, "seeds": [0], "val_per_class": 0,
+            "teacher": {"weights": str(tmp_path / "phi.safetensors")},
+        },
+    }  # fmt: skip
+    config = RunConfig.model_validate(values)
+    distill(config)
+    found = read_set(make_plan(config).sets["rded"].images.artifact(Storage.at(config.storage)))
+    for pixels, label in zip(found.pixels, found.labels.tolist(), strict=True):
+        folder = tmp_path / "photos" / "train" / ("blue", "green")[label]
+        crops = [
+            crops_of(Image.open(folder / f"{i}.png"), 16, 5, (0.08, 1.0), generator_for(0, "rded-crops", label, i))
+            for i in range(6)
+        ]
+        assert (torch.cat(crops) == pixels).flatten(1).all(dim=1).any()
 
 
 def test_synthesis_methods_are_all_here():

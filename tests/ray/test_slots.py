@@ -202,6 +202,17 @@ def test_labels_of_batches_are_made_once_for_all_students(tiny_run: Run, tmp_pat
     rows = result.results["sets"]["real"]["rows"]
     assert set(rows) == {"fkd/convnet-3", "fkd/convnet-2", "faster/convnet-3"}
     assert all(row["curve"][-1]["loss"] < 0.5 for row in rows.values()), "divergences at T = 20, no cross entropies"
+    artifact = labelled.artifact(storage)
+    made = {unit: artifact.read(f"{unit}.safetensors") for unit in labelled.units}
+    kept = Path(storage.address(f"{artifact.folder}/shards/epochs-00000.safetensors"))
+    changed = kept.stat().st_mtime_ns
+    artifact.withdraw()  # as after an interruption in the second unit
+    for ending in ("json", "safetensors"):
+        artifact.forget(f"epochs-00010.{ending}")
+    values["evaluation"] = {**values["evaluation"], "seeds": [0, 1, 2]}
+    distill(RunConfig.model_validate({**values, "name": "more-students"}))
+    assert {unit: labelled.artifact(Storage.at(config.storage)).read(f"{unit}.safetensors") for unit in made} == made
+    assert kept.stat().st_mtime_ns == changed
 
 
 def test_a_given_set_with_classes_of_other_sizes_is_planned_by_its_largest(tiny_run: Run, tmp_path: Path):
