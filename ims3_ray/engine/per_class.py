@@ -105,11 +105,11 @@ def each_unit_of(
             while waiting and len(running) < actors.count:
                 next_one = waiting.pop(0)
                 running[task.remote(next_one.shared, next_one.rows)] = next_one, time.monotonic()
-            begun = [Unfinished(artifacts[each.work], unit) for each, _ in running.values() for unit, _ in each.rows]
+            begun = [unit for each, _ in running.values() for unit in each.begun(artifacts)]
             done = watch.first_done(list(running), partial(shares.look, begun) if saves else None)
             ended, started = running.pop(done)
             _raise_failure(done, ended.work.stage.title)
-            shares.finish(len(ended.rows))
+            shares.finish(ended.begun(artifacts))
             seconds[ended.work] += time.monotonic() - started
             left[ended.work] -= 1
             if not left[ended.work]:
@@ -122,6 +122,9 @@ class _Task:
     work: Work
     shared: Any
     rows: list[tuple[str, Any]]
+
+    def begun(self, artifacts: Mapping[Work, Artifact]) -> list[Unfinished]:
+        return [Unfinished(artifacts[self.work], unit) for unit, _ in self.rows]
 
 
 def _raise_failure(task: Any, title: str) -> None:

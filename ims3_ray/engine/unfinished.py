@@ -51,17 +51,19 @@ class Shares:
 
     def __init__(self, progress: Progress) -> None:
         self.progress, self.finished = progress, 0
-        self._looked, self._begun = time.monotonic(), 0.0
+        self._looked, self._begun = time.monotonic(), dict[Unfinished, float]()
 
-    def finish(self, units: int) -> None:
+    def finish(self, units: Iterable[Unfinished]) -> None:
         """Count units that have just been finished."""
-        self.finished += units
-        self.progress.at(self.finished)
+        for unit in units:
+            self.finished += 1
+            self._begun.pop(unit, None)
+        self.progress.at(self.finished + sum(self._begun.values()))
 
     def look(self, begun: Iterable[Unfinished]) -> None:
         """Look up the shares of the units that have begun, if the last time is :data:`LOG_EVERY_S` seconds ago."""
         if time.monotonic() - self._looked >= LOG_EVERY_S:
-            self._looked, before = time.monotonic(), self._begun
-            self._begun = sum(unit.done() for unit in begun)
-            if self._begun != before:
-                self.progress.at(self.finished + self._begun)
+            found = {unit: unit.done() for unit in begun}
+            if sum(found.values()) != sum(self._begun.values()):
+                self.progress.at(self.finished + sum(found.values()))
+            self._looked, self._begun = time.monotonic(), found

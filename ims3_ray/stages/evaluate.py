@@ -250,7 +250,7 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
                 continue
             context.spend(stage, outcome["seconds"])
             commit_units(artifact, {unit: outcome}, outcome["seconds"])
-            shares.finish(1)
+            shares.finish([Unfinished(artifact, unit)])
     if failed:
         raise IncompletePool(f"{len(failed)} students failed every attempt, e.g. {failed[0]}; the same command tries again")
 

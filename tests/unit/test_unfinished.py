@@ -46,9 +46,10 @@ def test_progress_counts_the_shares_of_units_that_have_begun(artifact: Artifact,
         shares.look(begun)
         shares.look(begun)  # nothing has changed
         begun[0].forget()
-        shares.finish(1)
+        shares.finish(begun[:1])
+        begun[1].save(b"", 0.75)
         shares.look(begun[1:])
     lines = stream.getvalue().splitlines()
     assert [line.split(",")[0] for line in lines[1:-1]] == [
-        "synthesise: 0.62/3 parts", "synthesise: 1/3 parts", "synthesise: 1.12/3 parts",
+        "synthesise: 0.62/3 parts", "synthesise: 1.12/3 parts", "synthesise: 1.75/3 parts",
     ]  # fmt: skip
