@@ -17,7 +17,6 @@ from ims3_ray.engine.shards import read_notes
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.engine.unfinished import Shares, Unfinished
 from ims3_ray.errors import Damaged, IncompletePool
-from ims3_ray.io.artifacts import Artifact
 from ims3_ray.progress import Progress
 
 CLASSES_PER_TASK = 50
@@ -53,10 +52,6 @@ class Work:
     most_at_once: int = 25
     """The most units that a task makes."""
 
-    def missing(self, artifact: Artifact) -> list[tuple[str, Any]]:
-        there = read_notes(artifact, list(self.rows))
-        return [(unit, row) for unit, row in self.rows.items() if unit not in there]
-
     @property
     def flops_per_unit(self) -> float:
         return self.stage.flops / max(1, len(self.rows))
@@ -83,38 +78,30 @@ def each_unit_of(
     Stages whose units cost most begin first. ``saves`` says that the units save their states as :class:`Unfinished`, by which
     progress within a unit is shown.
     """
-    actors, cluster, artifacts = (
-        context.config.actors,
-        context.config.cluster,
-        {w: w.stage.artifact(context.storage) for w in works},
-    )
-    options = {"num_cpus": actors.cpus, "num_gpus": gpus, **placed(cluster, "pool")}
-    task = ray.remote(make).options(max_retries=3, **options)
-    waiting: list[_Task] = []
-    for work in sorted(works, key=lambda work: -work.flops_per_unit):
-        todo, shared = work.missing(artifacts[work]), ray.put(work.shared)
-        at_once = max(1, min(work.most_at_once, -(-len(todo) // (2 * actors.count))))
-        waiting += [_Task(work, shared, todo[start : start + at_once]) for start in range(0, len(todo), at_once)]
+    actors, cluster = context.config.actors, context.config.cluster
+    task = ray.remote(make).options(max_retries=3, num_cpus=actors.cpus, num_gpus=gpus, **placed(cluster, "pool"))
+    waiting = _tasks(context, works)
     left = {work: sum(each.work is work for each in waiting) for work in works}
-    seconds, count = dict.fromkeys(works, 0.0), sum(len(each.rows) for each in waiting)
+    seconds = dict.fromkeys(works, 0.0)
     watch = wait_for_capacity(cluster, "pool", title, [reserved(actors.cpus, gpus)] * min(actors.count, len(waiting)))
-    with Progress(title, count, what) as progress:
-        yield from (_completed(work, artifacts[work], 0.0) for work in works if not left[work])
-        shares, running = Shares(progress), dict[Any, tuple[_Task, float]]()
+    shares = _shares(title, waiting, what)
+    with shares.progress:
+        yield from (_completed(context, work, 0.0) for work in works if not left[work])
+        running: dict[Any, tuple[_Task, float]] = {}
         while waiting or running:
             while waiting and len(running) < actors.count:
-                next_one = waiting.pop(0)
-                running[task.remote(next_one.shared, next_one.rows)] = next_one, time.monotonic()
-            begun = [unit for each, _ in running.values() for unit in each.begun(artifacts)]
+                started = waiting.pop(0)
+                running[task.remote(started.shared, started.rows)] = started, time.monotonic()
+            begun = [unit for each, _ in running.values() for unit in each.units]
             done = watch.first_done(list(running), partial(shares.look, begun) if saves else None)
-            ended, started = running.pop(done)
+            ended, since = running.pop(done)
             _raise_failure(done, ended.work.stage.title)
-            shares.finish(ended.begun(artifacts))
-            seconds[ended.work] += time.monotonic() - started
+            shares.finish(ended.units)
+            seconds[ended.work] += time.monotonic() - since
             left[ended.work] -= 1
             if not left[ended.work]:
                 context.spend(ended.work.stage, seconds[ended.work])
-                yield _completed(ended.work, artifacts[ended.work], seconds[ended.work])
+                yield _completed(context, ended.work, seconds[ended.work])
 
 
 @dataclass(frozen=True)
@@ -122,9 +109,31 @@ class _Task:
     work: Work
     shared: Any
     rows: list[tuple[str, Any]]
+    units: list[Unfinished]
 
-    def begun(self, artifacts: Mapping[Work, Artifact]) -> list[Unfinished]:
-        return [Unfinished(artifacts[self.work], unit) for unit, _ in self.rows]
+
+def _tasks(context: Context, works: Sequence[Work]) -> list[_Task]:
+    """The tasks that make the missing units, those of costly units first."""
+    found = []
+    for work in sorted(works, key=lambda work: -work.flops_per_unit):
+        artifact = work.stage.artifact(context.storage)
+        there = read_notes(artifact, list(work.rows))
+        todo, shared = [(unit, row) for unit, row in work.rows.items() if unit not in there], ray.put(work.shared)
+        at_once = max(1, min(work.most_at_once, -(-len(todo) // (2 * context.config.actors.count))))
+        for start in range(0, len(todo), at_once):
+            rows = todo[start : start + at_once]
+            found.append(_Task(work, shared, rows, [Unfinished(artifact, unit) for unit, _ in rows]))
+    return found
+
+
+def _shares(title: str, tasks: Sequence[_Task], what: str) -> Shares:
+    """Progress in units, or, where the units of some stages cost more than those of others, in per cent of the operations."""
+    units = [(unit.artifact, each.work.flops_per_unit) for each in tasks for unit in each.units]
+    total = sum(flops for _, flops in units)
+    if len({flops for _, flops in units}) < 2:
+        return Shares(Progress(title, len(units), what))
+    weights = {artifact: 100 * flops / total for artifact, flops in units}
+    return Shares(Progress(title, 100, "%"), lambda unit: weights[unit.artifact])
 
 
 def _raise_failure(task: Any, title: str) -> None:
@@ -136,7 +145,8 @@ def _raise_failure(task: Any, title: str) -> None:
         raise IncompletePool(f"{title}: {kind}: {reason}; run the same command again to continue") from error
 
 
-def _completed(work: Work, artifact: Artifact, seconds: float) -> tuple[Work, Entries, float]:
+def _completed(context: Context, work: Work, seconds: float) -> tuple[Work, Entries, float]:
+    artifact = work.stage.artifact(context.storage)
     made = read_notes(artifact, list(work.rows))
     if lost := [unit for unit in work.rows if unit not in made]:
         raise Damaged(f"{artifact.address}: {lost[0]} is damaged; the same command makes it again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ims3_ray.io.artifacts import Artifact
@@ -47,23 +47,24 @@ class Unfinished:
 
 
 class Shares:
-    """Shows the progress of a stage by its finished units and the shares of those that have begun."""
+    """Shows the progress of a stage by its finished units and the shares of those that have begun. ``weight`` says how much of
+    the progress's total a unit is."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress, self.finished = progress, 0
+    def __init__(self, progress: Progress, weight: Callable[[Unfinished], float] = lambda unit: 1.0) -> None:
+        self.progress, self.weight, self.finished = progress, weight, 0.0
         self._looked, self._begun = time.monotonic(), dict[Unfinished, float]()
 
     def finish(self, units: Iterable[Unfinished]) -> None:
         """Count units that have just been finished."""
         for unit in units:
-            self.finished += 1
+            self.finished += self.weight(unit)
             self._begun.pop(unit, None)
         self.progress.at(self.finished + sum(self._begun.values()))
 
     def look(self, begun: Iterable[Unfinished]) -> None:
         """Look up the shares of the units that have begun, if the last time is :data:`LOG_EVERY_S` seconds ago."""
         if time.monotonic() - self._looked >= LOG_EVERY_S:
-            found = {unit: unit.done() for unit in begun}
+            found = {unit: unit.done() * self.weight(unit) for unit in begun}
             if sum(found.values()) != sum(self._begun.values()):
                 self.progress.at(self.finished + sum(found.values()))
             self._looked, self._begun = time.monotonic(), found

@@ -53,3 +53,12 @@ def test_progress_counts_the_shares_of_units_that_have_begun(artifact: Artifact,
     assert [line.split(",")[0] for line in lines[1:-1]] == [
         "synthesise: 0.62/3 parts", "synthesise: 1.12/3 parts", "synthesise: 1.75/3 parts",
     ]  # fmt: skip
+
+
+def test_units_that_cost_more_count_for_more(artifact: Artifact, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ims3_ray.progress.LOG_EVERY_S", 0.0)
+    stream, units = io.StringIO(), [Unfinished(artifact, "long"), Unfinished(artifact, "short")]
+    with Progress("synthesise", 100, "%", stream) as progress:
+        shares = Shares(progress, {units[0]: 90.0, units[1]: 10.0}.__getitem__)
+        shares.finish(units[:1])
+    assert "synthesise: 90/100 %" in stream.getvalue()
