@@ -51,10 +51,8 @@ class Work:
     """Unit → input of its task."""
     most_at_once: int = 25
     """The most units that a task makes."""
-
-    @property
-    def flops_per_unit(self) -> float:
-        return self.stage.flops / max(1, len(self.rows))
+    flops_per_unit: float = 0.0
+    """Floating-point operations of a unit, by which stages are ordered and their progress is weighed."""
 
 
 Entries = dict[str, dict[str, Any]]

@@ -71,7 +71,7 @@ class Prepare(Stage):
         way = _Way(
             method(settings), self.artifact(context.storage), MethodInputs.of(self, method.preparation_needs, context)
         )  # fmt: skip
-        return Work(self, way, rows, most_at_once=method.pieces_at_once)
+        return Work(self, way, rows, method.pieces_at_once, self.flops / len(self.units))
 
 
 @dataclass(frozen=True)

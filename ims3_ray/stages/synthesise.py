@@ -84,10 +84,12 @@ class Synthesise(Stage):
     @classmethod
     def run_all(cls, context: Context, stages: Sequence[Synthesise]) -> None:
         """Make the parts of all sets side by side: a method may have one part only."""
-        works = [stage._work(context) for stage in stages]
+        works = {stage._work(context): stage for stage in stages}
         gpus, title = context.config.actors.gpus, stages[0].title if len(stages) == 1 else "synthesise"
-        for work, entries, seconds in each_unit_of(context, title, works, make_parts, gpus=gpus, what="parts", saves=True):
-            work.stage._finish(entries, work, seconds)  # type: ignore[attr-defined]
+        for work, entries, seconds in each_unit_of(
+            context, title, list(works), make_parts, gpus=gpus, what="parts", saves=True
+        ):
+            works[work]._finish(entries, work, seconds)
 
     def _work(self, context: Context) -> Work:
         storage, config, k = context.storage, self.run_config, self.params["k"]
@@ -99,7 +101,7 @@ class Synthesise(Stage):
             Prepared(prepared.artifact(storage) if prepared else None), MethodInputs.of(self, method.needs, context),
         )  # fmt: skip
         parts = named(method.parts(settings, len(context.classes.names), k), self.units, k)
-        return Work(self, way, parts, most_at_once=1)
+        return Work(self, way, parts, most_at_once=1, flops_per_unit=self.flops / len(parts))
 
     def _finish(self, entries: dict[str, dict[str, Any]], work: Work, seconds: float) -> None:
         """Collect the parts in one shard per class, and commit the set."""
