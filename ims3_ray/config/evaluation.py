@@ -44,16 +44,21 @@ class AugmentConfig(Section):
     lighting: float = Field(default=0.0, ge=0)
     """Standard deviation of AlexNet's colour noise along ImageNet's principal components."""
 
-    dsa: tuple[Family, ...] = ()
+    dsa: tuple[Family | Annotated[tuple[Family, ...], Field(min_length=1)], ...] = ()
     """Families of DSA's augmentations, which are applied to normalised images: `color`, `crop`, `cutout`, `flip`, `scale`,
     `rotate`. Digits and other images that must not be mirrored go without `flip`."""
     dsa_every: bool = False
-    """Whether all families of `dsa` are applied to every image (IDC), instead of one that is drawn for each batch (DSA)."""
+    """Whether every entry of `dsa` is applied to a batch, instead of one that is drawn for it (DSA). An entry may then be a
+    list of families, of which one is drawn for each batch (IDC: `[flip, color, [crop, scale, rotate]]`)."""
 
     @model_validator(mode="after")
     def _area(self) -> AugmentConfig:
         if self.crop is not None and not 0 < self.crop[0] <= self.crop[1]:
             raise ValueError(f"crop=[{self.crop[0]:g}, {self.crop[1]:g}] is no range of areas above 0")
+        if self.dsa_every and not self.dsa:
+            raise ValueError("dsa_every=true has no effect without dsa; name its families, or leave it out")
+        if not self.dsa_every and any(not isinstance(entry, str) for entry in self.dsa):
+            raise ValueError("dsa has a list of families as an entry, which needs dsa_every=true")
         return self
 
 
@@ -80,9 +85,10 @@ class ProtocolConfig(Section):
     test_crop: Fraction = Field(default=1.0, gt=0)
     """Share of the height and width of a test image that a central crop keeps (RDED: 0.875). Test images are read from the data
     set at the size that makes the crop as large as `size`."""
-    normalise: Literal["set", "imagenet"] = "set"
-    """Statistics that normalise the images: `set` uses one mean and standard deviation of all pixels of the set, `imagenet`
-    those of ImageNet for each colour."""
+    normalise: Literal["set", "imagenet", "real"] = "set"
+    """Statistics that normalise the images: `set` uses one mean and standard deviation of all pixels of the set, `real` those
+    of each colour of the real training images (of some images of up to 50 classes), `imagenet` those of each colour of
+    ImageNet."""
     epochs: ByIpc = 300
     """Number of epochs, or a table by images per class: `{1: 3000, 10: 2000}` means 3000 epochs for up to 1 image per class and
     2000 for up to 10. More images per class use the last entry."""
@@ -121,13 +127,26 @@ class EncoderTraining(Section):
     labels."""
 
     model: str = "resnet18"
+    """Name of the network in timm."""
     model_args: dict[str, Any] = Field(default={"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]})
+    """Arguments with which timm builds the network. A given value replaces the default as a whole, and a given `model` without
+    arguments is built as it is published: the default makes a ResNet-18 of a ninth of its size."""
     epochs: int = Field(default=6, ge=1)
     batch_size: int = Field(default=256, ge=1)
+    """Number of images in the global batch, over all workers."""
     lr: float = Field(default=2e-3, gt=0)
+    """Largest learning rate of AdamW, which rises to it over 30 % of the steps and then falls (one cycle)."""
     weight_decay: float = Field(default=0.05, ge=0)
     label_smoothing: Fraction = 0.1
     augment: AugmentConfig = AugmentConfig(max_shift=2)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_arguments(cls, values: Any) -> Any:
+        """A network that is named without arguments gets none of the default's."""
+        if isinstance(values, dict) and "model" in values and "model_args" not in values:
+            return {**values, "model_args": {}}
+        return values
 
 
 class TeacherConfig(Section):

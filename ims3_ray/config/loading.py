@@ -43,9 +43,7 @@ def build(tree: type[Tree], values: Mapping[str, Any]) -> Tree:
         values = {**values, "plugins": named}
     plugins.load(named)
     values = typed(tree, values)
-    merged = merge(_defaults(tree), values)
-    merged |= {key: values[key] for key in WHOLE if key in values}
-    merged = _without_removed(merged)
+    merged = _without_removed(_with_whole(merge(_defaults(tree), values), values))
     try:
         return tree.model_validate(merged)
     except ValidationError as error:
@@ -56,8 +54,20 @@ NAMED = ("arms", "evaluation.protocols", "sets")
 """Mappings whose keys are names that a config chooses; the value null removes a name."""
 
 
-WHOLE = ("space",)
-"""Keys whose value replaces the default as a whole, instead of being merged with it."""
+WHOLE = ("space", "model_args")
+"""Keys, at any depth, whose value replaces the default as a whole, instead of being merged with it."""
+
+
+def _with_whole(merged: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``merged`` with the values of :data:`WHOLE`, and without the default arguments of a network where ``values`` name
+    another one."""
+    found = {**merged, **({"model_args": {}} if "model" in values and "model_args" in merged else {})}
+    for key, value in values.items():
+        if key in WHOLE:
+            found[key] = value
+        elif isinstance(value, Mapping) and isinstance(merged.get(key), dict):
+            found[key] = _with_whole(merged[key], value)
+    return found
 
 
 def as_yaml(config: Section) -> str:
@@ -70,7 +80,9 @@ def _changes(plain: Mapping[str, Any], default: Mapping[str, Any], prefix: str =
     changed: dict[str, Any] = {}
     for key, value in plain.items():
         inner = default.get(key)
-        if isinstance(value, dict) and isinstance(inner, dict):
+        if key == "model_args" and plain.get("model") != default.get("model"):
+            changed[key] = value
+        elif isinstance(value, dict) and isinstance(inner, dict) and key not in WHOLE:
             if found := _changes(value, inner, f"{prefix}{key}."):
                 changed[key] = found
         elif key not in default or value != inner:

@@ -1,8 +1,7 @@
 """Augmentation of whole batches on the device that holds them: every image draws its own parameters.
 
 Images are float [B, C, H, W] in [0, 1]; ``rng`` is a generator on their device, or on the CPU for draws that are the same for
-every device. The distributions are those of torchvision's
-transforms of the same names, which process one image at a time.
+every device. The distributions are those of torchvision's transforms of the same names, which process one image at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from ims3_ray.data.siamese import Family, drawn_family, siamese
+from ims3_ray.data.siamese import Family, drawn_families, siamese
 
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_TRIES = 10
@@ -39,8 +38,8 @@ class Scale:
 def augment(
     images: Tensor, size: int, rng: Generator, *, cpu_rng: Generator, scale: Scale,
     rand_augment: tuple[int, int] | None = None, shuffle_patches: int = 1, crop: tuple[float, float] | None = None,
-    max_shift: int = 0, flip: bool = False, jitter: float = 0.0, lighting: float = 0.0, dsa: Sequence[Family] = (),
-    dsa_every: bool = False,
+    max_shift: int = 0, flip: bool = False, jitter: float = 0.0, lighting: float = 0.0,
+    dsa: Sequence[Family | Sequence[Family]] = (), dsa_every: bool = False,
 ) -> Tensor:  # fmt: skip
     """Apply the augmentations that are switched on, in the order of the config's ``augment`` keys; returns [B, C, size,
     size]. ``cpu_rng`` makes the choices that the host must know, so that it does not wait for the device; ``scale`` is that of
@@ -61,7 +60,8 @@ def augment(
     if lighting:
         images = lit(images, lighting, rng)
     if dsa:
-        families = dsa if dsa_every else [drawn_family(dsa, cpu_rng)]
+        entries = dsa if dsa_every else [[entry for entry in dsa if isinstance(entry, str)]]
+        families = drawn_families(entries, cpu_rng)
         images = siamese((images - scale.mean) / scale.std, families, rng) * scale.std + scale.mean
     return images
 
@@ -88,7 +88,7 @@ def padded(images: Tensor, size: int | None) -> Tensor:
     ``size`` is None.
 
     The strides of grey images are those of [B, 1, H, W]. Operations before may have left those of [B, H, W, 1], which is the
-    same memory, but makes convolutions on a CPU return ``channels_last`` tensors; group norm takes ten times as long on them.
+    same memory, but makes convolutions on a CPU return ``channels_last`` tensors, on which PyTorch's group norm is slow.
     """
     more = max(0, (size or 0) - images.shape[-1])
     images = F.pad(images, (more // 2, more - more // 2) * 2) if more else images
@@ -102,6 +102,7 @@ def constant(table: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -
 
 
 def uniform(count: int, low: float, high: float, rng: Generator) -> Tensor:
+    """Uniform numbers between ``low`` and ``high``, float32 [count], on the device of ``rng``."""
     return torch.rand(count, generator=rng, device=rng.device) * (high - low) + low
 
 

@@ -26,9 +26,10 @@ Draw = Callable[[], Tensor]
 """Draws uniform numbers in [0, 1), one for each image or one for all: float [B] or [1]."""
 
 
-def drawn_family(families: Sequence[Family], rng: Generator) -> Family:
-    """One of the families, all with the same probability. ``rng`` is a generator on the CPU."""
-    return families[int(torch.randint(len(families), (), generator=rng))]
+def drawn_families(entries: Sequence[Family | Sequence[Family]], rng: Generator) -> list[Family]:
+    """The families of a batch: of each entry that is a list of families, one of them, all with the same probability. ``rng``
+    is a generator on the CPU."""
+    return [entry if isinstance(entry, str) else entry[int(torch.randint(len(entry), (), generator=rng))] for entry in entries]
 
 
 def siamese(images: Tensor, families: Sequence[Family], rng: Generator, alike: bool = False) -> Tensor:

@@ -16,7 +16,7 @@ from ims3_ray.config import reserved
 from ims3_ray.engine.shards import read_notes
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.engine.unfinished import Shares, Unfinished
-from ims3_ray.errors import Damaged, IncompletePool
+from ims3_ray.errors import Damaged, IncompletePool, UserError
 from ims3_ray.progress import Progress
 
 CLASSES_PER_TASK = 50
@@ -135,12 +135,17 @@ def _shares(title: str, tasks: Sequence[_Task], what: str) -> Shares:
 
 
 def _raise_failure(task: Any, title: str) -> None:
+    """Raise the error of a task that has ended, if any, with the title of its stage."""
     try:
         results(task)
-    except ray.exceptions.RayTaskError as error:
-        reason = str(error.cause or error).strip().splitlines()[-1]
-        kind = type(error.cause or error).__name__
-        raise IncompletePool(f"{title}: {kind}: {reason}; run the same command again to continue") from error
+    except Damaged:
+        raise
+    except UserError as error:
+        raise UserError(f"{title}: {error}") from error
+    except ray.exceptions.RayError as error:  # also one that says that the process or its node has died
+        cause = getattr(error, "cause", None) or error
+        reason = str(cause).strip().splitlines()[-1]
+        raise IncompletePool(f"{title}: {type(cause).__name__}: {reason}; run the same command again to continue") from error
 
 
 def _completed(context: Context, work: Work, seconds: float) -> tuple[Work, Entries, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import as_json
 from ims3_ray.progress import LOG_EVERY_S, Progress
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+"""Number of bytes of the hash in front of a saved state."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,20 @@ class Unfinished:
         return f"{self.unit}.progress.json"
 
     def state(self) -> bytes | None:
-        """The last saved state; None if there is none."""
-        return self.artifact.read(self._state) if self._state in self.artifact.shards() else None
+        """The last saved state; None if there is none. A state that is damaged is deleted and counts as none."""
+        if self._state not in self.artifact.shards():
+            return None
+        stored = self.artifact.read(self._state)
+        digest, state = stored[:DIGEST_BYTES], stored[DIGEST_BYTES:]
+        if hashlib.sha256(state).digest() == digest:
+            return state
+        print(f"note: the saved state of {self.unit} in {self.artifact.address} is damaged; it begins anew", flush=True)
+        self.forget()
+        return None
 
     def save(self, state: bytes, done: float = 0.0, /) -> None:
-        """Store a state (see :class:`ims3_ray.saving.Save`)."""
-        self.artifact.write(self._state, state)
+        """Store a state (see :class:`ims3_ray.saving.Save`) after its hash."""
+        self.artifact.write(self._state, hashlib.sha256(state).digest() + state)
         self.artifact.write(self._progress, as_json({"done": done}, f"the progress of {self.unit}"))
 
     def done(self) -> float:

@@ -75,20 +75,21 @@ class Artifact:
     def shards(self) -> set[str]:
         return self.storage.names(f"{self.folder}/shards")
 
-    def read(self, shard: str, unit: str | None = None) -> bytes:
-        """The content of a shard. If the manifest holds the hash of its ``unit`` (by default the name of the shard without its
-        ending), the content is compared with it.
+    def read(self, shard: str, unit: str | None = None, digest: str | None = None) -> bytes:
+        """The content of a shard, which is compared with ``digest``, its SHA-256. By default that is what the manifest holds
+        for its ``unit`` (the name of the shard without its ending), if anything.
 
         Raises :class:`Damaged` for a shard that is missing or is not the one that was committed; the latter is set aside.
         """
         path = f"{self.folder}/shards/{shard}"
-        wanted = self.digest(unit or shard.rpartition(".")[0]) if not shard.endswith(UNCHECKED) else None
+        if digest is None and not shard.endswith(UNCHECKED):
+            digest = self.digest(unit or shard.rpartition(".")[0])
         for _ in range(2):  # a second time, because the connection and not the file may have been at fault
             try:
                 data = self.storage.read(path)
             except FileNotFoundError as error:
                 raise Damaged(f"{self.storage.address(path)} is missing; the same command makes it again") from error
-            if _matches(data, wanted):
+            if _matches(data, digest):
                 return data
         self.storage.set_aside(path)
         raise Damaged(

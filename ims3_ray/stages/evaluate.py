@@ -31,6 +31,7 @@ from ims3_ray.progress import Progress
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.held_out import HoldOut
 from ims3_ray.stages.label_batches import LabelBatches, StoredBatchLabels
+from ims3_ray.stages.statistics import plan_statistics, read_statistics
 from ims3_ray.stages.teacher import TeacherInput, load_teacher, plan_teacher, teacher_of
 from ims3_ray.training.accuracy import Labelled
 from ims3_ray.training.students import LabelledSet, train_student
@@ -59,7 +60,7 @@ class Evaluate(Stage):
                 f"evaluation.protocols.{protocol_name} takes stored soft labels, which the set of '{title}' has not; set "
                 "labels: soft for its arm, or score a set that has them"
             )
-        inputs: dict[str, Stage] = {"set": images, "test": plan_test(planner, protocol)}
+        inputs: dict[str, Stage] = {"set": images, "test": plan_test(planner, protocol), **plan_statistics(planner, protocol)}
         if config.val_per_class:
             inputs["val"] = HoldOut.plan(planner)
         if protocol.labels == "stored_batches":
@@ -164,6 +165,8 @@ class Task:
     """Given weights, or the artifact of :mod:`ims3_ray.stages.teacher`; None if the protocol needs no teacher."""
     labels: Artifact | None
     """Stored labels of the batches; None if the protocol takes other labels."""
+    statistics: Artifact | None
+    """Mean and standard deviation of the real pixels; None if the protocol normalises otherwise."""
     class_names: tuple[str, ...]
     threads: int
 
@@ -186,6 +189,7 @@ def train_and_test(task: Task, seed: int, found: Artifact) -> dict[str, Any]:
         teacher=load_teacher(task.teacher, task.class_names, device) if task.teacher is not None else None,
         resume=unfinished.state(), save=unfinished.save,
         batch_labels=StoredBatchLabels(task.labels) if task.labels is not None else None,
+        statistics=read_statistics(task.statistics) if task.statistics is not None else None,
     )  # fmt: skip
     plain = asdict(replace(accuracy, confusion=torch.empty(0)))
     plain.pop("confusion")
@@ -256,13 +260,14 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
 
 
 def _task(context: Context, stage: Evaluate) -> Task:
-    storage, val, labels = context.storage, stage.inputs.get("val"), stage.inputs.get("labels")
+    storage = context.storage
+    val, labels, statistics = (stage.inputs.get(name) for name in ("val", "labels", "statistics"))
     return Task(
         stage.protocol, stage.inputs["set"].artifact(storage), RealSplit.of(cast(Encode, stage.inputs["test"]), storage),
         val.artifact(storage) if val else None,
         teacher_of(stage, context) if stage.protocol.labels == "soft" else None,
-        labels.artifact(storage) if labels else None, context.classes.names,
-        context.config.evaluation.threads_per_task,
+        labels.artifact(storage) if labels else None, statistics.artifact(storage) if statistics else None,
+        context.classes.names, context.config.evaluation.threads_per_task,
     )  # fmt: skip
 
 

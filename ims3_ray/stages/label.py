@@ -50,19 +50,21 @@ class Label(Stage):
 
     def run(self, context: Context) -> None:
         began, storage, actors, cluster = time.monotonic(), context.storage, context.config.actors, context.config.cluster
-        way = _Way(
+        shared = TaskInputs(
             self.inputs["set"].artifact(storage), self.artifact(storage), teacher_of(self, context), context.classes.names,
             actors.threads,
         )  # fmt: skip
         wait_for_capacity(cluster, "pool", self.title, [actors.resources])
         options = {"num_cpus": actors.cpus, "num_gpus": actors.gpus, **placed(cluster, "pool")}
-        entries = map_classes(label_classes, way, list(self.units), **options)
+        entries = map_classes(label_classes, shared, list(self.units), **options)
         context.spend(self, time.monotonic() - began)
-        commit_set(way.labelled, dict(zip(self.units, entries, strict=True)), time.monotonic() - began)
+        commit_set(shared.labelled, dict(zip(self.units, entries, strict=True)), time.monotonic() - began)
 
 
 @dataclass(frozen=True)
-class _Way:
+class TaskInputs:
+    """What a task needs to label a set."""
+
     start: Artifact
     labelled: Artifact
     teacher: Weights | Artifact
@@ -71,14 +73,14 @@ class _Way:
 
 
 @torch.inference_mode()
-def label_classes(way: _Way, units: Sequence[str]) -> list[dict[str, Any]]:
+def label_classes(task: TaskInputs, units: Sequence[str]) -> list[dict[str, Any]]:
     """Write the shards of some classes again, with the teacher's logits."""
-    torch.set_num_threads(way.threads)
+    torch.set_num_threads(task.threads)
     device = own_device()
-    teacher = load_teacher(way.teacher, way.class_names, device)
+    teacher = load_teacher(task.teacher, task.class_names, device)
 
     def logits_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts = tensors["pixels"].split(AT_ONCE)
         return {"logits": torch.cat([teacher(part.to(device).float() / 255).half().cpu() for part in parts])}
 
-    return [add_to_class(way.start, way.labelled, unit, logits_of) for unit in units]
+    return [add_to_class(task.start, task.labelled, unit, logits_of) for unit in units]

@@ -22,6 +22,7 @@ from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.stages.method_inputs import teacher_flops
+from ims3_ray.stages.statistics import plan_statistics, read_statistics
 from ims3_ray.stages.teacher import load_teacher, plan_teacher, teacher_of
 from ims3_ray.training.accuracy import resident
 from ims3_ray.training.augmented import AugmentedBatches, epochs_and_batch_size, scale_of
@@ -52,7 +53,8 @@ class LabelBatches(Stage):
         count, size = epochs * ipc * len(names), protocol.size or planner.work.data.size
         return planner.add(
             cls(
-                f"label the batches ({title})", params, {"set": images, **teacher.inputs}, images=count,
+                f"label the batches ({title})", params,
+                {"set": images, **teacher.inputs, **plan_statistics(planner, protocol)}, images=count,
                 units=tuple(unit_of(first) for first in range(0, epochs, EPOCHS_PER_UNIT)),
                 flops=count * teacher_flops(planner, size), stored=2.0 * count * len(names), weights=teacher.weights,
                 protocol=protocol,
@@ -64,41 +66,47 @@ class LabelBatches(Stage):
 
     def run(self, context: Context) -> None:
         began, storage = time.monotonic(), context.storage
-        way = _Way(
+        task = TaskInputs(
             self.protocol, self.inputs["set"].artifact(storage), self.artifact(storage), teacher_of(self, context),
             context.classes.names, context.config.actors.threads,
+            statistics.artifact(storage) if (statistics := self.inputs.get("statistics")) else None,
         )  # fmt: skip
         numbers = range(self.params["epochs"])
         rows = {unit: list(numbers[i * EPOCHS_PER_UNIT : (i + 1) * EPOCHS_PER_UNIT]) for i, unit in enumerate(self.units)}
         missing = set(self.missing(storage))
         rows = {unit: row for unit, row in rows.items() if unit in missing}
         gpus = context.config.actors.gpus
-        entries = each_unit(context, self, label_epochs, way, rows, gpus=gpus, what="tens of epochs")
-        commit_units(way.labels, entries, time.monotonic() - began)
+        entries = each_unit(context, self, label_epochs, task, rows, gpus=gpus, what="tens of epochs")
+        commit_units(task.labels, entries, time.monotonic() - began)
 
 
 @dataclass(frozen=True)
-class _Way:
+class TaskInputs:
+    """What a task needs to label batches."""
+
     protocol: ProtocolConfig
     images: Artifact
     labels: Artifact
     teacher: Weights | Artifact
     class_names: tuple[str, ...]
     threads: int
+    statistics: Artifact | None
+    """Mean and standard deviation of the real pixels; None if the protocol normalises otherwise."""
 
 
 @torch.inference_mode()
-def label_epochs(way: _Way, units: Sequence[tuple[str, list[int]]]) -> None:
+def label_epochs(task: TaskInputs, units: Sequence[tuple[str, list[int]]]) -> None:
     """Label the batches of some epochs and store their logits."""
-    torch.set_num_threads(way.threads)
+    torch.set_num_threads(task.threads)
     device = own_device()
-    teacher, (pixels, labels, *_) = load_teacher(way.teacher, way.class_names, device), read_set(way.images)
-    images = resident(pixels, way.protocol.size or pixels.shape[-1])
-    _, batch_size = epochs_and_batch_size(way.protocol, labels)
-    batches = AugmentedBatches(images, way.protocol, batch_size, scale_of(images, way.protocol), 0, device, shared=True)
+    teacher, (pixels, labels, *_) = load_teacher(task.teacher, task.class_names, device), read_set(task.images)
+    images = resident(pixels, task.protocol.size or pixels.shape[-1])
+    _, batch_size = epochs_and_batch_size(task.protocol, labels)
+    scale = scale_of(images, task.protocol, read_statistics(task.statistics) if task.statistics is not None else None)
+    batches = AugmentedBatches(images, task.protocol, batch_size, scale, 0, device, shared=True)
     for unit, epochs in units:
         logits = [torch.cat([teacher(batch.images).half().cpu() for batch in batches.epoch(number)]) for number in epochs]
-        note(way.labels, unit, {"sha256": way.labels.write(f"{unit}.safetensors", pack_tensors(logits=torch.stack(logits)))})
+        note(task.labels, unit, {"sha256": task.labels.write(f"{unit}.safetensors", pack_tensors(logits=torch.stack(logits)))})
 
 
 class StoredBatchLabels:

@@ -66,12 +66,14 @@ class PoolDenoiser:
                 encode = load_autoencoder(s.autoencoder.path()).to(self.device).moments
                 parts = given.pixels.split(ENCODED_AT_ONCE)
                 return torch.cat([encode(to_signed(part.to(self.device)))[0].cpu() for part in parts]).clone()
-        found = []
+        found, stored = [], dict[str, Tensor]()
         for position, index in zip(given.classes.tolist(), given.indices.tolist(), strict=True):
             unit, start = max(
                 ((unit, start) for unit, start in s.first[position].items() if start <= index), key=lambda pair: pair[1]
             )
-            found.append(load(s.pool.read(f"{unit}.safetensors"))["latents"][index - start])
+            if unit not in stored:
+                stored[unit] = load(s.pool.read(f"{unit}.safetensors"))["latents"]
+            found.append(stored[unit][index - start])
         return torch.stack(found).float()
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -68,25 +68,27 @@ class Prepare(Stage):
         settings, missing = self.run_config.synthesis.of(method), set(self.missing(context.storage))
         pieces = method.pieces(settings, context.classes.counts)
         rows = {unit_of(piece): piece for piece in pieces if unit_of(piece) in missing}
-        way = _Way(
+        shared = TaskInputs(
             method(settings), self.artifact(context.storage), MethodInputs.of(self, method.preparation_needs, context)
         )  # fmt: skip
-        return Work(self, way, rows, method.pieces_at_once, self.flops / len(self.units))
+        return Work(self, shared, rows, method.pieces_at_once, self.flops / len(self.units))
 
 
 @dataclass(frozen=True)
-class _Way:
+class TaskInputs:
+    """What a task needs to make pieces of a preparation."""
+
     method: Synthesis
     made: Artifact
     inputs: MethodInputs
 
 
-def make_pieces(way: _Way, pieces: Sequence[tuple[str, Piece]]) -> None:
+def make_pieces(task: TaskInputs, pieces: Sequence[tuple[str, Piece]]) -> None:
     """Make and store some pieces."""
-    inputs = Inputs(**way.inputs.on(own_device()))
+    inputs = Inputs(**task.inputs.on(own_device()))
     for unit, piece in pieces:
-        tensors = way.method.prepare(piece, inputs)
-        note(way.made, unit, {"sha256": way.made.write(f"{unit}.safetensors", pack_tensors(**tensors))})
+        tensors = task.method.prepare(piece, inputs)
+        note(task.made, unit, {"sha256": task.made.write(f"{unit}.safetensors", pack_tensors(**tensors))})
 
 
 def unit_of(piece: Piece) -> str:

@@ -1,4 +1,7 @@
-"""Mean and standard deviation of the real training pixels, by which methods that optimise images normalise them."""
+"""Mean and standard deviation of the real training pixels, by which some methods and protocols normalise images.
+
+Only the first unit (``data.unit_size`` images) of up to 50 classes is read, which is enough for two numbers per colour.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from ims3_ray.config import ProtocolConfig
 from ims3_ray.engine.per_class import map_classes
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.shards import commit_units, pack_tensors
@@ -46,6 +50,11 @@ class Statistics(Stage):
         packed = pack_tensors(**{name: value.float().reshape(-1, 1, 1) for name, value in (("mean", mean), ("std", std))})
         digest = artifact.write("result.safetensors", packed)
         commit_units(artifact, {"result": {"sha256": digest, "images": 0}}, time.monotonic() - began)
+
+
+def plan_statistics(planner: Planner, protocol: ProtocolConfig) -> dict[str, Stage]:
+    """The stage as the input ``statistics`` of a stage that trains students; empty if their protocol normalises otherwise."""
+    return {"statistics": Statistics.plan(planner)} if protocol.normalise == "real" else {}
 
 
 def moments_of(real: Artifact, units: list[str]) -> list[Tensor]:

@@ -96,18 +96,19 @@ class Synthesise(Stage):
         method: type[Synthesis] = Synthesis.registry[self.params["method"]]
         settings = config.synthesis.of(method)
         start, prepared = self.inputs.get("set"), self.inputs.get("prepared")
-        way = _Way(
+        shared = TaskInputs(
             method(settings), self.artifact(storage), start.artifact(storage) if start else None, self._generator(context),
             Prepared(prepared.artifact(storage) if prepared else None), MethodInputs.of(self, method.needs, context),
         )  # fmt: skip
         parts = named(method.parts(settings, len(context.classes.names), k), self.units, k)
-        return Work(self, way, parts, most_at_once=1, flops_per_unit=self.flops / len(parts))
+        return Work(self, shared, parts, most_at_once=1, flops_per_unit=self.flops / len(parts))
 
     def _finish(self, entries: dict[str, dict[str, Any]], work: Work, seconds: float) -> None:
         """Collect the parts in one shard per class, and commit the set."""
         if tuple(work.rows) != self.units:
             members = members_of(work.rows, len(self.units))
-            gathered = map_classes(gather_parts, work.shared.made, [(unit, members[i]) for i, unit in enumerate(self.units)])
+            source = work.shared.made, {part: entry["sha256"] for part, entry in entries.items()}
+            gathered = map_classes(gather_parts, source, [(unit, members[i]) for i, unit in enumerate(self.units)])
             entries = dict(zip(self.units, gathered, strict=True))
         commit_set(work.shared.made, entries, seconds)
 
@@ -138,7 +139,9 @@ def named(parts: Sequence[Part], units: Sequence[str], k: int) -> dict[str, Part
 
 
 @dataclass(frozen=True)
-class _Way:
+class TaskInputs:
+    """What a task needs to make parts of a set."""
+
     method: Synthesis
     made: Artifact
     start: Artifact | None
@@ -147,27 +150,30 @@ class _Way:
     inputs: MethodInputs
 
 
-def make_parts(way: _Way, parts: Sequence[tuple[str, Part]]) -> None:
+def make_parts(task: TaskInputs, parts: Sequence[tuple[str, Part]]) -> None:
     """Make some parts of a set."""
     device = own_device()
-    inputs = way.inputs.on(device)
-    inputs["generator"] = PoolDenoiser(way.generator, device) if way.generator is not None else None
+    inputs = task.inputs.on(device)
+    inputs["generator"] = PoolDenoiser(task.generator, device) if task.generator is not None else None
     for name, part in parts:
-        given = _given(way, part, inputs)
-        unfinished = Unfinished(way.made, name)
-        made = dict(way.method.make(given, unfinished.state(), unfinished.save))
-        check_made(way.method.name, made, given, len(part), way.inputs.shape)
-        note(way.made, name, write_class(way.made, name, made.pop("pixels"), indices=given.indices, **made))
+        given = _given(task, part, inputs)
+        unfinished = Unfinished(task.made, name)
+        tensors = task.method.make(given, unfinished.state(), unfinished.save)
+        made = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+        check_made(task.method.name, made, given, len(part), task.inputs.shape)
+        note(task.made, name, write_class(task.made, name, made.pop("pixels"), indices=given.indices, **made))
         unfinished.forget()
 
 
 def check_made(method: str, made: Mapping[str, Tensor], given: Given, count: int, shape: tuple[int, int, int]) -> None:
     """Raises :class:`UserError` for what is not a part of a set: images, logits and weights of every member, finite."""
     wanted = {"pixels": (count, *shape), "logits": (count, given.num_classes), "weights": (count,)}
-    if wrong := [name for name, tensor in made.items() if tuple(tensor.shape) != wanted.get(name)]:
+    if unknown := made.keys() - wanted.keys():
+        raise UserError(f"synthesis method '{method}' gives {min(unknown)}, which no set has; correct its make()")
+    if wrong := [name for name, tensor in made.items() if tuple(tensor.shape) != wanted[name]]:
         name = wrong[0]
         raise UserError(
-            f"synthesis method '{method}' gives {name} {tuple(made[name].shape)} where the part has {wanted.get(name)}; "
+            f"synthesis method '{method}' gives {name} {tuple(made[name].shape)} where the part has {wanted[name]}; "
             "correct its make()"
         )
     if "pixels" not in made or made["pixels"].dtype != torch.uint8:
@@ -176,16 +182,16 @@ def check_made(method: str, made: Mapping[str, Tensor], given: Given, count: int
         raise UserError(f"synthesis method '{method}' gives {infinite[0]} that are not finite; lower its step size")
 
 
-def _given(way: _Way, part: Part, inputs: Mapping[str, Any]) -> Given:
+def _given(task: TaskInputs, part: Part, inputs: Mapping[str, Any]) -> Given:
     classes = torch.tensor([position for position, _ in part])
     numbers = torch.tensor([number for _, number in part])
-    pixels, indices = torch.zeros((0, *way.inputs.shape), dtype=torch.uint8), numbers
-    if way.start is not None:
-        shards = {i: load(way.start.read(f"class-{i:04d}.safetensors")) for i in classes.unique().tolist()}
+    pixels, indices = torch.zeros((0, *task.inputs.shape), dtype=torch.uint8), numbers
+    if task.start is not None:
+        shards = {i: load(task.start.read(f"class-{i:04d}.safetensors")) for i in classes.unique().tolist()}
         pixels = torch.stack([shards[position]["pixels"][number] for position, number in part])
         if all("indices" in shard for shard in shards.values()):
             indices = torch.stack([shards[position]["indices"][number] for position, number in part])
-    return Given(pixels=pixels, classes=classes, indices=indices, prepared=way.prepared, **inputs)
+    return Given(pixels=pixels, classes=classes, indices=indices, prepared=task.prepared, **inputs)
 
 
 def members_of(parts: Mapping[str, Part], classes: int) -> list[list[tuple[str, int]]]:
@@ -197,12 +203,19 @@ def members_of(parts: Mapping[str, Part], classes: int) -> list[list[tuple[str, 
     return [[members[number] for number in sorted(members)] for members in found]
 
 
-def gather_parts(made: Artifact, classes: Sequence[tuple[str, list[tuple[str, int]]]]) -> list[dict[str, Any]]:
-    """Write the shards of some classes, whose images are read from the parts that hold them; returns the shards' entries."""
+def gather_parts(
+    source: tuple[Artifact, Mapping[str, str]], classes: Sequence[tuple[str, list[tuple[str, int]]]]
+) -> list[dict[str, Any]]:
+    """Write the shards of some classes, whose images are read from the parts that hold them; returns the shards' entries.
+
+    ``source`` is the artifact, and the hash of each part. The parts are kept: if a class's shard is damaged later, it is
+    gathered again. Raises :class:`~ims3_ray.errors.Damaged` for a part that was altered.
+    """
+    made, digests = source
     parts: dict[str, dict[str, Tensor]] = {}
     entries = []
     for unit, members in classes:
-        parts = {name: parts.get(name) or load(made.read(f"{name}.safetensors")) for name, _ in members}
+        parts = {name: parts.get(name) or load(made.read(f"{name}.safetensors", digest=digests[name])) for name, _ in members}
         names = ("pixels", "indices", *(name for name in EXTRAS if all(name in parts[part] for part, _ in members)))
         tensors = {name: torch.stack([parts[part][name][place] for part, place in members]) for name in names}
         entries.append(write_class(made, unit, tensors.pop("pixels"), **tensors))

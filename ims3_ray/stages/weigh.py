@@ -47,24 +47,26 @@ class Weigh(Stage):
 
     def run(self, context: Context) -> None:
         began, storage = time.monotonic(), context.storage
-        way = _Way(*(stage.artifact(storage) for stage in (self.inputs["set"], self.inputs["modes"], self)))
-        entries = map_classes(weigh_classes, way, list(self.units))
-        commit_set(way.weighed, dict(zip(self.units, entries, strict=True)), time.monotonic() - began)
+        shared = TaskInputs(*(stage.artifact(storage) for stage in (self.inputs["set"], self.inputs["modes"], self)))
+        entries = map_classes(weigh_classes, shared, list(self.units))
+        commit_set(shared.weighed, dict(zip(self.units, entries, strict=True)), time.monotonic() - began)
 
 
 @dataclass(frozen=True)
-class _Way:
+class TaskInputs:
+    """What a task needs to weigh the images of some classes."""
+
     start: Artifact
     modes: Artifact
     weighed: Artifact
 
 
-def weigh_classes(way: _Way, units: Sequence[str]) -> list[dict[str, Any]]:
+def weigh_classes(task: TaskInputs, units: Sequence[str]) -> list[dict[str, Any]]:
     """Write the shards of some classes again, with weights. Image i of the candidates belongs to mode i mod K."""
 
     def weights_of(unit: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        counts = load(way.modes.read(f"{unit}.safetensors"))["counts"].float()
+        counts = load(task.modes.read(f"{unit}.safetensors"))["counts"].float()
         weights = counts[tensors["indices"] % len(counts)]
         return {"weights": weights / weights.mean()}
 
-    return [add_to_class(way.start, way.weighed, unit, partial(weights_of, unit)) for unit in units]
+    return [add_to_class(task.start, task.weighed, unit, partial(weights_of, unit)) for unit in units]

@@ -19,8 +19,8 @@ from ims3_ray.saving import Save
 
 Need = Literal["real", "originals", "statistics", "generator", "teacher"]
 """What a method may need: the real training images at the size of the data, their files at full size, the mean and standard
-deviation of their pixels, the generator that the given images come from, or the classifier that ``evaluation.teacher``
-names."""
+deviation of the pixels of some of them (:mod:`ims3_ray.stages.statistics`), the generator that the given images come from, or
+the classifier that ``evaluation.teacher`` names."""
 
 Start = Literal["set", "nothing"]
 """What a method may start from: the images that an arm's slots before it give, or no images."""
@@ -175,7 +175,7 @@ class Synthesis(Component, ABC):
     @abstractmethod
     def make(self, given: Given, state: bytes | None, save: Save) -> Mapping[str, Tensor]:
         """Make one part: ``pixels``, uint8 [N, C, H, W], and optionally ``logits`` (soft labels, float [N, num_classes]) and
-        ``weights`` (float [N]).
+        ``weights`` (float [N]), on any device.
 
         ``state`` is the last state that an interrupted attempt passed to ``save``; None if there is none.
         """

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from ims3_ray.component import Section
 from ims3_ray.diffusion.prediction import Predictor
 from ims3_ray.diffusion.schedule import NoiseSchedule
-from ims3_ray.saving import Save
+from ims3_ray.saving import Save, Saver, unpack_state
 from ims3_ray.seeds import generator_for
 from ims3_ray.synthesis.base import Costs, Given, Synthesis
 
@@ -88,12 +88,15 @@ class CaO2(Synthesis):
     def make(self, given: Given, state: bytes | None, save: Save) -> Mapping[str, Tensor]:
         generator, c, position = given.generator, self.config, int(given.classes[0])
         assert generator is not None
-        label, refined = generator.label(position), []
-        starts = generator.latents(given)
-        for z0, part in zip(starts.split(c.batch_size), given.indices.split(c.batch_size), strict=True):
+        label, saver, starts = generator.label(position), Saver(save), generator.latents(given)
+        refined: list[Tensor] = [] if state is None else list(unpack_state(state, "cpu")["refined"].split(c.batch_size))
+        batches = zip(starts.split(c.batch_size), given.indices.split(c.batch_size), strict=True)
+        for z0, part in list(batches)[len(refined) :]:
             rngs = [generator_for(given.seed, "refine", label, index) for index in part.tolist()]
             refined.append(refine(
                 generator.predictor(position, len(z0)), z0.to(given.device), generator.schedule, rngs, steps=c.steps, lr=c.lr,
                 timesteps=c.timesteps, of=c.of, peak_weight=c.peak_weight,
-            ))  # fmt: skip
-        return {"pixels": generator.decode(torch.cat(refined))}
+            ).cpu())  # fmt: skip
+            done = torch.cat(refined)
+            saver(len(done) / len(starts), refined=done)
+        return {"pixels": generator.decode(torch.cat(refined).to(given.device))}

@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 
 from ims3_ray.component import Section
 from ims3_ray.data.augment import padded
-from ims3_ray.data.siamese import Family, drawn_family, siamese
+from ims3_ray.data.siamese import Family, drawn_families, siamese
 from ims3_ray.models.students import forward_flops
 from ims3_ray.saving import Save, Saver, unpack_state
 from ims3_ray.seeds import generator_for, seed_for
@@ -150,7 +150,7 @@ class DM(Synthesis):
         """Features [N, D] of normalised images after the step's augmentation, which is the same for all images of the class."""
         if self.config.dsa:
             draws: Generator = generator_for(inputs.seed, "dm-augment", position, step)
-            images = siamese(images, [drawn_family(self.config.dsa, draws)], draws, alike=True)
+            images = siamese(images, drawn_families([self.config.dsa], draws), draws, alike=True)
         features: Tensor = network(padded(images, self.config.pad_to))
         return features.flatten(1)
 

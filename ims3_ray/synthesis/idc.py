@@ -3,11 +3,11 @@
 This is IDC-I, the tables' IDC-1, in which an image of the set is one image to train on; the multi-formation of IDC, which
 stores several smaller images in one, is not implemented.
 
-The networks learn from real images only, so their course depends on the seed alone. Classes meet there and in the optimiser:
-the published code has one SGD with momentum for all images, so that a class's step also moves the images of all other classes
-by their momentum. Here each class takes the momentum steps of the C−1 other classes by itself, which gives the same images. The
-classes of a set may therefore be made in groups that do not know of each other, each of which computes the course of the
-networks again.
+The networks are trained on real images only, so their weights at every step depend on the seed alone. Classes affect each other
+through these networks, and through the optimiser of the images: the published code has one SGD with momentum for all images, so
+that a class's step also moves the images of all other classes by their momentum. Here each class takes the momentum steps of
+the C−1 other classes by itself, which gives the same images. Groups of classes can therefore be made independently of each
+other; each group trains the networks again.
 """
 
 from __future__ import annotations
@@ -34,21 +34,23 @@ Distance = Literal["squared", "l1"]
 
 
 def gradients(network: nn.Module, images: Tensor, labels: Tensor, create_graph: bool = False) -> list[Tensor]:
-    """Gradients of the cross-entropy with respect to the weights of the convolutions. Biases, norms and linear layers are left
-    out, as in the published code."""
+    """Gradients of the cross-entropy of images [B, C, H, W] and labels [B] with respect to the weights of the convolutions,
+    each of the shape of its weight. Biases, norms and linear layers are left out, as in the published code."""
     weights = [parameter for parameter in network.parameters() if parameter.dim() == 4]
     loss = F.cross_entropy(network(images), labels)
     return list(torch.autograd.grad(loss, weights, create_graph=create_graph))
 
 
 def gradient_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor], distance: Distance) -> Tensor:
-    """Sum over all weights of the squared or absolute differences."""
+    """Sum over all weights of the squared or absolute differences of two lists of gradients of the same shapes; a scalar."""
     differences = [a.detach() - b for a, b in zip(real, synthetic, strict=True)]
     return torch.stack([each.square().sum() if distance == "squared" else each.abs().sum() for each in differences]).sum()
 
 
-def coast(images: Tensor, velocity: Tensor, lr: float, momentum: float, steps: int) -> tuple[Tensor, Tensor]:
-    """``images`` and ``velocity`` after so many steps of SGD with momentum whose gradients are zero."""
+def momentum_steps(
+    images: Tensor, velocity: Tensor, lr: float, momentum: float, steps: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``images`` and ``velocity``, both [N, C, H, W], after so many steps of SGD with momentum whose gradients are zero."""
     share = sum(momentum**step for step in range(1, steps + 1))
     return images - lr * share * velocity, velocity * momentum**steps
 
@@ -106,7 +108,8 @@ class IDC(Synthesis):
         cutmix: float = Field(default=0.5, ge=0, le=1)
         """Probability of CutMix for a batch from which a network learns (ImageNet: 1)."""
         groups: int = Field(default=1, ge=1)
-        """Number of groups of classes that are made in parallel. Each computes the course of the networks again."""
+        """Number of groups of classes that are made in parallel. Each trains the networks again and holds all real images on
+        its device as bytes (ImageNet-100 at 224 pixels: 20 GB)."""
 
     config: Config
 
@@ -125,7 +128,8 @@ class IDC(Synthesis):
         c, size = config, max(costs.size, config.pad_to or 0)
         forward = forward_flops(c.network, costs.channels, size, len(costs.counts), "instance", c.width)
         match = sum(3 * min(count, c.batch_size) + 9 * min(costs.k, c.most) for count in costs.counts)
-        trained = c.inner * c.training_images + c.pretraining_epochs * sum(costs.counts)
+        real = sum(costs.counts)
+        trained = c.inner * min(c.training_images, real) + c.pretraining_epochs * real
         return c.outer * forward * (c.inner * match + min(c.groups, len(costs.counts)) * 3 * trained)
 
     @classmethod
@@ -157,8 +161,9 @@ class Matching:
         self.networks = FreshNetworks(config.network, config.width, given.channels, size, given.num_classes, given.device)
 
     def run(self) -> Tensor:
-        """All steps; returns the images as values that may lie outside of [0, 1]."""
+        """All steps; returns the images [N, C, H, W] as values that may lie outside of [0, 1]."""
         c, saved, first = self.config, self.saved, 0
+        self.saved = None
         if saved is not None:
             first, self.images, self.velocity = (saved[name] for name in ("outer", "images", "velocity"))
         for outer in range(first, c.outer):
@@ -186,9 +191,13 @@ class Matching:
         return self.images
 
     def _save(self, network: nn.Module, optimizer: torch.optim.Optimizer, outer: int, pretrained: int, inner: int) -> None:
-        done = (outer + inner / self.config.inner) / self.config.outer
+        c, real = self.config, len(self.pixels)
+        # Weighed by the images that are seen, as in IDC.flops.
+        match = sum(3 * min(len(self.real[i]), c.batch_size) + 9 * min(len(self.members[i]), c.most) for i in self.positions)
+        before, each = 3 * real * c.pretraining_epochs, match + 3 * min(c.training_images, real)
+        share = (3 * real * pretrained + each * inner) / (before + each * c.inner)
         self.saver(
-            done,
+            (outer + share) / c.outer,
             outer=outer, pretrained=pretrained, inner=inner, images=self.images, velocity=self.velocity,
             network=network.state_dict(), optimizer=optimizer.state_dict(),
         )  # fmt: skip
@@ -197,7 +206,7 @@ class Matching:
         """Change the images of one class by a step of SGD, and by the momentum steps of the other classes' turns."""
         c, seed, device = self.config, self.given.seed, self.given.device
         real, members = self.real[position], self.members[position]
-        self._coast(members, position)
+        self._move_on(members, position)
         rng = generator_for(seed, "idc-match", outer, inner, position)
         drawn = torch.randperm(len(real), generator=rng)[: c.batch_size]
         chosen = members[torch.randperm(len(members), generator=rng)[: c.most].sort().values]
@@ -211,10 +220,11 @@ class Matching:
         self.velocity[members] *= c.momentum
         self.velocity[chosen] += gradient
         self.images[members] -= self.lr * self.velocity[members]
-        self._coast(members, self.given.num_classes - 1 - position)
+        self._move_on(members, self.given.num_classes - 1 - position)
 
-    def _coast(self, members: Tensor, steps: int) -> None:
-        moved = coast(self.images[members], self.velocity[members], self.lr, self.config.momentum, steps)
+    def _move_on(self, members: Tensor, steps: int) -> None:
+        """Take so many momentum steps with a class's images, whose positions in the part are ``members`` [K]."""
+        moved = momentum_steps(self.images[members], self.velocity[members], self.lr, self.config.momentum, steps)
         self.images[members], self.velocity[members] = moved
 
     def train(self, network: nn.Module, optimizer: torch.optim.Optimizer, images: int, address: tuple[str, int, int]) -> None:

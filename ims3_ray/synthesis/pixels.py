@@ -11,19 +11,20 @@ from torch import Tensor, nn
 
 from ims3_ray.data.transforms import to_pil
 from ims3_ray.errors import UserError
-from ims3_ray.models.students import build_student, constant_norms, has_batch_norm
+from ims3_ray.models.students import build_student, constant_norms, has_batch_norm, student_builder
 from ims3_ray.synthesis.base import Costs
 
 
 def normalised(pixels: Tensor, statistics: tuple[Tensor, Tensor], device: str) -> Tensor:
-    """uint8 pixels as normalised float32 values on the device."""
+    """uint8 pixels [N, C, H, W] as float32 values of the same shape on the device, normalised by the mean and standard
+    deviation [C, 1, 1] of pixels in [0, 1]."""
     mean, std = statistics
     return (pixels.to(device).float() / 255 - mean) / std
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images in [0, 1] as uint8 pixels on the CPU; values outside are clamped. Raises :class:`UserError` for values that are
-    not finite."""
+    """Images in [0, 1], [N, C, H, W], as uint8 pixels of the same shape on the CPU; values outside are clamped. Raises
+    :class:`UserError` for values that are not finite."""
     if not images.isfinite().all():
         raise UserError("the optimised images have values that are not finite; lower the synthesis method's learning rate (lr)")
     return (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
@@ -50,24 +51,31 @@ def without_head(network: nn.Module) -> nn.Module:
 
 
 def check_network(method: str, name: str, width: int, pad_to: int | None, costs: Costs) -> None:
-    """Raises :class:`UserError` for a network that the images do not fit, that cannot tell them apart, or whose batch norm
-    would couple them."""
-    size, classes = max(costs.size, pad_to or 0), len(costs.counts)
+    """Raises :class:`UserError` for a network that is not known, that the images do not fit, that cannot tell them apart, whose
+    batch norm would couple them, or that has no convolutions or no linear layer at its end."""
+    size, classes, key = max(costs.size, pad_to or 0), len(costs.counts), f"synthesis.{method}.network"
+    try:
+        student_builder(name)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
     try:
         with torch.device("meta"):
             network = build_student(name, costs.channels, size, classes, "instance", width)
         constant = constant_norms(network, costs.channels, size)
     except (ValueError, RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"synthesis.{method}.network: {name} cannot take these images ({reason}); choose another") from error
+        raise UserError(f"{key}: {name} cannot take these images ({reason}); choose another") from error
+    linear = any(isinstance(module, nn.Linear) for module in network.modules())
+    if not linear or all(parameter.dim() != 4 for parameter in network.parameters()):
+        raise UserError(f"{key}: {name} is no convolutional network with a linear layer; choose convnet-DEPTH or resnetap-10")
     if has_batch_norm(network):
         raise UserError(
-            f"synthesis.{method}.network: {name} has batch norm, by which the images of a batch depend on each other; choose "
+            f"{key}: {name} has batch norm, by which the images of a batch depend on each other; choose "
             "convnet-DEPTH or resnetap-10"
         )
     if constant:
         raise UserError(
-            f"synthesis.{method}.network: {name} has a layer ({constant}) that normalises maps of a single pixel for images of "
+            f"{key}: {name} has a layer ({constant}) that normalises maps of a single pixel for images of "
             f"{size} pixels, so all images look alike to it; choose a network with fewer layers"
         )
 

@@ -65,7 +65,6 @@ class RDED(Synthesis):
     name = "rded"
     starts = frozenset({"nothing"})
     pieces_at_once = 20
-    needs = frozenset()
     preparation_needs = frozenset({"originals", "teacher"})
     prepared_by = frozenset({"images_per_class", "crops", "crop", "factor"})
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -56,8 +56,8 @@ class BatchNormDistance:
 
 
 def augmented(images: Tensor, rng: Generator, smallest: float | None, max_roll: int) -> Tensor:
-    """One random crop and mirroring for the whole batch, then one roll along both axes. Without a ``smallest`` share of the
-    area there is only the roll. ``rng`` is a generator on the CPU."""
+    """Images [B, C, H, W] after one random crop and mirroring for the whole batch, and one roll along both axes. Without a
+    ``smallest`` share of the area there is only the roll. ``rng`` is a generator on the CPU."""
     size = images.shape[-1]
     if smallest is not None:
         box = crop_boxes(1, size, size, (smallest, 1.0), rng)
@@ -95,6 +95,12 @@ class SRe2L(Synthesis):
         """Number of classes whose images are optimised together, one image of each."""
         jpeg: int | None = Field(default=75, ge=1, le=100)
         """Quality of the JPEG compression that the published sets have; no compression when unset."""
+
+        @model_validator(mode="after")
+        def _crops(self) -> SRe2L.Config:
+            if self.crop_decay and not self.crop:
+                raise ValueError("crop_decay=true has no effect with crop=false; set crop=true, or leave crop_decay out")
+            return self
 
     config: Config
 

@@ -39,9 +39,16 @@ def epochs_and_batch_size(protocol: ProtocolConfig, labels: Tensor) -> tuple[int
     return for_ipc(protocol.epochs, ipc), min(for_ipc(protocol.batch_size, ipc), len(labels))
 
 
-def scale_of(pixels: Tensor, protocol: ProtocolConfig) -> Scale:
-    """The statistics by which a protocol normalises the images of a set, uint8 [N, C, H, W], as values in [0, 1]. Raises
-    :class:`UserError` for a set of one grey value."""
+def scale_of(pixels: Tensor, protocol: ProtocolConfig, real: tuple[Tensor, Tensor] | None = None) -> Scale:
+    """The statistics by which a protocol normalises the images of a set, uint8 [N, C, H, W], as values in [0, 1]. ``real`` are
+    the mean and standard deviation of the real training pixels, [C, 1, 1] each.
+
+    Raises :class:`UserError` for a set of one grey value, and ``ValueError`` if the protocol needs ``real`` and it is None.
+    """
+    if protocol.normalise == "real":
+        if real is None:
+            raise ValueError("normalise: real needs the statistics of the real images")
+        return Scale(*real)
     if protocol.normalise == "imagenet":
         return Scale(*(torch.tensor(values).reshape(-1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)))
     scaled = pixels.float() / 255

@@ -38,10 +38,10 @@ class LabelledSet(NamedTuple):
 
 
 Teacher = Callable[[Tensor], Tensor]
-"""Images in [0, 1], [B, C, H, W] → logits [B, num_classes]."""
+"""Maps images in [0, 1], [B, C, H, W], to logits [B, num_classes]."""
 
 BatchLabels = Callable[[int], Tensor]
-"""Number of an epoch → the teacher's logits of its shared batches, one after another, [N, num_classes]."""
+"""Maps the number of an epoch to the teacher's logits of its shared batches, one after another, [N, num_classes]."""
 
 
 class Student(nn.Module):
@@ -50,10 +50,14 @@ class Student(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, images: Tensor, num_classes: int, protocol: ProtocolConfig) -> None:
+    def __init__(
+        self, name: str, images: Tensor, num_classes: int, protocol: ProtocolConfig,
+        statistics: tuple[Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """``images`` are those of the set; ``statistics``, those of the real pixels, are for protocols that ask for them."""
         super().__init__()
         channels, size = images.shape[1:3]
-        scale = scale_of(images, protocol)
+        scale = scale_of(images, protocol, statistics)
         self.register_buffer("mean", scale.mean)
         self.register_buffer("std", scale.std)
         self.pad_to = protocol.pad_to
@@ -79,6 +83,7 @@ class Training:
     def __init__(
         self, name: str, train: LabelledSet | Labelled, num_classes: int, protocol: ProtocolConfig, seed: int,
         device: str = "cpu", teacher: Teacher | None = None, batch_labels: BatchLabels | None = None,
+        statistics: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
         train = LabelledSet(*train)
         if protocol.labels == "soft" and teacher is None:
@@ -93,7 +98,7 @@ class Training:
         self.weights = (train.weights / train.weights.mean()).to(device) if train.weights is not None else None
         torch.manual_seed(seed_for(seed, "student-init"))
         images, self.labels = resident(train.pixels, self.size).to(device), train.labels.to(device)
-        self.student = Student(name, images, num_classes, protocol).to(device)
+        self.student = Student(name, images, num_classes, protocol, statistics).to(device)
         if device != "cpu":
             self.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.epochs, self.batch_size = epochs_and_batch_size(protocol, train.labels)
@@ -179,19 +184,20 @@ class Training:
 def train_student(
     name: str, train: LabelledSet | Labelled, test: Labelled, num_classes: int, protocol: ProtocolConfig, seed: int,
     *, device: str = "cpu", val: Labelled | None = None, teacher: Teacher | None = None, resume: bytes | None = None,
-    save: Save | None = None, batch_labels: BatchLabels | None = None,
+    save: Save | None = None, batch_labels: BatchLabels | None = None, statistics: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Student, Accuracy]:  # fmt: skip
     """Train student ``name`` from scratch on ``train`` by ``protocol``, test it on ``test`` and, if given, ``val``.
 
     Where the protocol's epochs or batch size depend on the images per class, the size of the largest class counts. The same
-    seed on the same kind of device yields the same student. Raises ``ValueError`` for soft labels without a ``teacher``, and
-    for stored labels of batches without ``batch_labels``.
+    seed on the same kind of device yields the same student. ``statistics`` are the mean and standard deviation of the real
+    training pixels in [0, 1], [C, 1, 1] each. Raises ``ValueError`` for soft labels without a ``teacher``, stored labels of
+    batches without ``batch_labels``, and ``normalise: real`` without ``statistics``.
 
     ``save`` is called with the state of the training after a validation, at most every :data:`ims3_ray.saving.SAVE_EVERY_S`
     seconds. With such a state as ``resume`` the training continues from there and yields the same student.
     """
     teacher = teacher if protocol.labels == "soft" else None
-    training = Training(name, train, num_classes, protocol, seed, device, teacher, batch_labels)
+    training = Training(name, train, num_classes, protocol, seed, device, teacher, batch_labels, statistics)
     student, keep = training.student, protocol.test_crop
     tests = {"test": test_images(test, training.size, keep, device)}
     if val is not None and len(val[1]):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from ims3_ray.config import AugmentConfig
 from ims3_ray.data.augment import (
@@ -26,6 +29,7 @@ from ims3_ray.data.augment import (
     shuffled_patches,
     uniform,
 )
+from ims3_ray.data.siamese import drawn_families
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -189,3 +193,20 @@ def test_dsa_acts_on_normalised_images():
     images, scale = torch.full((3, 1, 8, 8), 0.75), Scale(torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 0.25))
     cut = augment(images, 8, rng(), cpu_rng=rng(), scale=scale, dsa=("cutout",))
     assert set(cut.unique().tolist()) == {0.5, 0.75}, "what is cut out has the mean colour"
+
+
+def test_of_a_list_of_families_one_is_drawn_for_each_batch():
+    """IDC's evaluation: mirroring and colour always, then one of three (``DiffAug`` of its code with ``single_aug``)."""
+    entries = AugmentConfig.model_validate({"dsa": ["flip", "color", ["crop", "scale", "rotate"]], "dsa_every": True}).dsa
+    draws = rng()
+    drawn = [tuple(drawn_families(entries, draws)) for _ in range(600)]
+    assert {families[:2] for families in drawn} == {("flip", "color")}
+    counts = Counter(families[2:] for families in drawn)
+    assert set(counts) == {("crop",), ("scale",), ("rotate",)}
+    assert min(counts.values()) > 160
+
+
+@pytest.mark.parametrize("wrong", [{"dsa_every": True}, {"dsa": ["flip", ["crop", "scale"]]}])
+def test_settings_of_dsa_without_effect_are_refused(wrong: dict[str, Any]):
+    with pytest.raises(ValidationError, match="dsa_every=true"):
+        AugmentConfig.model_validate(wrong)

@@ -16,6 +16,10 @@ from ims3_ray.errors import UserError
 from ims3_ray.plan import Plan, make_comparison
 from ims3_ray.report.comparison import comparison_tables, difference, difference_text, markdown, pooled, significant
 from ims3_ray.report.results import summary, summary_text
+from ims3_ray.synthesis.base import Costs
+from ims3_ray.synthesis.dm import DM
+from ims3_ray.synthesis.idc import IDC
+from ims3_ray.synthesis.rded import RDED
 from tests.conftest import tiny_values
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -126,3 +130,18 @@ def test_the_papers_figures_stand_beside_rows_that_exist(name: str):
         assert set(rows) <= set(config.evaluation.rows)
         assert all(set(figures) <= set(config.budgets) for figures in rows.values())
     assert "ims3" in config.published
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "compare").glob("*.yaml")), ids=lambda path: path.stem)
+def test_pixel_methods_have_the_settings_of_their_images(path: Path):
+    config = load_config(CompareConfig, path)
+    large, synthesis = config.data.size > 64, config.synthesis
+    costs = Costs({}, (1300,) * 10, max(config.budgets), config.data.size, config.data.channels)
+    assert DM.preparation_bytes(synthesis.of(DM), costs) < 4e9
+    idc, rded = synthesis.of(IDC), synthesis.of(RDED)
+    assert (idc.network, idc.lr_size) == (("resnetap-10", 224) if large else ("convnet-3", 32))
+    assert (rded.factor == 2) == large or "rded" not in config.arms
+    made_for_soft_labels = {"rded", "sre2l"} & set(config.arms)
+    if made_for_soft_labels and config.evaluation.teacher.weights is None:
+        assert any(protocol.labels == "soft" for protocol in config.evaluation.protocols.values())
+        assert config.evaluation.teacher.training.epochs == 90

@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
-from ims3_ray.config import CompareConfig, PretrainConfig, RunConfig
-from ims3_ray.config.loading import load_config
+from ims3_ray.config import CompareConfig, EncoderTraining, PretrainConfig, RunConfig
+from ims3_ray.config.loading import as_yaml, build, load_config
 from ims3_ray.errors import UserError
+from ims3_ray.models.encoder import Encoder
+from ims3_ray.stages.teacher import shape_in_training
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_defaults_are_the_embedded_demonstration():
@@ -122,3 +127,24 @@ def test_a_circle_of_files_and_a_missing_file_are_errors(tmp_path: Path):
 
 def test_pretraining_uses_the_same_tree():
     assert load_config(PretrainConfig, None, ["generator.depth=3"]).generator.depth == 3
+
+
+@pytest.mark.parametrize("name", ["rded", "sre2l"])
+def test_the_teacher_of_a_published_protocol_is_a_whole_resnet_18(name: str):
+    training = load_config(RunConfig, CONFIGS / "protocols" / f"{name}.yaml").evaluation.teacher.training
+    encoder = Encoder(shape_in_training(training, 3, 10))
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == 11_181_642
+
+
+def test_arguments_of_a_network_replace_those_of_the_default_network():
+    small = RunConfig().evaluation.teacher.training.model_args
+    for overrides, expected in (
+        ([], small),
+        (["evaluation.teacher.training.model=resnet34"], {}),
+        (["evaluation.teacher.training.epochs=3"], small),
+        (["evaluation.teacher.training.model_args={layers: [2, 2, 2, 2]}"], {"layers": [2, 2, 2, 2]}),
+    ):
+        config = load_config(RunConfig, None, overrides)
+        assert config.evaluation.teacher.training.model_args == expected
+        assert build(RunConfig, yaml.safe_load(as_yaml(config)) or {}) == config
+    assert EncoderTraining(model="resnet50").model_args == {}

@@ -414,3 +414,15 @@ def test_stored_labels_belong_to_the_batches_that_every_student_sees():
     assert len({stored[number].numpy().tobytes() for number in range(3)}) == 3, "every epoch is augmented anew"
     with pytest.raises(ValueError, match="batch_labels"):
         Training("convnet-2", (images, labels), 2, protocol, 0)
+
+
+def test_a_protocol_normalises_by_the_real_images_if_it_says_so():
+    images = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]).reshape(3, 1, 1), torch.tensor([0.4, 0.5, 0.6]).reshape(3, 1, 1)
+    training = Training("convnet-2", (images, torch.arange(6) % 2), 2, quick(normalise="real"), 0, statistics=(mean, std))
+    seen: list[torch.Tensor] = []
+    training.student.net.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    training.student(images)
+    torch.testing.assert_close(seen[0], (images.float() / 255 - mean) / std)
+    with pytest.raises(ValueError, match="normalise: real needs the statistics"):
+        Training("convnet-2", (images, torch.arange(6) % 2), 2, quick(normalise="real"), 0)

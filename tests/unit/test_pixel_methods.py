@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ims3_ray import saving
+from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.errors import UserError
 from ims3_ray.models.encoder import Encoder, EncoderConfig
-from ims3_ray.models.students import build_student
+from ims3_ray.models.students import STUDENTS, build_student
 from ims3_ray.models.teacher import TeacherNetwork
 from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.synthesis.base import Costs, Given, Inputs, Piece, Synthesis
+from ims3_ray.synthesis.cao2 import CaO2
 from ims3_ray.synthesis.dm import DM
-from ims3_ray.synthesis.idc import IDC, Matching, coast, gradient_distance, gradients
+from ims3_ray.synthesis.idc import IDC, Matching, gradient_distance, gradients, momentum_steps
 from ims3_ray.synthesis.pixels import FreshNetworks
 from ims3_ray.synthesis.rded import RDED, crops_of, mosaics
 from ims3_ray.synthesis.sre2l import BatchNormDistance, SRe2L, augmented
@@ -178,6 +180,7 @@ def test_a_network_that_does_not_fit_is_refused_before_anything_runs():
         for network, pad_to, reason in (
             ("convnet-5", None, "convnet-5 cannot take these images"), ("timm/resnet18", 32, "has batch norm"),
             ("convnet-4", None, None), ("resnetap-10", None, None), ("resnetap-10", 8, "normalises maps of a single pixel"),
+            ("convnet3", None, "no student 'convnet3'"),
         ):  # fmt: skip
             config = method.Config(network=network, pad_to=pad_to)
             if reason is None:
@@ -203,7 +206,7 @@ def whole_set(k: int = 2) -> list[tuple[int, int]]:
     return [(position, number) for position in range(CLASSES) for number in range(k)]
 
 
-def test_coasting_is_momentum_without_a_gradient():
+def test_momentum_steps_are_steps_without_a_gradient():
     x, velocity = torch.randn(4), torch.randn(4)
     for steps in (0, 1, 4):
         parameter = nn.Parameter(x.clone())
@@ -212,7 +215,7 @@ def test_coasting_is_momentum_without_a_gradient():
         for _ in range(steps):
             parameter.grad = torch.zeros_like(x)
             optimizer.step()
-        images, left = coast(x, velocity, 0.3, 0.5, steps)
+        images, left = momentum_steps(x, velocity, 0.3, 0.5, steps)
         torch.testing.assert_close(images, parameter.detach())
         torch.testing.assert_close(left, optimizer.state[parameter]["momentum_buffer"])
 
@@ -489,3 +492,52 @@ def test_costs_grow_with_the_images(method: type[Synthesis]):
     assert method.flops(config, many) + method.preparation_flops(config, many) > 0
     bytes_of = {DM: 4 * 20000 * CLASSES * 2048, RDED: 40 * CLASSES * 3 * 16 * 16}
     assert method.preparation_bytes(config, many) == bytes_of.get(method, 0)
+
+
+def test_a_network_without_convolutions_is_refused(monkeypatch: pytest.MonkeyPatch):
+    def mlp(channels: int, size: int, num_classes: int, norm: str, width: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(channels * size**2, num_classes))
+
+    monkeypatch.setitem(STUDENTS, "mlp", mlp)
+    for method in (DM, IDC):
+        with pytest.raises(UserError, match=rf"synthesis.{method.name}.network: mlp is no convolutional network"):
+            method.check(method.Config(network="mlp"), Costs({}, (40,) * CLASSES, 2, SIZE, 1))
+
+
+def test_a_setting_of_sre2l_without_effect_is_refused():
+    with pytest.raises(ValidationError, match="crop_decay=true has no effect with crop=false"):
+        SRe2L.Config(crop=False, crop_decay=True)
+
+
+def test_progress_of_idc_counts_the_pretraining(monkeypatch: pytest.MonkeyPatch):
+    """With 2 epochs of all 120 images before 2 matches, which are followed by 20 images each."""
+    monkeypatch.setattr(saving, "SAVE_EVERY_S", 0.0)
+    method, shares = idc(pretraining_epochs=2, outer=1), []
+    method.make(part_of(method, whole_set()), None, lambda state, done=0.0: shares.append(done))
+    match = 3 * (3 * 8 + 9 * 2) + 3 * 20
+    whole = 2 * 3 * 120 + 2 * match
+    assert shares == pytest.approx([360 / whole, 720 / whole, (720 + match) / whole, 1.0])
+
+
+class Flat:
+    """A generator whose latents are the pixels, and which expects grey."""
+
+    schedule = NoiseSchedule()
+
+    def label(self, position: int) -> int:
+        return position + 7
+
+    def predictor(self, position: int, count: int) -> Any:
+        return lambda z, t_B: 0.5 * z
+
+    def latents(self, given: Given) -> Tensor:
+        return given.pixels.float() / 127.5 - 1
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return ((latents + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def test_cao2_goes_on_after_the_batches_that_are_refined(monkeypatch: pytest.MonkeyPatch):
+    method = CaO2(CaO2.Config(steps=3, lr=0.05, batch_size=2))
+    given = part_of(method, of_class(1, 7), generator=Flat())
+    assert_goes_on(method, given, monkeypatch)

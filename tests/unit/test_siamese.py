@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ims3_ray.data.siamese import Family, drawn_family, siamese
+from ims3_ray.data.siamese import Family, drawn_families, siamese
 
 FAMILIES: tuple[Family, ...] = ("color", "crop", "cutout", "flip", "scale", "rotate")
 
@@ -101,5 +101,5 @@ def test_scaling_is_independent_in_both_directions_and_within_its_range():
 
 def test_each_family_is_drawn_equally_often():
     draws = rng(10)
-    drawn = [drawn_family(FAMILIES, draws) for _ in range(3000)]
+    drawn = [drawn_families([FAMILIES], draws)[0] for _ in range(3000)]
     assert all(abs(drawn.count(family) / 3000 - 1 / 6) < 0.03 for family in FAMILIES)

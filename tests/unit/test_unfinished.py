@@ -34,6 +34,16 @@ def test_a_state_is_kept_until_its_unit_is_finished(artifact: Artifact):
     again.forget()
 
 
+def test_a_damaged_state_counts_as_none(artifact: Artifact, capsys: pytest.CaptureFixture[str]):
+    unit = Unfinished(artifact, "part-00000")
+    unit.save(b"a state", 0.5)
+    path = Path(artifact.address, "shards", "part-00000.state")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert unit.state() is None
+    assert "the saved state of part-00000" in capsys.readouterr().out
+    assert artifact.shards() == set()
+
+
 def test_progress_counts_the_shares_of_units_that_have_begun(artifact: Artifact, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(unfinished, "LOG_EVERY_S", 0.0)
     monkeypatch.setattr("ims3_ray.progress.LOG_EVERY_S", 0.0)
