@@ -102,7 +102,7 @@ class KilledRDED(Killed, RDED):
 def config_of(world: Path, storage: Path, arms: dict[str, Any], synthesis: dict[str, Any], k: int, name: str) -> RunConfig:
     values = tiny_values(world, storage, instability={"images": 0}, arms=arms, synthesis=synthesis, export=None, name=name)
     values["selection"] = {**values["selection"], "images_per_class": k}
-    stored = {"width": 4, "epochs": 1, "validations": 1, "pad_to": 16}
+    stored = {"width": 4, "epochs": 1, "validations": 1, "pad_to": 16, "normalise": "real"}
     values["evaluation"] = {
         "protocols": {"hard": stored}, "seeds": [0], "val_per_class": 0, "teacher": {"weights": str(world / "phi.safetensors")},
     }  # fmt: skip
