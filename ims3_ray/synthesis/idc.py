@@ -127,7 +127,7 @@ class IDC(Synthesis):
         differentiated again; training takes three for each image."""
         c, size = config, max(costs.size, config.pad_to or 0)
         forward = forward_flops(c.network, costs.channels, size, len(costs.counts), "instance", c.width)
-        match = sum(3 * min(count, c.batch_size) + 9 * min(costs.k, c.most) for count in costs.counts)
+        match = _match_passes(c, costs.counts, costs.k)
         real = sum(costs.counts)
         trained = c.inner * min(c.training_images, real) + c.pretraining_epochs * real
         return c.outer * forward * (c.inner * match + min(c.groups, len(costs.counts)) * 3 * trained)
@@ -140,6 +140,12 @@ class IDC(Synthesis):
         return {"pixels": to_bytes(Matching(self.config, given, state, save).run())}
 
 
+def _match_passes(config: IDC.Config, counts: Sequence[int], k: int) -> int:
+    """Forward passes of one image that a match of every class costs, for classes of ``counts`` real and ``k`` synthetic
+    images: three for each real image and nine for each synthetic one, whose gradient is differentiated again."""
+    return sum(3 * min(count, config.batch_size) + 9 * min(k, config.most) for count in counts)
+
+
 class Matching:
     """The making of one group of classes."""
 
@@ -147,8 +153,8 @@ class Matching:
         self.config, self.given, self.saver = config, given, Saver(save)
         self.positions = given.classes.unique().tolist()
         self.members = {position: (given.classes == position).nonzero().flatten() for position in self.positions}
-        k = max(len(members) for members in self.members.values())
-        self.lr = config.lr * k / 10 * (given.size / config.lr_size) ** 2
+        self.k = max(len(members) for members in self.members.values())
+        self.lr = config.lr * self.k / 10 * (given.size / config.lr_size) ** 2
         self.images = given.pixels.to(given.device).float() / 255
         self.velocity = torch.zeros_like(self.images)
         real = [given.real(position) for position in range(given.num_classes)]
@@ -192,8 +198,7 @@ class Matching:
 
     def _save(self, network: nn.Module, optimizer: torch.optim.Optimizer, outer: int, pretrained: int, inner: int) -> None:
         c, real = self.config, len(self.pixels)
-        # Weighed by the images that are seen, as in IDC.flops.
-        match = sum(3 * min(len(self.real[i]), c.batch_size) + 9 * min(len(self.members[i]), c.most) for i in self.positions)
+        match = _match_passes(c, [len(self.real[position]) for position in self.positions], self.k)
         before, each = 3 * real * c.pretraining_epochs, match + 3 * min(c.training_images, real)
         share = (3 * real * pretrained + each * inner) / (before + each * c.inner)
         self.saver(
