@@ -189,7 +189,7 @@ def train_and_test(task: Task, seed: int, found: Artifact) -> dict[str, Any]:
         teacher=load_teacher(task.teacher, task.class_names, device) if task.teacher is not None else None,
         resume=unfinished.state(), save=unfinished.save,
         batch_labels=StoredBatchLabels(task.labels) if task.labels is not None else None,
-        statistics=read_statistics(task.statistics) if task.statistics is not None else None,
+        statistics=read_statistics(task.statistics),
     )  # fmt: skip
     plain = asdict(replace(accuracy, confusion=torch.empty(0)))
     plain.pop("confusion")

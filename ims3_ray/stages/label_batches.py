@@ -102,7 +102,7 @@ def label_epochs(task: TaskInputs, units: Sequence[tuple[str, list[int]]]) -> No
     teacher, (pixels, labels, *_) = load_teacher(task.teacher, task.class_names, device), read_set(task.images)
     images = resident(pixels, task.protocol.size or pixels.shape[-1])
     _, batch_size = epochs_and_batch_size(task.protocol, labels)
-    scale = scale_of(images, task.protocol, read_statistics(task.statistics) if task.statistics is not None else None)
+    scale = scale_of(images, task.protocol, read_statistics(task.statistics))
     batches = AugmentedBatches(images, task.protocol, batch_size, scale, 0, device, shared=True)
     for unit, epochs in units:
         logits = [torch.cat([teacher(batch.images).half().cpu() for batch in batches.epoch(number)]) for number in epochs]

@@ -121,7 +121,7 @@ class MethodInputs:
     def on(self, device: str) -> dict[str, Any]:
         """Read on a device; the members of :class:`ims3_ray.synthesis.base.Inputs`, by name."""
         torch.set_num_threads(self.threads)
-        mean_std = read_statistics(self.statistics) if self.statistics is not None else None
+        mean_std = read_statistics(self.statistics)
         return {
             "num_classes": len(self.class_names), "seed": self.seed, "device": device, "size": self.shape[1],
             "channels": self.shape[0], "counts": self.counts,

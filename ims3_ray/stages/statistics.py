@@ -67,7 +67,9 @@ def moments_of(real: Artifact, units: list[str]) -> list[Tensor]:
     return found
 
 
-def read_statistics(artifact: Artifact) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, float32 [C, 1, 1] each."""
+def read_statistics(artifact: Artifact | None) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation, float32 [C, 1, 1] each; None where nothing needs them."""
+    if artifact is None:
+        return None
     tensors = load(artifact.read("result.safetensors"))
     return tensors["mean"], tensors["std"]
