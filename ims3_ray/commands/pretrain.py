@@ -24,56 +24,127 @@ from ims3_ray.engine.lease import check_free, working_on
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import is_remote
 from ims3_ray.io.storage import Storage
+from ims3_ray.plan.pretraining import PretrainingPlan
+from ims3_ray.progress import Progress
+from ims3_ray.tracking import Tracker
+from ims3_ray.training.finetuning import Row
+from ims3_ray.training.generator import dit_config
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Train ``config.target`` and write the weights and their card to ``{storage}/{name}/``. Returns the safetensors file."""
-    if is_remote(config.storage):
-        raise UserError(f"storage '{config.storage}' is remote; weights are trained to a folder, so give storage=/a/folder")
-    data = Data(config)  # a bad source is an error before Ray starts
-    folder = Path(config.storage).expanduser().resolve() / config.name
-    folder.mkdir(parents=True, exist_ok=True)
-    place = Storage.at(str(folder.parent))
-    described = check_pretraining(config, data.fingerprints, place)
-    path = folder / f"{config.name}.safetensors"
+    """Train ``config.target`` and write the weights and their card to ``{storage}/{name}/``. Returns the safetensors file.
+
+    An interrupted training goes on from its last checkpoint, and a finished one writes the same bytes again. Raises
+    :class:`UserError` for bad input and for a folder that holds another training.
+    """
+    data, place = open_pretraining(config)
+    place.make_folder(config.name)
     trainer = config.trainer
     needed = {"CPU": trainer.num_workers * trainer.cpus_per_worker, "GPU": trainer.num_workers * trainer.gpus_per_worker}
     check_free(place, config.name)
     with connected(config.cluster, {k: v for k, v in needed.items() if v}), working_on(place, config.name):
-        check_pretraining(config, data.fingerprints, place)  # another process may have begun another training meanwhile
+        described = check_pretraining(config, data.fingerprints, place)  # another process may have begun another one meanwhile
         place.write(f"{config.name}/config.yaml", yaml.safe_dump(described, sort_keys=False).encode())
-        from ims3_ray.engine.loops import encoder_loop, generator_loop, source_images
-        from ims3_ray.engine.train import fit
+        tracker = Tracker(config, place)
+        try:
+            path = _train_and_judge(PretrainingPlan.of(config, data), place, tracker)
+        except BaseException as error:
+            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        tracker.finish("FINISHED")
+    return path
 
-        labels = config.cluster.place.get("finetune")
-        workers = [trainer.worker_resources] * trainer.num_workers
-        wait_for_capacity(config.cluster, "finetune", config.name, workers, trainer.num_workers)
-        if config.target == "generator":
-            outcome = fit(generator_loop, canonical(config), trainer, "train", str(folder), labels)
-        else:
-            arguments = {
-                "training": canonical(config.encoder), "images": partial(source_images, config.data), "seed": config.seed,
-                "threads": trainer.threads_per_worker,
-            }  # fmt: skip
-            outcome = fit(encoder_loop, arguments, trainer, "train", str(folder), labels)
-        place.write(f"{config.name}/{path.name}", outcome["weights"])
-        threads = config.quality.threads
-        task = ray.remote(_judge).options(
-            num_cpus=min(threads, trainer.cpus_per_worker),
-            num_gpus=trainer.gpus_per_worker,
-            **placed(config.cluster, "finetune"),
-        )
-        quality: Quality = results(task.remote(config, path))
+
+def open_pretraining(config: PretrainConfig) -> tuple[Data, Storage]:
+    """The opened data and the storage of a training. Raises :class:`UserError` for everything that would refuse the training,
+    and writes nothing."""
+    if is_remote(config.storage):
+        raise UserError(f"storage '{config.storage}' is remote; weights are trained to a folder, so give storage=/a/folder")
+    data = Data(config)
+    if config.target == "generator":
+        dit_config(config.generator, config.data.size, config.data.channels, len(data.classes.names))
+    place = Storage.at(str(Path(config.storage).expanduser().resolve()))
+    check_pretraining(config, data.fingerprints, place)
+    return data, place
+
+
+def _train_and_judge(plan: PretrainingPlan, place: Storage, tracker: Tracker) -> Path:
+    """Train, write the weights, judge them, and write their card and a sheet of samples."""
+    config = plan.config
+    folder, shown = Path(place.address(config.name)), Shown(config, place, tracker)
+    outcome = _trained(plan, shown)
+    path = folder / f"{config.name}.safetensors"
+    place.write(f"{config.name}/{path.name}", outcome["weights"])
+    print(f"judge: {plan.judging}", flush=True)
+    task = ray.remote(_judge).options(
+        num_cpus=min(config.quality.threads, config.trainer.cpus_per_worker),
+        num_gpus=config.trainer.gpus_per_worker,
+        **placed(config.cluster, "finetune"),
+    )
+    quality: Quality = results(task.remote(config, path))
     if quality.samples is not None:
-        (folder / f"{config.name}.png").write_bytes(contact_sheet(quality.samples, 10))
-    card = folder / f"{config.name}.md"
-    card.write_text(weights_card(config, outcome, path, quality), "utf-8")
+        shown.samples(contact_sheet(quality.samples, 10))
+    card = weights_card(config, outcome, path, quality)
+    place.write(f"{config.name}/{config.name}.md", card.encode())
+    tracker.metrics(quality.figures)
+    tracker.file(f"{config.name}.md", card.encode())
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB after {outcome['seconds']:.0f} s")
     print("\n".join(quality.lines))
     if quality.broken:
         more = f" and {len(quality.broken) - 5} more" if len(quality.broken) > 5 else ""
         print(f"note: {len(quality.broken)} images cannot be decoded and were left out: {', '.join(quality.broken[:5])}{more}")
     return path
+
+
+def _trained(plan: PretrainingPlan, shown: Shown) -> dict[str, Any]:
+    """Run the training on Ray Train while its progress is shown and its losses are logged; returns what rank 0 returns."""
+    from ims3_ray.engine.loops import encoder_loop, generator_loop, source_images
+    from ims3_ray.engine.train import watched_fit
+
+    config, trainer = plan.config, plan.config.trainer
+    workers = [trainer.worker_resources] * trainer.num_workers
+    wait_for_capacity(config.cluster, "finetune", config.name, workers, trainer.num_workers)
+    if config.target == "generator":
+        loop, arguments = generator_loop, {"config": canonical(config)}
+    else:
+        loop = encoder_loop
+        arguments = {
+            "training": canonical(config.encoder), "images": partial(source_images, config.data), "seed": config.seed,
+            "threads": trainer.threads_per_worker,
+        }  # fmt: skip
+    folder, labels = shown.place.address(config.name), config.cluster.place.get("finetune")
+    total, unit = plan.total
+    with Progress(f"train the {config.target}", total, unit) as progress:
+        outcome = watched_fit(loop, arguments, trainer, "train", folder, labels, partial(shown.tell, progress))
+        progress.done = total
+    return outcome
+
+
+class Shown:
+    """What a training tells: progress on the terminal, losses and samples in MLflow, and the last samples in the folder."""
+
+    def __init__(self, config: PretrainConfig, place: Storage, tracker: Tracker) -> None:
+        self.config, self.place, self.tracker, self.begun = config, place, tracker, False
+
+    def tell(self, progress: Progress, rows: list[Row], sheet: bytes | None) -> None:
+        """Show new rows of losses, and a new sheet of samples if there is one."""
+        if sheet is not None:
+            self.samples(sheet)
+        if not rows:
+            return
+        last = rows[-1]
+        if not self.begun and "seconds" not in last:
+            progress.line(f"the training goes on after {last['step']:.0f} steps")
+        self.begun = True
+        self.tracker.losses(rows)
+        if "seconds" in last:
+            done = last["seconds"] / 60 if progress.unit == "minutes" else last["step"]
+            progress.at(min(done, progress.total), f"loss {last['loss']:.4f}, {last['images_per_s']:.0f} images/s")
+
+    def samples(self, sheet: bytes) -> None:
+        """Write a sheet of samples to the folder and to MLflow, in place of an earlier one."""
+        self.place.write(f"{self.config.name}/{self.config.name}.png", sheet)
+        self.tracker.file(f"{self.config.name}.png", sheet)
 
 
 def _judge(config: PretrainConfig, path: Path) -> Quality:
@@ -84,8 +155,8 @@ def _judge(config: PretrainConfig, path: Path) -> Quality:
 
 FINGERPRINTS = "data_fingerprints"
 """Key of the stored config under which the hashes of both splits are."""
-GROWS = {"generator": "steps", "encoder": "epochs"}
-"""Target → its key that says how long to train. A training goes on when the number is raised."""
+GROWS = {"generator": ("steps", "minutes"), "encoder": ("epochs",)}
+"""Target → its keys that say how long to train. A training goes on when the number is raised."""
 
 
 def check_pretraining(config: PretrainConfig, fingerprints: Mapping[str, str], storage: Storage) -> dict[str, Any]:
@@ -108,10 +179,10 @@ def check_pretraining(config: PretrainConfig, fingerprints: Mapping[str, str], s
 def _what_matters(plain: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the options that may change between two commands that continue the same training. The data are compared
     by their fingerprints, so that they may move."""
-    places = ("storage", "trainer", "cluster", "quality", "plugins")
+    places = ("storage", "trainer", "cluster", "quality", "plugins", "tracking")
     kept = {key: value for key, value in plain.items() if key not in places}
     left_out: dict[str, tuple[str, ...]] = {"data": ("path", "test_path", "unit_size")}
-    left_out |= {target: (length, "checkpoint_every") for target, length in GROWS.items()}
+    left_out |= {target: (*lengths, "checkpoint_every") for target, lengths in GROWS.items()}
     for section, details in left_out.items():
         kept[section] = {key: value for key, value in plain.get(section, {}).items() if key not in details}
     return kept

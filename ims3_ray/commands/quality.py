@@ -53,11 +53,10 @@ class Quality:
 
 def judge_generator(config: PretrainConfig, weights: Path, splits: Splits, device: str) -> Quality:
     """How often a judge, a classifier trained on the real training split, assigns guided samples to the class for which they
-    were generated."""
+    were generated. If the config wants no judge, there are only samples."""
     q = config.quality
     torch.set_num_threads(q.threads)
     train, test, names = splits[:3]
-    student, accuracy = train_student(q.judge.students[0], train, test, len(names), q.judge, 0, device=device)
     produce = Candidates(q.sampling, weights, None, None, config.seed, device)
     agreed, first = [], []
     for label in range(len(names)):

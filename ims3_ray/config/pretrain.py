@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ims3_ray.config.base import Fraction, Section
 from ims3_ray.config.candidates import SamplingConfig
 from ims3_ray.config.evaluation import EncoderTraining, ProtocolConfig
 from ims3_ray.config.finetune import TrainerConfig
-from ims3_ray.config.work import ClusterConfig, DataConfig
+from ims3_ray.config.work import ClusterConfig, DataConfig, TrackingConfig
+
+MOST_PATCHES = 64
+"""Largest number of patches of an image if the config does not give their size."""
 
 
 class GeneratorTraining(Section):
     """Pretraining of a class-conditional DiT in pixel space."""
 
-    patch_size: int = Field(default=4, gt=0)
+    patch_size: int | None = Field(default=None, gt=0)
+    """Side of the square patches in pixels; it divides the side of the images. When unset, it is the smallest side from 2 on that
+    gives at most 64 patches: 4 for images of 28 or 32 pixels."""
     hidden_size: int = Field(default=224, gt=0)
     depth: int = Field(default=4, gt=0)
     num_heads: int = Field(default=4, gt=0)
     prediction: Literal["epsilon", "v"] = "epsilon"
     """Quantity that the generator learns to predict: the noise ε (`epsilon`) or the velocity (`v`)."""
-    steps: int = Field(default=6000, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    """Number of steps. It is an alternative to `minutes`."""
+    minutes: float | None = Field(default=30.0, gt=0)
+    """Time for as many steps as fit into it, used when `steps` is not set. The number of steps then depends on the machine, so
+    that a second training does not give the same weights."""
     batch_size: int = Field(default=128, ge=1)
     lr: float = Field(default=6e-4, gt=0)
-    warmup_steps: int = Field(default=300, ge=0)
-    cooldown_steps: int = Field(default=1500, ge=0)
-    """Number of steps at the end, over which the learning rate falls linearly to zero."""
+    warmup: Fraction = 0.05
+    """Share of the training, at its start, over which the learning rate rises linearly from zero."""
+    cooldown: Fraction = 0.25
+    """Share of the training, at its end, over which the learning rate falls linearly to zero."""
     label_dropout: Fraction = 0.1
     ema_decay: Fraction = 0.999
     flip: bool = False
@@ -37,14 +47,38 @@ class GeneratorTraining(Section):
     """Whether each transformer block is compiled with torch.compile. All blocks share one compilation, which pays off after
     some minutes of GPU work."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _the_given_length(cls, values: Any) -> Any:
+        """With ``steps`` alone, ``minutes`` is null."""
+        if isinstance(values, dict) and values.get("steps") is not None and "minutes" not in values:
+            return {**values, "minutes": None}
+        return values
+
+    @model_validator(mode="after")
+    def _one_length(self) -> GeneratorTraining:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError(f"set one of steps={self.steps} and minutes={self.minutes}, and the other to null")
+        return self
+
+    def patch_side(self, size: int) -> int:
+        """Side of the patches of images of ``size`` × ``size`` pixels."""
+        if self.patch_size is not None:
+            return self.patch_size
+        return next(side for side in range(2, size + 1) if size % side == 0 and (size // side) ** 2 <= MOST_PATCHES)
+
 
 class QualityConfig(Section):
     """How a trained generator is judged: a student that was trained on the real training split classifies its samples."""
 
+    preview_minutes: float = Field(default=5.0, gt=0)
+    """Minutes between two sheets of samples while a generator is trained."""
+
     images_per_class: int = Field(default=100, ge=1)
     sampling: SamplingConfig = SamplingConfig()
-    judge: ProtocolConfig = ProtocolConfig(width=64, epochs=8, batch_size=128, validations=1)
-    """Protocol of the judge; the first of its students is trained on the real training split."""
+    judge: ProtocolConfig | None = ProtocolConfig(width=64, epochs=8, batch_size=128, validations=1)
+    """Protocol of the judge; the first of its students is trained on the real training split. With null there is no judge, and
+    the card shows samples alone."""
     threads: int = Field(default=2, ge=1)
 
 
@@ -61,3 +95,4 @@ class PretrainConfig(Section):
     quality: QualityConfig = QualityConfig()
     trainer: TrainerConfig = TrainerConfig(num_workers=1, threads_per_worker=2)
     cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()

@@ -6,25 +6,33 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 from ray.train import Checkpoint
 from ray.train.torch import prepare_model
 
 from ims3_ray.config import DataConfig, EncoderTraining, PretrainConfig
+from ims3_ray.config.pretrain import GeneratorTraining
+from ims3_ray.data.contact_sheet import contact_sheet
 from ims3_ray.engine.inputs import decoded_split
 from ims3_ray.errors import Unanimous
 from ims3_ray.training.encoder import EncoderTrainer, Images
-from ims3_ray.training.generator import GeneratorTrainer
-from ims3_ray.training.pace import BySteps
+from ims3_ray.training.generator import PREVIEW_IMAGES, GeneratorTrainer
+from ims3_ray.training.pace import ByClock, BySteps, Pace
 
 
 def generator_loop(plain: dict[str, Any]) -> dict[str, Any]:
-    """One worker of the generator's pretraining. Returns, on rank 0, the packed EMA weights and the losses."""
-    config = PretrainConfig.model_validate(plain)
+    """One worker of the generator's pretraining. Returns, on rank 0, the packed EMA weights and the losses.
+
+    ``plain`` holds ``config`` (the plain values of a :class:`PretrainConfig`) and ``board`` (a
+    :class:`~ims3_ray.engine.board.Board`), to which rank 0 posts losses, speed and, every few minutes, samples.
+    """
+    config, board = PretrainConfig.model_validate(plain["config"]), plain["board"]
     g, context = config.generator, ray.train.get_context()
     torch.set_num_threads(config.trainer.threads_per_worker)
     device = ray.train.torch.get_device()
@@ -33,51 +41,111 @@ def generator_loop(plain: dict[str, Any]) -> dict[str, Any]:
         g, (pixels, labels), len(names), config.seed, device, context.get_world_rank(), context.get_world_size(),
         prepare_model,
     )  # fmt: skip
-    seconds = _restored(trainer, device, g.steps, "generator.steps")
-    began = time.monotonic() - seconds
-    for step in trainer.run(BySteps(g.steps, g.warmup_steps, g.cooldown_steps)):
-        if step % g.checkpoint_every == 0 or step == g.steps:
-            seconds = time.monotonic() - began
-            _report(config, trainer, seconds)
+    length, state = {"steps": g.steps, "minutes": g.minutes}, _last_checkpoint(device)
+    spent = state["seconds"] if state else 0.0
+    if state:
+        _check_not_shorter(state, g)
+        trainer.restore(state)
+    if not state or state["ended"] != length:
+        news = News(board, trainer.rank, trainer.losses, g.batch_size, spent)
+        began = shown = time.monotonic()
+        for step in trainer.run(_pace(g, spent, device)):
+            news.tell(trainer.losses)
+            if trainer.rank == 0 and time.monotonic() - shown > 60 * config.quality.preview_minutes:
+                board.show.remote(0, contact_sheet(trainer.preview(config.quality.sampling), PREVIEW_IMAGES))
+                shown = time.monotonic()
+            if step % g.checkpoint_every == 0:
+                _report(trainer, spent + time.monotonic() - began)
+        spent += time.monotonic() - began
+        news.tell(trainer.losses, wait=True)
+        _report(trainer, spent, ended=length)
     return {
         "weights": trainer.weights(names),
         "losses": trainer.losses,
-        "seconds": seconds,
+        "seconds": spent,
         "images": len(labels),
         "steps": trainer.steps,
     }
 
 
-def _report(config: PretrainConfig, trainer: GeneratorTrainer, seconds: float) -> None:
-    state, step = trainer.state(), trainer.steps
-    recent = trainer.losses[-config.generator.checkpoint_every :]
-    metrics = {"step": step, "loss": sum(recent) / len(recent), "images_per_s": step * config.generator.batch_size / seconds}
+def _pace(g: GeneratorTraining, spent: float, device: torch.device) -> Pace:
+    if g.minutes is None:
+        assert g.steps is not None
+        return BySteps(g.steps, g.warmup, g.cooldown)
+    return ByClock(60 * g.minutes, g.warmup, g.cooldown, spent, partial(_agreed_time, device))
+
+
+def _agreed_time(device: torch.device) -> float:
+    """The clock of rank 0, which all workers read together."""
+    now = torch.tensor([time.monotonic()], dtype=torch.float64, device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast(now, 0)
+    return float(now.item())
+
+
+def _check_not_shorter(state: dict[str, Any], g: GeneratorTraining) -> None:
+    """Raises :class:`Unanimous` for a checkpoint of a longer training than the one that is asked for."""
+    if g.steps is not None and (done := len(state["losses"])) > g.steps:
+        raise _too_short(f"{done} steps", f"generator.steps asks for {g.steps} steps")
+    asked_before = (state["ended"] or {}).get("minutes") or 0.0
+    if g.minutes is not None and (done := max(asked_before, state["seconds"] / 60)) > g.minutes and asked_before != g.minutes:
+        raise _too_short(f"{done:.3g} minutes", f"generator.minutes asks for {g.minutes:g}")
+
+
+def _too_short(done: str, asked: str) -> Unanimous:
+    return Unanimous(
+        f"the last checkpoint has {done}, but {asked}; a training cannot be shortened, so raise it or choose another name"
+    )
+
+
+class News:
+    """What rank 0 posts on the board while it trains: the losses of all steps, the seconds so far, and the rate since the last
+    post."""
+
+    def __init__(self, board: Any, rank: int, losses: list[float], batch_size: int, spent: float) -> None:
+        """``losses`` are those of a checkpoint after ``spent`` seconds, from which the training goes on. A driver that was
+        killed may have lost them."""
+        self.board, self.rank, self.batch_size = board, rank, batch_size
+        self.told, self.since = len(losses), time.monotonic()
+        self.began = self.since - spent
+        if rank == 0:
+            board.post.remote(0, _rows(losses, 0))
+
+    def tell(self, losses: list[float], wait: bool = False) -> None:
+        """Post the losses that are new; with ``wait``, return when the board has them."""
+        if self.rank == 0 and len(losses) > self.told:
+            now = time.monotonic()
+            rate = (len(losses) - self.told) * self.batch_size / (now - self.since)
+            rows = _rows(losses[self.told :], self.told)
+            post = self.board.post.remote(0, [*rows[:-1], {**rows[-1], "seconds": now - self.began, "images_per_s": rate}])
+            self.told, self.since = len(losses), now
+            if wait:
+                ray.get(post)
+
+
+def _rows(losses: list[float], before: int) -> list[dict[str, float]]:
+    return [{"step": before + number, "loss": loss} for number, loss in enumerate(losses, 1)]
+
+
+def _report(trainer: GeneratorTrainer | EncoderTrainer, seconds: float, ended: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint; all workers call it together. ``ended`` is the length that was asked for, if it is reached."""
+    state, metrics = trainer.state(), {"step": trainer.steps, "loss": trainer.losses[-1]}
     if trainer.rank != 0:
         ray.train.report(metrics)
         return
-    print(
-        f"step {step}/{config.generator.steps}  loss {metrics['loss']:.4f}  {metrics['images_per_s']:.0f} images/s", flush=True
-    )
     with tempfile.TemporaryDirectory() as folder:
-        torch.save({**state, "seconds": seconds}, Path(folder, "state.pt"))
+        torch.save({**state, "seconds": seconds, "ended": ended}, Path(folder, "state.pt"))
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
 
-def _restored(trainer: GeneratorTrainer | EncoderTrainer, device: torch.device, steps: int, setting: str) -> float:
-    """Restore the trainer from the last checkpoint, if there is one; returns the seconds that it had trained. Raises
-    :class:`Unanimous` if it has trained for more than ``steps`` steps, the number that ``setting`` asks for."""
+def _last_checkpoint(device: torch.device) -> dict[str, Any] | None:
+    """What :func:`_report` wrote last, if anything: the trainer's state, with ``seconds`` and ``ended``."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0.0
+        return None
     with checkpoint.as_directory() as folder:
-        state = torch.load(os.path.join(folder, "state.pt"), map_location=device, weights_only=True)
-    if (done := len(state["losses"])) > steps:
-        raise Unanimous(
-            f"the last checkpoint has {done} steps, but {setting} asks for {steps} steps; a training cannot be shortened, so "
-            "raise it or choose another name"
-        )
-    trainer.restore(state)
-    return float(state["seconds"])
+        state: dict[str, Any] = torch.load(os.path.join(folder, "state.pt"), map_location=device, weights_only=True)
+    return {"ended": None, **state}  # a checkpoint of an earlier version does not say whether the training had ended
 
 
 def source_images(data: DataConfig) -> Images:
@@ -89,7 +157,7 @@ def encoder_loop(plain: dict[str, Any]) -> dict[str, Any]:
     """One worker of an encoder's training. Returns, on rank 0, the packed weights, the losses and the seconds.
 
     ``plain`` holds ``training`` (the plain values of an :class:`EncoderTraining`), ``images`` (a function that loads the
-    images), ``seed`` and ``threads``.
+    images), ``seed``, ``threads`` and, where somebody reads it, ``board``.
     """
     config, context = EncoderTraining.model_validate(plain["training"]), ray.train.get_context()
     torch.set_num_threads(plain["threads"])
@@ -97,19 +165,20 @@ def encoder_loop(plain: dict[str, Any]) -> dict[str, Any]:
     trainer = EncoderTrainer(
         config, plain["images"](), int(plain["seed"]), device, context.get_world_rank(), context.get_world_size(), prepare_model
     )
-    seconds = _restored(trainer, device, config.epochs * trainer.steps_per_epoch, "encoder.epochs")
-    began = time.monotonic() - seconds
-    for epoch in trainer.epochs():
-        seconds = time.monotonic() - began
-        recent = trainer.losses[-trainer.steps_per_epoch :]
-        metrics = {"epoch": epoch, "loss": sum(recent) / len(recent)}
-        if trainer.rank != 0:
-            ray.train.report(metrics)
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save({**trainer.state(), "seconds": seconds}, Path(folder, "state.pt"))
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+    state, steps = _last_checkpoint(device), config.epochs * trainer.steps_per_epoch
+    spent = state["seconds"] if state else 0.0
+    if state:
+        if (done := len(state["losses"])) > steps:
+            raise _too_short(f"{done} steps", f"encoder.epochs asks for {steps} steps")
+        trainer.restore(state)
+    news = News(plain["board"], trainer.rank, trainer.losses, config.batch_size, spent) if "board" in plain else None
+    began = time.monotonic() - spent
+    for _ in trainer.epochs():
+        spent = time.monotonic() - began
+        if news:
+            news.tell(trainer.losses, wait=True)
+        _report(trainer, spent)
     return {
-        "weights": trainer.weights(), "losses": trainer.losses, "seconds": seconds, "images": len(trainer.labels),
+        "weights": trainer.weights(), "losses": trainer.losses, "seconds": spent, "images": len(trainer.labels),
         "steps": trainer.steps,
     }  # fmt: skip

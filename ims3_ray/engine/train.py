@@ -6,12 +6,16 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import ray
 from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
+from ims3_ray.cluster.joining import here, results
 from ims3_ray.config import TrainerConfig
+from ims3_ray.engine.board import new_board
 from ims3_ray.errors import IncompletePool, Unanimous, UserError
 from ims3_ray.io.files import is_remote, open_filesystem
+from ims3_ray.training.finetuning import Row
 
 
 def fit(
@@ -58,6 +62,37 @@ def fit(
     if isinstance(found := outcome.get("error"), UserError):
         raise found
     return outcome
+
+
+@ray.remote(num_cpus=0)
+def fit_task(*arguments: Any) -> dict[str, Any]:
+    """:func:`fit` as a task, which leaves the driver free to show progress and to be interrupted."""
+    return fit(*arguments)
+
+
+def watched_fit(
+    loop: Callable[[dict[str, Any]], dict[str, Any]],
+    config: dict[str, Any],
+    trainer: TrainerConfig,
+    name: str,
+    storage: str,
+    labels: Mapping[str, str] | None,
+    tell: Callable[[list[Row], bytes | None], None],
+) -> dict[str, Any]:
+    """As :func:`fit`. Meanwhile, about every second, ``tell`` is called with the new rows of losses that rank 0 has posted on
+    ``config["board"]``, and with a new sheet of samples, if any."""
+    board, seen = new_board(), 0
+    task = fit_task.options(scheduling_strategy=here()).remote(
+        loop, {**config, "board": board}, trainer, name, storage, labels
+    )
+    while True:
+        finished, _ = ray.wait([task], timeout=1.0)
+        rows, sheet = ray.get([board.read.remote(0, seen), board.take.remote(0)])
+        seen = max([seen, *(int(row["step"]) for row in rows)])
+        tell(rows, sheet)
+        if finished:
+            outcome: dict[str, Any] = results(task)
+            return outcome
 
 
 def _answer(loop: Callable[[dict[str, Any]], dict[str, Any]], config: dict[str, Any]) -> dict[str, Any]:

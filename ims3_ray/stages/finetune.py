@@ -19,15 +19,16 @@ from ims3_ray.config import ClusterConfig, FinetuneConfig, RunConfig, TrainerCon
 from ims3_ray.data.classes import class_groups
 from ims3_ray.data.sources import open_source
 from ims3_ray.engine.planner import Planner
+from ims3_ray.engine.board import new_board
 from ims3_ray.engine.shards import parse_unit
 from ims3_ray.engine.stage import Context, Stage, Worker
-from ims3_ray.engine.train import fit
+from ims3_ray.engine.train import fit_task
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
 from ims3_ray.progress import Progress
 from ims3_ray.stages.adapters import Adapters, adapter_stem, group_checkpoints, group_unit
 from ims3_ray.stages.encode import Encode
-from ims3_ray.stages.finetune_worker import LossBoard, finetune_loop
+from ims3_ray.stages.finetune_worker import finetune_loop
 from ims3_ray.stages.latents import EncodeLatents
 from ims3_ray.tracking import slug
 from ims3_ray.training.finetuning import Row, finetune_flops
@@ -147,7 +148,7 @@ def groups_of(context: Context, stage: Finetune) -> list[Group]:
             counts[label] += entries[unit]["images"]
     tuned = [label for group in stage.params["groups"] for label in group]
     table = {label: (name, source) for name, source, label in zip(context.classes.names, encode.labels, tuned, strict=True)}
-    groups, board = [], ray.remote(num_cpus=0, scheduling_strategy=here())(LossBoard).remote()
+    groups, board = [], new_board()
     for number, labels in enumerate(stage.params["groups"]):
         arguments = {
             "config": canonical(stage.run_config.finetune), "seed": stage.run_config.seed, "group": number,
@@ -197,7 +198,6 @@ def _side_by_side(
     """Fine-tune groups in parallel. Yields (group, its new rows, its outcome) for each running group about every second; the
     outcome is None until the group has ended."""
     waiting, running, seen = list(groups), dict[Any, Group](), dict.fromkeys(map(id, groups), 0)
-    fit_task = _fit_task.options(scheduling_strategy=here())
     labels, largest = cluster.place.get("finetune", {}), max((_trainer(g) for g in groups), key=lambda t: t.num_workers)
     watch = wait_for_capacity(cluster, "finetune", title, _bundles(largest), largest.num_workers)
     request = Request(labels) if cluster.wait_s and len(groups) > 1 else None
@@ -211,8 +211,12 @@ def _side_by_side(
                 watch.look()
             while waiting and len(running) < fit_at_once:
                 group = waiting.pop(0)
-                folder = storage.address(group.stage.artifact(storage).folder)
-                running[fit_task.remote(group.arguments, folder, labels)] = group
+                place = storage.address(f"{group.stage.artifact(storage).folder}/{group_checkpoints(group.number)}")
+                name = checkpoints_name(group.stage.run_config.finetune)
+                task = fit_task.options(scheduling_strategy=here()).remote(
+                    finetune_loop, group.arguments, _trainer(group), name, place, labels
+                )
+                running[task] = group
             if request:  # Ray Train requests nodes for the running groups only, not for the group that is next
                 more = waiting and time.monotonic() - grown < GROW_S
                 request.ask(_bundles(_trainer(waiting[0])) if more else [])
@@ -256,14 +260,6 @@ def _diverged(outcome: dict[str, Any], names: list[str]) -> str:
         f"fine-tuning diverged at step {row['step']:g} ({wrong}) on images {', '.join(images)}; "
         f"{kept}; lower finetune.lr or the weights of finetune.objectives"
     )
-
-
-@ray.remote(num_cpus=0)
-def _fit_task(arguments: dict[str, Any], folder: str, labels: dict[str, str]) -> dict[str, Any]:
-    """Run Ray Train. It blocks its caller, so it has a task of its own, which leaves the driver free to show progress."""
-    config = FinetuneConfig.model_validate(arguments["config"])
-    place = f"{folder}/{group_checkpoints(arguments['group'])}"
-    return fit(finetune_loop, arguments, config.trainer, checkpoints_name(config), place, labels)
 
 
 def checkpoints_name(config: FinetuneConfig) -> str:

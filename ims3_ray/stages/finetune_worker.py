@@ -29,21 +29,6 @@ from ims3_ray.training.finetuning import Finetuner, Row, finetune_flops
 POST_EVERY = 5
 
 
-class LossBoard:
-    """An actor to which rank 0 of each group posts losses and speed while Ray Train runs, for the driver to show and log."""
-
-    def __init__(self) -> None:
-        self.rows: dict[int, dict[int, Row]] = {}
-
-    def post(self, group: int, rows: list[Row]) -> None:
-        self.rows.setdefault(group, {}).update({int(row["step"]): row for row in rows})
-
-    def read(self, group: int, after: int) -> list[Row]:
-        """The group's rows of steps later than ``after``."""
-        rows = self.rows.get(group, {})
-        return [rows[step] for step in sorted(rows) if step > after]
-
-
 def read_images(pixels: Artifact, latents: Artifact | None, classes: list[tuple[int, list[str]]], flip: bool) -> CleanImages:
     """The images of some classes, each given as (label of the generator, units), from their latents if there are any."""
     if latents is None:

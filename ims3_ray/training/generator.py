@@ -13,27 +13,33 @@ import torch
 from torch import Tensor, nn
 
 from ims3_ray.config.base import canonical
+from ims3_ray.config.candidates import SamplingConfig
 from ims3_ray.config.pretrain import GeneratorTraining
 from ims3_ray.data.batches import batch_indices
-from ims3_ray.data.transforms import to_signed
+from ims3_ray.data.transforms import to_signed, to_uint8
 from ims3_ray.diffusion.prediction import target_of
+from ims3_ray.diffusion.samplers.base import Sampler, sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.errors import UserError
 from ims3_ray.models.checkpoints import pack
 from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.models.ema import Ema
+from ims3_ray.models.generators.dit import DiTGenerator
 from ims3_ray.objectives.diffusion import diffusion_loss, drop_conditions
+from ims3_ray.seeds import generator_for
 from ims3_ray.training.divergence import check_losses
 from ims3_ray.training.pace import Pace
 
-FETCH_EVERY = 50
+FETCH_EVERY = 10
 """Number of steps between two reads of the losses from the device; a read makes the host wait."""
+PREVIEW_CLASSES, PREVIEW_IMAGES = 20, 5
+"""Largest number of classes on a sheet of samples during training, and the number of samples of each."""
 
 
 def dit_config(training: GeneratorTraining, size: int, channels: int, num_classes: int) -> DiTConfig:
     """The shape of the DiT that ``training`` asks for, for images of ``channels`` × ``size`` × ``size``."""
     return DiTConfig(
-        input_size=size, in_channels=channels, patch_size=training.patch_size, hidden_size=training.hidden_size,
+        input_size=size, in_channels=channels, patch_size=training.patch_side(size), hidden_size=training.hidden_size,
         depth=training.depth, num_heads=training.num_heads, num_classes=num_classes, prediction=training.prediction,
     )  # fmt: skip
 
@@ -149,6 +155,29 @@ class GeneratorTrainer:
 
     def weights(self, class_names: Sequence[str], **about: str) -> bytes:
         """The moving average as a weights file in half precision; ``about`` is added to its metadata."""
+        model = self._averaged()
+        return pack(model, canonical(model.config), "dit", torch.float16, classes="\n".join(class_names), **about)
+
+    def _averaged(self) -> DiT:
+        """The model with the moving averages of its parameters, on the CPU, in evaluation mode."""
         model = DiT(self.model.config)
         model.load_state_dict({**model.state_dict(), **{name: value.cpu() for name, value in self.ema.average.items()}})
-        return pack(model, canonical(model.config), "dit", torch.float16, classes="\n".join(class_names), **about)
+        return model.eval()
+
+    @torch.inference_mode()
+    def preview(self, sampling: SamplingConfig) -> Tensor:
+        """Samples of the moving average, uint8 [N, C, H, W]: ``PREVIEW_IMAGES`` of each of the first classes. They start from
+        the same noise at any step of the training."""
+        network = self._averaged().to(self.device)
+        generator, sampler = DiTGenerator.of_shape(network.config), Sampler.registry[sampling.sampler]
+        found = []
+        for label in range(min(network.config.num_classes, PREVIEW_CLASSES)):
+            predict = generator.predictor(network, label, 1, sampling.cfg_scale, cfg_interval=sampling.cfg_interval)
+            rngs = [generator_for(self.seed, "preview", label, index) for index in range(PREVIEW_IMAGES)]
+            found.append(
+                sample(
+                    predict, generator.latent, rngs, self.schedule, sampling.steps, sampler=sampler(sampling.of(sampler)),
+                    clip=sampling.clip, device=self.device,
+                )
+            )  # fmt: skip
+        return to_uint8(torch.cat(found)).cpu()
