@@ -30,8 +30,6 @@ from ims3_ray.training.pace import ByClock
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
 SETS = {"cifar10": 0.65, "fashion-mnist": 0.35}
 """Name of each data set → its share of the time. Its recipe is ``configs/pretrain/NAME-dit-minutes.yaml``."""
-COOLDOWN = 0.3
-"""Share of the training time, at its end, over which the learning rate falls."""
 SAVE_S = 45.0
 """Seconds between saves: the most training time that is lost if the process is killed."""
 JUDGE_S = 40.0 if GPU else 12.0
@@ -39,7 +37,7 @@ JUDGE_S = 40.0 if GPU else 12.0
 CURVE_ROWS = 60
 """Approximate number of rows of a loss curve."""
 SMALL = (
-    "generator={hidden_size: 32, depth: 2, num_heads: 2, patch_size: 4, batch_size: 32, warmup_steps: 5, precision: fp32}",
+    "generator={hidden_size: 32, depth: 2, num_heads: 2, patch_size: 4, batch_size: 32, warmup: 0.1, precision: fp32}",
     "generator.compile=false",
     "quality={images_per_class: 4, sampling: {steps: 3, unit_size: 4}, judge: {width: 8, epochs: 1, precision: fp32}}",
     f"quality.threads={torch.get_num_threads()}",
@@ -118,7 +116,7 @@ def train_by_the_clock(
     length = max(1.0, clock.left - reserved)
     started = shown = saved = after_first = time.monotonic()
     shown_step = first
-    for step in trainer.run(ByClock(length, recipe.warmup_steps, COOLDOWN)):
+    for step in trainer.run(ByClock(length, recipe.warmup, recipe.cooldown)):
         now = time.monotonic()
         if step == first + 1:
             trainer.read_losses()  # waits until the device has finished

@@ -44,7 +44,7 @@ GPU = torch.cuda.is_available()
 class BenchmarkConfig(Section):
     data: DataConfig = DataConfig()
     generator: GeneratorTraining = GeneratorTraining(
-        patch_size=2, hidden_size=64, depth=4, batch_size=32, lr=1e-3, warmup_steps=100, precision="fp32"
+        patch_size=2, hidden_size=64, depth=4, batch_size=32, lr=1e-3, warmup=0.04, precision="fp32"
     )
     """The recipe that the cases change."""
     seconds: float = Field(default=480, gt=0)
@@ -109,7 +109,7 @@ def measure(
             before, trainer = trainer.steps, GeneratorTrainer(recipe, images, classes, config.seed, device)
             trainer.start_from(rounded, before)
         began = time.monotonic()
-        for _ in trainer.run(ByClock(config.seconds / parts, recipe.warmup_steps, cooldown)):
+        for _ in trainer.run(ByClock(config.seconds / parts, recipe.warmup, cooldown)):
             pass
         seconds = time.monotonic() - began
     steps, values = trainer.steps, sum(p.numel() for p in trainer.model.parameters())

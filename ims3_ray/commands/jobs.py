@@ -49,3 +49,11 @@ def run_pretrain(config: PretrainConfig) -> None:
     from ims3_ray.commands.pretrain import pretrain
 
     pretrain(config)
+
+
+def plan_pretrain(config: PretrainConfig) -> str:
+    from ims3_ray.commands.pretrain import open_pretraining
+    from ims3_ray.plan.pretraining import PretrainingPlan
+
+    data, _ = open_pretraining(config)
+    return PretrainingPlan.of(config, data).described

@@ -104,6 +104,7 @@ def _trained(plan: PretrainingPlan, shown: Shown) -> dict[str, Any]:
     config, trainer = plan.config, plan.config.trainer
     workers = [trainer.worker_resources] * trainer.num_workers
     wait_for_capacity(config.cluster, "finetune", config.name, workers, trainer.num_workers)
+    arguments: dict[str, Any]
     if config.target == "generator":
         loop, arguments = generator_loop, {"config": canonical(config)}
     else:

@@ -19,6 +19,11 @@ from ims3_ray.stages.candidates import Candidates
 from ims3_ray.training.accuracy import Labelled, accuracy_of
 from ims3_ray.training.students import train_student
 
+SHOWN = 10
+"""Number of samples of each class on the sheet."""
+RECOGNISED = 0.8
+"""Share of the judge's accuracy on real images below which samples are called worse than real images."""
+
 
 class Splits(NamedTuple):
     """Training and test images (uint8 [N, C, size, size], labels [N]), and the names of the classes."""
@@ -41,7 +46,7 @@ class Quality:
     """How good trained weights are, in words and in figures."""
 
     lines: list[str]
-    """Lines of text for the card."""
+    """Lines of text for the card and the terminal."""
     figures: dict[str, float] = field(default_factory=dict)
     """For a generator: the judge's accuracy on the test split (``judge_accuracy``), and the mean over classes of the share of
     samples that the judge assigns to their class (``agreement``), both in per cent."""
@@ -54,28 +59,36 @@ class Quality:
 def judge_generator(config: PretrainConfig, weights: Path, splits: Splits, device: str) -> Quality:
     """How often a judge, a classifier trained on the real training split, assigns guided samples to the class for which they
     were generated. If the config wants no judge, there are only samples."""
-    q = config.quality
+    q, (train, test, names) = config.quality, splits[:3]
     torch.set_num_threads(q.threads)
-    train, test, names = splits[:3]
     produce = Candidates(q.sampling, weights, None, None, config.seed, device)
-    agreed, first = [], []
-    for label in range(len(names)):
-        units = units_of(label, q.images_per_class, q.sampling.unit_size)
-        samples = torch.cat([produce(unit).pixels.cpu() for unit in units])[: q.images_per_class]
-        agreed.append(accuracy_of(student, (samples, torch.full((len(samples),), label)), len(names), device))
-        first.append(samples[:10])
+    count = q.images_per_class if q.judge is not None else SHOWN
+    units = [units_of(label, count, q.sampling.unit_size) for label in range(len(names))]
+    samples = [torch.cat([produce(unit).pixels.cpu() for unit in of_class])[:count] for of_class in units]
+    shown = torch.cat([of_class[:SHOWN] for of_class in samples])
+    if q.judge is None:
+        return Quality(["no judge has looked at the samples (quality.judge=null)"], samples=shown)
+    judge = q.judge.students[0]
+    student, accuracy = train_student(judge, train, test, len(names), q.judge, 0, device=device)
+    agreed = [
+        accuracy_of(student, (of_class, torch.full((len(of_class),), label)), len(names), device)
+        for label, of_class in enumerate(samples)
+    ]
     s, agreement = q.sampling, sum(agreed) / len(agreed)
-    return Quality(
-        [
-            f"judge: {q.judge.students[0]} of width {q.judge.width}, {q.judge.epochs} epochs on the real training split, "
-            f"{accuracy.last:.1f} % on the test split",
-            f"the judge names {agreement:.1f} % of {q.images_per_class} guided samples a class as they were "
-            f"asked for ({s.sampler}, {s.steps} steps, guidance {s.cfg_scale:g})",
-            "by class: " + ", ".join(f"{name} {share:.0f} %" for name, share in zip(names, agreed, strict=True)),
-        ],
-        {"judge_accuracy": accuracy.last, "agreement": agreement},
-        samples=torch.cat(first),
-    )
+    lines = [
+        f"judge: {judge} of width {q.judge.width}, {q.judge.epochs} epochs on the real training split, "
+        f"{accuracy.last:.1f} % on the test split",
+        f"the judge names {agreement:.1f} % of {count} guided samples a class as they were "
+        f"asked for ({s.sampler}, {s.steps} steps, guidance {s.cfg_scale:g}); chance is {100 / len(names):.1f} %",
+        "by class: " + ", ".join(f"{name} {share:.0f} %" for name, share in zip(names, agreed, strict=True)),
+    ]
+    if agreement < RECOGNISED * accuracy.last:
+        lines.append(
+            f"sets of these samples will train worse classifiers than as many real images: the judge names {agreement:.0f} % "
+            f"of the samples and {accuracy.last:.0f} % of real images correctly; train longer (generator.minutes or "
+            "generator.steps), or use arms without a generator (configs/methods/alone.yaml)"
+        )
+    return Quality(lines, {"judge_accuracy": accuracy.last, "agreement": agreement}, samples=shown)
 
 
 def judge_encoder(config: PretrainConfig, weights: Path, splits: Splits, device: str) -> Quality:

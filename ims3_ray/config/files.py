@@ -37,6 +37,8 @@ def read_values(file: str | Path | Sequence[str] | None = None, overrides: Itera
 MOVED = {
     "refine": "synthesis.cao2", "arms.*.refine": "arms.NAME.synthesise=cao2",
     "arms.*.overrides.refine": "arms.NAME.overrides.synthesis.cao2",
+    "generator.warmup_steps": "generator.warmup, a share of the training such as 0.05",
+    "generator.cooldown_steps": "generator.cooldown, a share of the training such as 0.25",
 }  # fmt: skip
 """Keys that have moved (``*`` is any name) → what to write instead."""
 

@@ -20,8 +20,8 @@ class GeneratorTraining(Section):
     """Pretraining of a class-conditional DiT in pixel space."""
 
     patch_size: int | None = Field(default=None, gt=0)
-    """Side of the square patches in pixels; it divides the side of the images. When unset, it is the smallest side from 2 on that
-    gives at most 64 patches: 4 for images of 28 or 32 pixels."""
+    """Side of the square patches in pixels; it divides the side of the images. When unset, it is the smallest side from 2 on
+    that gives at most 64 patches: 4 for images of 28 or 32 pixels."""
     hidden_size: int = Field(default=224, gt=0)
     depth: int = Field(default=4, gt=0)
     num_heads: int = Field(default=4, gt=0)

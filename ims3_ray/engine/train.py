@@ -82,9 +82,7 @@ def watched_fit(
     """As :func:`fit`. Meanwhile, about every second, ``tell`` is called with the new rows of losses that rank 0 has posted on
     ``config["board"]``, and with a new sheet of samples, if any."""
     board, seen = new_board(), 0
-    task = fit_task.options(scheduling_strategy=here()).remote(
-        loop, {**config, "board": board}, trainer, name, storage, labels
-    )
+    task = fit_task.options(scheduling_strategy=here()).remote(loop, {**config, "board": board}, trainer, name, storage, labels)
     while True:
         finished, _ = ray.wait([task], timeout=1.0)
         rows, sheet = ray.get([board.read.remote(0, seen), board.take.remote(0)])

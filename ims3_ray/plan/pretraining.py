@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ims3_ray.config import PretrainConfig, for_ipc, reserved
+from ims3_ray.config import PretrainConfig, reserved
+from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.engine.inputs import Data
 from ims3_ray.engine.stage import Worker
 from ims3_ray.io.storage import Storage
@@ -49,6 +50,7 @@ class PretrainingPlan:
         length, flops = self._length(worker.flop_rate(cluster) * trainer.num_workers)
         work = flops + self.judging_flops
         hours = work / worker.flop_rate(cluster) / 3600
+        device_hours = {worker.unit: hours * worker.devices}
         money = hours * cluster.hourly("finetune", trainer.cpus_per_worker, trainer.gpus_per_worker)
         needed = reserved(trainer.cpus_per_worker * trainer.num_workers, trainer.gpus_per_worker * trainer.num_workers)
         return "\n".join(
@@ -58,7 +60,7 @@ class PretrainingPlan:
                 f"network: {self._network}",
                 f"length: {length}",
                 f"judge: {self.judging}",
-                f"to compute: {scaled(work)}FLOP, {hours_text({worker.unit: hours * worker.devices}, cluster)}, without start-up",
+                f"to compute: {scaled(work)}FLOP, {hours_text(device_hours, cluster)}, without start-up",
                 money_text(money, cluster),
                 f"needs at a time: {', '.join(f'{v:g} {k}' for k, v in needed.items())}",
                 f"weights: {Storage.at(config.storage).address(config.name)}/{config.name}.safetensors",

@@ -18,8 +18,8 @@ from ims3_ray.cluster.joining import here, results
 from ims3_ray.config import ClusterConfig, FinetuneConfig, RunConfig, TrainerConfig, WorkConfig, canonical, differing
 from ims3_ray.data.classes import class_groups
 from ims3_ray.data.sources import open_source
-from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.board import new_board
+from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.shards import parse_unit
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.train import fit_task

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ims3_ray.config import WorkConfig
+from ims3_ray.config import PretrainConfig, WorkConfig
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
 from ims3_ray.tracking import database
 from ims3_ray.tracking.entries import slug
 
+Tracked = WorkConfig | PretrainConfig
+"""Configs of jobs that MLflow tracks."""
 
-def is_own(config: WorkConfig) -> bool:
+
+def is_own(config: Tracked) -> bool:
     """Whether the database is a file in the run folder: creating it takes seconds, but is not expected to fail."""
     return config.tracking.uri is None and "MLFLOW_TRACKING_URI" not in os.environ
 
 
-def tracking_uri(config: WorkConfig, storage: Storage) -> str:
+def tracking_uri(config: Tracked, storage: Storage) -> str:
     """The configured URI, that of ``MLFLOW_TRACKING_URI``, or a sqlite file in the run folder.
 
     Raises :class:`UserError` where none is given and the run folder is remote.
@@ -30,13 +33,13 @@ def tracking_uri(config: WorkConfig, storage: Storage) -> str:
     return f"sqlite:///{local}"
 
 
-def follow_moved_folder(config: WorkConfig, storage: Storage) -> None:
+def follow_moved_folder(config: Tracked, storage: Storage) -> None:
     """Where the run folder with MLflow's database was moved, correct the places of files in the database."""
     if (files := storage.local_path(f"{config.name}/mlflow")) is not None:
         database.follow_move(files.with_name("mlflow.db"), files)
 
 
-def files_of(config: WorkConfig, storage: Storage, uri: str) -> Path | None:
+def files_of(config: Tracked, storage: Storage, uri: str) -> Path | None:
     """Folder for the files of a new experiment in the SQLite database ``uri``: in the run folder, or beside a database
     elsewhere. None for a server, which decides itself."""
     if is_own(config):

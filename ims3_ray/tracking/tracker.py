@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ims3_ray.config import WorkConfig, canonical
+from ims3_ray.config import canonical
 from ims3_ray.errors import UserError, masked
 from ims3_ray.io.storage import Storage
 from ims3_ray.tracking import database
 from ims3_ray.tracking.entries import datasets_of, digest_of, flat, reason, refused, source_tags
-from ims3_ray.tracking.places import files_of, is_own, tracking_uri
+from ims3_ray.tracking.places import Tracked, files_of, is_own, tracking_uri
 
 BATCH = 1000
 """Number of metrics that MLflow accepts in one call."""
@@ -57,7 +57,7 @@ class Tracker(Untracked):
     later is tried again until the job ends; :attr:`complete` then says whether it has received everything.
     """
 
-    def __init__(self, config: WorkConfig, storage: Storage) -> None:
+    def __init__(self, config: Tracked, storage: Storage) -> None:
         os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT.items()})
         import mlflow
 

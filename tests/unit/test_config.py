@@ -63,7 +63,7 @@ def test_a_pool_must_suffice_for_every_arm_and_every_budget():
         ("selection.groups=0", "selection.groups=0: input should be greater than or equal to 1"),
         ("pool.per_class=20", "raise it or lower the others"),
         ("finetune.objectives.inversion_matching.grad_steps=9", "grad_steps=9 exceeds n_steps=2"),
-        ("finetune.epochs=8", "set one of steps=120 and epochs=8.0, and the other to null"),
+        ("finetune={epochs: 8, steps: 120}", "set one of steps=120 and epochs=8.0, and the other to null"),
         ("finetune.accumulate=40", "batch_size=32 is too small for 2 workers with accumulate=40"),
         ("finetune.trainer.max_workers=1", "max_workers=1 is below num_workers=2"),
         ("finetune.trainer.max_workers=3", "trainer.max_workers needs zero_stage=0, not 1"),

@@ -11,25 +11,49 @@ import torch
 from safetensors.torch import load
 
 from ims3_ray.cluster import speed
-from ims3_ray.config import EncoderTraining, GeneratorTraining
+from ims3_ray.config import EncoderTraining, GeneratorTraining, PretrainConfig, SamplingConfig
+from ims3_ray.config.loading import load_config
 from ims3_ray.errors import UserError
 from ims3_ray.models.encoder import encoder_config, known_classes
 from ims3_ray.objectives.diffusion import diffusion_loss
 from ims3_ray.training.encoder import EncoderTrainer
-from ims3_ray.training.generator import GeneratorTrainer
+from ims3_ray.training.generator import PREVIEW_IMAGES, GeneratorTrainer
 from ims3_ray.training.pace import ByClock, BySteps
 
 
 def test_by_steps_the_rate_rises_stays_and_falls():
-    pace = BySteps(10, warmup=4, cooldown=2)
+    pace = BySteps(10, warmup=0.4, cooldown=0.2)
     assert [pace.factor(step) for step in range(11)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.5, None]
+    assert [BySteps(3, warmup=0.05, cooldown=0.0).factor(step) for step in range(4)] == [1, 1, 1, None]
 
 
 def test_by_the_clock_it_falls_over_the_last_part_of_the_time_and_then_the_training_ends():
-    now = itertools.chain([100.0, 100.0, 104.0, 106.0, 108.0, 109.0, 110.0])
-    pace = ByClock(10.0, warmup=2, cooldown=0.4, clock=lambda: next(now))
-    # It begins at step 7: what an earlier training has taken does not count as warm-up.
-    assert [pace.factor(step) for step in range(7, 13)] == pytest.approx([0.5, 1, 1, 0.5, 0.25, None])
+    now = itertools.chain([100.0, 101.0, 104.0, 106.0, 108.0, 109.0, 110.0])
+    pace = ByClock(10.0, warmup=0.2, cooldown=0.4, clock=lambda: next(now))
+    # It begins at step 7: the steps of an earlier training do not count as warm-up.
+    assert [pace.factor(step) for step in range(7, 14)] == pytest.approx([0, 0.5, 1, 1, 0.5, 0.25, None])
+
+
+def test_by_the_clock_an_interrupted_training_has_the_rest_of_its_time():
+    now = itertools.chain([50.0, 51.0, 52.0, 54.0])
+    pace = ByClock(10.0, warmup=0.5, cooldown=0.2, spent=6.0, clock=lambda: next(now))
+    assert [pace.factor(step) for step in range(30, 34)] == pytest.approx([1, 1, 1, None])
+
+
+def test_the_clock_is_read_ever_more_seldom_and_the_time_between_is_reckoned():
+    reads: list[float] = []
+
+    def clock() -> float:
+        reads.append(float(step))
+        return float(step)
+
+    pace = ByClock(300.0, warmup=0.1, cooldown=0.1, clock=clock)
+    found = []
+    for step in range(400):
+        found.append(pace.factor(step))
+    assert found.index(None) == 300
+    assert len(reads) < 80
+    assert found[:300] == pytest.approx([min(1.0, step / 30, (300 - step) / 30) for step in range(300)])
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +69,7 @@ def trainer(**settings: Any) -> GeneratorTrainer:
 
 
 def run(trainer: GeneratorTrainer, steps: int) -> list[float]:
-    list(trainer.run(BySteps(steps, 2, 2)))
+    list(trainer.run(BySteps(steps, 0.1, 0.1)))
     return trainer.losses
 
 
@@ -68,7 +92,7 @@ def test_the_first_loss_is_that_of_a_model_that_predicts_no_noise():
 
 def test_stopped_and_restored_it_computes_the_same():
     expected, first, second = run(trainer(flip=True), 6), trainer(flip=True), trainer(flip=True)
-    next(itertools.islice(first.run(BySteps(6, 2, 2)), 2, None))
+    next(itertools.islice(first.run(BySteps(6, 0.1, 0.1)), 2, None))
     assert first.steps == 3
     second.restore(first.state())
     assert run(second, 6) == pytest.approx(expected, rel=1e-6)
@@ -100,7 +124,7 @@ def test_parts_of_two_workers_are_the_whole_batch():
         part._step = lambda index, lr, rank=rank, part=part: (  # type: ignore[method-assign, misc]
             seen[rank].update(index.tolist()), part._unread.append(torch.zeros(()))
         )  # fmt: skip
-        list(part.run(BySteps(3, 1, 1)))
+        list(part.run(BySteps(3, 0.1, 0.1)))
     assert not seen[0] & seen[1]
     assert seen[0] | seen[1] == set(range(24))
 
@@ -148,3 +172,29 @@ def test_an_encoders_file_names_its_classes_and_normalises_by_its_images(tmp_pat
     pixels = 2 * (images()[0].double() / 255) - 1
     config = encoder_config(path)
     assert (config.mean, config.std) == pytest.approx((pixels.mean().item(), pixels.std(correction=0).item()), abs=1e-3)
+
+
+def test_patches_are_as_small_as_64_of_them_allow_unless_their_size_is_given():
+    sides = {size: GeneratorTraining().patch_side(size) for size in (8, 16, 28, 30, 32, 64, 96)}
+    assert sides == {8: 2, 16: 2, 28: 4, 30: 5, 32: 4, 64: 8, 96: 12}
+    assert GeneratorTraining(patch_size=2).patch_side(28) == 2
+
+
+def test_a_preview_shows_samples_of_the_average_from_the_same_noise():
+    learner = trainer(lr=3e-3)
+    sampling = SamplingConfig(steps=3)
+    before, again = learner.preview(sampling), learner.preview(sampling)
+    assert before.shape == (2 * PREVIEW_IMAGES, 1, 8, 8)
+    assert before.dtype == torch.uint8
+    assert torch.equal(before, again)
+    run(learner, 30)
+    assert not torch.equal(learner.preview(sampling), before)
+
+
+def test_steps_and_minutes_are_alternatives():
+    assert GeneratorTraining().minutes == 30
+    assert GeneratorTraining(steps=5).minutes is None
+    assert load_config(PretrainConfig, None, ["generator.steps=5"]).generator.minutes is None
+    assert load_config(PretrainConfig, None, ["generator.minutes=5"]).generator.steps is None
+    with pytest.raises(UserError, match=r"set one of steps=5 and minutes=5\.0, and the other to null"):
+        load_config(PretrainConfig, None, ["generator.steps=5", "generator.minutes=5"])
