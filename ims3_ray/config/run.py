@@ -120,6 +120,8 @@ class ArmConfig(Section):
         return Synthesis.registry[self.synthesise] if self.synthesise else None
 
 
+BEST = "best"
+"""Value of ``export`` that lets held-out images choose the arm."""
 DEFAULT_ARMS: dict[str, dict[str, Any]] = {
     "random_real": {"title": "Random real", "images": "real", "select": "random"},
     "dit": {"title": "DiT", "images": "generated"},
@@ -151,13 +153,14 @@ class RunConfig(WorkConfig):
     """Kinds of stage that run in addition to those that the arms need, with their settings: docs/extending.md."""
     arms: dict[Name, ArmConfig] = Field(default_factory=lambda: {name: ArmConfig(**arm) for name, arm in DEFAULT_ARMS.items()})
     """Arms by name; the results show these names. `null` removes an arm."""
-    export: str | None = "ims3"
-    """The arm that is exported as the distilled data set."""
+    export: str | None = BEST
+    """The arm whose set is exported as the distilled data set; with `best` the one whose students are most accurate on
+    held-out training images, on average over the rows of the table. With null nothing is exported."""
 
     @model_validator(mode="after")
     def _arms_exist(self) -> RunConfig:
-        if self.export is not None and self.export not in self.arms:
-            raise ValueError(f"export='{self.export}' is no arm; there is: {', '.join(self.arms)}")
+        if self.export not in (None, BEST, *self.arms):
+            raise ValueError(f"export='{self.export}' is no arm; there is: {', '.join(self.arms)}, or {BEST}")
         for name, arm in self.arms.items():
             for section in arm.overrides:
                 try:

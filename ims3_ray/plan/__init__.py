@@ -32,8 +32,10 @@ def make_plan(config: RunConfig) -> Plan[RunConfig]:
         MeasureInstability.plan(planner, config.of_arm(name))
     _plan_beside(planner, config, sets)
     export = None
-    if config.export:
+    if config.export in sets:
         export = Export.plan(planner, sets[config.export].images, config.of_arm(config.export), config.export)
+    elif config.export is not None:
+        export = Export.plan_best(planner, sets, config)
     return Plan(config, planner.classes, arranged(planner.stages), sets, export, planner.data.fingerprints)
 
 

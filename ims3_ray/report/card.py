@@ -22,6 +22,16 @@ def accuracy_rows(results: Results) -> list[str]:
     return rows
 
 
+def chosen_text(results: Results) -> str:
+    """How the exported arm was chosen, as ``, chosen by …``; empty if the config names it."""
+    held_out = results["exported"]["held_out"]
+    if not held_out:
+        return ""
+    ranked = sorted(held_out, key=lambda name: -held_out[name])
+    shares = ", ".join(f"{results['sets'][name]['title']} {held_out[name]:.1f} %" for name in ranked)
+    return f", chosen by the accuracy of its students on held-out training images: {shares}"
+
+
 def plain(text: str) -> str:
     """A name as plain text in Markdown, with special characters escaped."""
     return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
@@ -29,8 +39,7 @@ def plain(text: str) -> str:
 
 def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> str:
     """The dataset card as Markdown, with the metadata that the Hub's viewer reads."""
-    assert config.export is not None
-    arm, k = results["sets"][config.export], config.selection.images_per_class
+    arm, k = results["sets"][results["exported"]["arm"]], config.selection.images_per_class
     names = ", ".join(map(plain, classes.names))
     shown = {key: value for key, value in canonical(config).items() if key not in PRIVATE}
     header = {
@@ -49,8 +58,8 @@ def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> st
             "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "",
             f"# {plain(config.data.path)}, distilled: {k} images a class", "",
             f"{k * len(classes.names)} images in {len(classes.names)} classes ({names}), made by ims3-ray "
-            f"(arm {plain(arm['title'])}), content hash `{arm['content']}`. `data/` holds Parquet, `images/` the same as "
-            "PNG files.",
+            f"(arm {plain(arm['title'])}{plain(chosen_text(results))}), content hash `{arm['content']}`. `data/` holds "
+            "Parquet, `images/` the same as PNG files.",
             "",
             f"{results['metric'].capitalize()}; students are trained from scratch on each set. *last*: final epoch; *best*: "
             "best epoch on the test split itself; *val*: best epoch on held-out training images. The config has the protocols.",

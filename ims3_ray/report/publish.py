@@ -36,11 +36,11 @@ def publish(context: Context, plan: Plan[RunConfig], results: Results, tracker: 
     k = config.selection.images_per_class
     sheets = {arm: contact_sheet(_images(context, scored), k) for arm, scored in plan.sets.items()}
     files = {}
-    if plan.export is not None and config.export is not None:
+    if plan.export is not None:
         unpack(context, plan.export.artifact(storage), f"{name}/distilled")
         files["README.md"] = dataset_card(config, plan.classes, results).encode()
         storage.write(f"{name}/distilled/README.md", files["README.md"])
-        storage.write(f"{name}/contact_sheet.png", sheets[config.export])
+        storage.write(f"{name}/contact_sheet.png", sheets[results["exported"]["arm"]])
     tables = selection_tables(context, plan)
     report = render_report(
         config, plan.classes, results, sheets=sheets, confusions=_confusions(context, plan), losses=_losses(context, plan),

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ims3_ray.config.sweep import title_of, trial_title
+from ims3_ray.report.card import chosen_text
 from ims3_ray.report.comparison import difference_text
 from ims3_ray.report.results import KINDS, RunResult, summary_text
 
@@ -23,6 +24,9 @@ def print_result(result: RunResult, console: Console | None = None) -> None:
     console.print(table)
     if skipped := result.results["skipped_images"]:
         console.print(f"{len(skipped)} images could not be decoded and were left out; the report names them")
+    if exported := result.results.get("exported"):
+        title = result.results["sets"][exported["arm"]]["title"]
+        console.print(f"exported to {result.folder}/distilled: {title}{chosen_text(result.results)}", soft_wrap=True)
     _print_end(result, console)
 
 

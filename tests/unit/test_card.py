@@ -9,7 +9,7 @@ import yaml
 
 from ims3_ray.config import RunConfig
 from ims3_ray.data.classes import ClassTable
-from ims3_ray.report.card import accuracy_rows, dataset_card, plain
+from ims3_ray.report.card import accuracy_rows, chosen_text, dataset_card, plain
 from ims3_ray.report.html import render_report
 from ims3_ray.report.results import summary
 
@@ -36,6 +36,7 @@ def results() -> dict[str, Any]:
             "hardware": ["a CPU with torch 2"], "data": {"train": "f00", "test": "ba4"},
             "weights": {"generator /secret/dit.safetensors": "d16e57"},
         },
+        "exported": {"arm": "ims3", "held_out": {}},
         "sets": {
             "random": {"title": "Random real", "content": "0" * 16, "images": 6, "rows": {"hard/convnet-3": row(50.0)}},
             "ims3": {
@@ -102,3 +103,12 @@ def test_the_report_shows_every_set_its_curve_and_what_was_left_out(results: dic
     assert "<q>" not in page
     assert "data:image/png;base64,dHdv" in page, "the sheet lies in the page"
     assert 'src="http' not in page
+
+
+def test_the_card_says_what_chose_the_arm(results: dict[str, Any]):
+    assert chosen_text(results) == ""
+    results["exported"] = {"arm": "random", "held_out": {"ims3": 61.0, "random": 64.25}}
+    assert chosen_text(results) == (
+        ", chosen by the accuracy of its students on held-out training images: Random real 64.2 %, IMS3 61.0 %"
+    )
+    assert "(arm Random real, chosen by the accuracy" in dataset_card(config(), classes(), results)
