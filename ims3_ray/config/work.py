@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+from PIL import ImageColor
 from pydantic import Field, field_validator
 
 from ims3_ray.config.base import Section, reserved
@@ -24,10 +25,29 @@ class DataConfig(Section):
     size: int = Field(default=28, gt=0)
     """Height and width to which images are scaled and cropped, in pixels."""
     channels: Literal[1, 3] = 1
+    background: str = "white"
+    """Colour on which transparent images are laid: a name (`white`, `black`, `lightgrey`) or `#rrggbb`."""
     classes: tuple[str, ...] | None = Field(default=None, min_length=2)
     """Names of the classes to distil; all of them when unset."""
     unit_size: int = Field(default=500, ge=1)
     """Number of images per shard of the encoded data set."""
+
+    @field_validator("background")
+    @classmethod
+    def _known_colour(cls, name: str) -> str:
+        ImageColor.getrgb(name)
+        return name
+
+    @property
+    def colour(self) -> tuple[int, int, int]:
+        """The background as red, green and blue."""
+        red, green, blue = ImageColor.getrgb(self.background)[:3]
+        return red, green, blue
+
+    @property
+    def background_params(self) -> dict[str, Any]:
+        """What the key of decoded images holds of the background: nothing if it is white."""
+        return {} if self.colour == (255, 255, 255) else {"background": list(self.colour)}
 
     def place(self, split: Split) -> tuple[str, str]:
         """Path and name of the training or the test split, as :func:`ims3_ray.data.sources.open_source` takes them."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ims3_ray.data.sources import Source
-from ims3_ray.data.transforms import to_pixels
+from ims3_ray.data.transforms import WHITE, Colour, to_pixels
 from ims3_ray.seeds import generator_for
 
 MOST_THREADS = 16
@@ -27,7 +27,7 @@ threads only wait for each other."""
 
 
 def load_pixels(
-    source: Source, size: int, channels: int, classes: Sequence[str] | None = None
+    source: Source, size: int, channels: int, classes: Sequence[str] | None = None, background: Colour = WHITE
 ) -> tuple[Tensor, Tensor, list[str]]:  # fmt: skip
     """All images of the ``classes`` (all when None) that can be decoded, uint8 ``[N, C, H, W]``; their labels, int64 ``[N]``,
     which are positions in ``classes``; and the names of the images that cannot be decoded."""
@@ -38,7 +38,7 @@ def load_pixels(
 
     def decoded(index: int) -> NDArray[np.uint8] | None:
         try:
-            return to_pixels(source.image(index), size, channels)
+            return to_pixels(source.image(index), size, channels, background=background)
         except OSError:
             return None
 

@@ -1,4 +1,4 @@
-"""Decodes encoded images from untrusted sources to 8-bit grey or RGB pixels, whatever mode and bit depth the file has.
+"""Decodes encoded images from untrusted sources to 8-bit pixels, whatever mode and bit depth the file has.
 
 docs/data.md lists what is read and how.
 """
@@ -23,13 +23,11 @@ TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 """Value of the orientation → what makes the image upright."""
-BACKGROUND = 255
-"""Grey value of the background behind transparent pixels: white."""
 
 
 def decode(encoded: bytes) -> Image.Image:
-    """The image in ``encoded`` as a viewer shows it, in mode ``L`` or ``RGB``: turned as its EXIF data say, on a white
-    background where it is transparent, with 16 bits scaled to 8. Of an animation it is the first frame.
+    """The image in ``encoded`` as a viewer shows it: turned as its EXIF data say, with 16 bits scaled to 8. Of an animation it
+    is the first frame. Its mode is ``L`` if it is grey, ``RGBA`` if pixels of it are transparent, else ``RGB``.
 
     Raises ``OSError`` if the image is truncated, if the bytes are no image, or if its values have no known range.
     """
@@ -54,7 +52,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _as_8_bits(image: Image.Image, file_format: str | None) -> Image.Image:
-    """``image`` in mode ``L`` if it is grey, else in mode ``RGB``.
+    """``image`` in mode ``L`` if it is grey, in mode ``RGBA`` if it has transparent pixels, else in mode ``RGB``.
 
     16-bit grey values are divided by 257, and floating-point values from 0 to 1 are multiplied by 255. Raises ``OSError`` for
     other floating-point values and for integers of more than 16 bits, since nobody knows which of them is white, and for
@@ -65,10 +63,9 @@ def _as_8_bits(image: Image.Image, file_format: str | None) -> Image.Image:
     if image.mode not in READ:
         raise OSError(f"its pixels are of Pillow's mode {image.mode}, which has no known conversion to 8 bits")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, (BACKGROUND, BACKGROUND, BACKGROUND, 255))
-        image = Image.alpha_composite(background, image)
-        return image.convert("RGB")
+        whole = image.convert("RGBA")
+        opaque = whole.getchannel("A").getextrema()[0] == 255
+        return whole.convert("RGB") if opaque else whole
     if image.mode in ("1", "L"):
         return image.convert("L")
     return image.convert("RGB")

@@ -14,11 +14,29 @@ Filter = Literal["area", "bilinear"]
 DiT. ``bilinear``: with antialiasing, as by torchvision's Resize and CenterCrop, which is usual for classifiers."""
 
 
+Colour = tuple[int, int, int]
+"""Red, green and blue, from 0 to 255."""
+WHITE: Colour = (255, 255, 255)
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether pixels of a decoded image are transparent."""
+    return image.mode == "RGBA"
+
+
+def opaque(image: Image.Image, channels: int, background: Colour = WHITE) -> Image.Image:
+    """A decoded image in mode ``L`` (for 1 channel) or ``RGB``, laid on ``background`` where it is transparent."""
+    if is_transparent(image):
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
 def to_pixels(
-    image: Image.Image, size: int, channels: int, filter: Filter = "area"
+    image: Image.Image, size: int, channels: int, filter: Filter = "area", background: Colour = WHITE
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """``image`` as uint8 ``[channels, size, size]``: shorter side scaled to ``size`` by ``filter``, centre cropped."""
-    image = image.convert("L" if channels == 1 else "RGB")
+    """``image`` as uint8 ``[channels, size, size]``: laid on ``background``, shorter side scaled to ``size`` by ``filter``,
+    centre cropped."""
+    image = opaque(image, channels, background)
     while filter == "area" and min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     if min(image.size) != size:

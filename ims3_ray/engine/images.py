@@ -42,6 +42,8 @@ class Produced:
     """Names of images that could not be decoded, each with the reason. ``pixels`` does not hold these images."""
     latents: Tensor | None = None
     """The latents from which the pixels were decoded, float16; None if there are none."""
+    transparent: int = 0
+    """Number of images of which pixels were transparent."""
     batch: int | None = None
     """Number of images computed at a time if memory did not suffice for the whole unit; otherwise None."""
 

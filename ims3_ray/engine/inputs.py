@@ -173,7 +173,7 @@ def decoded_split(data: DataConfig, split: Split) -> tuple[Images, list[str]]:
     train = open_source(*data.place("train"))
     names = tuple(train.class_names[label] for label in chosen_labels(train.class_names, data.classes))
     source = train if split == "train" else open_source(*data.place("test"))
-    pixels, labels, broken = load_pixels(source, data.size, data.channels, names)
+    pixels, labels, broken = load_pixels(source, data.size, data.channels, names, data.colour)
     for name, count in zip(names, labels.bincount(minlength=len(names)).tolist(), strict=True):
         if count == 0:
             raise UserError(

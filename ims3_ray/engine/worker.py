@@ -84,6 +84,8 @@ class UnitWorker:
             produced, derived, seconds = self._compute(task, unit)
         common = {"images": len(produced.pixels), "hardware": hardware(self.device)}
         entry = {**common, "broken": produced.broken, "seconds": seconds[0]}
+        if produced.transparent:
+            entry["transparent"] = produced.transparent
         if produced.batch is not None:
             entry["batch"] = produced.batch
         if work.store is not None:

@@ -12,7 +12,7 @@ import torch
 from ims3_ray.config import DataConfig
 from ims3_ray.config.work import Split
 from ims3_ray.data.sources import open_source
-from ims3_ray.data.transforms import Filter, to_pixels
+from ims3_ray.data.transforms import Filter, is_transparent, to_pixels
 from ims3_ray.engine.images import ImageStore, Produced, Producer
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.pool import ImagePool
@@ -51,7 +51,7 @@ class Encode(ImagePool):
             units += units_of(label, count, data.unit_size)
         params = {
             **planner.data.params(split), "split": data.place(split)[1], "size": data.size, "channels": data.channels,
-            "unit_size": data.unit_size, **({} if filter == "area" else {"filter": filter}),
+            "unit_size": data.unit_size, **({} if filter == "area" else {"filter": filter}), **data.background_params,
         }  # fmt: skip
         at = "" if data.size == planner.work.data.size and filter == "area" else f" at {data.size} pixels"
         found = planner.add(
@@ -88,8 +88,15 @@ class Encode(ImagePool):
         return {unit: entries[unit]["images"] for unit in self.units}
 
     def check(self, context: Context) -> None:
-        """Raises :class:`UserError` for a class of which too few images could be decoded."""
+        """Say how many images are transparent. Raises :class:`UserError` for a class of which too few images could be
+        decoded."""
         units = (self.manifest(context.storage) or {})["units"]
+        if count := sum(units[unit].get("transparent", 0) for unit in self.units):
+            print(
+                f"note: {count} of {self.images} {self.label} images have transparent pixels; they are laid on "
+                f"{self.data.background} (data.background)",
+                flush=True,
+            )
         decoded, broken = (dict.fromkeys(self.labels, 0) for _ in range(2))
         for unit in self.units:
             decoded[parse_unit(unit)[0]] += units[unit]["images"]
@@ -112,15 +119,17 @@ class RealImages:
         label, number = parse_unit(unit)
         size = self.data.unit_size
         indices = np.flatnonzero(self.source.labels == label)[number * size : (number + 1) * size]
-        pixels, names, broken = [], [], []
+        pixels, names, broken, transparent = [], [], [], 0
         for index in indices.tolist():
             try:
-                pixels.append(to_pixels(self.source.image(index), self.data.size, self.data.channels, self.filter))
+                image = self.source.image(index)
+                pixels.append(to_pixels(image, self.data.size, self.data.channels, self.filter, self.data.colour))
+                transparent += is_transparent(image)
                 names.append(self.source.identify(index))
             except OSError as error:
                 broken.append(f"{self.source.identify(index)}: {str(error).splitlines()[0]}")
         empty = np.zeros((0, self.data.channels, self.data.size, self.data.size), np.uint8)
-        return Produced(torch.from_numpy(np.stack(pixels) if pixels else empty), names, broken)
+        return Produced(torch.from_numpy(np.stack(pixels) if pixels else empty), names, broken, transparent=transparent)
 
 
 def _real_images(data: DataConfig, path: str, split: str, filter: Filter, device: str) -> RealImages:

@@ -55,7 +55,7 @@ class ReadGiven(Stage):
                 )
         params = {
             **source_params(source, source.fingerprint), "names": list(source.class_names), "classes": list(names),
-            "size": data.size, "channels": data.channels,
+            "size": data.size, "channels": data.channels, **data.background_params,
         }  # fmt: skip
         return planner.add(
             cls(
@@ -105,7 +105,7 @@ def pick_classes(picking: _Picking, classes: Sequence[tuple[str, list[int]]]) ->
         pixels = []
         for index in indices:
             try:
-                pixels.append(to_pixels(source.image(index), data.size, data.channels))
+                pixels.append(to_pixels(source.image(index), data.size, data.channels, background=data.colour))
             except OSError as error:
                 if picking.labels is not None:
                     name, reason = source.identify(index), str(error).splitlines()[0]

@@ -25,7 +25,7 @@ class HoldOut(Stage):
         data, per_class = planner.work.data, planner.work.evaluation.val_per_class
         params = {
             **planner.data.params("train"), "split": data.train_split, "size": data.size, "channels": data.channels,
-            "classes": list(planner.classes.names), "per_class": per_class,
+            "classes": list(planner.classes.names), "per_class": per_class, **data.background_params,
         }  # fmt: skip
         images = per_class * len(planner.classes.names)
         return planner.add(cls("hold out train images", params, units=planner.class_units(), images=images))

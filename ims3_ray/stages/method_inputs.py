@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from ims3_ray import plugins
-from ims3_ray.config import RunConfig
+from ims3_ray.config import DataConfig, RunConfig
 from ims3_ray.data.sources import open_source
+from ims3_ray.data.transforms import opaque
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.sets import RealSplit
 from ims3_ray.engine.stage import Context, Stage
@@ -99,8 +100,8 @@ class MethodInputs:
     seed: int
     threads: int
     real: RealSplit | None = None
-    originals: tuple[str, str, tuple[int, ...]] | None = None
-    """Path and split of the source, and its label of each class."""
+    originals: tuple[DataConfig, tuple[int, ...]] | None = None
+    """The data, and the source's label of each class."""
     statistics: Artifact | None = None
     teacher: Weights | Artifact | None = None
 
@@ -113,7 +114,7 @@ class MethodInputs:
             context.classes.names, (data.channels, data.size, data.size), tuple(context.classes.counts), config.seed,
             context.config.actors.threads,
             real=RealSplit.of(cast(Encode, real), storage) if real and "real" in needs else None,
-            originals=(*data.place("train"), context.classes.source_labels) if "originals" in needs else None,
+            originals=(data, context.classes.source_labels) if "originals" in needs else None,
             statistics=statistics.artifact(storage) if statistics else None,
             teacher=teacher_of(stage, context) if "teacher" in needs else None,
         )  # fmt: skip
@@ -139,12 +140,12 @@ def _no_real_images(position: int) -> Tensor:
 class SourceOriginals:
     """The :class:`ims3_ray.synthesis.base.Originals` of a data source."""
 
-    def __init__(self, path: str, split: str, labels: tuple[int, ...]) -> None:
-        self.source = open_source(path, split)
+    def __init__(self, data: DataConfig, labels: tuple[int, ...]) -> None:
+        self.data, self.source = data, open_source(*data.place("train"))
         self.indices = [np.flatnonzero(self.source.labels == label) for label in labels]
 
     def count(self, position: int) -> int:
         return len(self.indices[position])
 
     def image(self, position: int, index: int) -> Image.Image:
-        return self.source.image(int(self.indices[position][index]))
+        return opaque(self.source.image(int(self.indices[position][index])), self.data.channels, self.data.colour)

@@ -125,7 +125,7 @@ class RDED(Synthesis):
         chosen = drawn[: c.images_per_class][number * IMAGES_PER_PIECE : (number + 1) * IMAGES_PER_PIECE]
         for index in chosen.tolist():
             try:
-                image = originals.image(position, index).convert("L" if inputs.channels == 1 else "RGB")
+                image = originals.image(position, index)
             except OSError:
                 continue  # the encoded split names and counts the images that cannot be decoded
             found = crops_of(image, side, c.crops, c.crop, generator_for(inputs.seed, "rded-crops", position, index))

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ims3_ray.config import RunConfig
+from ims3_ray.config import DataConfig, RunConfig
 from ims3_ray.config.loading import load_config
 from ims3_ray.data.decoding import decode
 from ims3_ray.data.sources import Source, open_source
-from ims3_ray.data.transforms import to_pixels
+from ims3_ray.data.transforms import is_transparent, opaque, to_pixels
 from ims3_ray.engine.inputs import Data
 from ims3_ray.errors import UserError
 from ims3_ray.io.parquet import encode_png, image_table
@@ -32,7 +32,8 @@ def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
 
 def pixels(image: Image.Image, form: str, **options: Any) -> list[Any]:
     """The decoded pixels of an image that is stored and read again."""
-    return np.asarray(decode(encoded(image, form, **options))).tolist()
+    found = decode(encoded(image, form, **options))
+    return np.asarray(opaque(found, 1 if found.mode == "L" else 3)).tolist()
 
 
 def palette(transparent: bool) -> Image.Image:
@@ -102,6 +103,19 @@ def test_what_is_transparent_is_white(form: str):
 )
 def test_alpha_is_laid_on_white(image: Image.Image, wanted: list[int]):
     assert pixels(image, "PNG") == [[wanted]]
+
+
+def test_the_background_is_that_of_the_config():
+    hidden = decode(encoded(Image.new("RGBA", (4, 4), (200, 0, 0, 0)), "PNG"))
+    assert is_transparent(hidden)
+    assert not is_transparent(decode(encoded(Image.new("RGBA", (4, 4), (200, 0, 0, 255)), "PNG")))
+    for name, colour in (("white", [255, 255, 255]), ("black", [0, 0, 0]), ("#0a141e", [10, 20, 30])):
+        found = to_pixels(hidden, 4, 3, background=DataConfig(background=name).colour)
+        assert found[:, 0, 0].tolist() == colour
+    assert to_pixels(hidden, 4, 1, background=DataConfig(background="black").colour).max() == 0
+    with pytest.raises(UserError, match=r"data\.background='whiet'"):
+        load_config(RunConfig, None, ["data.background=whiet"])
+    assert DataConfig().background_params == DataConfig(background="#ffffff").background_params == {}
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
