@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -207,8 +207,9 @@ class RunConfig(WorkConfig):
 class CompareConfig(RunConfig):
     """A comparison of arms at several numbers of images per class (`jobs/compare.py`)."""
 
+    job: ClassVar[str] = "compare"
     name: str = Field(default="compare", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Results go to `{storage}/{name}`."""
+    """Results go to `{storage}/{name}`; `-compare` is added to a name without this word."""
     budgets: tuple[int, ...] = Field(default=(1, 10, 50), min_length=1)
     """Numbers of images per class (K) to compare, in place of selection.images_per_class."""
     draws: tuple[int, ...] = Field(default=(0,), min_length=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -107,8 +107,9 @@ class SearchConfig(Section):
 class SweepConfig(RunConfig):
     """A search for the best settings of one arm (`jobs/sweep.py`)."""
 
+    job: ClassVar[str] = "sweep"
     name: str = Field(default="sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Results go to `{storage}/{name}`."""
+    """Results go to `{storage}/{name}`; `-sweep` is added to a name without this word."""
     space: dict[str, Any] = Field(
         default={
             "finetune": {"objectives": {"inversion_matching": {"weight": [0.002, 0.04, 0.8]}}},

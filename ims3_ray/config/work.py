@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from PIL import ImageColor
@@ -140,19 +140,23 @@ class WorkConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    job: ClassVar[str] = ""
+    """Word that the folder's name has, so that another kind of job with the same config has a folder of its own."""
+
     @field_validator("name")
     @classmethod
     def _free(cls, name: str) -> str:
         if name == "artifacts":
             raise ValueError("name 'artifacts' is taken by the shared artifacts; choose another")
-        return name
+        return name if cls.job in name else f"{name}-{cls.job}"
 
 
 class EvaluateConfig(WorkConfig):
     """Scoring of existing sets of images (`jobs/evaluate.py`)."""
 
+    job: ClassVar[str] = "evaluate"
     name: str = Field(default="evaluate", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Results go to `{storage}/{name}`."""
+    """Results go to `{storage}/{name}`; `-evaluate` is added to a name without this word."""
     sets: dict[str, str] = Field(default={})
     """Sets to score, by title: a folder with one folder of images per class, Parquet files in the Hub's layout, or a hub id.
     Their classes are matched by name with those of `data`."""
