@@ -108,6 +108,7 @@ def tiny_values(world: Path, storage: Path, **changes: Any) -> dict[str, Any]:
         "actors": {"count": 1},
         "selection": {"images_per_class": 2, "groups": 3},
         "instability": {"images": 4, "steps": 3, "exact_up_to": 32},
+        "quality": {"stop_below": 0, "warn_below": 0},
         "evaluation": {
             "protocols": {"hard": {"width": 8, "epochs": 4, "validations": 2}},
             "seeds": [0, 1],

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ims3_ray.config.run import ArmConfig as ArmConfig
     from ims3_ray.config.run import CompareConfig as CompareConfig
     from ims3_ray.config.run import InstabilityConfig as InstabilityConfig
+    from ims3_ray.config.run import RecognitionConfig as RecognitionConfig
     from ims3_ray.config.run import RunConfig as RunConfig
     from ims3_ray.config.sweep import Range as Range
     from ims3_ray.config.sweep import SearchConfig as SearchConfig
@@ -62,6 +63,7 @@ _WHERE = {
     "QualityConfig": "ims3_ray.config.pretrain",
     "Range": "ims3_ray.config.sweep",
     "Role": "ims3_ray.config.work",
+    "RecognitionConfig": "ims3_ray.config.run",
     "RunConfig": "ims3_ray.config.run",
     "SamplingConfig": "ims3_ray.config.candidates",
     "SearchConfig": "ims3_ray.config.sweep",

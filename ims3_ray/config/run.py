@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ims3_ray.component import first_error
-from ims3_ray.config.base import Name, Section, canonical, merge
+from ims3_ray.config.base import Fraction, Name, Section, canonical, merge
 from ims3_ray.config.candidates import PoolConfig, SamplingConfig, SelectionConfig, SynthesisConfig
 from ims3_ray.config.finetune import FinetuneConfig
 from ims3_ray.config.work import WorkConfig
@@ -130,6 +130,16 @@ DEFAULT_ARMS: dict[str, dict[str, Any]] = {
 }
 
 
+class RecognitionConfig(Section):
+    """What happens if φ does not recognise the samples of a generator. The share of samples that are closer to the mean real
+    image of their class than to that of another class is divided by this share of real images."""
+
+    stop_below: Fraction = 0.5
+    """The run ends if the quotient is smaller."""
+    warn_below: Fraction = 0.8
+    """A line is printed if the quotient is smaller."""
+
+
 class RunConfig(WorkConfig):
     """One distillation run. The defaults are those of the demonstration with embedded data and weights."""
 
@@ -149,6 +159,7 @@ class RunConfig(WorkConfig):
     selection: SelectionConfig = SelectionConfig()
     synthesis: SynthesisConfig = SynthesisConfig()
     instability: InstabilityConfig = InstabilityConfig()
+    quality: RecognitionConfig = RecognitionConfig()
     stages: dict[Name, dict[str, Any]] = Field(default={})
     """Kinds of stage that run in addition to those that the arms need, with their settings: docs/extending.md."""
     arms: dict[Name, ArmConfig] = Field(default_factory=lambda: {name: ArmConfig(**arm) for name, arm in DEFAULT_ARMS.items()})

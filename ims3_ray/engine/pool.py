@@ -80,6 +80,15 @@ class ImagePool(OnActors):
         return f"{self.label} images"
 
     @property
+    def sampled(self) -> bool:
+        """Whether the images are samples of a generator, whose quality has to be looked at."""
+        return False
+
+    def looked_at_first(self) -> list[str]:
+        """Units that are made before the others, so that stages derived from them can check them; none by default."""
+        return []
+
+    @property
     def same_hardware(self) -> bool:
         """Whether all units must be made on the same kind of hardware, since images differ in their last bits otherwise."""
         return False
@@ -144,22 +153,37 @@ class Task:
 
 
 def produce(context: Context, pools: Mapping[ImagePool, Sequence[DerivedStage]]) -> None:
-    """Make the missing units of stages that make images, and of the stages derived from each, in one pass of the actors."""
-    tasks = []
+    """Make the missing units of stages that make images, and of the stages derived from each, in one pass of the actors; in
+    two if some units are to be looked at first."""
     for source, derived in pools.items():
         for noted in (source, *derived):
             _commit_noted(context, noted, source, derived)
+    first = {source: set(source.looked_at_first()) & set(source.missing(context.storage)) for source in pools if pools[source]}
+    if any(first.values()):
+        run_tasks(context, _tasks(context, pools, first))
+        for source in first:
+            for stage in pools[source]:
+                stage.check(context)
+    run_tasks(context, _tasks(context, pools))
+
+
+def _tasks(
+    context: Context, pools: Mapping[ImagePool, Sequence[DerivedStage]], only: Mapping[ImagePool, set[str]] | None = None
+) -> list[Task]:
+    """The tasks that make all missing units, or those that ``only`` names."""
+    tasks = []
+    for source, derived in pools.items():
         new = set(source.missing(context.storage))
         wanted = [(stage, set(stage.missing(context.storage))) for stage in derived]
         groups: dict[tuple[bool, tuple[DerivedStage, ...]], list[str]] = {}
-        for unit in source.units:
+        for unit in source.units if only is None else [unit for unit in source.units if unit in only.get(source, ())]:
             todo = tuple(stage for stage, missing in wanted if unit in missing)
             if unit in new or todo:
                 groups.setdefault((unit in new, todo), []).append(unit)
         stored = partial(Stored, source.store(context.storage))
         for (fresh, todo), units in groups.items():
             tasks.append(Task(source.producer(context) if fresh else stored, source if fresh else None, todo, units))
-    run_tasks(context, tasks)
+    return tasks
 
 
 def run_tasks(context: Context, tasks: Sequence[Task]) -> None:

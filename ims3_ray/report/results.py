@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from ims3_ray.config import merge
 from ims3_ray.engine.stage import Stage
 from ims3_ray.io.storage import Storage
 from ims3_ray.plan.layout import Config, Plan, Scored
@@ -52,6 +53,9 @@ def gather(plan: Plan[Config], storage: Storage) -> Results:
         for entry in (stage.manifest(storage) or {}).get("units", {}).values()
         for broken in entry.get("broken", [])
     ]
+    more: dict[str, Any] = {}
+    for stage in plan.stages:
+        more = merge(more, stage.results(storage))
     return {
         "name": plan.config.name,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -61,7 +65,7 @@ def gather(plan: Plan[Config], storage: Storage) -> Results:
         "sets": {name: _score(scored, storage) for name, scored in plan.sets.items()},
         "stages": [stage_row(stage, storage) for stage in plan.stages],
         "skipped_images": skipped,
-        **{name: value for stage in plan.stages for name, value in stage.results(storage).items()},
+        **more,
     }
 
 

@@ -17,7 +17,9 @@ from ims3_ray.engine.images import Derive, Derived, Produced, batches
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.pool import DerivedStage, ImagePool
 from ims3_ray.engine.shards import pack_tensors, parse_unit
+from ims3_ray.engine.stage import Context
 from ims3_ray.engine.weights import Weights
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import (
     EncoderConfig,
     class_positions,
@@ -26,6 +28,8 @@ from ims3_ray.models.encoder import (
     known_classes,
     load_encoder,
 )
+from ims3_ray.stages.encode import Encode
+from ims3_ray.stages.recognition import Recognition
 
 
 @dataclass(eq=False)
@@ -33,6 +37,11 @@ class Embed(DerivedStage):
     """Computes features: one shard per unit of images, made by :class:`Features`."""
 
     name, version, settings = "embed", 2, EncoderConfig
+
+    real: Embed | None = None
+    """For the samples of a generator: the features of real images, with which they are compared."""
+    names: tuple[str, ...] = ()
+    """Names of the classes."""
 
     @classmethod
     def plan(cls, planner: Planner, images: ImagePool, config: RunConfig, asked_by: str = "") -> Embed:
@@ -46,14 +55,33 @@ class Embed(DerivedStage):
         if asked_by or set(planner.classes.names) <= set(known_classes(path)):
             positions = class_positions(path, planner.classes.names, asked_by)
             params["heads"] = {str(label): position for label, position in zip(images.labels, positions, strict=True)}
+        real = None
+        if images.sampled:
+            real = cls.plan(planner, Encode.plan(planner, "train", config.data), config)
         by = "" if config.encoder == getattr(planner.work, "encoder", config.encoder) else f" by {config.encoder}"
         flops, dim = embedding_cost(shape.model_dump_json(), config.data.size)
         return planner.add(
             cls(
                 f"embed {images.described}{by}", params, {"images": images}, units=images.units, images=images.images,
                 flops=images.images * flops, label=images.label, weights={"encoder": weights}, stored=images.images * 4.0 * dim,
+                config=config, real=real, names=planner.classes.names,
             )
         )  # fmt: skip
+
+    def recognition(self, storage: Storage) -> Recognition | None:
+        """How many of the first samples φ recognises; None for real images."""
+        if self.real is None or self.real.missing(storage):
+            return None
+        return Recognition.of(self, self.real, self.names, storage)
+
+    def check(self, context: Context) -> None:
+        """Raises :class:`UserError` for samples that φ recognises too seldom, if the config says so."""
+        if found := self.recognition(context.storage):
+            found.check(self.source.title, self.run_config.quality)
+
+    def results(self, storage: Storage) -> dict[str, Any]:
+        found = self.recognition(storage)
+        return {} if found is None else {"recognised": {self.source.title: found.plain}}
 
     def settle(self) -> None:
         self.widen(self.source.units)

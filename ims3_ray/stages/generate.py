@@ -20,6 +20,10 @@ from ims3_ray.models.autoencoder import decoding_flops
 from ims3_ray.stages.adapters import Adapters
 from ims3_ray.stages.candidates import Steered, candidates_of, sampling_flops
 from ims3_ray.stages.finetune import Finetune, tuned_title
+from ims3_ray.stages.recognition import looked_at
+
+LONG_S = 300.0
+"""Estimated seconds of a pool from which its first units are looked at before the others are made."""
 
 
 @dataclass(eq=False)
@@ -67,6 +71,17 @@ class Generate(ImagePool):
                 label=", ".join(names), weights=weights, config=config, stored=stored, labels=labels, unit_size=s.unit_size,
             )
         )  # fmt: skip
+
+    @property
+    def sampled(self) -> bool:
+        return True
+
+    def looked_at_first(self) -> list[str]:
+        """The first units of some classes, if all units will take long."""
+        worker = self.worker(self.run_config)
+        if self.flops / worker.flop_rate(self.run_config.cluster) / worker.at_once < LONG_S:
+            return []
+        return [self.units_of_class(position)[0] for position in looked_at(len(self.labels))]
 
     @property
     def batch(self) -> Hashable:
