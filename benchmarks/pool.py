@@ -215,7 +215,7 @@ def measure_pool(config: BenchmarkConfig, name: str) -> dict[str, Any]:
         }
         storage = Storage.at(str(folder / "storage"))
         images, embedded = Artifact(storage, "generate", "benchmark"), Artifact(storage, "embed", "benchmark")
-        features = Derivation(Embed("embed", {}, weights=weights).derive(), embedded)
+        features = Derivation(Embed("embed", {}, weights=weights).derive(storage), embedded)
         work = Work(candidates_of(sampling, weights, None, 0), ImageStore(images, "png"), (features,), images)
         actors = ActorsConfig(count=config.actors, gpus=1 if GPU else 0)
         needed = {"GPU": float(config.actors)} if GPU else {"CPU": float(config.actors)}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ims3_ray.config.evaluation import EvaluationConfig as EvaluationConfig
     from ims3_ray.config.evaluation import ProtocolConfig as ProtocolConfig
     from ims3_ray.config.evaluation import TeacherConfig as TeacherConfig
+    from ims3_ray.config.finetune import AdoptConfig as AdoptConfig
     from ims3_ray.config.finetune import FinetuneConfig as FinetuneConfig
     from ims3_ray.config.finetune import ObjectivesConfig as ObjectivesConfig
     from ims3_ray.config.finetune import TrainerConfig as TrainerConfig
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "ActorsConfig": "ims3_ray.config.work",
+    "AdoptConfig": "ims3_ray.config.finetune",
     "ArmConfig": "ims3_ray.config.run",
     "AugmentConfig": "ims3_ray.config.evaluation",
     "ClusterConfig": "ims3_ray.config.work",

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ims3_ray.component import Components
-from ims3_ray.config.base import Fraction, Section, reserved
+from ims3_ray.config.base import Fraction, Section, canonical, reserved
 from ims3_ray.objectives.base import Objective
 
 
@@ -151,3 +151,26 @@ class FinetuneConfig(Section):
     def total_steps(self, images: int) -> int:
         """Number of steps of a fine-tuning on this number of images."""
         return self.steps if self.steps is not None else math.ceil((self.epochs or 0) * images / self.batch_size)
+
+
+class AdoptConfig(FinetuneConfig):
+    """Teaching the generator the classes of the data that it does not know, by the objective L_Diff (docs/own-images.md)."""
+
+    like: Literal["nearest", "null"] | dict[str, str] = "nearest"
+    """The condition from which each new class starts to learn: that of the known class to which φ's own classifier gives the
+    highest probability (`nearest`), that of no class (`null`), or those of known classes by name (`{new: known}`)."""
+    steps: int | None = Field(default=1000, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    """Number of images in the global batch, over all workers."""
+    objectives: ObjectivesConfig = ObjectivesConfig.model_validate({"inversion_matching": {"weight": 0.0}})
+
+    @model_validator(mode="after")
+    def _one_group(self) -> AdoptConfig:
+        if self.classes_per_group is not None:
+            raise ValueError("classes_per_group is for finetune; adopted classes are learnt together: leave it out")
+        return self
+
+    @property
+    def tuning(self) -> FinetuneConfig:
+        """The settings as those of a fine-tuning."""
+        return FinetuneConfig.model_validate({key: value for key, value in canonical(self).items() if key != "like"})

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ims3_ray.component import first_error
 from ims3_ray.config.base import Fraction, Name, Section, canonical, merge
 from ims3_ray.config.candidates import PoolConfig, SamplingConfig, SelectionConfig, SynthesisConfig
-from ims3_ray.config.finetune import FinetuneConfig
+from ims3_ray.config.finetune import AdoptConfig, FinetuneConfig
 from ims3_ray.config.work import WorkConfig
 from ims3_ray.selection.base import Per, Selector, SubgroupSelector
 from ims3_ray.synthesis.base import Synthesis
@@ -153,6 +153,9 @@ class RunConfig(WorkConfig):
     encoder: str = "embedded:fashion-mnist-phi"
     """φ, the frozen feature encoder: `embedded:NAME`, a file, a folder as timm saves it or a hub id
     (`timm/resnet18.tv_in1k`)."""
+    adopt: AdoptConfig | None = None
+    """How the generator is taught the classes of the data that it does not know, before it is used; when unset, such classes
+    are refused."""
     finetune: FinetuneConfig = FinetuneConfig()
     sampling: SamplingConfig = SamplingConfig()
     pool: PoolConfig = PoolConfig()

@@ -74,12 +74,20 @@ class Models:
 
     def __init__(self, config: RunConfig, classes: ClassTable) -> None:
         self.config, self._classes = config, classes
+        self.known: tuple[str, ...] = ()
+        """Names of the classes that the generator's weights know."""
+        self.added: tuple[str, ...] = ()
+        """Names of the classes that it is taught in addition."""
 
     @cached_property
     def generator(self) -> Generator:
         """The generator's description, checked against its autoencoder, the size and channels of the data, and the sampling."""
         generator = open_generator(generator_path(self.config.generator))
         generator.check()
+        self.known = generator.names
+        if self.config.adopt is not None:
+            self.added = tuple(name for name in self._classes.names if name not in self.known)
+            generator = generator.adopting(self.added)
         self._check_pixels(generator, self.autoencoder)
         self._check_guidance(generator)
         return generator

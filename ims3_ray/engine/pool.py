@@ -129,7 +129,7 @@ class DerivedStage(OnActors):
         return self.source.batch
 
     @abstractmethod
-    def derive(self) -> Callable[[str], Derive]:
+    def derive(self, storage: Storage) -> Callable[[str], Derive]:
         """device → function that computes a unit's shard from its images: with it each actor builds its own function."""
 
 
@@ -224,9 +224,8 @@ def run_tasks(context: Context, tasks: Sequence[Task]) -> None:
 
 def _work(context: Context, task: Task) -> Work:
     storage = context.storage
-    derivations = tuple(
-        Derivation(stage.derive(), stage.artifact(storage), tuple(context.listeners.get(stage, ()))) for stage in task.derived
-    )
+    listeners = {stage: tuple(context.listeners.get(stage, ())) for stage in task.derived}
+    derivations = tuple(Derivation(stage.derive(storage), stage.artifact(storage), heard) for stage, heard in listeners.items())
     store = task.source.store(storage) if task.source else None
     return Work(task.producer, store, derivations, task.stage.artifact(storage))
 

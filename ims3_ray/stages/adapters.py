@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from ims3_ray.diffusion.prediction import Predictor
 from ims3_ray.engine.shards import commit_units
 from ims3_ray.engine.stage import Stage
+from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import Damaged
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage
@@ -74,6 +75,39 @@ class Adapters:
         generator.merge(network, load(self.artifact.read(f"adapter-{group}.safetensors", group_unit(group))))
 
 
+@dataclass(frozen=True)
+class Pretrained:
+    """A generator before its fine-tuning: weights, and the classes that it was taught in addition, if any."""
+
+    weights: Weights
+    added: tuple[str, ...] = ()
+    """Names of the classes that the weights do not know."""
+    adopted: Adapters | None = None
+    """What the generator has learnt of them; None while it learns."""
+    like: Mapping[str, str] | None = None
+    """Added class → known class from which it starts to learn."""
+
+    @classmethod
+    def of(cls, stage: Stage, storage: Storage) -> Pretrained:
+        """The generator among the weights of a stage, with the classes that its input ``adopt`` has taught it."""
+        adopt = stage.inputs.get("adopt")
+        if adopt is None:
+            return cls(stage.weights["generator"])
+        return cls(stage.weights["generator"], tuple(adopt.params["added"]), Adapters.of(adopt, storage))
+
+    def open(self) -> Generator:
+        """The description of the generator, with all its classes."""
+        generator = open_generator(self.weights.path())
+        return generator.adopting(self.added, self.like) if self.added else generator
+
+    def load(self, generator: Generator) -> nn.Module:
+        """The network of :meth:`open`'s ``generator``, float32 on the CPU, in evaluation mode."""
+        network = generator.load()
+        if self.adopted is not None:
+            self.adopted.merge(0, generator, network)
+        return network
+
+
 class GroupModels:
     """Loads the network of a class: the pretrained generator, or the one fine-tuned for the class's group.
 
@@ -81,9 +115,10 @@ class GroupModels:
     """
 
     def __init__(
-        self, weights: Path, adapters: Adapters | None, device: str, dtype: torch.dtype = torch.float32, compiled: bool = False
-    ) -> None:
-        self.generator, self.adapters, self.device = open_generator(weights), adapters, device
+        self, pretrained: Pretrained, adapters: Adapters | None, device: str, dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
+    ) -> None:  # fmt: skip
+        self.pretrained, self.generator, self.adapters, self.device = pretrained, pretrained.open(), adapters, device
         self.dtype, self.compiled = dtype, compiled
         self.held: tuple[int | None, nn.Module] | None = None
 
@@ -92,7 +127,7 @@ class GroupModels:
         group = self.adapters.group_of(label) if self.adapters else None
         if self.held is None or self.held[0] != group:
             self.held = None  # frees its memory before the next network is loaded
-            network = self.generator.load()
+            network = self.pretrained.load(self.generator)
             if self.adapters and group is not None:
                 self.adapters.merge(group, self.generator, network)
             network.to(self.device, self.dtype)

@@ -22,7 +22,7 @@ from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.models.generators.base import Generator
 from ims3_ray.seeds import generator_for
-from ims3_ray.stages.adapters import Adapters, GroupModels
+from ims3_ray.stages.adapters import Adapters, GroupModels, Pretrained
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Candidates:
     """
 
     def __init__(
-        self, sampling: SamplingConfig, weights: Path, adapters: Adapters | None, autoencoder: Path | None, seed: int,
+        self, sampling: SamplingConfig, pretrained: Pretrained, adapters: Adapters | None, autoencoder: Path | None, seed: int,
         device: str, steering: Steering | None = None,
     ) -> None:  # fmt: skip
         self.sampling, self.seed, self.device, self.batch = sampling, seed, device, sampling.unit_size
-        self.models = GroupModels(weights, adapters, device, DTYPES[sampling.precision], sampling.compile)
+        self.models = GroupModels(pretrained, adapters, device, DTYPES[sampling.precision], sampling.compile)
         self.decoder = Decoder(autoencoder, device, sampling.precision) if autoencoder is not None else None
         self.sampler, self.steering = Sampler.registry[sampling.sampler], steering
 
@@ -100,21 +100,20 @@ class Candidates:
 
 
 def candidates_of(
-    sampling: SamplingConfig, weights: Mapping[str, Weights], adapters: Adapters | None, seed: int,
+    sampling: SamplingConfig, pretrained: Pretrained, autoencoder: Weights | None, adapters: Adapters | None, seed: int,
     steered: Steered | None = None,
 ) -> Callable[[str], Candidates]:  # fmt: skip
-    """A function that an actor calls with its device to build :class:`Candidates`, from the weights ``generator`` and, for
-    latents, ``autoencoder``."""
-    return partial(_candidates, sampling, weights, adapters, seed, steered)
+    """A function that an actor calls with its device to build :class:`Candidates`; ``autoencoder`` is that of latents."""
+    return partial(_candidates, sampling, pretrained, autoencoder, adapters, seed, steered)
 
 
 def _candidates(
-    sampling: SamplingConfig, weights: Mapping[str, Weights], adapters: Adapters | None, seed: int, steered: Steered | None,
-    device: str,
+    sampling: SamplingConfig, pretrained: Pretrained, autoencoder: Weights | None, adapters: Adapters | None, seed: int,
+    steered: Steered | None, device: str,
 ) -> Candidates:  # fmt: skip
-    autoencoder = weights["autoencoder"].path() if "autoencoder" in weights else None
+    decoder = autoencoder.path() if autoencoder is not None else None
     steering = steered.build(device) if steered is not None else None
-    return Candidates(sampling, weights["generator"].path(), adapters, autoencoder, seed, device, steering)
+    return Candidates(sampling, pretrained, adapters, decoder, seed, device, steering)
 
 
 def sampling_flops(generator: Generator, sampling: SamplingConfig) -> float:

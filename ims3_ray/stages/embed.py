@@ -86,7 +86,7 @@ class Embed(DerivedStage):
     def settle(self) -> None:
         self.widen(self.source.units)
 
-    def derive(self) -> Callable[[str], Derive]:
+    def derive(self, storage: Storage) -> Callable[[str], Derive]:
         return partial(_features, self.weights["encoder"], self.params.get("heads"))
 
 

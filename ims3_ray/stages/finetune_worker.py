@@ -20,8 +20,8 @@ from ims3_ray.data.batches import batch_indices
 from ims3_ray.data.clean_images import CleanImages
 from ims3_ray.engine.shards import read_class
 from ims3_ray.io.artifacts import Artifact
-from ims3_ray.models.generator import open_generator
 from ims3_ray.seeds import generator_for, seed_for
+from ims3_ray.stages.adapters import Pretrained
 from ims3_ray.stages.latents import read_latents
 from ims3_ray.stages.zero import ZeroEngine
 from ims3_ray.training.finetuning import Finetuner, Row, finetune_flops
@@ -56,9 +56,10 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
     device = ray.train.torch.get_device()
     images = read_images(plain["images"], plain["latents"], plain["classes"], config.flip)
     steps = config.total_steps(len(images.labels))
-    generator = open_generator(plain["weights"].path())
+    pretrained: Pretrained = plain["pretrained"]
+    generator = pretrained.open()
     flops = finetune_flops(generator, config)
-    tuner = Finetuner(generator.load(), generator, config, device, rank, world, ZeroEngine)
+    tuner = Finetuner(pretrained.load(generator), generator, config, device, rank, world, ZeroEngine)
     history: list[Row] = []
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
@@ -94,7 +95,11 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
     if rank != 0:
         return {}
     return {
-        "adapter": tuner.adapter(classes=[label for label, _ in plain["classes"]], generator=plain["weights"].digest),
+        "adapter": tuner.adapter(
+            classes=[label for label, _ in plain["classes"]],
+            generator=pretrained.weights.digest,
+            **({"added": list(pretrained.added)} if pretrained.added else {}),
+        ),
         "history": history,
         "seconds": time.monotonic() - began,
     }

@@ -17,7 +17,8 @@ from ims3_ray.engine.shards import units_of
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.autoencoder import decoding_flops
-from ims3_ray.stages.adapters import Adapters
+from ims3_ray.stages.adapters import Adapters, Pretrained
+from ims3_ray.stages.adopt import adopted_classes
 from ims3_ray.stages.candidates import Steered, candidates_of, sampling_flops
 from ims3_ray.stages.finetune import Finetune, tuned_title
 from ims3_ray.stages.recognition import looked_at
@@ -46,7 +47,9 @@ class Generate(ImagePool):
             "seed": config.seed, **plugins.hashes(type(generator), Sampler.registry[s.sampler], s.steering),
         }  # fmt: skip
         params |= spacing_version(s.steps, Sampler.registry[s.sampler].spacing)
-        inputs: dict[str, Stage] = {"finetune": Finetune.plan(planner, config)} if arm.finetune else {}
+        inputs: dict[str, Stage] = adopted_classes(planner, config)
+        if arm.finetune:
+            inputs["finetune"] = Finetune.plan(planner, config)
         names = [tuned_title(planner, config) if arm.finetune else "pretrained"]
         if (steering := s.steering) is not None:
             source: Any = Stage.registry[steering.source]
@@ -102,7 +105,9 @@ class Generate(ImagePool):
     def producer(self, context: Context) -> Callable[[str], Producer]:
         tuned = self.inputs.get("finetune")
         adapters = Adapters.of(tuned, context.storage) if tuned is not None else None
-        return candidates_of(self.run_config.sampling, self.weights, adapters, self.run_config.seed, self._steered(context))
+        pretrained, vae = Pretrained.of(self, context.storage), self.weights.get("autoencoder")
+        sampling, seed = self.run_config.sampling, self.run_config.seed
+        return candidates_of(sampling, pretrained, vae, adapters, seed, self._steered(context))
 
     def _steered(self, context: Context) -> Steered | None:
         s, k = self.run_config.sampling, self.run_config.selection.images_per_class

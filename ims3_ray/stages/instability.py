@@ -20,13 +20,12 @@ from ims3_ray.diffusion.schedule import spacing_version
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.shards import commit_units, units_of
 from ims3_ray.engine.stage import Context, Stage, Worker
-from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage, as_json
 from ims3_ray.models.generators.base import Generator
 from ims3_ray.progress import Progress
 from ims3_ray.seeds import generator_for
-from ims3_ray.stages.adapters import Adapters, GroupModels
+from ims3_ray.stages.adapters import Adapters, GroupModels, Pretrained
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.finetune import Finetune
 from ims3_ray.stages.finetune_worker import read_images
@@ -68,12 +67,12 @@ class MeasureInstability(Stage):
         classes = [
             (labels[i], units_of(encode.labels[i], 1, 1), int(n)) for i, n in zip(chosen, counts, strict=True)
         ]  # fmt: skip
-        cluster = context.config.cluster
+        cluster, tuned = context.config.cluster, self.inputs["finetune"]
         measure = ray.remote(_measure).options(num_cpus=actors.cpus, num_gpus=actors.gpus, **placed(cluster, "pool"))
         watch = wait_for_capacity(cluster, "pool", self.title, [actors.resources])
         with Progress(self.title, config.images, "images") as progress:
             task = measure.remote(
-                config, self.run_config.seed, self.weights["generator"], Adapters.of(self.inputs["finetune"], storage),
+                config, self.run_config.seed, Pretrained.of(tuned, storage), Adapters.of(tuned, storage),
                 encode.artifact(storage), latents.artifact(storage) if latents else None, classes, actors.threads,
             )  # fmt: skip
             result = results(watch.first_done([task]))
@@ -99,15 +98,15 @@ class MeasureInstability(Stage):
 
 
 def _measure(
-    config: InstabilityConfig, seed: int, weights: Weights, adapters: Adapters, pixels: Any, latents: Any,
+    config: InstabilityConfig, seed: int, pretrained: Pretrained, adapters: Adapters, pixels: Any, latents: Any,
     classes: list[tuple[int, list[str], int]], threads: int,
 ) -> dict[str, list[float]]:  # fmt: skip
     """log Ē of each image, ``before`` and ``after``. It is measured class by class, since each may have its own adapter."""
     torch.set_num_threads(threads)
     device = own_device()
     found: dict[str, list[float]] = {"before": [], "after": []}
-    path = weights.path()
-    for name, models in (("before", GroupModels(path, None, device)), ("after", GroupModels(path, adapters, device))):
+    both = {"before": GroupModels(pretrained, None, device), "after": GroupModels(pretrained, adapters, device)}
+    for name, models in both.items():
         for label, units, count in classes:
             models.of_class(label).requires_grad_(False)
             images = read_images(pixels, latents, [(label, units)], flip=False)

@@ -20,8 +20,10 @@ from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.pool import DerivedStage
 from ims3_ray.engine.shards import by_class, pack_tensors, parse_unit
 from ims3_ray.engine.weights import Weights
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.autoencoder import encoding_flops, load_autoencoder
-from ims3_ray.models.generator import open_generator
+from ims3_ray.stages.adapters import Pretrained
+from ims3_ray.stages.adopt import adopted_classes
 from ims3_ray.stages.candidates import sampling_flops
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.latents import Latents
@@ -58,13 +60,13 @@ class Invert(DerivedStage):
         count = images.images * len(kept) // len(images.units)
         return planner.add(
             cls(
-                "invert train images", params, {"images": images}, units=kept, images=count, flops=count * each,
-                weights=weights,
+                "invert train images", params, {"images": images, **adopted_classes(planner, config)}, units=kept, images=count,
+                flops=count * each, weights=weights,
             )
         )  # fmt: skip
 
-    def derive(self) -> Callable[[str], Derive]:
-        return partial(_inverted, self.weights, self.params)
+    def derive(self, storage: Storage) -> Callable[[str], Derive]:
+        return partial(_inverted, Pretrained.of(self, storage), self.weights, self.params)
 
 
 class Inverted:
@@ -73,11 +75,13 @@ class Inverted:
 
     batch = 50
 
-    def __init__(self, weights: Mapping[str, Weights], device: str, params: Mapping[str, Any]) -> None:
+    def __init__(
+        self, pretrained: Pretrained, weights: Mapping[str, Weights], device: str, params: Mapping[str, Any]
+    ) -> None:  # fmt: skip
         self.params, self.device = params, device
         dtype = torch.bfloat16 if params["precision"] == "bf16" else torch.float32
-        self.generator = open_generator(weights["generator"].path())
-        self.network = self.generator.load().to(device, dtype)
+        self.generator = pretrained.open()
+        self.network = pretrained.load(self.generator).to(device, dtype)
         self.autoencoder = load_autoencoder(weights["autoencoder"].path()).to(device) if "autoencoder" in weights else None
 
     @torch.inference_mode()
@@ -109,5 +113,5 @@ class Inverted:
         return torch.cat([self._invert(part, label) for part in signed.split(self.batch)])
 
 
-def _inverted(weights: Mapping[str, Weights], params: Mapping[str, Any], device: str) -> Inverted:
-    return Inverted(weights, device, params)
+def _inverted(pretrained: Pretrained, weights: Mapping[str, Weights], params: Mapping[str, Any], device: str) -> Inverted:
+    return Inverted(pretrained, weights, device, params)

@@ -22,6 +22,7 @@ from ims3_ray.engine.pool import DerivedStage
 from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.parquet import parquet_bytes
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.autoencoder import encoding_flops, load_autoencoder
 from ims3_ray.stages.encode import Encode
 
@@ -50,7 +51,7 @@ class EncodeLatents(DerivedStage):
             )
         )  # fmt: skip
 
-    def derive(self) -> Callable[[str], Derive]:
+    def derive(self, storage: Storage) -> Callable[[str], Derive]:
         return partial(_latents, self.weights["autoencoder"], self.params["flips"])
 
 

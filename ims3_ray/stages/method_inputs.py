@@ -54,7 +54,7 @@ def plan_needs(planner: Planner, needs: Collection[Need], config: RunConfig, sta
             generator=models.generator_weights.digest, labels=list(models.labels), precision=config.sampling.precision,
             **plugins.hashes(type(models.generator)),
         )  # fmt: skip
-        found.inputs.update({name: stage for name, stage in pool.inputs.items() if name == "finetune"})
+        found.inputs.update({name: stage for name, stage in pool.inputs.items() if name in ("finetune", "adopt")})
         if models.autoencoder is not None:
             found.inputs["images"] = pool  # for the latents of its images, if these are stored
         found.weights.update(pool.weights)

@@ -16,7 +16,7 @@ from ims3_ray.engine.images import DTYPES, Decoder
 from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.models.autoencoder import load_autoencoder
-from ims3_ray.stages.adapters import Adapters, GroupModels
+from ims3_ray.stages.adapters import Adapters, GroupModels, Pretrained
 from ims3_ray.synthesis.base import Given
 
 ENCODED_AT_ONCE = 8
@@ -27,7 +27,7 @@ ENCODED_AT_ONCE = 8
 class PoolModels:
     """What a task needs to build the :class:`PoolDenoiser` of the pool from which a set was selected."""
 
-    weights: Weights
+    pretrained: Pretrained
     autoencoder: Weights | None
     adapters: Adapters | None
     pool: Artifact | None
@@ -44,7 +44,7 @@ class PoolDenoiser:
     def __init__(self, source: PoolModels, device: str) -> None:
         dtype = DTYPES[source.sampling.precision]
         self.source, self.device = source, device
-        self.models = GroupModels(source.weights.path(), source.adapters, device, dtype)
+        self.models = GroupModels(source.pretrained, source.adapters, device, dtype)
         vae = source.autoencoder
         self.decoder = Decoder(vae.path(), device, source.sampling.precision) if vae is not None else None
         self.schedule = self.models.generator.schedule

@@ -25,7 +25,7 @@ from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.unfinished import Unfinished
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import Artifact
-from ims3_ray.stages.adapters import Adapters
+from ims3_ray.stages.adapters import Adapters, Pretrained
 from ims3_ray.stages.method_inputs import MethodInputs, costs_of, plan_needs
 from ims3_ray.stages.pool_denoiser import PoolDenoiser, PoolModels
 from ims3_ray.stages.prepare import Prepare, Prepared
@@ -118,7 +118,7 @@ class Synthesise(Stage):
         storage, pool, tuned = context.storage, cast(Select, self.inputs["set"]).pool, self.inputs.get("finetune")
         kept = pool.store(storage)
         return PoolModels(
-            self.weights["generator"], self.weights.get("autoencoder"), Adapters.of(tuned, storage) if tuned else None,
+            Pretrained.of(pool, storage), self.weights.get("autoencoder"), Adapters.of(tuned, storage) if tuned else None,
             kept.artifact if kept.form == "latents" else None, self.run_config.sampling, tuple(self.params["labels"]),
             tuple(units.first for units in pool.class_units(storage)),
         )  # fmt: skip

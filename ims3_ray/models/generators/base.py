@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ims3_ray.component import Component, Registry
 from ims3_ray.diffusion.prediction import Parametrisation, Predictor, guided
 from ims3_ray.diffusion.schedule import NoiseSchedule
+from ims3_ray.errors import UserError
 
 
 class Generator(Component, ABC):
@@ -35,6 +36,8 @@ class Generator(Component, ABC):
     learns_variance: bool
     null: Tensor
     """The null condition of classifier-free guidance, [1, …]."""
+    names: tuple[str, ...] = ()
+    """Names of the classes that the weights know; empty if they do not name them."""
     knows_null: bool = True
     """Whether the network was trained with the null condition, without which there is no guidance."""
 
@@ -59,6 +62,14 @@ class Generator(Component, ABC):
     @abstractmethod
     def labels(self, class_names: Sequence[str]) -> list[int]:
         """The label of each class, which units of work and seeds use. Raises :class:`UserError` for an unknown class."""
+
+    def adopting(self, class_names: Sequence[str], like: Mapping[str, str] | None = None) -> Generator:
+        """This generator with additional classes, which it does not know yet and may be taught by fine-tuning. ``like`` maps
+        some of them to known classes, with whose conditions they begin; the others begin with that of no class.
+
+        Raises :class:`UserError` for a family that takes no further classes, and for a class that is not known.
+        """
+        raise UserError(f"generator '{self.path.name}' cannot be taught new classes; use one of the family dit")
 
     @abstractmethod
     def condition(self, label: int) -> Tensor:

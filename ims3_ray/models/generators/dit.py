@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from ims3_ray.diffusion.schedule import NoiseSchedule
@@ -23,8 +24,10 @@ class DiTGenerator(Generator):
     name = "dit"
     hub_files = ("model_index.json", "transformer/*")
 
-    def __init__(self, file: DiTFile) -> None:
+    def __init__(self, file: DiTFile, added: Mapping[str, int] | None = None) -> None:
+        """``added`` are classes beside those of the file, each with the label whose row of the table it starts from."""
         c = file.config
+        self.added, self.names = dict(added or {}), file.classes
         self.file, self.path, self.config = file, file.path, c
         self.schedule, self.parametrisation = NoiseSchedule(), c.prediction
         self.latent, self.learns_variance = (c.in_channels, c.input_size, c.input_size), c.learn_sigma
@@ -49,11 +52,22 @@ class DiTGenerator(Generator):
     def load(self) -> DiT:
         network = DiT(self.config)
         network.load_state_dict({name: tensor.float() for name, tensor in self.file.state().items()})
+        if self.added:
+            table = network.y_embedder.embedding_table
+            rows = torch.cat([table.weight.data, table.weight.data[list(self.added.values())]])
+            network.y_embedder.embedding_table = nn.Embedding.from_pretrained(rows, freeze=False)
         return network.eval()
 
+    def adopting(self, class_names: Sequence[str], like: Mapping[str, str] | None = None) -> DiTGenerator:
+        last = self.config.rows - 1  # the row for no class, if the table has one
+        starts = {new: self.labels([known])[0] for new, known in (like or {}).items()}
+        return DiTGenerator(self.file, {name: starts.get(name, last) for name in class_names})
+
     def labels(self, class_names: Sequence[str]) -> list[int]:
-        """Classes are matched by name, never by position. The error names the most similar known classes."""
-        known = self.file.classes
+        """Classes are matched by name, never by position. The error names the most similar known classes. The labels of added
+        classes follow those of the table."""
+        known = dict(zip(self.names, range(len(self.names)), strict=True))
+        known |= {name: self.config.rows + number for number, name in enumerate(self.added)}
         if not known:
             raise UserError(
                 f"generator '{self.path.name}' does not name its classes; convert it with jobs/convert.py classes=FILE"
@@ -61,9 +75,12 @@ class DiTGenerator(Generator):
         indices = []
         for name in class_names:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
-                raise UserError(f"the generator '{self.path.name}' knows no class '{name}'; nearest: {', '.join(near)}")
-            indices.append(known.index(name))
+                near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.0)
+                raise UserError(
+                    f"the generator '{self.path.name}' knows no class '{name}'; nearest: {', '.join(near)}; to teach it the "
+                    "classes of the data, set adopt={}"
+                )
+            indices.append(known[name])
         return indices
 
     def condition(self, label: int) -> Tensor:

@@ -1,0 +1,223 @@
+"""Training of a generator on Ray Train: groups of classes are trained in parallel, each by its own worker group with its own
+adapter."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import ray
+import ray.train
+
+from ims3_ray.cluster.capacity import Bundle, Request, holds, wait_for_capacity
+from ims3_ray.cluster.joining import here, results
+from ims3_ray.config import ClusterConfig, FinetuneConfig, TrainerConfig, WorkConfig, canonical
+from ims3_ray.data.sources import open_source
+from ims3_ray.engine.board import new_board
+from ims3_ray.engine.shards import parse_unit
+from ims3_ray.engine.stage import Context, Stage, Worker
+from ims3_ray.engine.train import fit_task
+from ims3_ray.errors import UserError
+from ims3_ray.io.storage import Storage
+from ims3_ray.progress import Progress
+from ims3_ray.stages.adapters import Adapters, Pretrained, adapter_stem, group_checkpoints, group_unit
+from ims3_ray.stages.encode import Encode
+from ims3_ray.stages.finetune_worker import finetune_loop
+from ims3_ray.tracking import slug
+from ims3_ray.training.finetuning import Row
+
+PLACES_AND_SPEED = ("trainer", "checkpoint_every", "activation_checkpointing", "accumulate", "zero_stage", "compile")
+"""Settings that determine where, how safely and how fast a fine-tuning runs. They change its results by rounding at most."""
+GROW_S = 900.0
+"""Seconds without growth after which the cluster is taken to have its final size, and no more nodes are requested."""
+
+
+@dataclass(eq=False)
+class Tuning(Stage):
+    """Trains some of the generator's parameters. Each class group is a unit with its adapter and the losses of all its steps.
+
+    A subclass says in :attr:`~ims3_ray.engine.stage.Stage.run_config`, as ``finetune``, how it trains.
+    """
+
+    exclusive = True
+
+    among_others: bool = False
+    """Whether the plan has several such stages, so that their names have to differ in MLflow."""
+
+    def worker(self, config: WorkConfig) -> Worker:
+        trainer = self.run_config.finetune.trainer
+        return Worker("finetune", trainer.cpus_per_worker, trainer.gpus_per_worker, trainer.num_workers)
+
+    @classmethod
+    def stem(cls, unit: str) -> str:
+        return adapter_stem(unit)
+
+    def pretrained(self, storage: Storage) -> Pretrained:
+        """The generator before this training."""
+        return Pretrained.of(self, storage)
+
+    def run(self, context: Context) -> None:
+        self.run_all(context, [self])
+
+    @classmethod
+    def run_all(cls, context: Context, stages: Sequence[Tuning]) -> None:
+        """Fine-tune the groups of all stages that are not committed yet, as many at a time as the cluster has room for."""
+        finetune_groups(context, stages)
+
+    def curves(self, storage: Storage) -> dict[str, list[dict[str, float]]]:
+        adapters = Adapters.of(self, storage)
+        return {self.prefix(group): adapters.losses(group) for group in range(len(adapters.groups))}
+
+    def prefix(self, group: int) -> str:
+        """Prefix of the names of a group's losses in MLflow; empty unless there are several groups or fine-tunings."""
+        name = slug(self.title) if self.among_others else ""
+        return "".join(f"{part}/" for part in (name, group_unit(group) if len(self.units) > 1 else "") if part)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Classes that are fine-tuned together."""
+
+    stage: Tuning
+    number: int
+    names: list[str]
+    arguments: dict[str, Any]
+    """Arguments of :func:`finetune_loop`."""
+    images: int
+
+
+def groups_of(context: Context, stage: Tuning) -> list[Group]:
+    """The class groups of a fine-tuning; ``stage.params`` lists their classes by the generator's labels."""
+    encode, latents = cast(Encode, stage.inputs["encode"]), stage.inputs.get("latents")
+    units: dict[int, list[str]] = {label: [] for label in encode.labels}
+    counts: dict[int, int] = dict.fromkeys(units, 0)
+    entries = (encode.manifest(context.storage) or {})["units"]
+    for unit in encode.units:
+        label, _ = parse_unit(unit)
+        if label in units:
+            units[label].append(unit)
+            counts[label] += entries[unit]["images"]
+    tuned = [label for group in stage.params["groups"] for label in group]
+    table = {label: (name, source) for name, source, label in zip(context.classes.names, encode.labels, tuned, strict=True)}
+    groups, board = [], new_board()
+    for number, labels in enumerate(stage.params["groups"]):
+        arguments = {
+            "config": canonical(stage.run_config.finetune), "seed": stage.run_config.seed, "group": number,
+            "images": encode.artifact(context.storage),
+            "pretrained": stage.pretrained(context.storage),
+            "latents": latents.artifact(context.storage) if latents else None,
+            "classes": [(label, units[table[label][1]]) for label in labels],
+            "board": board,
+        }  # fmt: skip
+        names = [table[label][0] for label in labels]
+        groups.append(Group(stage, number, names, arguments, sum(counts[table[label][1]] for label in labels)))
+    return groups
+
+
+def finetune_groups(context: Context, open_stages: Sequence[Tuning]) -> None:
+    """Fine-tune the missing groups of all stages, as many at a time as the cluster has room for."""
+    storage, missing = context.storage, {stage: stage.missing(context.storage) for stage in open_stages}
+    waiting = [g for stage in open_stages for g in groups_of(context, stage) if group_unit(g.number) in missing[stage]]
+    steps = {id(group): group.stage.run_config.finetune.total_steps(group.images) for group in waiting}
+    title = ", ".join(stage.title for stage in open_stages)
+    with Progress(title, sum(steps.values()), "steps") as progress:
+        done, committed = dict.fromkeys(steps, 0), time.monotonic()
+        for group, rows, outcome in _side_by_side(waiting, storage, context.config.cluster, title):
+            stage, own = group.stage, steps[id(group)]
+            context.tracker.losses(rows, stage.prefix(group.number))
+            if outcome is not None and "diverged" in outcome:
+                raise UserError(_diverged(outcome, image_names(context, cast(Encode, stage.inputs["encode"]), group)))
+            if outcome is not None:
+                images = own * stage.run_config.finetune.batch_size
+                context.spend(stage, outcome["seconds"], _trainer(group).num_workers)
+                Adapters.of(stage, storage).commit(group.number, outcome, images, time.monotonic() - committed)
+                committed = time.monotonic()
+            if rows:
+                done[id(group)] = int(rows[-1]["step"])
+                progress.at(sum(done.values()), _note(rows))
+        progress.done = sum(steps.values())
+
+
+def _note(rows: Sequence[Row]) -> str:
+    shares = [row["share_of_peak"] for row in rows if "share_of_peak" in row]
+    return f"loss {rows[-1]['loss']:.4f}" + (f", {shares[-1]:.1%} of the device's rate" if shares else "")
+
+
+def _side_by_side(
+    groups: list[Group], storage: Storage, cluster: ClusterConfig, title: str
+) -> Iterator[tuple[Group, list[Row], dict[str, Any] | None]]:
+    """Fine-tune groups in parallel. Yields (group, its new rows, its outcome) for each running group about every second; the
+    outcome is None until the group has ended."""
+    waiting, running, seen = list(groups), dict[Any, Group](), dict.fromkeys(map(id, groups), 0)
+    labels, largest = cluster.place.get("finetune", {}), max((_trainer(g) for g in groups), key=lambda t: t.num_workers)
+    watch = wait_for_capacity(cluster, "finetune", title, _bundles(largest), largest.num_workers)
+    request = Request(labels) if cluster.wait_s and len(groups) > 1 else None
+    fit_at_once, grown = 0, time.monotonic()
+    try:
+        while waiting or running:
+            there = max(1, holds(largest.worker_resources, labels) // largest.num_workers)
+            grown = time.monotonic() if there > fit_at_once else grown
+            fit_at_once = there
+            if cluster.wait_s:
+                watch.look()
+            while waiting and len(running) < fit_at_once:
+                group = waiting.pop(0)
+                place = storage.address(f"{group.stage.artifact(storage).folder}/{group_checkpoints(group.number)}")
+                name = checkpoints_name(group.stage.run_config.finetune)
+                task = fit_task.options(scheduling_strategy=here()).remote(
+                    finetune_loop, group.arguments, _trainer(group), name, place, labels
+                )
+                running[task] = group
+            if request:  # Ray Train requests nodes for the running groups only, not for the group that is next
+                more = waiting and time.monotonic() - grown < GROW_S
+                request.ask(_bundles(_trainer(waiting[0])) if more else [])
+            finished, _ = ray.wait(list(running), timeout=1.0)
+            for task, group in list(running.items()):
+                outcome = None
+                if task in finished:
+                    del running[task]
+                    outcome = results(task)
+                rows: list[Row] = ray.get(group.arguments["board"].read.remote(group.number, seen[id(group)]))
+                seen[id(group)] = max([seen[id(group)], *(int(row["step"]) for row in rows)])
+                yield group, rows, outcome
+    finally:
+        if request:
+            request.let_go()
+
+
+def _trainer(group: Group) -> TrainerConfig:
+    return group.stage.run_config.finetune.trainer
+
+
+def _bundles(trainer: TrainerConfig) -> list[Bundle]:
+    return [trainer.worker_resources] * trainer.num_workers
+
+
+def image_names(context: Context, encode: Encode, group: Group) -> list[str]:
+    """Names of the group's images in the source, in the order in which fine-tuning reads them, without broken images."""
+    source = open_source(*encode.place)
+    entries = (encode.manifest(context.storage) or {})["units"].values()
+    broken = [line for entry in entries for line in entry["broken"]]
+    indices = [np.flatnonzero(source.labels == source.class_names.index(name)) for name in group.names]
+    names = [source.identify(int(index)) for index in np.concatenate(indices)]
+    return [name for name in names if not any(line.startswith(f"{name}: ") for line in broken)]
+
+
+def _diverged(outcome: dict[str, Any], names: list[str]) -> str:
+    row, images = outcome["diverged"], [names[position] for position in outcome["images"]]
+    wrong = ", ".join(f"{key} {value:g}" for key, value in row.items() if not math.isfinite(value))
+    kept = f"the checkpoint of step {outcome['kept']} is kept" if outcome["kept"] else "there is no checkpoint before it"
+    return (
+        f"fine-tuning diverged at step {row['step']:g} ({wrong}) on images {', '.join(images)}; "
+        f"{kept}; lower finetune.lr or the weights of finetune.objectives"
+    )
+
+
+def checkpoints_name(config: FinetuneConfig) -> str:
+    """Name of the checkpoints. It differs for runs that cannot continue from each other's checkpoints: those with different
+    ZeRO stages and, under ZeRO 1 to 3, with different numbers of workers."""
+    return f"zero-{config.zero_stage}" + (f"-{config.trainer.num_workers}-workers" if config.zero_stage else "")

@@ -1,0 +1,95 @@
+"""Teaching the generator classes that it does not know, with real Ray: before any other stage uses it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load
+
+from ims3_ray import distill
+from ims3_ray.config import RunConfig
+from ims3_ray.errors import UserError
+from ims3_ray.io.storage import Storage
+from ims3_ray.models.generator import load_generator
+from ims3_ray.plan import make_plan
+from ims3_ray.stages.adapters import Adapters, GroupModels, Pretrained
+from tests.conftest import CLASSES, tiny_values, write_tiny_weights
+
+TABLE = "y_embedder.embedding_table.weight"
+ADOPT = {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "trainer": {"num_workers": 2}}
+
+
+@pytest.fixture(scope="module")
+def world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data and φ of the tiny world, and a generator that knows its first two classes only."""
+    folder = tmp_path_factory.mktemp("two-classes")
+    write_tiny_weights(folder, classes=CLASSES[:2])
+    for name in ("data", "phi.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tiny_world / name)
+    return folder
+
+
+def config_of(world: Path, storage: Path, adopt: dict[str, Any] | None, **changes: Any) -> RunConfig:
+    return RunConfig.model_validate({**tiny_values(world, storage, **changes), "adopt": adopt})
+
+
+def test_a_generator_is_taught_a_class_and_the_run_goes_on_with_it(world: Path, tmp_path: Path, cluster: None):
+    config = config_of(world, tmp_path, ADOPT)
+    result = distill(config)
+    plan, storage = make_plan(config), Storage.at(config.storage)
+    (adopt,) = [stage for stage in plan.stages if stage.name == "adopt"]
+    assert adopt.params["added"] == ["middle"]
+    pools = [stage for stage in plan.stages if stage.name == "generate"]
+    assert len(pools) == 2
+    assert all(stage.inputs["adopt"] is adopt for stage in pools)
+    known = load_generator(world / "dit.safetensors").state_dict()[TABLE]
+    adapter = load(adopt.artifact(storage).read("adapter-0.safetensors"))
+    assert adapter[TABLE].shape == (4, known.shape[1]), "two known classes, no class, and the new one"
+    like = json.loads(Path(storage.address(adopt.artifact(storage).folder), "shards", "like.json").read_text())
+    assert set(like) == {"middle"}
+    start = known[CLASSES.index(like["middle"])]
+    assert 0 < (adapter[TABLE][3] - start).abs().max() < 4 * 2e-3, "Adam moves a value by at most the learning rate a step"
+
+    pretrained = Pretrained.of(pools[0], storage)
+    generator = pretrained.open()
+    assert generator.labels(CLASSES) == [0, 1, 3]
+    merged = pretrained.load(generator).state_dict()
+    assert torch.equal(merged[TABLE], adapter[TABLE])
+    (finetune,) = [stage for stage in plan.stages if stage.name == "finetune"]
+    tuned = GroupModels(pretrained, Adapters.of(finetune, storage), "cpu").of_class(3).state_dict()
+    assert not torch.equal(tuned[TABLE][3], merged[TABLE][3])
+    assert (tuned[TABLE] - merged[TABLE]).abs().max() < 4 * 2e-3, "inversion matching starts from what was adopted"
+    shard = Path(storage.address(adopt.artifact(storage).folder), "shards", "adapter-0.safetensors")
+    with safe_open(shard, framework="pt") as file:
+        about = json.loads(file.metadata()["adapter"])
+    assert about["added"] == ["middle"]
+    assert set(result.results["sets"]) == set(config.arms)
+
+
+def test_a_new_class_starts_like_the_one_that_is_named_or_like_no_class(world: Path, tmp_path: Path):
+    for like, row in (({"middle": "right"}, 1), ("null", 2)):
+        config = config_of(world, tmp_path, {**ADOPT, "like": like})
+        (adopt,) = [stage for stage in make_plan(config).stages if stage.name == "adopt"]
+        pretrained = Pretrained(adopt.weights["generator"], ("middle",), like=like if isinstance(like, dict) else None)
+        generator = pretrained.open()
+        table = pretrained.load(generator).state_dict()[TABLE]
+        assert torch.equal(table[3], table[row])
+
+
+@pytest.mark.parametrize(
+    ("adopt", "message"),
+    [
+        (None, "knows no class 'middle'; .* set adopt={}"),
+        ({"like": {"middle": "rihgt"}}, "adopt.like.middle: the generator knows no class 'rihgt'; nearest: right"),
+        ({"like": {"left": "right"}}, "adopt.like names 'left', which is no class that the generator has to learn: middle"),
+    ],
+)
+def test_what_cannot_be_adopted_is_one_line(world: Path, tmp_path: Path, adopt: dict[str, Any] | None, message: str):
+    with pytest.raises(UserError, match=message):
+        make_plan(config_of(world, tmp_path, adopt))
