@@ -97,6 +97,8 @@ class FinetuneConfig(Section):
     """Number of pieces into which each worker divides its part of a batch; their gradients are added. More pieces need less
     memory, and the step stays the same."""
     lr: float = Field(default=1e-3, gt=0)
+    table_lr: float = Field(default=1.0, gt=0)
+    """Learning rate of the table of labels, as a multiple of `lr`."""
     weight_decay: float = Field(default=0.0, ge=0)
     parameters: Literal["difffit", "all"] = "difffit"
     """Parameters that are trained: biases, norms, the label table and scale vectors (`difffit`), or everything (`all`)."""
@@ -157,8 +159,11 @@ class AdoptConfig(FinetuneConfig):
     """Teaching the generator the classes of the data that it does not know, by the objective L_Diff (docs/own-images.md)."""
 
     like: Literal["nearest", "null"] | dict[str, str] = "nearest"
-    """The condition from which each new class starts to learn: that of the known class to which φ's own classifier gives the
-    highest probability (`nearest`), that of no class (`null`), or those of known classes by name (`{new: known}`)."""
+    """The condition from which each new class starts to learn. `nearest`: that of a known class that φ's own classifier takes
+    it for, another one for each new class, so that they begin apart. `null`: that of no class. `{new: known}`: those of known
+    classes by name."""
+    table_lr: float = Field(default=10.0, gt=0)
+    """Learning rate of the table of labels, as a multiple of `lr`."""
     steps: int | None = Field(default=1000, ge=1)
     batch_size: int = Field(default=64, ge=1)
     """Number of images in the global batch, over all workers."""

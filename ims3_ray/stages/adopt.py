@@ -9,6 +9,8 @@ from typing import Any
 
 import ray
 import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 from ims3_ray import plugins
 from ims3_ray.cluster.joining import own_device, placed, results
@@ -146,14 +148,23 @@ def _check_like(like: dict[str, str], added: Sequence[str], known: Sequence[str]
 
 @torch.inference_mode()
 def nearest_classes(encoder: Weights, images: Artifact, classes: dict[str, list[str]], known: list[str]) -> dict[str, str]:
-    """For each class, given by the units of its images, the one among ``known`` to which φ's own classifier gives the highest
-    probability, on average over images."""
+    """For each class, given by the units of its images, one of the ``known`` classes: of all ways to give each class another
+    one, that with the highest sum of the mean log-probabilities of φ's own classifier. If there are more classes than known
+    ones, each known one is given equally often, but for one."""
     device, path = own_device(), encoder.path()
     phi, names = load_encoder(path).to(device), known_classes(path)
-    positions = {name: names.index(name) for name in known if name in names}
-    found = {}
-    for name, units in classes.items():
+    there = [name for name in known if name in names]
+    rows = []
+    for units in classes.values():
         pixels = read_class(images, units, "pixels")[:SEEN_PER_CLASS].to(device)
-        shares = torch.cat([phi.logits(to_signed(part)).softmax(dim=1) for part in pixels.split(50)]).mean(dim=0)
-        found[name] = max(positions, key=lambda one: float(shares[positions[one]]))
-    return found
+        scores = torch.cat([phi.logits(to_signed(part)) for part in pixels.split(50)]).log_softmax(dim=1).mean(dim=0)
+        rows.append(scores[[names.index(name) for name in there]].cpu())
+    return dict(zip(classes, assigned(torch.stack(rows), there), strict=True))
+
+
+def assigned(scores: Tensor, known: Sequence[str]) -> list[str]:
+    """For each row of ``scores`` [new, known] the name of a column: each column serves equally many rows, but for one, and the
+    sum of the scores is as high as that allows."""
+    copies = -(-len(scores) // len(known))
+    _, columns = linear_sum_assignment(scores.repeat(1, copies).numpy(), maximize=True)
+    return [known[column % len(known)] for column in columns]

@@ -149,7 +149,9 @@ class Finetuner:
         if config.compile:
             for block in generator.repeated(model):
                 block.compile(dynamic=False)
-        optimizer = torch.optim.AdamW([p for _, p in self.trained], lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            _groups(self.trained, generator.table, config), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
         self.engine = build_engine(model, optimizer, self.trained, config, world)
 
     def draw(self, images: CleanImages, index: Tensor, rng: Generator) -> Batch:
@@ -230,6 +232,15 @@ class Finetuner:
             raise Diverged(f"the adapter has values that are not finite ('{bad}'); lower finetune.lr")
         # A single entry, since the order of several entries would differ from file to file.
         return save(tensors, metadata={"adapter": json.dumps({"config": canonical(self.config), **about})})
+
+
+def _groups(trained: Trained, table: str, config: FinetuneConfig) -> list[dict[str, Any]]:
+    """The trained parameters as groups of the optimizer: one, or two if the table of labels has its own learning rate."""
+    if config.table_lr == 1 or table not in dict(trained):
+        return [{"params": [parameter for _, parameter in trained]}]
+    others = [parameter for name, parameter in trained if name != table]
+    own = {"params": [dict(trained)[table]], "lr": config.lr * config.table_lr}
+    return [own, *([{"params": others}] if others else [])]
 
 
 def finetune_flops(generator: PretrainedGenerator, config: FinetuneConfig) -> float:

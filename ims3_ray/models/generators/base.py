@@ -84,6 +84,11 @@ class Generator(Component, ABC):
         """Prepare ``network`` for fine-tuning of its ``parameters`` (``difffit`` or ``all``): freeze all others, and return the
         names of the trained ones."""
 
+    @property
+    def table(self) -> str:
+        """Name of the parameter of the network that holds the conditions of the classes; empty if there is none."""
+        return ""
+
     @abstractmethod
     def merge(self, network: nn.Module, adapter: Mapping[str, Tensor]) -> None:
         """Load fine-tuned parameters into a plain ``network``, which then computes the fine-tuned function."""

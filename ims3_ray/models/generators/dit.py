@@ -94,6 +94,10 @@ class DiTGenerator(Generator):
             return add_difffit(cast(DiT, network), scaled_blocks)
         return [name for name, _ in network.requires_grad_().named_parameters()]
 
+    @property
+    def table(self) -> str:
+        return "y_embedder.embedding_table.weight"
+
     def merge(self, network: nn.Module, adapter: Mapping[str, Tensor]) -> None:
         merge_adapter(cast(DiT, network), dict(adapter))
 
