@@ -146,6 +146,7 @@ def measure(config: BenchmarkConfig, name: str) -> dict[str, Any]:
     from ims3_ray.data.transforms import to_pil
     from ims3_ray.io.parquet import encode_png
     from ims3_ray.models.autoencoder import autoencoder_path
+    from ims3_ray.models.encoder import load_encoder
     from ims3_ray.stages.candidates import Candidates
     from ims3_ray.stages.embed import Features
 
@@ -158,7 +159,7 @@ def measure(config: BenchmarkConfig, name: str) -> dict[str, Any]:
         flops = flops_of(config, case, folder)
         vae = autoencoder_path(str(folder / "vae")) if case.whole else None
         produce = Candidates(sampling, folder / "dit.safetensors", None, vae, 0, device)
-        features = Features(folder / "phi.safetensors", device) if case.whole else None
+        features = Features(load_encoder(folder / "phi.safetensors"), device) if case.whole else None
 
         def one_unit(number: int) -> None:
             produced = produce(f"c0000-u{number:05d}")

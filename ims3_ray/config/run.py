@@ -151,8 +151,8 @@ class RunConfig(WorkConfig):
     """Autoencoder of a generator that works on latents: a diffusers folder or a hub id (`stabilityai/sd-vae-ft-ema`); unset for
     a generator of pixels."""
     encoder: str = "embedded:fashion-mnist-phi"
-    """φ, the frozen feature encoder: `embedded:NAME`, a file, a folder as timm saves it or a hub id
-    (`timm/resnet18.tv_in1k`)."""
+    """φ, the frozen feature encoder: `embedded:NAME`, a file, a folder as timm saves it, a hub id (`timm/resnet18.tv_in1k`), or
+    `teacher`, the classifier of evaluation.teacher, which is trained on the real images if it names no weights."""
     adopt: AdoptConfig | None = None
     """How the generator is taught the classes of the data that it does not know, before it is used; when unset, such classes
     are refused."""

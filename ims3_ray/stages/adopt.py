@@ -26,6 +26,7 @@ from ims3_ray.io.storage import Storage, as_json
 from ims3_ray.models.encoder import encoder_path, known_classes, load_encoder
 from ims3_ray.models.generator import open_generator
 from ims3_ray.stages.adapters import Pretrained, group_unit
+from ims3_ray.stages.embed import TEACHER
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.latents import EncodeLatents
 from ims3_ray.stages.tuning import PLACES_AND_SPEED, Tuning, finetune_groups
@@ -129,7 +130,7 @@ def adopted_classes(planner: Planner, config: RunConfig) -> dict[str, Stage]:
 
 def _check_known(encoder: str, known: Sequence[str]) -> None:
     """Raises :class:`UserError` if φ names none of the generator's classes."""
-    if not set(known) & set(known_classes(encoder_path(encoder))):
+    if encoder == TEACHER or not set(known) & set(known_classes(encoder_path(encoder))):
         raise UserError(
             f"encoder '{encoder}' names none of the classes that the generator knows, so the nearest cannot be found; set "
             "adopt.like=null, or name a known class for each new one (adopt.like={new: known})"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +16,12 @@ from ims3_ray.engine.images import Derive, Derived, Produced, batches
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.pool import DerivedStage, ImagePool
 from ims3_ray.engine.shards import pack_tensors, parse_unit
-from ims3_ray.engine.stage import Context
+from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.engine.weights import Weights
+from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import (
+    Encoder,
     EncoderConfig,
     class_positions,
     embedding_cost,
@@ -30,6 +31,44 @@ from ims3_ray.models.encoder import (
 )
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.recognition import Recognition
+from ims3_ray.stages.teacher import plan_teacher, read_teacher, teacher_shape
+
+TEACHER = "teacher"
+"""The ``encoder`` of a config whose φ is the teacher."""
+
+
+@dataclass(frozen=True)
+class Phi:
+    """What the plan knows of φ."""
+
+    shape: EncoderConfig
+    params: Mapping[str, Any]
+    """What the key of an embedding holds of φ."""
+    positions: Sequence[int] | None
+    """Index of each class in φ's own classifier; None if it does not know them."""
+    weights: Mapping[str, Weights] = field(default_factory=dict)
+    inputs: Mapping[str, Stage] = field(default_factory=dict)
+    """The stage that trains φ, as ``phi``; empty for given weights."""
+
+    @classmethod
+    def of_weights(cls, planner: Planner, config: RunConfig, asked_by: str) -> Phi:
+        """φ with the weights that the config names. Raises the error of :meth:`Embed.plan`."""
+        models, names = planner.models(config), planner.classes.names
+        weights, path, positions = models.encoder_weights, encoder_path(config.encoder), None
+        if asked_by or set(names) <= set(known_classes(path)):
+            positions = class_positions(path, names, asked_by)
+        params = {"phi": weights.digest, "shape": differing(models.encoder)}
+        return cls(models.encoder, params, positions, {"encoder": weights})
+
+    @classmethod
+    def of_teacher(cls, planner: Planner) -> Phi:
+        """φ is the teacher, which knows the classes."""
+        teacher, shape, names = plan_teacher(planner), teacher_shape(planner), planner.classes.names
+        if stage := teacher.inputs.get("teacher"):
+            return cls(shape, {}, range(len(names)), inputs={"phi": stage})
+        positions = class_positions(encoder_path(planner.work.evaluation.teacher.weights or ""), names, "encoder: teacher")
+        params = {"phi": teacher.params["teacher"], "shape": differing(shape)}
+        return cls(shape, params, positions, {"encoder": teacher.weights["teacher"]})
 
 
 @dataclass(eq=False)
@@ -49,22 +88,20 @@ class Embed(DerivedStage):
 
         Raises :class:`UserError` if it does not know them but ``asked_by`` names what needs the scores.
         """
-        models = planner.models(config)
-        shape, weights, path = models.encoder, models.encoder_weights, encoder_path(config.encoder)
-        params: dict[str, Any] = {"phi": weights.digest, "shape": differing(shape)}
-        if asked_by or set(planner.classes.names) <= set(known_classes(path)):
-            positions = class_positions(path, planner.classes.names, asked_by)
-            params["heads"] = {str(label): position for label, position in zip(images.labels, positions, strict=True)}
+        phi = Phi.of_teacher(planner) if config.encoder == TEACHER else Phi.of_weights(planner, config, asked_by)
+        params = dict(phi.params)
+        if phi.positions is not None:
+            params["heads"] = {str(label): position for label, position in zip(images.labels, phi.positions, strict=True)}
         real = None
         if images.sampled:
             real = cls.plan(planner, Encode.plan(planner, "train", config.data), config)
         by = "" if config.encoder == getattr(planner.work, "encoder", config.encoder) else f" by {config.encoder}"
-        flops, dim = embedding_cost(shape.model_dump_json(), config.data.size)
+        flops, dim = embedding_cost(phi.shape.model_dump_json(), config.data.size)
         return planner.add(
             cls(
-                f"embed {images.described}{by}", params, {"images": images}, units=images.units, images=images.images,
-                flops=images.images * flops, label=images.label, weights={"encoder": weights}, stored=images.images * 4.0 * dim,
-                config=config, real=real, names=planner.classes.names,
+                f"embed {images.described}{by}", params, {"images": images, **phi.inputs}, units=images.units,
+                images=images.images, flops=images.images * flops, label=images.label, weights=phi.weights,
+                stored=images.images * 4.0 * dim, config=config, real=real, names=planner.classes.names,
             )
         )  # fmt: skip
 
@@ -87,7 +124,9 @@ class Embed(DerivedStage):
         self.widen(self.source.units)
 
     def derive(self, storage: Storage) -> Callable[[str], Derive]:
-        return partial(_features, self.weights["encoder"], self.params.get("heads"))
+        trained = self.inputs.get("phi")
+        phi = trained.artifact(storage) if trained is not None else self.weights["encoder"]
+        return partial(_features, phi, self.params.get("heads"))
 
 
 class Features:
@@ -99,8 +138,8 @@ class Features:
 
     batch = 250
 
-    def __init__(self, weights: Path, device: str, heads: Mapping[str, int] | None = None) -> None:
-        self.encoder, self.device, self.heads = load_encoder(weights).to(device), device, heads
+    def __init__(self, encoder: Encoder, device: str, heads: Mapping[str, int] | None = None) -> None:
+        self.encoder, self.device, self.heads = encoder.to(device), device, heads
         """``heads``: label of a unit's class, as text → index of that class in φ's classifier."""
 
     @torch.inference_mode()
@@ -132,5 +171,6 @@ class Features:
         return [seen for part in pixels.split(self.batch) for seen in self._look(part)]
 
 
-def _features(weights: Weights, heads: Mapping[str, int] | None, device: str) -> Features:
-    return Features(weights.path(), device, heads)
+def _features(phi: Weights | Artifact, heads: Mapping[str, int] | None, device: str) -> Features:
+    encoder = read_teacher(phi) if isinstance(phi, Artifact) else load_encoder(phi.path())
+    return Features(encoder, device, heads)

@@ -20,11 +20,11 @@ from ims3_ray.engine.sets import RealSplit
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
-from ims3_ray.models.encoder import EncoderConfig, embedding_cost, encoder_config, encoder_path
+from ims3_ray.models.encoder import embedding_cost
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.select import Select
 from ims3_ray.stages.statistics import Statistics, read_statistics
-from ims3_ray.stages.teacher import load_teacher, plan_teacher, shape_in_training, teacher_of
+from ims3_ray.stages.teacher import load_teacher, plan_teacher, teacher_of, teacher_shape
 from ims3_ray.synthesis.base import Costs, Need
 
 
@@ -73,14 +73,6 @@ def costs_of(planner: Planner, config: RunConfig, needed: Needed) -> Costs:
     data, teacher = config.data, teacher_shape(planner) if "teacher" in needed.forward else None
     k = config.selection.images_per_class
     return Costs(needed.forward, planner.classes.counts, k, data.size, data.channels, teacher)
-
-
-def teacher_shape(planner: Planner) -> EncoderConfig:
-    """Architecture of the teacher."""
-    teacher, channels, classes = planner.work.evaluation.teacher, planner.work.data.channels, len(planner.classes.names)
-    if teacher.weights is not None:
-        return encoder_config(encoder_path(teacher.weights))
-    return shape_in_training(teacher.training, channels, classes)
 
 
 def teacher_flops(planner: Planner, size: int) -> float:

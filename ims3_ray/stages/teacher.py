@@ -119,6 +119,14 @@ def plan_teacher(planner: Planner) -> TeacherInput:
     return TeacherInput(weights={"teacher": weights}, params={"teacher": weights.digest})
 
 
+def teacher_shape(planner: Planner) -> EncoderConfig:
+    """Architecture of the teacher; if it has to be trained, without its mean and standard deviation."""
+    teacher, channels, classes = planner.work.evaluation.teacher, planner.work.data.channels, len(planner.classes.names)
+    if teacher.weights is not None:
+        return encoder_config(encoder_path(teacher.weights))
+    return shape_in_training(teacher.training, channels, classes)
+
+
 def teacher_of(stage: Stage, context: Context) -> Weights | Artifact:
     """The teacher of a stage that was planned with :func:`plan_teacher`, as :func:`load_teacher` takes it."""
     return stage.inputs["teacher"].artifact(context.storage) if "teacher" in stage.inputs else stage.weights["teacher"]

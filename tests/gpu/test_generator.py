@@ -20,6 +20,7 @@ from ims3_ray.engine.worker import Derivation, UnitWorker, Work
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.dit import DiT, DiTConfig
+from ims3_ray.models.encoder import load_encoder
 from ims3_ray.models.generator import load_generator
 from ims3_ray.stages.candidates import Candidates
 from ims3_ray.stages.embed import Features
@@ -95,7 +96,7 @@ def test_the_pools_worker_stores_and_notes_what_the_cpu_would(tiny_world: Path, 
     for place, own in (("cpu", "cpu"), ("gpu", device)):
         storage = Storage.at(str(tmp_path / place))
         images, embedded = Artifact(storage, "generate", "k"), Artifact(storage, "embed", "k")
-        derived = Derivation(lambda on: Features(tiny_world / "phi.safetensors", on), embedded)
+        derived = Derivation(lambda on: Features(load_encoder(tiny_world / "phi.safetensors"), on), embedded)
         work = Work(lambda on: candidates(tiny_world, on), ImageStore(images, "png"), (derived,), images)
         worker = UnitWorker([work], 1, 2, lambda own=own: own)  # type: ignore[misc]
         row: Any = {"task": [0], "unit": ["c0002-u00000"]}
@@ -138,7 +139,7 @@ def test_where_memory_does_not_suffice_a_unit_is_made_in_halves(tiny_world: Path
 def test_where_memory_does_not_suffice_features_are_computed_in_parts(tiny_world: Path, little_memory: Any, device: str):
     size = 32768
     produced = Produced(torch.randint(256, (size, 1, 8, 8), dtype=torch.uint8, device=device), [""] * size)
-    features = Features(tiny_world / "phi.safetensors", device)
+    features = Features(load_encoder(tiny_world / "phi.safetensors"), device)
     features.batch = size
     torch.cuda.reset_peak_memory_stats()
     whole = load(features("c0000-u00000", produced).data)["features"]

@@ -118,7 +118,7 @@ def test_a_shard_gives_back_what_was_put(form: str, channels: int, tmp_path: Pat
 
 
 def test_features_that_are_not_finite_name_the_image(tiny_world: Path):
-    features = Features(tiny_world / "phi.safetensors", "cpu")
+    features = Features(load_encoder(tiny_world / "phi.safetensors"), "cpu")
     produced = candidates(tiny_world)("c0001-u00002")
     whole = load(features("c0001-u00002", produced).data)["features"]
 
@@ -137,7 +137,7 @@ def test_features_that_are_not_finite_name_the_image(tiny_world: Path):
 
 def test_what_the_classifier_says_lies_beside_the_features(tiny_world: Path):
     produced = candidates(tiny_world)("c0001-u00000")
-    found = load(Features(tiny_world / "phi.safetensors", "cpu", {"1": 2})("c0001-u00000", produced).data)
+    found = load(Features(load_encoder(tiny_world / "phi.safetensors"), "cpu", {"1": 2})("c0001-u00000", produced).data)
     with torch.inference_mode():
         logits = load_encoder(tiny_world / "phi.safetensors").logits(produced.pixels.float() / 127.5 - 1)
     torch.testing.assert_close(found["log_probability"], logits.log_softmax(dim=1)[:, 2])
@@ -168,7 +168,7 @@ def test_a_compiled_generator_draws_the_same(tiny_world: Path, monkeypatch: pyte
 
 def test_features_are_the_same_where_memory_holds_fewer_images_at_a_time(tiny_world: Path):
     produced = candidates(tiny_world)("c0001-u00002")
-    features = Features(tiny_world / "phi.safetensors", "cpu")
+    features = Features(load_encoder(tiny_world / "phi.safetensors"), "cpu")
     whole, look = load(features("c0001-u00002", produced).data)["features"], features.encoder.look
 
     def small(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
