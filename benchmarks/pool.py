@@ -147,6 +147,7 @@ def measure(config: BenchmarkConfig, name: str) -> dict[str, Any]:
     from ims3_ray.io.parquet import encode_png
     from ims3_ray.models.autoencoder import autoencoder_path
     from ims3_ray.models.encoder import load_encoder
+    from ims3_ray.stages.adapters import Pretrained
     from ims3_ray.stages.candidates import Candidates
     from ims3_ray.stages.embed import Features
 
@@ -158,7 +159,7 @@ def measure(config: BenchmarkConfig, name: str) -> dict[str, Any]:
         write_models(config, case, folder)
         flops = flops_of(config, case, folder)
         vae = autoencoder_path(str(folder / "vae")) if case.whole else None
-        produce = Candidates(sampling, folder / "dit.safetensors", None, vae, 0, device)
+        produce = Candidates(sampling, Pretrained.of_file(folder / "dit.safetensors"), None, vae, 0, device)
         features = Features(load_encoder(folder / "phi.safetensors"), device) if case.whole else None
 
         def one_unit(number: int) -> None:
@@ -201,6 +202,7 @@ def measure_pool(config: BenchmarkConfig, name: str) -> dict[str, Any]:
     from ims3_ray.models.autoencoder import autoencoder_path
     from ims3_ray.models.encoder import encoder_path
     from ims3_ray.models.generator import generator_path
+    from ims3_ray.stages.adapters import Pretrained
     from ims3_ray.stages.candidates import candidates_of
     from ims3_ray.stages.embed import Embed
 
@@ -217,7 +219,8 @@ def measure_pool(config: BenchmarkConfig, name: str) -> dict[str, Any]:
         storage = Storage.at(str(folder / "storage"))
         images, embedded = Artifact(storage, "generate", "benchmark"), Artifact(storage, "embed", "benchmark")
         features = Derivation(Embed("embed", {}, weights=weights).derive(storage), embedded)
-        work = Work(candidates_of(sampling, weights, None, 0), ImageStore(images, "png"), (features,), images)
+        produce = candidates_of(sampling, Pretrained(weights["generator"]), weights["autoencoder"], None, 0)
+        work = Work(produce, ImageStore(images, "png"), (features,), images)
         actors = ActorsConfig(count=config.actors, gpus=1 if GPU else 0)
         needed = {"GPU": float(config.actors)} if GPU else {"CPU": float(config.actors)}
         with connected(ClusterConfig(), needed):

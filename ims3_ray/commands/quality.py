@@ -14,9 +14,7 @@ from ims3_ray.config import DataConfig, PretrainConfig
 from ims3_ray.data.transforms import to_signed
 from ims3_ray.engine.inputs import decoded_split
 from ims3_ray.engine.shards import units_of
-from ims3_ray.engine.weights import Weights
 from ims3_ray.models.encoder import load_encoder
-from ims3_ray.models.generator import generator_path
 from ims3_ray.stages.adapters import Pretrained
 from ims3_ray.stages.candidates import Candidates
 from ims3_ray.training.accuracy import Labelled, accuracy_of
@@ -64,7 +62,7 @@ def judge_generator(config: PretrainConfig, weights: Path, splits: Splits, devic
     were generated. If the config wants no judge, there are only samples."""
     q, (train, test, names) = config.quality, splits[:3]
     torch.set_num_threads(q.threads)
-    produce = Candidates(q.sampling, Pretrained(Weights.of(generator_path, str(weights))), None, None, config.seed, device)
+    produce = Candidates(q.sampling, Pretrained.of_file(weights), None, None, config.seed, device)
     count = q.images_per_class if q.judge is not None else SHOWN
     units = [units_of(label, count, q.sampling.unit_size) for label in range(len(names))]
     samples = [torch.cat([produce(unit).pixels.cpu() for unit in of_class])[:count] for of_class in units]

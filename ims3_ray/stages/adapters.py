@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import Damaged
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage
-from ims3_ray.models.generator import open_generator
+from ims3_ray.models.generator import generator_path, open_generator
 from ims3_ray.models.generators.base import Generator
 
 
@@ -86,6 +87,11 @@ class Pretrained:
     """What the generator has learnt of them; None while it learns."""
     like: Mapping[str, str] | None = None
     """Added class → known class from which it starts to learn."""
+
+    @classmethod
+    def of_file(cls, path: Path) -> Pretrained:
+        """The generator of a weights file alone."""
+        return cls(Weights.of(generator_path, str(path)))
 
     @classmethod
     def of(cls, stage: Stage, storage: Storage) -> Pretrained:

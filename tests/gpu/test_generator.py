@@ -22,6 +22,7 @@ from ims3_ray.io.storage import Storage
 from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.models.generator import load_generator
+from ims3_ray.stages.adapters import Pretrained
 from ims3_ray.stages.candidates import Candidates
 from ims3_ray.stages.embed import Features
 from ims3_ray.training.generator import GeneratorTrainer
@@ -80,7 +81,7 @@ def test_compiled_blocks_compute_the_same(model: DiT, device: str):
 
 def candidates(world: Path, device: str, autoencoder: Path | None = None, **changes: Any) -> Candidates:
     sampling = SamplingConfig.model_validate({"steps": 4, "unit_size": 8, "clip": autoencoder is None, **changes})
-    return Candidates(sampling, world / "dit.safetensors", None, autoencoder, 0, device)
+    return Candidates(sampling, Pretrained.of_file(world / "dit.safetensors"), None, autoencoder, 0, device)
 
 
 def test_a_unit_of_candidates_is_that_of_the_cpu_and_done_again_the_same_to_the_byte(tiny_world: Path, device: str):

@@ -23,7 +23,7 @@ from ims3_ray.models.difffit import merge_adapter
 from ims3_ray.models.generator import load_generator, open_generator
 from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.stages import finetune, finetune_worker
-from ims3_ray.stages.adapters import Adapters, GroupModels
+from ims3_ray.stages.adapters import Adapters, GroupModels, Pretrained
 from ims3_ray.stages.finetune import Finetune
 from ims3_ray.stages.zero import ZeroEngine
 from ims3_ray.training.finetuning import BuildEngine, Finetuner, TorchEngine
@@ -184,7 +184,7 @@ def test_class_groups_are_tuned_apart_and_each_class_is_sampled_with_its_own(
     assert [len(adapters.losses(group)) for group in (0, 1)] == [4, 2]
     table = "y_embedder.embedding_table.weight"
     before = load_generator(tiny_world / "dit.safetensors").state_dict()[table]
-    models = GroupModels(tiny_world / "dit.safetensors", adapters, "cpu")
+    models = GroupModels(Pretrained.of_file(tiny_world / "dit.safetensors"), adapters, "cpu")
     for label, trained in ((0, {0, 1}), (2, {2})):
         changed = (models.of_class(label).state_dict()[table] != before).any(dim=1)
         assert trained <= set(changed.nonzero().flatten().tolist()) <= trained | {3}  # 3: no class

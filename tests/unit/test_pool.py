@@ -20,6 +20,7 @@ from ims3_ray.io.storage import Storage
 from ims3_ray.models.dit import DiT
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.models.generator import load_generator
+from ims3_ray.stages.adapters import Pretrained
 from ims3_ray.stages.candidates import Candidates
 from ims3_ray.stages.embed import Features
 from tests.conftest import write_latent_world
@@ -27,7 +28,7 @@ from tests.conftest import write_latent_world
 
 def candidates(world: Path, autoencoder: Path | None = None, **changes: Any) -> Candidates:
     sampling = SamplingConfig.model_validate({"steps": 4, "unit_size": 6, "clip": autoencoder is None, **changes})
-    return Candidates(sampling, world / "dit.safetensors", None, autoencoder, 0, "cpu")
+    return Candidates(sampling, Pretrained.of_file(world / "dit.safetensors"), None, autoencoder, 0, "cpu")
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++2m"])
