@@ -54,7 +54,10 @@ def test_a_generator_is_taught_a_class_and_the_run_goes_on_with_it(world: Path, 
     like = json.loads(Path(storage.address(adopt.artifact(storage).folder), "shards", "like.json").read_text())
     assert set(like) == {"middle"}
     start = known[CLASSES.index(like["middle"])]
-    assert 0 < (adapter[TABLE][3] - start).abs().max() < 4 * 2e-3, "Adam moves a value by at most the learning rate a step"
+    moved = (adapter[TABLE][3] - start).abs().max()
+    assert 0 < moved < 4 * 1.1 * 1e-3 * 10, (
+        "Adam moves a value by about the learning rate a step at most, ten times that of others"
+    )
 
     pretrained = Pretrained.of(pools[0], storage)
     generator = pretrained.open()

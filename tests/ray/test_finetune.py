@@ -20,9 +20,10 @@ from ims3_ray.config import FinetuneConfig
 from ims3_ray.data.batches import batch_indices
 from ims3_ray.engine import train
 from ims3_ray.models.difffit import merge_adapter
-from ims3_ray.models.generator import load_generator, open_generator
+from ims3_ray.models.generator import load_generator
 from ims3_ray.seeds import generator_for, seed_for
-from ims3_ray.stages import finetune, finetune_worker
+from ims3_ray.stages import finetune_worker
+from ims3_ray.stages import tuning as running
 from ims3_ray.stages.adapters import Adapters, GroupModels, Pretrained
 from ims3_ray.stages.finetune import Finetune
 from ims3_ray.stages.zero import ZeroEngine
@@ -87,9 +88,10 @@ def _steps(
     config = FinetuneConfig.model_validate({**arguments["config"], "zero_stage": stage, **settings})
     context = ray.train.get_context()
     images = finetune_worker.read_images(arguments["images"], None, arguments["classes"], config.flip)
-    generator = open_generator(arguments["weights"].path())
+    pretrained = arguments["pretrained"]
+    generator = pretrained.open()
     tuner = Finetuner(
-        generator.load(), generator, config, "cpu", context.get_world_rank(), context.get_world_size(), build_engine
+        pretrained.load(generator), generator, config, "cpu", context.get_world_rank(), context.get_world_size(), build_engine
     )
     if start is not None:
         tuner.load(start)
@@ -122,7 +124,7 @@ def test_however_it_is_spread_and_stored_the_same_is_learnt(tiny_world: Path, tm
             encoded,
             finetune={"checkpoint_every": 100, "trainer": {"num_workers": workers}},
         )
-        (group,) = finetune.groups_of(context, stages["finetune", ""])
+        (group,) = running.groups_of(context, stages["finetune", ""])
         arguments = {**group.arguments, "checkpoints": tmp_path / "checkpoints"}
         place = str(tmp_path / str(workers))
         outcomes[workers] = train.fit(every_variant, arguments, context.config.finetune.trainer, "train", place)
@@ -167,7 +169,7 @@ def test_class_groups_are_tuned_apart_and_each_class_is_sampled_with_its_own(
 ):
     asked: list[list[dict[str, float]]] = []
     room = iter([1, 2, 2, 2])  # for one group, then for both
-    monkeypatch.setattr(finetune, "holds", lambda bundle, labels: next(room, 2))
+    monkeypatch.setattr(running, "holds", lambda bundle, labels: next(room, 2))
     ask, let_go = Request.ask, Request.let_go
     monkeypatch.setattr(Request, "ask", lambda self, bundles: (asked.append(list(bundles)), ask(self, bundles)))
     monkeypatch.setattr(Request, "let_go", lambda self: (asked.append([]), let_go(self)))

@@ -42,7 +42,7 @@ def small(world: Path) -> list[str]:
         "selection.images_per_class=1", "selection.groups=2", "sampling.unit_size=2", "sampling.steps=2",
         "instability={images: 1, steps: 1, lanczos_steps: 1}", "evaluation.seeds=[0]",
         "evaluation.protocols.paper={students: [convnet-6], width: 2, epochs: 1, validations: 1}", "evaluation.val_per_class=1",
-        "arms.random_real=null", "arms.dit=null", "arms.dit_s3=null",
+        "quality.stop_below=0", "arms.random_real=null", "arms.dit=null", "arms.dit_s3=null",
         "arms.ims3_released.overrides.finetune.objectives.diffusion.variance=true",
         "arms.ims3_released.overrides.finetune.steps=6", "arms.ims3_released.overrides.finetune.epochs=null",
     ]  # fmt: skip
