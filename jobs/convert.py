@@ -3,10 +3,12 @@
 python jobs/convert.py generator=DiT-XL-2-256x256.pt out=dit-xl-2-256.safetensors
 python jobs/convert.py generator=facebook/DiT-XL-2-256 out=DiT-XL-2-256.pt
 python jobs/convert.py generator=dit.safetensors adapter=adapter.safetensors out=fine-tuned-pipeline
+python jobs/convert.py generator=dit.safetensors 'adapter=[adopted.safetensors, fine-tuned.safetensors]' out=dit-own.safetensors
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -16,8 +18,7 @@ from ims3_ray.cli import main
 from ims3_ray.config import Section
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place
-from ims3_ray.models.checkpoints import weights_path
-from ims3_ray.models.difffit import merge_adapter
+from ims3_ray.models.checkpoints import read_metadata, weights_path
 from ims3_ray.models.dit_files import open_dit, with_classes, write_dit
 from ims3_ray.models.generator import generator_path
 from ims3_ray.models.generators.dit import DiTGenerator
@@ -26,12 +27,18 @@ from ims3_ray.models.generators.dit import DiTGenerator
 class ConvertConfig(Section):
     generator: str = "embedded:fashion-mnist-dit"
     """The generator to convert: a file, a diffusers folder or a hub id."""
-    adapter: str | None = None
-    """Adapter to merge into the weights: `adapter-0.safetensors` of a fine-tuning."""
+    adapter: str | tuple[str, ...] = ()
+    """Adapter to merge into the weights: `adapter-0.safetensors` of a fine-tuning. Of several, each is merged over those before
+    it; that of adopted classes comes first, and its classes become classes of the generator."""
     classes: str | None = None
     """Text file with one class name per line, in the order of the labels, for weights without class names."""
     out: str = "generator.safetensors"
     """Output: `*.safetensors`, `*.pt`, or a folder that is created in diffusers' layout."""
+
+
+def _added(adapter: Path) -> tuple[str, ...]:
+    """Names of the classes that an adapter adds to the generator."""
+    return tuple(json.loads(read_metadata(adapter).get("adapter", "{}")).get("added", ()))
 
 
 def run(config: ConvertConfig) -> None:
@@ -43,9 +50,14 @@ def run(config: ConvertConfig) -> None:
         if not (listed := Path(config.classes)).is_file():
             raise UserError(f"classes='{listed}' does not exist")
         file = with_classes(file, tuple(Place.at(str(listed)).lines()))
-    classes, model = file.classes, DiTGenerator(file).load()
-    if config.adapter is not None:
-        merge_adapter(model, load_file(weights_path(config.adapter)))
+    adapters = [weights_path(each) for each in ((config.adapter,) if isinstance(config.adapter, str) else config.adapter)]
+    generator = DiTGenerator(file)
+    if added := next((names for names in map(_added, adapters) if names), ()):
+        generator = generator.adopting(added)
+    network = generator.load()
+    for adapter in adapters:
+        generator.merge(network, load_file(adapter))
+    model, classes = generator.with_its_classes(network), (*file.classes, *added)
     write_dit(model, classes, out)
     print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(classes)} class names")
 

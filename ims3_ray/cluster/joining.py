@@ -89,6 +89,11 @@ def connected(config: ClusterConfig, needed: dict[str, float] | None = None) -> 
             ray.shutdown()
 
 
+def local_cpus() -> int:
+    """Number of logical CPUs of a cluster that a job starts on its own machine."""
+    return max(LOCAL_CPUS, os.cpu_count() or 1)
+
+
 def _start(address: str | None) -> None:
     """Join the cluster at ``address``, or start one that listens on 127.0.0.1 alone."""
     if address:
@@ -99,7 +104,7 @@ def _start(address: str | None) -> None:
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     # The dashboard serves Ray Train's state queries. Without it they go to any process that listens on the default port,
     # and the answer of another cluster on the machine ("no such controller") makes Ray Train remove its own workers.
-    local = {} if address else {"num_cpus": max(LOCAL_CPUS, os.cpu_count() or 1), "include_dashboard": True}
+    local = {} if address else {"num_cpus": local_cpus(), "include_dashboard": True}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     listening: AbstractContextManager[dict[str, Any]] = nullcontext({}) if address else loopback_only()
     with listening as more, only_fatal_messages():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from ims3_ray.commands.checks import refusals
 from ims3_ray.commands.distill import compare, distill, evaluate
 from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, SweepConfig
 from ims3_ray.plan import make_comparison, make_evaluation, make_plan, make_sweep
 from ims3_ray.plan.estimate import describe
+from ims3_ray.plan.expected import with_expected_weights
 from ims3_ray.report.terminal import print_comparison, print_result, print_sweep
 
 
@@ -14,7 +16,9 @@ def run_distill(config: RunConfig) -> None:
 
 
 def plan_distill(config: RunConfig) -> str:
-    return describe(make_plan(config))
+    with with_expected_weights(config) as (complete, notes):
+        plan = make_plan(complete)
+        return "\n".join([describe(plan), *notes, *refusals(config, plan.needed())])
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
@@ -22,7 +26,8 @@ def run_evaluate(config: EvaluateConfig) -> None:
 
 
 def plan_evaluate(config: EvaluateConfig) -> str:
-    return describe(make_evaluation(config))
+    plan = make_evaluation(config)
+    return "\n".join([describe(plan), *refusals(config, plan.needed())])
 
 
 def run_compare(config: CompareConfig) -> None:
@@ -30,7 +35,9 @@ def run_compare(config: CompareConfig) -> None:
 
 
 def plan_compare(config: CompareConfig) -> str:
-    return describe(make_comparison(config))
+    with with_expected_weights(config) as (complete, notes):
+        plan = make_comparison(complete)
+        return "\n".join([describe(plan), *notes, *refusals(config, plan.needed())])
 
 
 def run_sweep(config: SweepConfig) -> None:
@@ -41,8 +48,11 @@ def run_sweep(config: SweepConfig) -> None:
 
 def plan_sweep(config: SweepConfig) -> str:
     from ims3_ray.search.results import describe_sweep
+    from ims3_ray.search.tune import needed
 
-    return describe_sweep(make_sweep(config))
+    with with_expected_weights(config) as (complete, notes):
+        plan = make_sweep(complete)
+        return "\n".join([describe_sweep(plan), *notes, *refusals(config, needed(plan))])
 
 
 def run_pretrain(config: PretrainConfig) -> None:
@@ -52,8 +62,8 @@ def run_pretrain(config: PretrainConfig) -> None:
 
 
 def plan_pretrain(config: PretrainConfig) -> str:
-    from ims3_ray.commands.pretrain import open_pretraining
+    from ims3_ray.commands.pretrain import needed, open_pretraining
     from ims3_ray.plan.pretraining import PretrainingPlan
 
     data, _ = open_pretraining(config)
-    return PretrainingPlan.of(config, data).described
+    return "\n".join([PretrainingPlan.of(config, data).described, *refusals(config, needed(config))])

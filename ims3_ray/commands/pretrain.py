@@ -16,7 +16,7 @@ import yaml
 from ims3_ray.cluster.capacity import wait_for_capacity
 from ims3_ray.cluster.joining import connected, own_device, placed, results
 from ims3_ray.commands.quality import Quality, judge_encoder, judge_generator, splits_of
-from ims3_ray.config import PretrainConfig, canonical
+from ims3_ray.config import PretrainConfig, canonical, reserved
 from ims3_ray.data.contact_sheet import contact_sheet
 from ims3_ray.engine.folder import check_same, completed, stored_config
 from ims3_ray.engine.inputs import Data
@@ -39,10 +39,8 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     data, place = open_pretraining(config)
     place.make_folder(config.name)
-    trainer = config.trainer
-    needed = {"CPU": trainer.num_workers * trainer.cpus_per_worker, "GPU": trainer.num_workers * trainer.gpus_per_worker}
     check_free(place, config.name)
-    with connected(config.cluster, {k: v for k, v in needed.items() if v}), working_on(place, config.name):
+    with connected(config.cluster, needed(config)), working_on(place, config.name):
         described = check_pretraining(config, data.fingerprints, place)  # another process may have begun another one meanwhile
         place.write(f"{config.name}/config.yaml", yaml.safe_dump(described, sort_keys=False).encode())
         tracker = Tracker(config, place)
@@ -53,6 +51,12 @@ def pretrain(config: PretrainConfig) -> Path:
             raise
         tracker.finish("FINISHED")
     return path
+
+
+def needed(config: PretrainConfig) -> dict[str, float]:
+    """The resources that a training takes at a time."""
+    trainer = config.trainer
+    return reserved(trainer.num_workers * trainer.cpus_per_worker, trainer.num_workers * trainer.gpus_per_worker)
 
 
 def open_pretraining(config: PretrainConfig) -> tuple[Data, Storage]:

@@ -87,8 +87,9 @@ def imagenet_wnids() -> tuple[str, ...]:
 
 
 def folder_name(class_name: str) -> str:
-    """The class name as a folder name that is valid on every file system."""
-    return re.sub(r"[^\w.-]+", "_", class_name).strip("_.") or "class"
+    """The class name as a folder name that is valid on every file system. Only characters that some file system does not allow
+    are replaced, by ``_``; spaces and dots at the ends are left out."""
+    return re.sub(r'[<>:"/\\|?*\x00-\x1f]+', "_", class_name).strip(" .") or "class"
 
 
 def folder_names(class_names: Sequence[str]) -> list[str]:

@@ -33,7 +33,10 @@ def weights_path(reference: str) -> Path:
     else:
         path = local_copy(reference)
     if not path.is_file():
-        raise UserError(f"weights '{reference}' do not exist; give a weights file or embedded:NAME")
+        raise UserError(
+            f"weights '{reference}' do not exist; give a weights file or embedded:NAME, or make them with jobs/pretrain.py "
+            "(docs/own-images.md)"
+        )
     return path
 
 

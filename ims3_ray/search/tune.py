@@ -57,9 +57,8 @@ def sweep(config: SweepConfig | None = None) -> RunResult:
     print(describe_sweep(plan), flush=True)
     if (trials := trials_there(plan, storage)) is None:
         warn_if_lost_with_job(config)
-        needed = {kind: value * (config.search.concurrent or 1) for kind, value in needs(plan).items()}
         check_free(storage, config.name)
-        with connected(config.cluster, needed), working_on(storage, config.name):
+        with connected(config.cluster, needed(plan)), working_on(storage, config.name):
             _run(plan, storage, None)
     elif not _is_told(config, storage):
         with working_on(storage, config.name):
@@ -78,6 +77,11 @@ def needs(plan: SweepPlan) -> dict[str, float]:
     """The largest amount of each resource that a trial takes at a time."""
     stages = [*plan.stages, *(stage for trial in plan.trials for stage in trial.stages)]
     return Plan(plan.config, plan.classes, stages).needed()
+
+
+def needed(plan: SweepPlan) -> dict[str, float]:
+    """The largest amount of each resource that the search takes at a time, with as many trials as the config asks for."""
+    return {kind: value * (plan.config.search.concurrent or 1) for kind, value in needs(plan).items()}
 
 
 def trials_there(plan: SweepPlan, storage: Storage) -> list[Tried] | None:

@@ -42,7 +42,7 @@ PARQUET = "train-00000-of-00001.parquet"
 class Export(Stage):
     """Exports a set. The only shard is the file :data:`PARQUET`."""
 
-    name, of_arm = "export", True
+    name, version, of_arm = "export", 2, True
 
     @classmethod
     def plan(cls, planner: Planner, images: Stage, config: RunConfig, label: str) -> Export:

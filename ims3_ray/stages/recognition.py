@@ -62,7 +62,8 @@ class Recognition:
         what = (
             f"{title}: φ recognises {_mean(self.samples):.0%} of the samples and {_mean(self.real):.0%} of real images "
             f"(chance: {1 / len(self.samples):.0%}), so sets of these samples will train worse classifiers than real images "
-            "do; train the generator longer, or use arms without a generator (configs/methods/alone.yaml)"
+            "do; train the generator longer, let a generator of similar images adopt the classes, or use arms without a "
+            "generator (docs/own-images.md)"
         )
         if self.relative < quality.stop_below:
             raise UserError(f"{what}; quality.stop_below={quality.stop_below:g} ends the run here, and with 0 it goes on")

@@ -7,6 +7,6 @@ rest later.
 
 from ims3_ray.tracking.entries import slug
 from ims3_ray.tracking.places import follow_moved_folder, tracking_uri
-from ims3_ray.tracking.tracker import PARENT, Tracker, Untracked
+from ims3_ray.tracking.tracker import PARENT, Tracker, Untracked, check_server
 
-__all__ = ["PARENT", "Tracker", "Untracked", "follow_moved_folder", "slug", "tracking_uri"]
+__all__ = ["PARENT", "Tracker", "Untracked", "check_server", "follow_moved_folder", "slug", "tracking_uri"]

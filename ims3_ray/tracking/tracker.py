@@ -39,6 +39,30 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 """Metric → its (step, value) pairs."""
 
 
+def check_server(config: Tracked, storage: Storage) -> None:
+    """Raises :class:`UserError` if a new run would be refused because the MLflow server does not answer, or because there is
+    no place for MLflow's database."""
+    uri = tracking_uri(config, storage)
+    if not uri.startswith("http") or storage.exists(_note(config)):
+        return
+    os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT.items()})
+    import mlflow
+
+    try:
+        mlflow.MlflowClient(uri).search_experiments(max_results=1)
+    except Exception as error:
+        raise _not_taken(uri, error) from error
+
+
+def _note(config: Tracked) -> str:
+    """Path of the file that holds the id of a run."""
+    return f"{config.name}/mlflow_run_id"
+
+
+def _not_taken(uri: str, error: Exception) -> UserError:
+    return UserError(f"MLflow at '{masked(uri)}' does not take the run ({reason(error)}); check tracking.uri")
+
+
 class Untracked:
     """The interface through which running stages log, without effect: in a sweep, the driver later logs what they have
     stored."""
@@ -70,7 +94,7 @@ class Tracker(Untracked):
         self._logged: dict[str, int] = {}
         """Metric of losses → the last of its steps that MLflow has."""
         self._children: dict[str, tuple[str, str, str]] | None = None
-        self._note = f"{config.name}/mlflow_run_id"
+        self._note = _note(config)
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._warned, self._away, self._leaving = False, False, threading.Event()
         if self.uri.startswith("sqlite"):
@@ -79,9 +103,7 @@ class Tracker(Untracked):
             try:
                 self._begin()
             except Exception as error:
-                raise UserError(
-                    f"MLflow at '{masked(self.uri)}' does not take the run ({reason(error)}); check tracking.uri"
-                ) from error
+                raise _not_taken(self.uri, error) from error
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
         self._thread.start()
 

@@ -44,6 +44,11 @@ def dit_config(training: GeneratorTraining, size: int, channels: int, num_classe
     )  # fmt: skip
 
 
+def packed(network: DiT, class_names: Sequence[str], **about: str) -> bytes:
+    """A DiT as a weights file in half precision; ``about`` is added to its metadata."""
+    return pack(network, canonical(network.config), "dit", torch.float16, classes="\n".join(class_names), **about)
+
+
 class GeneratorTrainer:
     """A DiT in training, its optimizer and the moving average (EMA) that becomes the weights file.
 
@@ -155,8 +160,7 @@ class GeneratorTrainer:
 
     def weights(self, class_names: Sequence[str], **about: str) -> bytes:
         """The moving average as a weights file in half precision; ``about`` is added to its metadata."""
-        model = self._averaged()
-        return pack(model, canonical(model.config), "dit", torch.float16, classes="\n".join(class_names), **about)
+        return packed(self._averaged(), class_names, **about)
 
     def _averaged(self) -> DiT:
         """The model with the moving averages of its parameters, on the CPU, in evaluation mode."""

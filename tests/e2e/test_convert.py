@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from ims3_ray.models.difffit import add_difffit
 from ims3_ray.models.dit_files import open_dit
 from ims3_ray.models.generator import generator_path, load_generator
+from ims3_ray.models.generators.dit import DiTGenerator
 from tests.conftest import CLASSES, adapter_of
 from tests.e2e.conftest import ROOT, environment
 
@@ -51,3 +53,32 @@ def test_names_are_given_to_weights_that_have_none(tiny_world: Path, tmp_path: P
     refused = convert(f"generator={named}", f"classes={tmp_path / 'names.txt'}", f"out={tmp_path / 'no.safetensors'}")
     assert (refused.returncode, refused.stderr) == (2, "error: 2 class names for a generator of 3 classes\n")
     assert not (tmp_path / "no.safetensors").exists()
+
+
+def test_adopted_classes_become_classes_of_the_converted_generator(tiny_world: Path, tmp_path: Path):
+    path = tiny_world / "dit.safetensors"
+    adopting = DiTGenerator(open_dit(path)).adopting(["fourth"], {"fourth": CLASSES[0]})
+    tuned = adopting.load()
+    trained = adopting.choose_trained(tuned, "difffit", 1)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if name in trained:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adopted = {name: parameter.detach() for name, parameter in tuned.named_parameters() if name in trained}
+    metadata = {"adapter": json.dumps({"added": ["fourth"]})}
+    save_file(adopted, tmp_path / "adopted.safetensors", metadata=metadata)
+    bias = {"final_layer.linear.bias": adopted["final_layer.linear.bias"] + 1}
+    save_file(bias, tmp_path / "further.safetensors", metadata=metadata)
+    out = tmp_path / "own.safetensors"
+    both = f"adapter=[{tmp_path / 'adopted.safetensors'}, {tmp_path / 'further.safetensors'}]"
+    done = convert(f"generator={path}", both, f"out={out}")
+    assert done.returncode == 0, done.stderr
+    assert "4 class names" in done.stdout
+    generator = open_dit(out)
+    assert generator.classes == (*CLASSES, "fourth")
+    assert generator.config.null_label == 4
+    z, t = torch.randn(5, 1, 8, 8), torch.tensor([1, 200, 400, 600, 999])
+    with torch.no_grad():
+        tuned.final_layer.linear.bias.add_(1)
+        before = tuned(z, t, torch.tensor([0, 1, 2, 4, 3]))  # the known classes, the added one, and no class
+        torch.testing.assert_close(load_generator(out)(z, t, torch.tensor([0, 1, 2, 3, 4])), before, rtol=1e-4, atol=1e-5)

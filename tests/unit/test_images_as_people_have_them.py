@@ -254,6 +254,18 @@ def test_an_image_beside_the_classes_makes_no_class_of_a_split(tmp_path: Path):
     ]
 
 
+def test_folders_without_images_are_named_and_are_no_classes(tmp_path: Path):
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            write(tmp_path / split / label / f"{split}.png")
+    for name in ("empty", "notes"):
+        (tmp_path / "train" / name).mkdir()
+    (tmp_path / "train" / "notes" / "readme.txt").write_text("none")
+    source = open_source(str(tmp_path), "train")
+    assert source.class_names == ("cat", "dog")
+    assert source.notices == [f"'{tmp_path}/train' holds 2 folders without images (empty, notes), which are not read"]
+
+
 def test_a_single_file_is_no_test_split_of_itself(tmp_path: Path):
     pq.write_table(image_table([(encode_png(GREY), "0", 0), (encode_png(GREY), "1", 1)], ["a", "b"]), tmp_path / "all.parquet")
     with pytest.raises(UserError, match="holds the training images"):

@@ -72,7 +72,16 @@ class FolderSource(Source):
         if not classes:
             return None
         found = concurrently(lambda folder: folder.children(recursive=True), classes)
-        source = cls(place.path, folder, [child.name for child in classes], found)
+        full = [any(is_image(file) for file in files) for files in found]
+        chosen = [number for number, some in enumerate(full) if some or not any(full)]
+        source = cls(place.path, folder, [classes[number].name for number in chosen], [found[number] for number in chosen])
+        if empty := [child.name for child, some in zip(classes, full, strict=True) if not some]:
+            which = f"{len(empty)} folders without images ({', '.join(empty[:5])})" if len(empty) > 1 else ""
+            which = which or f"a folder without images ({empty[0]})"
+            source.notices = [
+                *source.notices,
+                f"'{folder.path}' holds {which}, which {'is' if len(empty) == 1 else 'are'} not read",
+            ]
         if stray := [child.name for child in inside if is_image(child)]:
             which = f"{len(stray)} images beside its classes ('{stray[0]}')"
             source.notices = [*source.notices, f"'{folder.path}' holds {which}, which are not read"]

@@ -58,6 +58,16 @@ class DiTGenerator(Generator):
             network.y_embedder.embedding_table = nn.Embedding.from_pretrained(rows, freeze=False)
         return network.eval()
 
+    def with_its_classes(self, network: nn.Module) -> DiT:
+        """A DiT that computes the same as ``network`` and whose own classes are :attr:`names` followed by the added ones: rows
+        for no class stay at the end of its table."""
+        dit, known, rows = cast(DiT, network), self.config.num_classes, self.config.rows
+        own = DiT(self.config.model_copy(update={"num_classes": known + len(self.added)}))
+        table = dit.y_embedder.embedding_table.weight.data
+        ordered = torch.cat([table[:known], table[rows:], table[known:rows]])
+        own.load_state_dict({**dit.state_dict(), self.table: ordered})
+        return own.eval()
+
     def adopting(self, class_names: Sequence[str], like: Mapping[str, str] | None = None) -> DiTGenerator:
         last = self.config.rows - 1  # the row for no class, if the table has one
         starts = {new: self.labels([known])[0] for new, known in (like or {}).items()}

@@ -1,0 +1,118 @@
+"""Weights that a pretraining will make: plans are made with files of the same shapes before these weights exist."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+
+from ims3_ray.config import DataConfig, PretrainConfig, RunConfig, canonical, load_config
+from ims3_ray.engine.inputs import Data
+from ims3_ray.models.checkpoints import pack
+from ims3_ray.models.dit import DiT
+from ims3_ray.models.encoder import Encoder
+from ims3_ray.stages.teacher import shape_in_training
+from ims3_ray.training.generator import dit_config, packed
+
+Run = TypeVar("Run", bound=RunConfig)
+CONFIGS = Path("configs/pretrain")
+"""Folder with the configs of pretraining."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """A pretraining, and the command that runs it."""
+
+    config: PretrainConfig
+    command: str
+
+    @classmethod
+    def of(cls, reference: str) -> Maker | None:
+        """The pretraining that writes the weights file ``reference``: one that has begun in the file's folder, or one of the
+        configs in :data:`CONFIGS`; None if there is none."""
+        wanted = Path(reference).expanduser().resolve()
+        begun = wanted.parent / "config.yaml"
+        if begun.is_file() and (found := _stored(begun)) is not None and weights_file(found) == wanted:
+            return cls(found, "the command that began it")
+        for file in sorted(CONFIGS.glob("*.yaml")):
+            found = load_config(PretrainConfig, file)
+            if weights_file(found) == wanted:
+                return cls(found, f"python jobs/pretrain.py --config {file}")
+        return None
+
+    def write(self, data: DataConfig, names: tuple[str, ...], file: Path) -> None:
+        """Write untrained weights of the shapes that the pretraining gives for these data."""
+        if self.config.target == "generator":
+            network = DiT(dit_config(self.config.generator, data.size, data.channels, len(names)))
+            file.write_bytes(packed(network, names))
+        else:
+            encoder = Encoder(shape_in_training(self.config.encoder, data.channels, len(names)))
+            plain = canonical(encoder.config)
+            file.write_bytes(pack(encoder, plain, "encoder", torch.float16, classes="\n".join(names)))
+
+
+def weights_file(config: PretrainConfig) -> Path:
+    """The file that a pretraining writes."""
+    return Path(config.storage).expanduser().resolve() / config.name / f"{config.name}.safetensors"
+
+
+def _stored(file: Path) -> PretrainConfig | None:
+    """The config in a pretraining's folder; None for that of another job or another version."""
+    plain = yaml.safe_load(file.read_text("utf-8"))
+    try:
+        return PretrainConfig.model_validate({k: v for k, v in plain.items() if k in PretrainConfig.model_fields})
+    except (AttributeError, ValueError):
+        return None
+
+
+@contextmanager
+def with_expected_weights(config: Run) -> Iterator[tuple[Run, list[str]]]:
+    """``config`` with untrained weights, which last as long as this context, in place of all that do not exist yet and that a
+    known pretraining makes; and a line about each of them."""
+    missing = {reference: maker for reference in _references(config) if (maker := _maker_of_missing(reference))}
+    if not missing:
+        yield config, []
+        return
+    names = Data(config).classes.names
+    with tempfile.TemporaryDirectory() as folder:
+        files: dict[str, str] = {}
+        for number, (reference, maker) in enumerate(missing.items()):
+            file = Path(folder, str(number), Path(reference).name)
+            file.parent.mkdir()
+            maker.write(config.data, names, file)
+            files[reference] = str(file)
+        lines = [
+            f"note: '{reference}' does not exist yet; this plan is made with untrained weights of its shapes. To make it: "
+            f"{maker.command}"
+            for reference, maker in missing.items()
+        ]
+        yield _replaced(config, files), lines
+
+
+def _maker_of_missing(reference: str) -> Maker | None:
+    return None if "://" in reference or Path(reference).expanduser().exists() else Maker.of(reference)
+
+
+def _references(config: RunConfig) -> list[str]:
+    """What names the weights of generators and encoders in a config, each once."""
+    found = [config.generator, config.encoder, config.evaluation.teacher.weights]
+    found += [arm.overrides.get(key) for arm in config.arms.values() for key in ("generator", "encoder")]
+    return list(dict.fromkeys(each for each in found if isinstance(each, str)))
+
+
+def _replaced(config: Run, files: dict[str, str]) -> Run:
+    """``config`` with other references to weights."""
+    plain: dict[str, Any] = canonical(config)
+    holders = [plain, *(arm["overrides"] for arm in plain["arms"].values())]
+    for holder, key in [(holder, key) for holder in holders for key in ("generator", "encoder")]:
+        if holder.get(key) in files:
+            holder[key] = files[holder[key]]
+    teacher = plain["evaluation"]["teacher"]
+    teacher["weights"] = files.get(teacher["weights"], teacher["weights"])
+    return type(config).model_validate(plain)
