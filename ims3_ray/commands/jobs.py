@@ -16,9 +16,9 @@ def run_distill(config: RunConfig) -> None:
 
 
 def plan_distill(config: RunConfig) -> str:
-    with with_expected_weights(config) as (complete, notes):
-        plan = make_plan(complete)
-        return "\n".join([describe(plan), *notes, *refusals(config, plan.needed())])
+    with with_expected_weights(config) as expected:
+        plan = make_plan(expected.config)
+        return "\n".join([expected.told(describe(plan)), *refusals(config, plan.needed())])
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
@@ -35,9 +35,9 @@ def run_compare(config: CompareConfig) -> None:
 
 
 def plan_compare(config: CompareConfig) -> str:
-    with with_expected_weights(config) as (complete, notes):
-        plan = make_comparison(complete)
-        return "\n".join([describe(plan), *notes, *refusals(config, plan.needed())])
+    with with_expected_weights(config) as expected:
+        plan = make_comparison(expected.config)
+        return "\n".join([expected.told(describe(plan)), *refusals(config, plan.needed())])
 
 
 def run_sweep(config: SweepConfig) -> None:
@@ -50,9 +50,9 @@ def plan_sweep(config: SweepConfig) -> str:
     from ims3_ray.search.results import describe_sweep
     from ims3_ray.search.tune import needed
 
-    with with_expected_weights(config) as (complete, notes):
-        plan = make_sweep(complete)
-        return "\n".join([describe_sweep(plan), *notes, *refusals(config, needed(plan))])
+    with with_expected_weights(config) as expected:
+        plan = make_sweep(expected.config)
+        return "\n".join([expected.told(describe_sweep(plan)), *refusals(config, needed(plan))])
 
 
 def run_pretrain(config: PretrainConfig) -> None:

@@ -155,6 +155,10 @@ class FinetuneConfig(Section):
         return self.steps if self.steps is not None else math.ceil((self.epochs or 0) * images / self.batch_size)
 
 
+ADOPTING = ("like", "encoder")
+"""Settings of :class:`AdoptConfig` that a fine-tuning does not have."""
+
+
 class AdoptConfig(FinetuneConfig):
     """Teaching the generator the classes of the data that it does not know, by the objective L_Diff (docs/own-images.md)."""
 
@@ -162,6 +166,9 @@ class AdoptConfig(FinetuneConfig):
     """The condition from which each new class starts to learn. `nearest`: that of a known class that φ's own classifier takes
     it for, another one for each new class, so that they begin apart. `null`: that of no class. `{new: known}`: those of known
     classes by name."""
+    encoder: str | None = None
+    """φ whose own classifier finds the nearest known class; `encoder` of the run when unset. It has to know classes of the
+    generator, as `timm/resnet18.tv_in1k` does for a generator of ImageNet."""
     table_lr: float = Field(default=10.0, gt=0)
     """Learning rate of the table of labels, as a multiple of `lr`."""
     steps: int | None = Field(default=1000, ge=1)
@@ -178,4 +185,4 @@ class AdoptConfig(FinetuneConfig):
     @property
     def tuning(self) -> FinetuneConfig:
         """The settings as those of a fine-tuning."""
-        return FinetuneConfig.model_validate({key: value for key, value in canonical(self).items() if key != "like"})
+        return FinetuneConfig.model_validate({key: value for key, value in canonical(self).items() if key not in ADOPTING})

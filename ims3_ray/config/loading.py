@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -168,6 +168,18 @@ def _rows(section: BaseModel, prefix: str) -> Iterable[str]:
         else:
             shown = yaml.safe_dump(canonical(section)[name], default_flow_style=True, width=10**6).removesuffix("...\n").strip()
             yield f"| `{key}` | `{shown}` | {description} |"
+            if value is None and (optional := _optional(section, name)) is not None:
+                yield from _rows(optional, f"{key}.")
+
+
+def _optional(section: BaseModel, name: str) -> Section | None:
+    """The section, with its defaults, that the field may have in place of None; None if it is of another kind."""
+    kinds = [kind for kind in get_args(type(section).model_fields[name].annotation) if isinstance(kind, type)]
+    sections = [kind for kind in kinds if issubclass(kind, Section)]
+    try:
+        return sections[0]() if sections else None
+    except ValidationError:  # some of its fields have no defaults
+        return None
 
 
 def _typical(section: Section) -> Section:
@@ -202,6 +214,8 @@ def _key_tree(section: BaseModel) -> dict[str, Any]:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             found[name] = _key_tree(value)
+        elif value is None and (optional := _optional(section, name)) is not None:
+            found[name] = _key_tree(optional)
         elif isinstance(value, dict) and value and all(isinstance(inner, Section) for inner in value.values()):
             found[name] = {"*": _key_tree(next(iter(value.values())))}
         else:

@@ -73,7 +73,8 @@ DETAILS = {
 
 def _what_matters(plain: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the options that may change between two commands that continue the same run."""
-    left_out = ("storage", "cluster", "actors", "tracking", "plugins", "sets")  # each command may score other sets
+    # Each command may score other sets, and one that goes on may have other limits of quality.
+    left_out = ("storage", "cluster", "actors", "tracking", "plugins", "sets", "quality")
     kept = {key: copy.deepcopy(value) for key, value in plain.items() if key not in left_out}
     for section, details in DETAILS.items():
         kept[section] = {key: value for key, value in plain.get(section, {}).items() if key not in details}

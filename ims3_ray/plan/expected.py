@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import yaml
 
-from ims3_ray.config import DataConfig, PretrainConfig, RunConfig, canonical, load_config
+from ims3_ray.config import DataConfig, PretrainConfig, RunConfig, canonical
+from ims3_ray.config.loading import load_config
 from ims3_ray.engine.inputs import Data
 from ims3_ray.models.checkpoints import pack
 from ims3_ray.models.dit import DiT
@@ -47,7 +48,8 @@ class Maker:
         return None
 
     def write(self, data: DataConfig, names: tuple[str, ...], file: Path) -> None:
-        """Write untrained weights of the shapes that the pretraining gives for these data."""
+        """Write untrained weights of the shapes that the pretraining gives for these data, which have the classes ``names``."""
+        names = tuple(self.config.data.classes or names)
         if self.config.target == "generator":
             network = DiT(dit_config(self.config.generator, data.size, data.channels, len(names)))
             file.write_bytes(packed(network, names))
@@ -71,13 +73,35 @@ def _stored(file: Path) -> PretrainConfig | None:
         return None
 
 
+@dataclass(frozen=True)
+class Expected(Generic[Run]):
+    """A config in which files of untrained weights stand for weights that do not exist yet."""
+
+    config: Run
+    makers: Mapping[str, Maker]
+    """What the config named → the pretraining that makes it."""
+    files: Mapping[str, str]
+    """What the config named → the file in its place."""
+
+    def told(self, plan: str) -> str:
+        """The text of a ``plan`` made with :attr:`config`, with the names of the weights to be, and with a line about each."""
+        for reference, file in self.files.items():
+            plan = plan.replace(file, reference)
+        notes = [
+            f"note: '{reference}' does not exist yet, so this plan is made with untrained weights of its shapes; to make it: "
+            f"{maker.command}"
+            for reference, maker in self.makers.items()
+        ]
+        return "\n".join([plan, *notes])
+
+
 @contextmanager
-def with_expected_weights(config: Run) -> Iterator[tuple[Run, list[str]]]:
+def with_expected_weights(config: Run) -> Iterator[Expected[Run]]:
     """``config`` with untrained weights, which last as long as this context, in place of all that do not exist yet and that a
-    known pretraining makes; and a line about each of them."""
+    known pretraining makes."""
     missing = {reference: maker for reference in _references(config) if (maker := _maker_of_missing(reference))}
     if not missing:
-        yield config, []
+        yield Expected(config, {}, {})
         return
     names = Data(config).classes.names
     with tempfile.TemporaryDirectory() as folder:
@@ -87,12 +111,7 @@ def with_expected_weights(config: Run) -> Iterator[tuple[Run, list[str]]]:
             file.parent.mkdir()
             maker.write(config.data, names, file)
             files[reference] = str(file)
-        lines = [
-            f"note: '{reference}' does not exist yet; this plan is made with untrained weights of its shapes. To make it: "
-            f"{maker.command}"
-            for reference, maker in missing.items()
-        ]
-        yield _replaced(config, files), lines
+        yield Expected(_replaced(config, files), missing, files)
 
 
 def _maker_of_missing(reference: str) -> Maker | None:

@@ -54,14 +54,16 @@ class Adopt(Tuning):
         tuning, images = adopt.tuning, Encode.plan(planner, "train", config.data)
         config = config.model_copy(update={"finetune": tuning})
         params: dict[str, Any] = {
-            "adopt": differing(adopt, without=PLACES_AND_SPEED), "generator": models.generator_weights.digest,
+            "adopt": differing(adopt, without=(*PLACES_AND_SPEED, "encoder")), "generator": models.generator_weights.digest,
             "seed": config.seed, "groups": [list(models.labels)], "added": list(models.added),
             **plugins.hashes(type(models.generator), *tuning.objectives.active),
         }  # fmt: skip
         weights = {"generator": models.generator_weights}
         if adopt.like == "nearest":
-            _check_known(config.encoder, models.known)
-            params["encoder"], weights["encoder"] = models.encoder_weights.digest, models.encoder_weights
+            finder = config.model_copy(update={"encoder": adopt.encoder or config.encoder})
+            _check_known(finder, models.known)
+            weights["encoder"] = planner.models(finder).encoder_weights
+            params["encoder"] = weights["encoder"].digest
         elif isinstance(adopt.like, dict):
             _check_like(adopt.like, models.added, models.known)
         inputs: dict[str, Stage] = {"encode": images}
@@ -128,12 +130,12 @@ def adopted_classes(planner: Planner, config: RunConfig) -> dict[str, Stage]:
     return {} if stage is None else {"adopt": stage}
 
 
-def _check_known(encoder: str, known: Sequence[str]) -> None:
+def _check_known(config: RunConfig, known: Sequence[str]) -> None:
     """Raises :class:`UserError` if φ names none of the generator's classes."""
-    if encoder == TEACHER or not set(known) & set(known_classes(encoder_path(encoder))):
+    if config.encoder == TEACHER or not set(known) & set(known_classes(encoder_path(config.encoder))):
         raise UserError(
-            f"encoder '{encoder}' names none of the classes that the generator knows, so the nearest cannot be found; set "
-            "adopt.like=null, or name a known class for each new one (adopt.like={new: known})"
+            f"encoder '{config.encoder}' names none of the classes that the generator knows, so the nearest cannot be found; "
+            "set adopt.encoder to an encoder that knows them, or adopt.like=null, or adopt.like={new: known}"
         )
 
 

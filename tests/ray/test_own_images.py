@@ -1,0 +1,81 @@
+"""A person's own images, with real Ray: without a generator, with one that is no good, and the best set exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ims3_ray import distill
+from ims3_ray.config import RunConfig
+from ims3_ray.config.loading import load_config
+from ims3_ray.data.sources import open_source
+from ims3_ray.errors import UserError
+from tests.conftest import tiny_values
+from tests.ray.conftest import Run
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def of_the_tiny_run(world: Path, run: Run, **changes: Any) -> RunConfig:
+    """A config whose stages the tiny run has made, but for what ``changes`` say."""
+    return RunConfig.model_validate({**tiny_values(world, run.folder.parent), "export": "ims3", **changes})
+
+
+def test_a_pool_that_is_not_recognised_ends_the_run_until_the_limit_is_lowered(tiny_world: Path, tiny_run: Run):
+    strict = of_the_tiny_run(tiny_world, tiny_run, name="gate", quality={"stop_below": 0.99})
+    for _ in range(2):  # the same command says it again
+        with pytest.raises(UserError, match=r"generate \(.*\): φ recognises .* of real images .* quality.stop_below=0.99 ends"):
+            distill(strict)
+    assert not (tiny_run.folder.parent / "gate" / "results.json").exists()
+    found = distill(of_the_tiny_run(tiny_world, tiny_run, name="gate", quality={"stop_below": 0, "warn_below": 0}))
+    pools = found.results["recognised"]
+    assert set(pools) == {"generate (pretrained)", "generate (fine-tuned)"}
+    assert all(0 <= share <= 1 for pool in pools.values() for shares in pool.values() for share in shares.values())
+
+
+def test_the_set_that_is_best_on_held_out_images_is_exported(tiny_world: Path, tiny_run: Run):
+    found = distill(of_the_tiny_run(tiny_world, tiny_run, name="best", export="best"))
+    chosen = found.results["exported"]
+    assert set(chosen["held_out"]) == set(found.results["sets"])
+    assert chosen["held_out"][chosen["arm"]] == max(chosen["held_out"].values())
+    arm = of_the_tiny_run(tiny_world, tiny_run, name=f"only-{chosen['arm']}", export=chosen["arm"])
+    named = distill(arm)
+    files = [Path(each.folder) / "distilled" for each in (found, named)]
+    contents = [{f.name: f.read_bytes() for f in folder.rglob("*.png")} for folder in files]
+    assert contents[0] == contents[1]
+    assert contents[0]
+
+
+def test_own_images_need_no_generator_and_no_encoder(tmp_path: Path, cluster: None):
+    names = ("Ankle boot", "Käse", "sneaker")
+    for split, count in (("train", 16), ("test", 4)):
+        rng = np.random.default_rng(count)
+        for label, name in enumerate(names):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 80, (10, 12, 4), dtype=np.uint8)
+                pixels[..., label] += 170
+                pixels[..., 3] = 255
+                pixels[:2, :, 3] = 0
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    config = load_config(
+        RunConfig,
+        CONFIGS / "own-images.yaml",
+        [
+            f"data.path={tmp_path / 'photos'}", f"storage={tmp_path / 'runs'}", "data.size=16", "generator=nowhere.safetensors",
+            "selection.images_per_class=2", "synthesis.dm={steps: 2, width: 8, batch_size: 4}", "evaluation.seeds=[0]",
+            "evaluation.protocols.hard={width: 8, epochs: 4, validations: 1}", "evaluation.val_per_class=4",
+            "evaluation.teacher.training={epochs: 2, model_args: {layers: [1, 1, 1, 1], channels: [8, 8, 8, 8]}}",
+        ],
+    )  # fmt: skip
+    found = distill(config)
+    assert set(found.results["sets"]) == {"random_real", "herding", "dm"}
+    assert {stage["name"] for stage in found.results["stages"]} & {"generate", "finetune", "adopt"} == set()
+    distilled = Path(found.folder) / "distilled"
+    assert {folder.name for folder in (distilled / "images").iterdir()} == set(names)
+    assert open_source(str(next(distilled.rglob("*.parquet"))), "train").class_names == names
