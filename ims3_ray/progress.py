@@ -8,6 +8,8 @@ from typing import TextIO
 
 LOG_EVERY_S = 15.0
 TERMINAL_EVERY_S = 0.2
+TIME = "minutes"
+"""The unit of work whose length is a time, so that its rate says nothing."""
 
 
 class Progress:
@@ -30,7 +32,7 @@ class Progress:
 
     def __exit__(self, kind: object, *_: object) -> None:
         seconds = self.seconds
-        rate = f", {_rate(self.done / seconds)} {self.unit}/s" if self.done and seconds else ""
+        rate = f", {_rate(self.done / seconds)} {self.unit}/s" if self.done and seconds and self.unit != TIME else ""
         verb = "done" if kind is None else "stopped"
         spent = f", {self._cost(seconds)} spent" if self.price else ""
         self.line(f"{self.title}: {verb} in {seconds:.1f} s{rate}{spent}")
@@ -55,7 +57,7 @@ class Progress:
         if done > self._first[1]:
             rate = (done - self._first[1]) / max(now - self._first[0], 1e-9)
             left = (self.total - done) / rate
-            text += f", {_rate(rate)}/s, {_clock(left)} left"
+            text += f"{'' if self.unit == TIME else f', {_rate(rate)}/s'}, {_clock(left)} left"
             if self.price:
                 text += f", {self._cost(now - self._began)} spent, {self._cost(left)} to come"
         text += note and f", {note}"

@@ -159,6 +159,11 @@ def _release_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> DiTCon
     """The shape of a DiT, derived from its tensors. They do not determine the number of heads, which is that of the published
     family, or else one per 64 channels; nor whether the last row of the table of labels stands for no class, which is assumed
     here and corrected by :func:`with_classes`."""
+    if path.name.lower().startswith("sit-"):  # the tensors of SiT have the names and shapes of DiT's
+        raise UserError(
+            f"weights '{path}' are named like those of SiT, which predicts a velocity that is not DiT's and would "
+            "give noise; use a DiT (docs/weights.md)"
+        )
     try:
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]
         tokens = shapes["pos_embed"][1]

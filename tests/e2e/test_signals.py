@@ -15,14 +15,14 @@ from tests.conftest import tiny_values
 from tests.e2e.conftest import DISTILL, ROOT, environment, write_config
 
 
-def start(config: str, out: Path) -> subprocess.Popen[str]:
-    """The command, whose output goes to a file; it has reached its fine-tuning, which is too long to end."""
+def start(config: str, out: Path, command: list[str] = DISTILL, until: str = "fine-tune") -> subprocess.Popen[str]:
+    """The command, whose output goes to a file; it has reached what is too long to end, and printed ``until``."""
     with out.open("w") as file:
         job = subprocess.Popen(
-            [*DISTILL, "--config", config], cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, text=True
+            [*command, "--config", config], cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, text=True
         )
     deadline = time.monotonic() + 150
-    while "fine-tune" not in out.read_text():
+    while until not in out.read_text():
         assert job.poll() is None, out.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -72,3 +72,32 @@ def test_a_command_that_is_ended_says_so_and_goes_on(tiny_world: Path, tmp_path:
     ]
     assert "Traceback" not in out.read_text()
     assert status(tmp_path / "runs") == "KILLED"
+
+
+def test_a_pretraining_that_is_interrupted_ends_at_once_and_goes_on(tiny_world: Path, tmp_path: Path):
+    values = {
+        "name": "tiny", "storage": str(tmp_path / "runs"), "data": {"path": str(tiny_world / "data"), "size": 8},
+        "generator": {"minutes": 0.4, "hidden_size": 32, "depth": 1, "num_heads": 2, "batch_size": 8, "checkpoint_every": 20},
+        "quality": {
+            "preview_minutes": 0.02, "images_per_class": 2, "sampling": {"steps": 2},
+            "judge": {"width": 8, "epochs": 100_000, "batch_size": 8, "validations": 1},
+        },
+    }  # fmt: skip
+    config, out = write_config(tmp_path / "mine.yaml", values), tmp_path / "out"
+    pretrain = [*DISTILL[:-1], "jobs/pretrain.py"]
+    sheet = tmp_path / "runs" / "tiny" / "tiny.png"
+    for until, says in (("train the generator", "0.4 minutes"), ("judge: ", "the training goes on after ")):
+        job = start(config, out, pretrain, until)
+        deadline = time.monotonic() + 60
+        while not sheet.exists():
+            assert job.poll() is None, out.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        job.send_signal(signal.SIGINT)
+        assert job.wait(30) == 130
+        assert says in out.read_text()
+        assert out.read_text().splitlines()[-1] == "interrupted; the same command continues"
+        assert "Traceback" not in out.read_text()
+        assert status(tmp_path / "runs") == "KILLED"
+    made = {file.name for file in (tmp_path / "runs" / "tiny").iterdir() if file.suffix in (".png", ".safetensors", ".md")}
+    assert made == {"tiny.png", "tiny.safetensors"}, "the sheet of samples is there before the judge has ended"

@@ -13,14 +13,19 @@ from safetensors.torch import load
 
 from ims3_ray import distill
 from ims3_ray.config import RunConfig
+from ims3_ray.config.loading import load_config
+from ims3_ray.data.classes import imagenet_wnids
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.generator import load_generator
 from ims3_ray.plan import make_plan
 from ims3_ray.stages.adapters import Adapters, GroupModels, Pretrained
 from tests.conftest import CLASSES, tiny_values, write_tiny_weights
+from tests.imagenet import places, write_images, write_weights
 
 TABLE = "y_embedder.embedding_table.weight"
+CONFIGS = Path(__file__).parents[2] / "configs"
+UNUSED = ("random_real", "herding", "dit_s3", "ims3")
 ADOPT = {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "trainer": {"num_workers": 2}}
 
 
@@ -96,3 +101,31 @@ def test_a_new_class_starts_like_the_one_that_is_named_or_like_no_class(world: P
 def test_what_cannot_be_adopted_is_one_line(world: Path, tmp_path: Path, adopt: dict[str, Any] | None, message: str):
     with pytest.raises(UserError, match=message):
         make_plan(config_of(world, tmp_path, adopt))
+
+
+def test_photographs_are_adopted_by_a_generator_of_latents(tmp_path: Path, cluster: None):
+    write_images(tmp_path / "images", ["x1", "x2"], 4)
+    write_weights(tmp_path)
+    config = load_config(
+        RunConfig,
+        CONFIGS / "own-photos.yaml",
+        [
+            *places(tmp_path), "data.test_split=val", "adopt.steps=2", "adopt.batch_size=2", "adopt.trainer.gpus_per_worker=0",
+            "finetune.trainer.gpus_per_worker=0", "actors.gpus=0", "evaluation.gpus_per_task=0", "instability.images=0",
+            "selection.images_per_class=1", "selection.groups=1", "sampling.unit_size=2", "sampling.steps=2", "export=dit",
+            "evaluation.protocols.paper={students: [convnet-6], width: 2, epochs: 1, validations: 1}", "evaluation.seeds=[0]",
+            "evaluation.val_per_class=1", "quality.stop_below=0", *(f"arms.{arm}=null" for arm in UNUSED),
+        ],
+    )  # fmt: skip
+    result = distill(config)
+    storage = Storage.at(config.storage)
+    (adopt,) = [stage for stage in make_plan(config).stages if stage.name == "adopt"]
+    assert "latents" in adopt.inputs
+    like = adopt.artifact(storage).read_json("like.json")
+    assert set(like) == {"x1", "x2"}
+    assert len(set(like.values())) == 2
+    assert set(like.values()) <= set(imagenet_wnids())
+    adapter = load(adopt.artifact(storage).read("adapter-0.safetensors"))
+    assert len(adapter[TABLE]) == 1003, "ImageNet's classes, no class, and two more"
+    assert not any(name.endswith("attn.qkv.weight") for name in adapter), "DiffFit leaves the large tensors alone"
+    assert len(list((Path(result.folder) / "distilled" / "images").rglob("*.png"))) == 2
