@@ -1,12 +1,13 @@
 # make demo   install, distil the embedded Fashion-MNIST, show the table and the report's path
 # make test   install, lint, types, all tests that need no GPU
+# make soak   a run whose processes are killed at random for minutes, and which must give the same bytes
 # make clean  forget the demo's results (keeps .venv)
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint unit clean
+.PHONY: demo test soak lint unit clean
 
 demo: $(INSTALLED)
 	$(BIN)/python jobs/distill.py
@@ -15,9 +16,13 @@ demo: $(INSTALLED)
 # processes run at once, and threads that wait for a core that another process has would stall all others of their process.
 test: export OMP_NUM_THREADS := 1
 test: lint
-	$(BIN)/python -m pytest -m "not gpu" tests/unit
-	$(BIN)/python -m pytest -m "not gpu" tests/ray
-	$(BIN)/python -m pytest -m "not gpu" tests/e2e
+	$(BIN)/python -m pytest -m "not gpu and not soak" tests/unit
+	$(BIN)/python -m pytest -m "not gpu and not soak" tests/ray
+	$(BIN)/python -m pytest -m "not gpu and not soak" tests/e2e
+
+soak: export OMP_NUM_THREADS := 1
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest -m soak tests/e2e
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

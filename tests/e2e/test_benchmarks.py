@@ -46,6 +46,7 @@ def counted_flop(shape: DiTConfig) -> float:
     return float(counter.get_total_flops())
 
 
+@pytest.mark.soak
 def test_random_kills_over_a_whole_run_change_nothing(tiny_world: Path, tmp_path: Path):
     """The short form of the soak."""
     run = whole_values(tiny_world, tmp_path)
