@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -131,6 +131,14 @@ class FinetuneConfig(Section):
     checkpoint_every: int = Field(default=50, ge=1)
     """Number of steps between checkpoints; after a failure, training resumes from the last checkpoint."""
     trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_given_length(cls, values: Any) -> Any:
+        """With ``epochs`` alone, ``steps`` is null."""
+        if isinstance(values, dict) and values.get("epochs") is not None and "steps" not in values:
+            return {**values, "steps": None}
+        return values
 
     @model_validator(mode="after")
     def _possible(self) -> FinetuneConfig:

@@ -110,7 +110,8 @@ def test_photographs_are_adopted_by_a_generator_of_latents(tmp_path: Path, clust
         RunConfig,
         CONFIGS / "own-photos.yaml",
         [
-            *places(tmp_path), "data.test_split=val", "adopt.steps=2", "adopt.batch_size=2", "adopt.trainer.gpus_per_worker=0",
+            *places(tmp_path), "data.test_split=val", "adopt.steps=2", "adopt.epochs=null",
+            "adopt.batch_size=2", "adopt.trainer.gpus_per_worker=0",
             "finetune.trainer.gpus_per_worker=0", "actors.gpus=0", "evaluation.gpus_per_task=0", "instability.images=0",
             "selection.images_per_class=1", "selection.groups=1", "sampling.unit_size=2", "sampling.steps=2", "export=dit",
             "evaluation.protocols.paper={students: [convnet-6], width: 2, epochs: 1, validations: 1}", "evaluation.seeds=[0]",

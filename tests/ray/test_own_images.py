@@ -14,6 +14,7 @@ from ims3_ray.config import RunConfig
 from ims3_ray.config.loading import load_config
 from ims3_ray.data.sources import open_source
 from ims3_ray.errors import UserError
+from ims3_ray.plan import make_plan
 from tests.conftest import tiny_values
 from tests.ray.conftest import Run
 
@@ -75,7 +76,7 @@ def test_own_images_need_no_generator_and_no_encoder(tmp_path: Path, cluster: No
     )  # fmt: skip
     found = distill(config)
     assert set(found.results["sets"]) == {"random_real", "herding", "dm"}
-    assert {stage["name"] for stage in found.results["stages"]} & {"generate", "finetune", "adopt"} == set()
+    assert {stage.name for stage in make_plan(config).stages} & {"generate", "finetune", "adopt"} == set()
     distilled = Path(found.folder) / "distilled"
     assert {folder.name for folder in (distilled / "images").iterdir()} == set(names)
     assert open_source(str(next(distilled.rglob("*.parquet"))), "train").class_names == names
