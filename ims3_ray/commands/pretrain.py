@@ -18,6 +18,7 @@ from ims3_ray.cluster.joining import connected, own_device, placed, results
 from ims3_ray.commands.quality import Quality, judge_encoder, judge_generator, splits_of
 from ims3_ray.config import PretrainConfig, canonical, reserved
 from ims3_ray.data.contact_sheet import contact_sheet
+from ims3_ray.engine.board import RESUMED
 from ims3_ray.engine.folder import check_same, completed, stored_config
 from ims3_ray.engine.inputs import Data
 from ims3_ray.engine.lease import check_free, working_on
@@ -129,7 +130,7 @@ class Shown:
     """What a training tells: progress on the terminal, losses and samples in MLflow, and the last samples in the folder."""
 
     def __init__(self, config: PretrainConfig, place: Storage, tracker: Tracker) -> None:
-        self.config, self.place, self.tracker, self.begun = config, place, tracker, False
+        self.config, self.place, self.tracker = config, place, tracker
 
     def tell(self, progress: Progress, rows: list[Row], sheet: bytes | None) -> None:
         """Show new rows of losses, and a new sheet of samples if there is one."""
@@ -138,9 +139,9 @@ class Shown:
         if not rows:
             return
         last = rows[-1]
-        if not self.begun and "seconds" not in last:
-            progress.line(f"the training goes on after {last['step']:.0f} steps")
-        self.begun = True
+        for row in rows:
+            if row.pop(RESUMED, None):
+                progress.line(f"the training goes on after {row['step']:.0f} steps")
         self.tracker.losses(rows)
         if "seconds" in last:
             done = last["seconds"] / 60 if progress.unit == "minutes" else last["step"]

@@ -10,6 +10,9 @@ import ray
 from ims3_ray.cluster.joining import here
 from ims3_ray.training.finetuning import Row
 
+RESUMED = "resumed"
+"""Key that marks the row of losses after which an interrupted training goes on."""
+
 
 class Board:
     """An actor to which rank 0 of each training posts, and from which the driver reads."""

@@ -19,6 +19,7 @@ from ray.train.torch import prepare_model
 from ims3_ray.config import DataConfig, EncoderTraining, PretrainConfig
 from ims3_ray.config.pretrain import GeneratorTraining
 from ims3_ray.data.contact_sheet import contact_sheet
+from ims3_ray.engine.board import RESUMED
 from ims3_ray.engine.inputs import decoded_split
 from ims3_ray.errors import Unanimous
 from ims3_ray.training.encoder import EncoderTrainer, Images
@@ -104,12 +105,13 @@ class News:
 
     def __init__(self, board: Any, rank: int, losses: list[float], batch_size: int, spent: float) -> None:
         """``losses`` are those of a checkpoint after ``spent`` seconds, from which the training goes on. A driver that was
-        killed may have lost them."""
+        killed may have lost them. The last of their rows is marked by :data:`RESUMED`."""
         self.board, self.rank, self.batch_size = board, rank, batch_size
         self.told, self.since = len(losses), time.monotonic()
         self.began = self.since - spent
-        if rank == 0:
-            board.post.remote(0, _rows(losses, 0))
+        if rank == 0 and losses:
+            rows = _rows(losses, 0)
+            board.post.remote(0, [*rows[:-1], {**rows[-1], RESUMED: 1.0}])
 
     def tell(self, losses: list[float], wait: bool = False) -> None:
         """Post the losses that are new; with ``wait``, return when the board has them."""

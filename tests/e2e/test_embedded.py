@@ -31,4 +31,4 @@ def test_no_arguments_but_less_work(tmp_path: Path):
     assert "evaluate: " not in scored.stdout  # every student of that very set is there already
     assert scored.stdout.splitlines()[-1] == f"report: {tmp_path}/evaluate/report.html"
     again = json.loads((tmp_path / "evaluate" / "results.json").read_text())
-    assert again["sets"]["mine"]["rows"] == results["sets"]["ims3"]["rows"]
+    assert again["sets"]["mine"]["rows"] == results["sets"][results["exported"]["arm"]]["rows"]
