@@ -8,15 +8,18 @@ python jobs/convert.py generator=dit.safetensors 'adapter=[adopted.safetensors, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
 from ims3_ray.cli import main
 from ims3_ray.config import Section
 from ims3_ray.errors import UserError
+from ims3_ray.io.artifacts import file_hash
 from ims3_ray.io.files import Place
 from ims3_ray.models.checkpoints import read_metadata, weights_path
 from ims3_ray.models.dit_files import open_dit, with_classes, write_dit
@@ -36,9 +39,39 @@ class ConvertConfig(Section):
     """Output: `*.safetensors`, `*.pt`, or a folder that is created in diffusers' layout."""
 
 
-def _added(adapter: Path) -> tuple[str, ...]:
-    """Names of the classes that an adapter adds to the generator."""
-    return tuple(json.loads(read_metadata(adapter).get("adapter", "{}")).get("added", ()))
+def _about(adapter: Path) -> dict[str, Any]:
+    """What an adapter says of itself; nothing for one that was not made by this project."""
+    found: dict[str, Any] = json.loads(read_metadata(adapter).get("adapter", "{}"))
+    return found
+
+
+def _added_by(adapters: list[Path], generator: Path) -> tuple[str, ...]:
+    """Names of the classes that the adapters add to the generator. Raises :class:`UserError` for adapters that were trained
+    from another generator, or from other adopted classes than those of the adapter before them."""
+    added: tuple[str, ...] = ()
+    before: list[str] = []
+    for adapter, about in ((adapter, _about(adapter)) for adapter in adapters):
+        if about.get("generator", file_hash(generator)) != file_hash(generator):
+            raise UserError(
+                f"adapter '{adapter}' was trained from other weights than '{generator}'; give the generator of its run (a "
+                "converted file has other bytes: merge first, then convert)"
+            )
+        if "adopted" in about and about["adopted"] not in before:
+            raise UserError(
+                f"adapter '{adapter}' was trained after an adoption of classes; give the adapter of that adoption before it "
+                "(adapter=[adopted.safetensors, fine-tuned.safetensors])"
+            )
+        mine = tuple(about.get("added", ()))
+        if added and mine and mine != added:
+            raise UserError(f"adapter '{adapter}' adds other classes than the one before it; merge one of them alone")
+        added, before = added or mine, [*before, _hash_of(adapter)]
+    return added
+
+
+def _hash_of(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def run(config: ConvertConfig) -> None:
@@ -52,7 +85,7 @@ def run(config: ConvertConfig) -> None:
         file = with_classes(file, tuple(Place.at(str(listed)).lines()))
     adapters = [weights_path(each) for each in ((config.adapter,) if isinstance(config.adapter, str) else config.adapter)]
     generator = DiTGenerator(file)
-    if added := next((names for names in map(_added, adapters) if names), ()):
+    if added := _added_by(adapters, path):
         generator = generator.adopting(added)
     network = generator.load()
     for adapter in adapters:

@@ -55,10 +55,23 @@ def _differing(section: BaseModel, defaults: Mapping[str, Any], without: Collect
 _ABSENT = object()
 
 
+ALTERNATIVES = ("steps", "epochs", "minutes")
+"""Keys that say the length of a training in different ways. Where one of them is given, the others of its section become
+null."""
+
+
+def is_given(value: Any) -> bool:
+    """Whether a value is not null, as such or as a user has written it."""
+    return getattr(value, "value", value) is not None
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """``base`` updated by ``over``: mappings merge key by key; any other value replaces the one in ``base``, and so does a
-    table whose keys are numbers (of images per class, say)."""
+    table whose keys are numbers (of images per class, say). A length of a training replaces one of another kind
+    (:data:`ALTERNATIVES`)."""
     merged = dict(base)
+    if any(is_given(over.get(key)) for key in ALTERNATIVES):
+        merged |= {key: None for key in ALTERNATIVES if is_given(merged.get(key)) and key not in over}
     for key, value in over.items():
         inner = merged.get(key)
         numbered = isinstance(value, Mapping) and any(isinstance(name, int) for name in value)

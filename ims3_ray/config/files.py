@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ims3_ray.config.base import merge
+from ims3_ray.config.base import ALTERNATIVES, is_given, merge
 from ims3_ray.config.written import Loader, Written, read_override, typed
 from ims3_ray.errors import UserError
 
@@ -25,11 +25,18 @@ def read_values(file: str | Path | Sequence[str] | None = None, overrides: Itera
     values: dict[str, Any] = {}
     for each in files:
         values = merge(values, _read_yaml(Path(each), ()))
+    overrides = list(overrides)
+    named = {override.partition("=")[0] for override in overrides}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"override '{override}' is not of the form key=value, as in selection.alpha=0.4")
-        _set(values, key.split("."), read_override(override, text))
+        value = read_override(override, text)
+        _set(values, key.split("."), value)
+        if is_given(value):
+            for other in alternatives_to(key):
+                if other not in named and is_given(_get(values, other.split("."))):
+                    _set(values, other.split("."), None)
     check_moved(values)
     return values
 
@@ -89,6 +96,20 @@ def _read_yaml(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     for parent in [parents] if isinstance(parents, str) else parents:
         merged = merge(merged, _read_yaml(file.parent / parent, (*seen, file.resolve())))
     return merge(merged, values)
+
+
+def alternatives_to(key: str) -> list[str]:
+    """The keys of the same section that say the same in another way: see :data:`ALTERNATIVES`."""
+    section, dot, name = key.rpartition(".")
+    return [f"{section}{dot}{other}" for other in ALTERNATIVES if other != name] if name in ALTERNATIVES else []
+
+
+def _get(values: Mapping[str, Any], path: list[str]) -> Any:
+    """The value at a path; None if there is none."""
+    found: Any = values
+    for part in path:
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any) -> None:

@@ -90,7 +90,7 @@ class FinetuneConfig(Section):
 
     steps: int | None = Field(default=120, ge=1)
     epochs: float | None = Field(default=None, gt=0)
-    """Number of passes over the images. It is an alternative to `steps`, which must then be null."""
+    """Number of passes over the images. It is an alternative to `steps`, which is then null."""
     batch_size: int = Field(default=32, ge=1)
     """Number of images in the global batch, over all workers."""
     accumulate: int = Field(default=1, ge=1)
@@ -188,6 +188,8 @@ class AdoptConfig(FinetuneConfig):
     def _one_group(self) -> AdoptConfig:
         if self.classes_per_group is not None:
             raise ValueError("classes_per_group is for finetune; adopted classes are learnt together: leave it out")
+        if [objective.name for objective in self.objectives.active] != ["diffusion"]:
+            raise ValueError("objectives: classes are adopted by diffusion alone; other objectives are for finetune")
         return self
 
     @property

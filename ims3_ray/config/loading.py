@@ -57,17 +57,11 @@ NAMED = ("arms", "evaluation.protocols", "sets")
 WHOLE = ("space", "model_args")
 """Keys, at any depth, whose value replaces the default as a whole, instead of being merged with it."""
 
-ALTERNATIVES = (("steps", "minutes"), ("minutes", "steps"), ("epochs", "steps"))
-"""Pairs of keys of a section. A value of the first replaces the default of the second, which becomes null."""
-
 
 def _with_whole(merged: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """``merged`` with the values of :data:`WHOLE`, without the default arguments of a network where ``values`` name another
-    one, and without defaults to which ``values`` give an alternative."""
+    one."""
     found = {**merged, **({"model_args": {}} if "model" in values and "model_args" in merged else {})}
-    for given, other in ALTERNATIVES:
-        if values.get(given) is not None and other in merged and other not in values:
-            found[other] = None
     for key, value in values.items():
         if key in WHOLE:
             found[key] = value

@@ -50,7 +50,7 @@ def runnable(members: Sequence[Stage], pending: set[Stage]) -> list[Stage]:
         more = [
             stage
             for stage in members
-            if stage not in found and all(one in found or one not in pending for one in stage.inputs.values())
+            if stage not in found and all(one in found or one not in pending for one in (*stage.inputs.values(), *stage.after))
         ]
         if not more:
             return found

@@ -74,19 +74,31 @@ class Models:
 
     def __init__(self, config: RunConfig, classes: ClassTable) -> None:
         self.config, self._classes = config, classes
-        self.known: tuple[str, ...] = ()
+
+    @cached_property
+    def _pretrained(self) -> Generator:
+        """The generator's description, without classes that it is taught."""
+        generator = open_generator(generator_path(self.config.generator))
+        generator.check()
+        return generator
+
+    @property
+    def known(self) -> tuple[str, ...]:
         """Names of the classes that the generator's weights know."""
-        self.added: tuple[str, ...] = ()
-        """Names of the classes that it is taught in addition."""
+        return self._pretrained.names
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Names of the classes that the generator is taught; none if its weights do not name those that they know."""
+        if self.config.adopt is None or not self.known:
+            return ()
+        return tuple(name for name in self._classes.names if name not in self.known)
 
     @cached_property
     def generator(self) -> Generator:
         """The generator's description, checked against its autoencoder, the size and channels of the data, and the sampling."""
-        generator = open_generator(generator_path(self.config.generator))
-        generator.check()
-        self.known = generator.names
-        if self.config.adopt is not None:
-            self.added = tuple(name for name in self._classes.names if name not in self.known)
+        generator = self._pretrained
+        if self.added:
             generator = generator.adopting(self.added)
         self._check_pixels(generator, self.autoencoder)
         self._check_guidance(generator)
@@ -141,6 +153,7 @@ class Models:
             "sampling.cfg_scale=1": self.config.sampling.cfg_scale > 1,
             "finetune.label_dropout=0": self.config.finetune.label_dropout > 0
             and any(arm.finetune for arm in self.config.arms.values()),
+            "adopt.label_dropout=0": bool(self.added) and self.config.adopt is not None and self.config.adopt.label_dropout > 0,
         }
         if wrong := [fix for fix, needed in needs.items() if needed]:
             raise UserError(

@@ -84,13 +84,19 @@ def _agreed_time(device: torch.device) -> float:
     return float(now.item())
 
 
+LAST_STEP_MINUTES = 1.0
+"""The most minutes that the last steps of a training by the clock may take after the time is over."""
+
+
 def _check_not_shorter(state: dict[str, Any], g: GeneratorTraining) -> None:
     """Raises :class:`Unanimous` for a checkpoint of a longer training than the one that is asked for."""
     if g.steps is not None and (done := len(state["losses"])) > g.steps:
         raise _too_short(f"{done} steps", f"generator.steps asks for {g.steps} steps")
     asked_before = (state["ended"] or {}).get("minutes") or 0.0
-    if g.minutes is not None and (done := max(asked_before, state["seconds"] / 60)) > g.minutes and asked_before != g.minutes:
-        raise _too_short(f"{done:.3g} minutes", f"generator.minutes asks for {g.minutes:g}")
+    # The last step ends after the time is over, so the checkpoint of a training that was killed then may be a little longer.
+    minutes = asked_before or state["seconds"] / 60 - LAST_STEP_MINUTES
+    if g.minutes is not None and minutes > g.minutes:
+        raise _too_short(f"{minutes:.3g} minutes", f"generator.minutes asks for {g.minutes:g}")
 
 
 def _too_short(done: str, asked: str) -> Unanimous:

@@ -158,10 +158,10 @@ def produce(context: Context, pools: Mapping[ImagePool, Sequence[DerivedStage]])
     for source, derived in pools.items():
         for noted in (source, *derived):
             _commit_noted(context, noted, source, derived)
-    first = {source: set(source.looked_at_first()) & set(source.missing(context.storage)) for source in pools if pools[source]}
+    first = {source: set(source.looked_at_first()) for source in pools if pools[source] and source.missing(context.storage)}
     if any(first.values()):
         run_tasks(context, _tasks(context, pools, first))
-        for source in first:
+        for source in (source for source, units in first.items() if units):
             for stage in pools[source]:
                 stage.check(context)
     run_tasks(context, _tasks(context, pools))

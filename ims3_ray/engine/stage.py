@@ -95,6 +95,8 @@ class Stage(Component, ABC):
     hashes."""
     config: RunConfig | None = None
     """The run's config as it applies to the arm that the stage was planned for; None if nothing is distilled."""
+    after: tuple[Stage, ...] = ()
+    """Stages that have to be complete before this one runs although it does not read what they make."""
     has_logits: bool | None = False
     """For a set: whether it has soft labels; None where that is known only once it is made."""
     _keys: dict[str, str] = field(default_factory=dict, repr=False)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -15,6 +16,7 @@ import yaml
 from ims3_ray.config import DataConfig, PretrainConfig, RunConfig, canonical
 from ims3_ray.config.loading import load_config
 from ims3_ray.engine.inputs import Data
+from ims3_ray.errors import UserError
 from ims3_ray.models.checkpoints import pack
 from ims3_ray.models.dit import DiT
 from ims3_ray.models.encoder import Encoder
@@ -24,6 +26,8 @@ from ims3_ray.training.generator import dit_config, packed
 Run = TypeVar("Run", bound=RunConfig)
 CONFIGS = Path("configs/pretrain")
 """Folder with the configs of pretraining."""
+OF_DATA = ("path", "size", "channels")
+"""Keys of `data` that are the same for the weights and for a run that uses them."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Maker:
     """A pretraining, and the command that runs it."""
 
     config: PretrainConfig
-    command: str
+    file: Path | None
+    """The config that is given to `jobs/pretrain.py`; None for a training that has begun in the folder of the weights."""
 
     @classmethod
     def of(cls, reference: str) -> Maker | None:
@@ -40,16 +45,27 @@ class Maker:
         wanted = Path(reference).expanduser().resolve()
         begun = wanted.parent / "config.yaml"
         if begun.is_file() and (found := _stored(begun)) is not None and weights_file(found) == wanted:
-            return cls(found, "the command that began it")
+            return cls(found, None)
         for file in sorted(CONFIGS.glob("*.yaml")):
-            found = load_config(PretrainConfig, file)
-            if weights_file(found) == wanted:
-                return cls(found, f"python jobs/pretrain.py --config {file}")
+            with suppress(UserError):  # a config that cannot be read makes nothing
+                found = load_config(PretrainConfig, file)
+                if weights_file(found) == wanted:
+                    return cls(found, file)
         return None
 
+    def command(self, data: DataConfig) -> str:
+        """What makes the weights for a run on ``data``."""
+        if self.file is None:
+            return "repeat the command that began its training"
+        changed = {key: getattr(data, key) for key in OF_DATA if getattr(data, key) != getattr(self.config.data, key)}
+        return shlex.join(
+            ["python", "jobs/pretrain.py", "--config", str(self.file), *(f"data.{k}={v}" for k, v in changed.items())]
+        )
+
     def write(self, data: DataConfig, names: tuple[str, ...], file: Path) -> None:
-        """Write untrained weights of the shapes that the pretraining gives for these data, which have the classes ``names``."""
-        names = tuple(self.config.data.classes or names)
+        """Write untrained weights of the shapes that the pretraining gives: one that has begun for its own data, another one
+        for the ``data`` of the run, which have the classes ``names``."""
+        names, data = tuple(self.config.data.classes or names), self.config.data if self.file is None else data
         if self.config.target == "generator":
             network = DiT(dit_config(self.config.generator, data.size, data.channels, len(names)))
             file.write_bytes(packed(network, names))
@@ -89,7 +105,7 @@ class Expected(Generic[Run]):
             plan = plan.replace(file, reference)
         notes = [
             f"note: '{reference}' does not exist yet, so this plan is made with untrained weights of its shapes; to make it: "
-            f"{maker.command}"
+            f"{maker.command(self.config.data)}"
             for reference, maker in self.makers.items()
         ]
         return "\n".join([plan, *notes])
@@ -115,7 +131,8 @@ def with_expected_weights(config: Run) -> Iterator[Expected[Run]]:
 
 
 def _maker_of_missing(reference: str) -> Maker | None:
-    return None if "://" in reference or Path(reference).expanduser().exists() else Maker.of(reference)
+    local = "://" not in reference and reference.endswith(".safetensors")
+    return Maker.of(reference) if local and not Path(reference).expanduser().exists() else None
 
 
 def _references(config: RunConfig) -> list[str]:

@@ -101,6 +101,12 @@ class Pretrained:
             return cls(stage.weights["generator"])
         return cls(stage.weights["generator"], tuple(adopt.params["added"]), Adapters.of(adopt, storage))
 
+    @property
+    def adopted_hash(self) -> str:
+        """SHA-256 of the adapter of the added classes."""
+        assert self.adopted is not None
+        return str(self.adopted.artifact.units[group_unit(0)]["sha256"])
+
     def open(self) -> Generator:
         """The description of the generator, with all its classes."""
         generator = open_generator(self.weights.path())

@@ -25,11 +25,12 @@ from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage, as_json
 from ims3_ray.models.encoder import encoder_path, known_classes, load_encoder
 from ims3_ray.models.generator import open_generator
+from ims3_ray.models.generators.base import Generator
 from ims3_ray.stages.adapters import Pretrained, group_unit
 from ims3_ray.stages.embed import TEACHER
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.latents import EncodeLatents
-from ims3_ray.stages.tuning import PLACES_AND_SPEED, Tuning, finetune_groups
+from ims3_ray.stages.tuning import PLACES_AND_SPEED, Tuning, check_variance, finetune_groups
 from ims3_ray.training.finetuning import finetune_flops
 
 SEEN_PER_CLASS = 200
@@ -44,6 +45,7 @@ class Adopt(Tuning):
     table of labels."""
 
     name, settings = "adopt", AdoptConfig
+    described_as, remedy = "adoption", "adopt.lr or adopt.table_lr"
 
     @classmethod
     def plan(cls, planner: Planner, config: RunConfig) -> Adopt | None:
@@ -52,6 +54,8 @@ class Adopt(Tuning):
         if adopt is None or not models.added:
             return None
         tuning, images = adopt.tuning, Encode.plan(planner, "train", config.data)
+        check_variance(tuning, models.generator, "adopt")
+        _check_start(adopt, models.generator, models.added)
         config = config.model_copy(update={"finetune": tuning})
         params: dict[str, Any] = {
             "adopt": differing(adopt, without=(*PLACES_AND_SPEED, "encoder")), "generator": models.generator_weights.digest,
@@ -62,6 +66,7 @@ class Adopt(Tuning):
         if adopt.like == "nearest":
             finder = config.model_copy(update={"encoder": adopt.encoder or config.encoder})
             _check_known(finder, models.known)
+            _ = planner.models(finder).encoder  # checked against the channels of the images
             weights["encoder"] = planner.models(finder).encoder_weights
             params["encoder"] = weights["encoder"].digest
         elif isinstance(adopt.like, dict):
@@ -70,11 +75,12 @@ class Adopt(Tuning):
         if latents := EncodeLatents.plan(planner, config):
             inputs["latents"] = latents
         seen = tuning.total_steps(sum(planner.classes.counts)) * tuning.batch_size
-        return planner.add(
+        return cls.added(
+            planner,
             cls(
                 f"adopt {len(models.added)} classes", params, inputs, units=(group_unit(0),), images=seen,
                 flops=seen * finetune_flops(models.generator, tuning), weights=weights, config=config,
-            )
+            ),
         )  # fmt: skip
 
     @property
@@ -136,6 +142,16 @@ def _check_known(config: RunConfig, known: Sequence[str]) -> None:
         raise UserError(
             f"encoder '{config.encoder}' names none of the classes that the generator knows, so the nearest cannot be found; "
             "set adopt.encoder to an encoder that knows them, or adopt.like=null, or adopt.like={new: known}"
+        )
+
+
+def _check_start(adopt: AdoptConfig, generator: Generator, added: Sequence[str]) -> None:
+    """Raises :class:`UserError` if a class would start from the condition of no class, which the generator does not know."""
+    named = added if adopt.like == "nearest" else adopt.like if isinstance(adopt.like, dict) else ()
+    if not generator.knows_null and (missing := [name for name in added if name not in named]):
+        raise UserError(
+            f"generator '{generator.path.name}' knows only images with a class, so class '{missing[0]}' cannot start from "
+            "that of no class; name a known class for each in adopt.like, or set adopt.like=nearest"
         )
 
 

@@ -63,7 +63,9 @@ class Export(Stage):
         inputs = {f"set {name}": scored.images for name, scored in sets.items()}
         inputs |= {f"scores {name} {row}": stage for name, scored in sets.items() for row, stage in scored.rows.items()}
         images = next(iter(sets.values())).images.images
-        return cls._plan(planner, {"best of": list(sets)}, inputs, images, config, "best")
+        # The number of students is not part of the key of their stages, but it matters to the choice.
+        students = {f"{name} {row}": list(stage.units) for name, scored in sets.items() for row, stage in scored.rows.items()}
+        return cls._plan(planner, {"best of": list(sets), "students": students}, inputs, images, config, "best")
 
     @classmethod
     def _plan(
@@ -75,13 +77,21 @@ class Export(Stage):
 
     def choice(self, storage: Storage) -> dict[str, Any]:
         """The exported ``arm``, and what chose it: ``held_out``, the accuracy of each arm, in per cent (empty for a named
-        arm)."""
+        arm). An arm whose set holds all held-out images of some class takes no part. Raises :class:`UserError` if none is
+        left."""
         if "best of" not in self.params:
             return {"arm": self.label, "held_out": {}}
         found: dict[str, float] = {}
         for name in self.params["best of"]:
             rows = [stage for key, stage in self.inputs.items() if key.startswith(f"scores {name} ")]
-            found[name] = statistics.fmean(_held_out_accuracy(row, storage) for row in rows)
+            scores = [_held_out_accuracy(row, storage) for row in rows]
+            if None not in scores:
+                found[name] = statistics.fmean(score for score in scores if score is not None)
+        if not found:
+            raise UserError(
+                "export=best chooses by held-out training images, and every set holds all of those of some class; name an arm, "
+                f"as in export={self.params['best of'][0]}, or lower selection.images_per_class"
+            )
         return {"arm": max(found, key=lambda name: found[name]), "held_out": found}
 
     def results(self, storage: Storage) -> dict[str, Any]:
@@ -105,10 +115,12 @@ class Export(Stage):
         commit_units(artifact, {"result": {"sha256": digest, "images": len(rows)}}, time.monotonic() - began)
 
 
-def _held_out_accuracy(row: Stage, storage: Storage) -> float:
-    """Mean accuracy, in per cent, of a row's students with their final weights on held-out training images."""
+def _held_out_accuracy(row: Stage, storage: Storage) -> float | None:
+    """Mean accuracy, in per cent, of a row's students with their final weights on held-out training images; None if the set
+    leaves none of these images."""
     units = row.artifact(storage).units
-    return statistics.fmean(units[unit]["curve"][-1]["val"] for unit in row.units)
+    found = [units[unit]["curve"][-1]["val"] for unit in row.units]
+    return None if None in found else statistics.fmean(found)
 
 
 def unpack(context: Context, artifact: Artifact, folder: str) -> None:

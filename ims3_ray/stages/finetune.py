@@ -11,12 +11,11 @@ from ims3_ray.config import FinetuneConfig, RunConfig, differing
 from ims3_ray.data.classes import class_groups
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.stage import Stage
-from ims3_ray.errors import UserError
 from ims3_ray.stages.adapters import group_unit
 from ims3_ray.stages.adopt import adopted_classes
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.latents import EncodeLatents
-from ims3_ray.stages.tuning import PLACES_AND_SPEED, Tuning
+from ims3_ray.stages.tuning import PLACES_AND_SPEED, Tuning, check_variance
 from ims3_ray.training.finetuning import finetune_flops
 
 
@@ -31,10 +30,7 @@ class Finetune(Tuning):
         """Plan a fine-tuning. Raises :class:`UserError` for objectives that the generator does not support."""
         models, tuning = planner.models(config), config.finetune
         generator, objectives = models.generator, tuning.objectives
-        for objective in objectives.active:
-            if objective.needs_variance(objectives.of(objective)) and not generator.learns_variance:
-                key = f"finetune.objectives.{objective.name}.variance"
-                raise UserError(f"generator '{generator.path.name}' predicts no variance; set {key}=false")
+        check_variance(tuning, generator, "finetune")
         images = Encode.plan(planner, "train", config.data)
         groups = class_groups(models.labels, tuning.classes_per_group)
         params: dict[str, Any] = {
@@ -49,17 +45,14 @@ class Finetune(Tuning):
         inputs: dict[str, Stage] = {"encode": images, **adopted_classes(planner, config)}
         if latents := EncodeLatents.plan(planner, config):
             inputs["latents"] = latents
-        found = planner.add(
+        return cls.added(
+            planner,
             cls(
                 tuned_title(planner, config).replace("fine-tuned", "fine-tune"), params, inputs,
                 units=tuple(group_unit(number) for number in range(len(groups))), images=seen,
                 flops=seen * finetune_flops(generator, tuning), weights={"generator": models.generator_weights}, config=config,
-            )
+            ),
         )  # fmt: skip
-        alike = [stage for stage in planner.stages if isinstance(stage, cls)]
-        for stage in alike:
-            stage.among_others = len(alike) > 1
-        return found
 
     @property
     def batch(self) -> Hashable:

@@ -99,6 +99,7 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
             classes=[label for label, _ in plain["classes"]],
             generator=pretrained.weights.digest,
             **({"added": list(pretrained.added)} if pretrained.added else {}),
+            **({"adopted": pretrained.adopted_hash} if pretrained.adopted else {}),
         ),
         "history": history,
         "seconds": time.monotonic() - began,

@@ -45,7 +45,9 @@ def plan_needs(planner: Planner, needs: Collection[Need], config: RunConfig, sta
     if "real" in needs:
         found.inputs["real"] = Encode.plan(planner, "train", config.data)
     if "originals" in needs:
-        found.params.update(originals=planner.data.params("train"), split=config.data.train_split)
+        found.params.update(
+            originals=planner.data.params("train"), split=config.data.train_split, **config.data.background_params
+        )
     if "statistics" in needs:
         found.inputs["statistics"] = Statistics.plan(planner)
     if "generator" in needs:

@@ -19,6 +19,10 @@ MOST_CLASSES = 20
 """Number of classes whose first units are looked at; of more classes, these are evenly spaced."""
 
 
+LEAST_REAL = 4
+"""The fewest real images of a class with which its samples are compared; half of them make the mean."""
+
+
 def looked_at(count: int) -> list[int]:
     """Positions of the classes, of ``count``, that are looked at."""
     return [count * number // min(count, MOST_CLASSES) for number in range(min(count, MOST_CLASSES))]
@@ -32,18 +36,20 @@ class Recognition:
     real: dict[str, float]
 
     @classmethod
-    def of(cls, pool: DerivedStage, real: DerivedStage, names: tuple[str, ...], storage: Storage) -> Recognition:
-        """Compare the first embedded unit of each class of a pool with that of the real images, of which every other image
-        makes the means and the others are recognised."""
-        positions = looked_at(len(names))
-        samples = [_features(pool, position, storage) for position in positions]
-        images = [_features(real, position, storage) for position in positions]
-        references = [each[::2] for each in images]
-        chosen = [names[position] for position in positions]
-        return cls(
-            dict(zip(chosen, recognised(samples, references), strict=True)),
-            dict(zip(chosen, recognised([each[1::2] if len(each) > 1 else each for each in images], references), strict=True)),
-        )
+    def of(cls, pool: DerivedStage, real: DerivedStage, names: tuple[str, ...], storage: Storage) -> Recognition | None:
+        """Compare the first embedded unit of some classes of a pool with that of the real images, of which every other image
+        makes the means and the others are recognised. None if fewer than two of these classes have enough real images."""
+        found = {}
+        for position in looked_at(len(names)):
+            drawn, images = _features(pool, position, storage), _features(real, position, storage)
+            if len(drawn) and len(images) >= LEAST_REAL:
+                found[names[position]] = drawn, images
+        if len(found) < 2:
+            return None
+        references = [images[::2] for _, images in found.values()]
+        samples = recognised([drawn for drawn, _ in found.values()], references)
+        held_out = recognised([images[1::2] for _, images in found.values()], references)
+        return cls(dict(zip(found, samples, strict=True)), dict(zip(found, held_out, strict=True)))
 
     @property
     def relative(self) -> float:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import ray
@@ -18,11 +18,13 @@ from ims3_ray.cluster.joining import here, results
 from ims3_ray.config import ClusterConfig, FinetuneConfig, TrainerConfig, WorkConfig, canonical
 from ims3_ray.data.sources import open_source
 from ims3_ray.engine.board import new_board
+from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.shards import parse_unit
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.train import fit_task
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
+from ims3_ray.models.generators.base import Generator
 from ims3_ray.progress import Progress
 from ims3_ray.stages.adapters import Adapters, Pretrained, adapter_stem, group_checkpoints, group_unit
 from ims3_ray.stages.encode import Encode
@@ -45,8 +47,20 @@ class Tuning(Stage):
 
     exclusive = True
 
+    described_as: ClassVar[str] = "fine-tuning"
+    remedy: ClassVar[str] = "finetune.lr or the weights of finetune.objectives"
+    """Settings to lower if the training diverges."""
     among_others: bool = False
     """Whether the plan has several such stages, so that their names have to differ in MLflow."""
+
+    @classmethod
+    def added(cls, planner: Planner, stage: Self) -> Self:
+        """Add the stage to a plan. Where the plan has several trainings of generators, their names differ in MLflow."""
+        found = planner.add(stage)
+        alike = [each for each in planner.stages if isinstance(each, Tuning)]
+        for each in alike:
+            each.among_others = len(alike) > 1
+        return found
 
     def worker(self, config: WorkConfig) -> Worker:
         trainer = self.run_config.finetune.trainer
@@ -90,6 +104,14 @@ class Group:
     images: int
 
 
+def check_variance(config: FinetuneConfig, generator: Generator, section: str) -> None:
+    """Raises :class:`UserError` if an objective trains a variance that the generator does not predict."""
+    for objective in config.objectives.active:
+        if objective.needs_variance(config.objectives.of(objective)) and not generator.learns_variance:
+            key = f"{section}.objectives.{objective.name}.variance"
+            raise UserError(f"generator '{generator.path.name}' predicts no variance; set {key}=false")
+
+
 def groups_of(context: Context, stage: Tuning) -> list[Group]:
     """The class groups of a fine-tuning; ``stage.params`` lists their classes by the generator's labels."""
     encode, latents = cast(Encode, stage.inputs["encode"]), stage.inputs.get("latents")
@@ -130,7 +152,7 @@ def finetune_groups(context: Context, open_stages: Sequence[Tuning]) -> None:
             stage, own = group.stage, steps[id(group)]
             context.tracker.losses(rows, stage.prefix(group.number))
             if outcome is not None and "diverged" in outcome:
-                raise UserError(_diverged(outcome, image_names(context, cast(Encode, stage.inputs["encode"]), group)))
+                raise UserError(_diverged(stage, outcome, image_names(context, cast(Encode, stage.inputs["encode"]), group)))
             if outcome is not None:
                 images = own * stage.run_config.finetune.batch_size
                 context.spend(stage, outcome["seconds"], _trainer(group).num_workers)
@@ -207,13 +229,13 @@ def image_names(context: Context, encode: Encode, group: Group) -> list[str]:
     return [name for name in names if not any(line.startswith(f"{name}: ") for line in broken)]
 
 
-def _diverged(outcome: dict[str, Any], names: list[str]) -> str:
+def _diverged(stage: Tuning, outcome: dict[str, Any], names: list[str]) -> str:
     row, images = outcome["diverged"], [names[position] for position in outcome["images"]]
     wrong = ", ".join(f"{key} {value:g}" for key, value in row.items() if not math.isfinite(value))
     kept = f"the checkpoint of step {outcome['kept']} is kept" if outcome["kept"] else "there is no checkpoint before it"
     return (
-        f"fine-tuning diverged at step {row['step']:g} ({wrong}) on images {', '.join(images)}; "
-        f"{kept}; lower finetune.lr or the weights of finetune.objectives"
+        f"{stage.described_as} diverged at step {row['step']:g} ({wrong}) on images {', '.join(images)}; "
+        f"{kept}; lower {stage.remedy}"
     )
 
 

@@ -229,7 +229,7 @@ class Finetuner:
         """Rank 0's moving average as safetensors bytes, with the config of the training and ``about`` in the metadata."""
         tensors = {name: value.contiguous().cpu() for name, value in self.ema.average.items()}
         if bad := first_not_finite(tensors):
-            raise Diverged(f"the adapter has values that are not finite ('{bad}'); lower finetune.lr")
+            raise Diverged(f"the adapter has values that are not finite ('{bad}'); lower its learning rate")
         # A single entry, since the order of several entries would differ from file to file.
         return save(tensors, metadata={"adapter": json.dumps({"config": canonical(self.config), **about})})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ims3_ray.io.artifacts import file_hash
 from ims3_ray.models.difffit import add_difffit
 from ims3_ray.models.dit_files import open_dit
 from ims3_ray.models.generator import generator_path, load_generator
@@ -68,7 +70,9 @@ def test_adopted_classes_become_classes_of_the_converted_generator(tiny_world: P
     metadata = {"adapter": json.dumps({"added": ["fourth"]})}
     save_file(adopted, tmp_path / "adopted.safetensors", metadata=metadata)
     bias = {"final_layer.linear.bias": adopted["final_layer.linear.bias"] + 1}
-    save_file(bias, tmp_path / "further.safetensors", metadata=metadata)
+    digest = hashlib.sha256((tmp_path / "adopted.safetensors").read_bytes()).hexdigest()
+    further = {"adapter": json.dumps({"added": ["fourth"], "adopted": digest, "generator": file_hash(path)})}
+    save_file(bias, tmp_path / "further.safetensors", metadata=further)
     out = tmp_path / "own.safetensors"
     both = f"adapter=[{tmp_path / 'adopted.safetensors'}, {tmp_path / 'further.safetensors'}]"
     done = convert(f"generator={path}", both, f"out={out}")
@@ -82,3 +86,10 @@ def test_adopted_classes_become_classes_of_the_converted_generator(tiny_world: P
         tuned.final_layer.linear.bias.add_(1)
         before = tuned(z, t, torch.tensor([0, 1, 2, 4, 3]))  # the known classes, the added one, and no class
         torch.testing.assert_close(load_generator(out)(z, t, torch.tensor([0, 1, 2, 3, 4])), before, rtol=1e-4, atol=1e-5)
+    alone = convert(f"generator={path}", f"adapter={tmp_path / 'further.safetensors'}", f"out={tmp_path / 'no.safetensors'}")
+    assert alone.returncode == 2
+    assert "was trained after an adoption of classes; give the adapter of that adoption before it" in alone.stderr
+    other = convert(f"generator={out}", f"adapter={tmp_path / 'further.safetensors'}", f"out={tmp_path / 'no.safetensors'}")
+    assert other.returncode == 2
+    assert "was trained from other weights than" in other.stderr
+    assert not (tmp_path / "no.safetensors").exists()

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from pydantic import ValidationError
 
 from ims3_ray.config import AdoptConfig, FinetuneConfig, RunConfig
-from ims3_ray.models.generator import open_generator
+from ims3_ray.errors import UserError
+from ims3_ray.models.dit import DiT
+from ims3_ray.models.dit_files import write_dit
+from ims3_ray.models.generator import load_generator, open_generator
 from ims3_ray.plan import make_plan
 from ims3_ray.stages.adopt import assigned
 from ims3_ray.training.finetuning import Finetuner
-from tests.conftest import tiny_values
+from tests.conftest import CLASSES, tiny_values
 
 
 def test_each_new_class_begins_as_another_known_one():
@@ -50,3 +55,42 @@ def test_the_trained_teacher_serves_as_the_encoder(tiny_world: Path, tmp_path: P
     assert embed.inputs["phi"].name == "teacher"
     assert not plan.weights
     assert [stage.name for stage in plan.stages if stage.name in ("teacher", "embed")] == ["teacher", "embed"]
+
+
+def test_what_phi_compares_is_there_before_the_samples(tiny_world: Path, tmp_path: Path):
+    arms = {"random_real": None, "dit": None, "ims3": None}
+    values = {**tiny_values(tiny_world, tmp_path, arms=arms), "encoder": "teacher", "export": "best"}
+    values["arms"] = {"s3": {"title": "S3", "images": "generated", "select": "s3"}}
+    plan = make_plan(RunConfig.model_validate(values))
+    order = [stage.title for stage in plan.stages]
+    assert max(order.index("train the teacher"), order.index("embed train images")) < order.index("generate (pretrained)")
+
+
+def test_the_choice_of_the_best_set_depends_on_the_students(tiny_world: Path, tmp_path: Path):
+    plans = [
+        make_plan(RunConfig.model_validate(tiny_values(tiny_world, tmp_path, evaluation={"seeds": seeds})))
+        for seeds in ([0], [0, 1])
+    ]
+    params = [next(stage.params for stage in plan.stages if stage.name == "export") for plan in plans]
+    assert params[0] != params[1]
+
+
+def test_a_generator_without_a_condition_for_no_class_adopts_from_known_classes_alone(tmp_path: Path, tiny_world: Path):
+    without = DiT(
+        load_generator(tiny_world / "dit.safetensors").config.model_copy(update={"num_classes": 2, "null_row": False})
+    )
+    write_dit(without, CLASSES[:2], tmp_path / "two.safetensors")
+    values = tiny_values(tiny_world, tmp_path, generator=str(tmp_path / "two.safetensors"), sampling={"cfg_scale": 1.0})
+    values["finetune"]["label_dropout"] = 0
+    for adopt, message in (
+        ({}, r"set adopt.label_dropout=0"),
+        ({"label_dropout": 0, "like": "null"}, r"class 'middle' cannot start from that of no class"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_plan(RunConfig.model_validate({**values, "adopt": adopt}))
+    make_plan(RunConfig.model_validate({**values, "adopt": {"label_dropout": 0, "like": {"middle": "left"}}}))
+
+
+def test_only_the_denoising_loss_adopts_classes():
+    with pytest.raises(ValidationError, match="classes are adopted by diffusion alone"):
+        AdoptConfig.model_validate({"objectives": {"inversion_matching": {"weight": 0.1}}})

@@ -29,6 +29,17 @@ def test_overrides_reach_nested_keys_and_keep_their_types():
     assert config.finetune.steps == RunConfig().finetune.steps
 
 
+@pytest.mark.parametrize("overrides", [["finetune.steps=300"], ["finetune={steps: 300}"]])
+def test_a_length_replaces_one_of_another_kind_that_was_given_before(tmp_path: Path, overrides: list[str]):
+    (tmp_path / "run.yaml").write_text("finetune: {epochs: 8}\narms: {ims3: {overrides: {finetune: {epochs: 2}}}}\n")
+    config = load_config(RunConfig, tmp_path / "run.yaml")
+    assert (config.finetune.steps, config.finetune.epochs) == (None, 8)
+    later = load_config(RunConfig, tmp_path / "run.yaml", overrides)
+    assert (later.finetune.steps, later.finetune.epochs) == (300, None)
+    assert (later.of_arm("ims3").finetune.steps, later.of_arm("ims3").finetune.epochs) == (None, 2)
+    assert load_config(RunConfig, tmp_path / "run.yaml", ["adopt={epochs: 3}", "adopt.steps=7"]).adopt is not None
+
+
 def test_a_file_extends_another_and_overrides_come_last(tmp_path: Path):
     (tmp_path / "base.yaml").write_text("selection: {groups: 7, alpha: 0.1}\narms: {dit: null}\n")
     (tmp_path / "run.yaml").write_text("extends: base.yaml\nselection: {alpha: 0.2}\n")

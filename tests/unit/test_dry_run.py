@@ -44,7 +44,8 @@ def test_a_plan_is_made_with_what_a_pretraining_will_make(tiny_world: Path, proj
     text = plan_distill(config)
     for reference, file in ((DIT, "own-dit.yaml"), (PHI, "own-phi.yaml")):
         line = next(line for line in text.splitlines() if line.startswith("note:") and reference in line)
-        assert line.endswith(f"python jobs/pretrain.py --config configs/pretrain/{file}")
+        command = f"python jobs/pretrain.py --config configs/pretrain/{file} data.path={tiny_world / 'data'} data.size=8"
+        assert line.endswith(command)
     with with_expected_weights(config) as expected:
         generate = next(stage for stage in make_plan(expected.config).stages if stage.name == "generate")
         path = generate.weights["generator"].path()
@@ -55,20 +56,28 @@ def test_a_plan_is_made_with_what_a_pretraining_will_make(tiny_world: Path, proj
         make_plan(config)
 
 
-def test_a_training_that_has_begun_says_what_it_will_make(tiny_world: Path, project: Path):
-    begun = PretrainConfig.model_validate({"name": "begun", "storage": "weights", "generator": GENERATOR})
-    folder = project / "weights" / "begun"
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump({**canonical(begun), "data_fingerprints": {}}))
+@pytest.mark.parametrize("size", [8, 28])
+def test_a_training_that_has_begun_makes_what_it_began(size: int, tiny_world: Path, project: Path):
+    values = {"name": "begun", "storage": "weights", "generator": GENERATOR, "data": {"size": size}}
+    begun = PretrainConfig.model_validate(values)
+    file = project / "weights" / "begun" / "config.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(yaml.safe_dump({**canonical(begun), "data_fingerprints": {}}))
     maker = Maker.of("weights/begun/begun.safetensors")
     assert maker is not None
     assert maker.config == begun
-    config = config_of(
-        tiny_world,
-        project,
-        arms={"own": {"title": "Own", "images": "generated", "overrides": {"generator": "weights/begun/begun.safetensors"}}},
-    )
-    assert "generate (pretrained, weights/begun/begun.safetensors)" in plan_distill(config)
+    overrides = {"generator": "weights/begun/begun.safetensors"}
+    config = config_of(tiny_world, project, arms={"own": {"title": "Own", "images": "generated", "overrides": overrides}})
+    if size == 8:
+        assert "generate (pretrained, weights/begun/begun.safetensors)" in plan_distill(config)
+    else:
+        with pytest.raises(UserError, match="makes 1×28×28 images"):
+            plan_distill(config)
+
+
+def test_a_config_that_cannot_be_read_is_none_that_makes_the_weights(tiny_world: Path, project: Path):
+    (project / "configs" / "pretrain" / "mine.yaml").write_text("nonsense: 1")
+    plan_distill(config_of(tiny_world, project, generator=DIT))
 
 
 def test_weights_that_nobody_makes_are_refused(tiny_world: Path, project: Path):

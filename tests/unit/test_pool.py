@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from safetensors.torch import load
 
 from ims3_ray.cluster.hardware import hardware, kind
 from ims3_ray.config import ActorsConfig, ClusterConfig, SamplingConfig
+from ims3_ray.engine import pool
 from ims3_ray.engine.images import ImageStore, Produced
 from ims3_ray.engine.pool import pool_price
 from ims3_ray.engine.worker import UnitWorker, Work
+from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.dit import DiT
@@ -201,3 +204,23 @@ def test_after_its_device_has_failed_an_actor_leaves_the_next_unit_to_a_new_proc
     assert "illegal memory access" in worker(row)["entry"][0]
     with pytest.raises(Left):
         worker(row)
+
+
+def test_samples_that_were_refused_are_refused_again_before_others_are_made(monkeypatch: pytest.MonkeyPatch):
+    made: list[object] = []
+    monkeypatch.setattr(pool, "_commit_noted", lambda *_: None)
+    monkeypatch.setattr(pool, "_tasks", lambda context, pools, only=None: only)
+    monkeypatch.setattr(pool, "run_tasks", lambda context, tasks: made.append(tasks))
+    refusing, silent = Mock(), Mock()
+    refusing.check.side_effect = UserError("φ recognises too few")
+    long, short = Mock(), Mock()
+    long.looked_at_first.return_value, long.missing.return_value = ["first"], ["second"]
+    short.looked_at_first.return_value, short.missing.return_value = [], ["first", "second"]
+    for _ in range(2):
+        with pytest.raises(UserError, match="φ recognises too few"):
+            pool.produce(Mock(), {short: [silent], long: [refusing]})
+    assert made == [{short: set(), long: {"first"}}] * 2
+    silent.check.assert_not_called()
+    long.missing.return_value = []
+    pool.produce(Mock(), {long: [refusing]})
+    assert made[2:] == [None]

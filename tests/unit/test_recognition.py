@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 
 from ims3_ray.config import RecognitionConfig
+from ims3_ray.engine.pool import DerivedStage
 from ims3_ray.errors import UserError
 from ims3_ray.selection.recognition import recognised
+from ims3_ray.stages import recognition
 from ims3_ray.stages.recognition import Recognition, looked_at
 
 
@@ -32,3 +36,16 @@ def test_too_few_recognised_samples_end_the_run_or_print_a_line(capsys: pytest.C
     found.check("generate (pretrained)", RecognitionConfig(stop_below=0.0, warn_below=0.0))
     Recognition({"cat": 0.9}, {"cat": 1.0}).check("generate (pretrained)", RecognitionConfig())
     assert capsys.readouterr().out == ""
+
+
+def test_classes_of_few_real_images_and_samples_that_are_missing_are_left_out(monkeypatch: pytest.MonkeyPatch):
+    one, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    samples = {0: one, 1: other, 2: one, 3: torch.zeros(0, 2)}
+    images = {0: one.repeat(4, 1), 1: other.repeat(5, 1), 2: one.repeat(3, 1), 3: one.repeat(9, 1)}
+    monkeypatch.setattr(recognition, "_features", lambda stage, position, storage: stage[position])
+    storage: Any = None
+    pool, real = cast(DerivedStage, samples), cast(DerivedStage, images)
+    found = Recognition.of(pool, real, ("a", "b", "c", "d"), storage)
+    assert found == Recognition({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 1.0})
+    images[1] = images[1][:3]
+    assert Recognition.of(pool, real, ("a", "b", "c", "d"), storage) is None
