@@ -24,7 +24,7 @@ from ims3_ray.data.contact_sheet import contact_sheet
 from ims3_ray.data.sources.embedded import embedded_names
 from ims3_ray.errors import UserError
 from ims3_ray.training.accuracy import Labelled
-from ims3_ray.training.generator import GeneratorTrainer
+from ims3_ray.training.generator import GeneratorTrainer, in_bf16
 from ims3_ray.training.pace import ByClock
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
@@ -136,7 +136,7 @@ def train_by_the_clock(
     run.save(trainer, seconds_before + end - started, finished=True)
     images_per_s = max(0, trainer.steps - first - 1) * recipe.batch_size / max(end - after_first, 1e-9)
     rate = 3 * images_per_s * trainer.model.config.forward_flops()
-    possible = matmul_rate(DEVICE, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+    possible = matmul_rate(DEVICE, torch.bfloat16 if in_bf16(recipe, torch.device(DEVICE)) else torch.float32)
     return {
         "steps": trainer.steps, "seconds": round(seconds_before + end - started, 1), "images_per_s": round(images_per_s, 1),
         "share": round(rate / possible, 3), "first_step_s": round(after_first - started, 1), "compiled": recipe.compile,

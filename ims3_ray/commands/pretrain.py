@@ -86,7 +86,7 @@ def _train_and_judge(plan: PretrainingPlan, place: Storage, tracker: Tracker) ->
         num_gpus=config.trainer.gpus_per_worker,
         **placed(config.cluster, "finetune"),
     )
-    quality: Quality = results(task.remote(config, path))
+    quality: Quality = results(task.remote(_from_anywhere(config), path))
     if quality.samples is not None:
         shown.samples(contact_sheet(quality.samples, 10))
     card = weights_card(config, outcome, path, quality)
@@ -106,7 +106,7 @@ def _trained(plan: PretrainingPlan, shown: Shown) -> dict[str, Any]:
     from ims3_ray.engine.loops import encoder_loop, generator_loop, source_images
     from ims3_ray.engine.train import watched_fit
 
-    config, trainer = plan.config, plan.config.trainer
+    config, trainer = _from_anywhere(plan.config), plan.config.trainer
     workers = [trainer.worker_resources] * trainer.num_workers
     wait_for_capacity(config.cluster, "finetune", config.name, workers, trainer.num_workers)
     arguments: dict[str, Any]
@@ -151,6 +151,17 @@ class Shown:
         """Write a sheet of samples to the folder and to MLflow, in place of an earlier one."""
         self.place.write(f"{self.config.name}/{self.config.name}.png", sheet)
         self.tracker.file(f"{self.config.name}.png", sheet)
+
+
+def _from_anywhere(config: PretrainConfig) -> PretrainConfig:
+    """The config for other processes, whose working folders differ: local places of the data are absolute."""
+    places = {key: getattr(config.data, key) for key in ("path", "test_path")}
+    local = {key: str(Path(place).expanduser().resolve()) for key, place in places.items() if place and _is_local(place)}
+    return config.model_copy(update={"data": config.data.model_copy(update=local)})
+
+
+def _is_local(place: str) -> bool:
+    return "://" not in place and Path(place).expanduser().exists()
 
 
 def _judge(config: PretrainConfig, path: Path) -> Quality:

@@ -42,7 +42,9 @@ class GeneratorTraining(Section):
     ema_decay: Fraction = 0.999
     flip: bool = False
     checkpoint_every: int = Field(default=250, ge=1)
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the arithmetic; `auto` is bf16 on devices that compute it natively, and fp32 on others, on which bf16
+    is several times slower."""
     compile: bool = False
     """Whether each transformer block is compiled with torch.compile. All blocks share one compilation, which pays off after
     some minutes of GPU work."""

@@ -132,7 +132,7 @@ DEFAULT_ARMS: dict[str, dict[str, Any]] = {
 
 class RecognitionConfig(Section):
     """What happens if φ does not recognise the samples of a generator. The share of samples that are closer to the mean real
-    image of their class than to that of another class is divided by this share of real images."""
+    image of their class than to that of another class (of at most 20) is divided by the same share of real images."""
 
     stop_below: Fraction = 0.5
     """The run ends if the quotient is smaller."""

@@ -44,6 +44,16 @@ def dit_config(training: GeneratorTraining, size: int, channels: int, num_classe
     )  # fmt: skip
 
 
+def in_bf16(config: GeneratorTraining, device: torch.device) -> bool:
+    """Whether a training computes in bfloat16 on a device; by default if the device does not have to imitate it."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def packed(network: DiT, class_names: Sequence[str], **about: str) -> bytes:
     """A DiT as a weights file in half precision; ``about`` is added to its metadata."""
     return pack(network, canonical(network.config), "dit", torch.float16, classes="\n".join(class_names), **about)
@@ -73,8 +83,8 @@ class GeneratorTrainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
         self.ema = Ema(self.model.named_parameters(), config.ema_decay)
         self.schedule = NoiseSchedule()
-        half = self.device.type, torch.bfloat16
-        self.autocast = torch.autocast(*half) if config.precision == "bf16" else nullcontext()
+        half = in_bf16(config, self.device)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
         self.steps_before = 0
         """Number of steps of an earlier training of which only the weights are known."""
         self.losses: list[float] = []

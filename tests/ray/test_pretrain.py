@@ -35,10 +35,11 @@ QUICK: dict[str, Any] = {
 
 @pytest.mark.parametrize("target", ["generator", "encoder"])
 def test_trained_weights_come_with_a_card_and_a_distillation_takes_them(
-    target: str, tiny_world: Path, tmp_path: Path, cluster: None
+    target: str, tiny_world: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.chdir(tiny_world)  # the workers have other working folders
     values = {**QUICK, "name": "mine", "target": target, "storage": str(tmp_path)}
-    path = pretrain(PretrainConfig.model_validate({**values, "data": {"path": str(tiny_world / "data"), "size": 8}}))
+    path = pretrain(PretrainConfig.model_validate({**values, "data": {"path": "data", "size": 8}}))
     assert path == tmp_path / "mine" / "mine.safetensors"
     metadata = read_metadata(path, {"generator": "dit", "encoder": "encoder"}[target])
     card = path.with_suffix(".md").read_text()

@@ -191,6 +191,19 @@ def test_a_preview_shows_samples_of_the_average_from_the_same_noise():
     assert not torch.equal(learner.preview(sampling), before)
 
 
+def test_bfloat16_is_used_where_it_is_not_imitated(monkeypatch: pytest.MonkeyPatch):
+    cpu = torch.device("cpu")
+    for able, half in (
+        ({"avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert in_bf16(GeneratorTraining(), cpu) is half
+        assert in_bf16(GeneratorTraining(precision="bf16"), cpu)
+        assert not in_bf16(GeneratorTraining(precision="fp32"), cpu)
+
+
 def test_steps_and_minutes_are_alternatives():
     assert GeneratorTraining().minutes == 30
     assert GeneratorTraining(steps=5).minutes is None
