@@ -17,7 +17,7 @@ from ims3_ray.errors import UserError
 from ims3_ray.models.encoder import encoder_config, known_classes
 from ims3_ray.objectives.diffusion import diffusion_loss
 from ims3_ray.training.encoder import EncoderTrainer
-from ims3_ray.training.generator import PREVIEW_IMAGES, GeneratorTrainer
+from ims3_ray.training.generator import PREVIEW_IMAGES, GeneratorTrainer, in_bf16
 from ims3_ray.training.pace import ByClock, BySteps
 
 
