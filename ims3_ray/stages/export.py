@@ -77,7 +77,7 @@ class Export(Stage):
 
     def choice(self, storage: Storage) -> dict[str, Any]:
         """The exported ``arm``, and what chose it: ``held_out``, the accuracy of each arm, in per cent (empty for a named
-        arm). An arm whose set holds all held-out images of some class takes no part. Raises :class:`UserError` if none is
+        arm). An arm whose set holds all held-out images takes no part. Raises :class:`UserError` if none is
         left."""
         if "best of" not in self.params:
             return {"arm": self.label, "held_out": {}}
@@ -89,8 +89,8 @@ class Export(Stage):
                 found[name] = statistics.fmean(score for score in scores if score is not None)
         if not found:
             raise UserError(
-                "export=best chooses by held-out training images, and every set holds all of those of some class; name an arm, "
-                f"as in export={self.params['best of'][0]}, or lower selection.images_per_class"
+                "export=best chooses by held-out training images, and every set holds all of these; name an arm, as in "
+                f" export={self.params['best of'][0]}, or lower selection.images_per_class"
             )
         return {"arm": max(found, key=lambda name: found[name]), "held_out": found}
 
