@@ -90,7 +90,7 @@ class Export(Stage):
         if not found:
             raise UserError(
                 "export=best chooses by held-out training images, and every set holds all of these; name an arm, as in "
-                f" export={self.params['best of'][0]}, or lower selection.images_per_class"
+                f"export={self.params['best of'][0]}, or lower selection.images_per_class"
             )
         return {"arm": max(found, key=lambda name: found[name]), "held_out": found}
 
