@@ -14,6 +14,7 @@ from safetensors.torch import load
 from ims3_ray import distill
 from ims3_ray.config import RunConfig
 from ims3_ray.config.loading import load_config
+from ims3_ray.config.run import DEFAULT_ARMS
 from ims3_ray.data.classes import imagenet_wnids
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
@@ -45,7 +46,8 @@ def config_of(world: Path, storage: Path, adopt: dict[str, Any] | None, **change
 
 
 def test_a_generator_is_taught_a_class_and_the_run_goes_on_with_it(world: Path, tmp_path: Path, cluster: None):
-    config = config_of(world, tmp_path, ADOPT)
+    less = {"arms": {name: DEFAULT_ARMS[name] for name in ("dit", "ims3")}, "instability": {"images": 0}}
+    config = config_of(world, tmp_path, ADOPT, **less)
     result = distill(config)
     plan, storage = make_plan(config), Storage.at(config.storage)
     (adopt,) = [stage for stage in plan.stages if stage.name == "adopt"]
