@@ -48,9 +48,9 @@ class Generate(ImagePool):
         }  # fmt: skip
         params |= spacing_version(s.steps, Sampler.registry[s.sampler].spacing)
         inputs: dict[str, Stage] = adopted_classes(planner, config)
+        names = ["adopted" if inputs else "pretrained"]
         if arm.finetune:
-            inputs["finetune"] = Finetune.plan(planner, config)
-        names = [tuned_title(planner, config) if arm.finetune else "pretrained"]
+            inputs["finetune"], names = Finetune.plan(planner, config), [tuned_title(planner, config)]
         if (steering := s.steering) is not None:
             source: Any = Stage.registry[steering.source]
             inputs[steering.source] = source.plan(planner, config)

@@ -53,7 +53,7 @@ def test_a_generator_is_taught_a_class_and_the_run_goes_on_with_it(world: Path, 
     (adopt,) = [stage for stage in plan.stages if stage.name == "adopt"]
     assert adopt.params["added"] == ["middle"]
     pools = [stage for stage in plan.stages if stage.name == "generate"]
-    assert len(pools) == 2
+    assert {stage.title for stage in pools} == {"generate (adopted)", "generate (fine-tuned)"}
     assert all(stage.inputs["adopt"] is adopt for stage in pools)
     known = load_generator(world / "dit.safetensors").state_dict()[TABLE]
     adapter = load(adopt.artifact(storage).read("adapter-0.safetensors"))
