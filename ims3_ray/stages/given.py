@@ -38,6 +38,8 @@ class ReadGiven(Stage):
     def plan(cls, planner: Planner, title: str, path: str, data: DataConfig, k: int | None = None) -> ReadGiven:
         """Plan to read the set at ``path``. Every class must have ``k`` images, or any number above 0 if ``k`` is None."""
         source, names = open_source(path, "train"), planner.classes.names
+        for notice in source.notices:
+            print(f"note: {notice}", flush=True)
         labels = match_classes(names, source.class_names, path)
         logits = source.extras([0]).get("logits")
         if logits is not None and logits.shape[1] != len(source.class_names):

@@ -98,8 +98,8 @@ def test_images_of_the_set_do_not_choose_its_epoch():
     ("spoil", "says"),
     [
         (lambda folder: shutil.rmtree(folder / "left"), "has no class 'left'; it has middle, right"),
-        (lambda folder: (folder / "up").mkdir(), "has a class 'up' that the real data do not have"),
-        (lambda folder: [file.unlink() for file in (folder / "left").iterdir()], "has no image of class 'left'"),
+        (lambda folder: shutil.copytree(folder / "left", folder / "up"), "has a class 'up' that the real data do not have"),
+        (lambda folder: [file.unlink() for file in (folder / "left").iterdir()], "has no class 'left'; it has middle, right"),
         (lambda folder: next((folder / "right").iterdir()).write_bytes(b"no image"), "cannot be decoded"),
     ],
 )
