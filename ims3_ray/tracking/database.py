@@ -8,6 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from functools import cache
 from pathlib import Path
@@ -83,16 +84,23 @@ def known_revisions() -> list[str]:
 
 def _create(path: Path) -> None:
     """Create the database under another name first, so that a process that is killed meanwhile leaves no half of it."""
-    from mlflow import MlflowClient
-
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
-    with contextlib.closing(sqlite3.connect(draft)) as database:
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    draft.write_bytes(_empty())
     draft.rename(path)
-    for ending in WITH:
-        Path(f"{draft}{ending}").unlink(missing_ok=True)
+
+
+@cache
+def _empty() -> bytes:
+    """A database without runs. MLflow needs seconds to make its tables, so a process makes them once."""
+    from mlflow import MlflowClient
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "mlflow.db")
+        MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return path.read_bytes()
 
 
 def _upgrade(path: Path) -> bool:
