@@ -149,7 +149,7 @@ def measure(config: BenchmarkConfig, name: str) -> dict[str, Any]:
     from ims3_ray.models.encoder import load_encoder
     from ims3_ray.stages.adapters import Pretrained
     from ims3_ray.stages.candidates import Candidates
-    from ims3_ray.stages.embed import Features
+    from ims3_ray.stages.features import Features
 
     case, device = cases(config)[name], "cuda" if GPU else "cpu"
     sampling = sampling_of(config, case)

@@ -7,21 +7,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ims3_ray.config import RunConfig, differing
-from ims3_ray.data.transforms import to_signed
-from ims3_ray.engine.images import Derive, Derived, Produced, batches
+from ims3_ray.engine.images import Derive
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.pool import DerivedStage, ImagePool
-from ims3_ray.engine.shards import pack_tensors, parse_unit
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import (
-    Encoder,
     EncoderConfig,
     class_positions,
     embedding_cost,
@@ -30,6 +24,7 @@ from ims3_ray.models.encoder import (
     load_encoder,
 )
 from ims3_ray.stages.encode import Encode
+from ims3_ray.stages.features import Features
 from ims3_ray.stages.recognition import Recognition
 from ims3_ray.stages.teacher import plan_teacher, read_teacher, teacher_shape
 
@@ -73,7 +68,7 @@ class Phi:
 
 @dataclass(eq=False)
 class Embed(DerivedStage):
-    """Computes features: one shard per unit of images, made by :class:`Features`."""
+    """Computes features: one shard per unit of images, made by :class:`~ims3_ray.stages.features.Features`."""
 
     name, version, settings = "embed", 2, EncoderConfig
 
@@ -137,48 +132,6 @@ class Embed(DerivedStage):
         trained = self.inputs.get("phi")
         phi = trained.artifact(storage) if trained is not None else self.weights["encoder"]
         return partial(_features, phi, self.params.get("heads"))
-
-
-class Features:
-    """Computes ``features`` float32 [n, D], φ(x) of each image, as safetensors.
-
-    With ``heads`` it adds what φ's own classifier says of the image's class: ``log_probability`` float32 [n], and
-    ``recognised`` bool [n], whether that class has the highest score.
-    """
-
-    batch = 250
-
-    def __init__(self, encoder: Encoder, device: str, heads: Mapping[str, int] | None = None) -> None:
-        self.encoder, self.device, self.heads = encoder.to(device), device, heads
-        """``heads``: label of a unit's class, as text → index of that class in φ's classifier."""
-
-    @torch.inference_mode()
-    def __call__(self, unit: str, produced: Produced) -> Derived:
-        """Raises ``ValueError`` naming the first image whose features are not all finite."""
-        parts = [seen for part in batches(produced.pixels, self.batch, self.device) for seen in self._look(part)]
-        found = [features.float().cpu() for features, _ in parts]
-        features = torch.cat(found) if found else torch.zeros(0, self.encoder.dim)
-        if (bad := (~features.isfinite().all(dim=1)).nonzero()).numel():
-            raise ValueError(f"φ gives values that are not finite for {produced.names[int(bad[0])]}")
-        tensors = {"features": features}
-        if self.heads is not None:
-            index = self.heads[str(parse_unit(unit)[0])]
-            scores = [logits.float().cpu() for _, logits in parts] or [torch.zeros(0, index + 1)]
-            log_probability = torch.cat(scores).log_softmax(dim=1)
-            tensors["log_probability"] = log_probability[:, index]
-            tensors["recognised"] = log_probability.argmax(dim=1) == index
-        return Derived("safetensors", pack_tensors(**tensors))
-
-    def _look(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Features and class scores. A batch that does not fit into memory is halved: φ treats each image independently."""
-        try:
-            return [self.encoder.look(to_signed(pixels))]
-        except torch.OutOfMemoryError:
-            if len(pixels) == 1:
-                raise
-        torch.cuda.empty_cache()
-        self.batch = -(-len(pixels) // 2)
-        return [seen for part in pixels.split(self.batch) for seen in self._look(part)]
 
 
 def _features(phi: Weights | Artifact, heads: Mapping[str, int] | None, device: str) -> Features:

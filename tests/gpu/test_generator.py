@@ -24,7 +24,7 @@ from ims3_ray.models.encoder import load_encoder
 from ims3_ray.models.generator import load_generator
 from ims3_ray.stages.adapters import Pretrained
 from ims3_ray.stages.candidates import Candidates
-from ims3_ray.stages.embed import Features
+from ims3_ray.stages.features import Features
 from ims3_ray.training.generator import GeneratorTrainer
 from ims3_ray.training.pace import BySteps
 from tests.conftest import write_latent_world
