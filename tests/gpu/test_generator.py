@@ -179,7 +179,7 @@ def test_a_generator_in_training_learns_on_the_gpu(device: str, precision: str):
         patch_size=4, hidden_size=64, depth=2, num_heads=2, batch_size=30, lr=3e-3, flip=True, precision=precision,  # type: ignore[arg-type]
     )  # fmt: skip
     trainer = GeneratorTrainer(config, (pixels, labels), 3, 0, device)
-    list(trainer.run(BySteps(120, 10, 40)))
+    list(trainer.run(BySteps(120, 0.08, 0.33)))
     first, last = (sum(part) / 20 for part in (trainer.losses[:20], trainer.losses[-20:]))
     assert last < 0.6 * first
     assert next(trainer.model.parameters()).device.type == device
