@@ -8,7 +8,6 @@ python jobs/convert.py generator=dit.safetensors 'adapter=[adopted.safetensors, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -56,7 +55,7 @@ def _added_by(adapters: list[Path], generator: Path) -> tuple[str, ...]:
                 f"adapter '{adapter}' was trained from other weights than '{generator}'; give the generator of its run (a "
                 "converted file has other bytes: merge first, then convert)"
             )
-        if "adopted" in about and about["adopted"] not in before:
+        if "adopted" in about and about["adopted"][:16] not in before:
             raise UserError(
                 f"adapter '{adapter}' was trained after an adoption of classes; give the adapter of that adoption before it "
                 "(adapter=[adopted.safetensors, fine-tuned.safetensors])"
@@ -64,14 +63,8 @@ def _added_by(adapters: list[Path], generator: Path) -> tuple[str, ...]:
         mine = tuple(about.get("added", ()))
         if added and mine and mine != added:
             raise UserError(f"adapter '{adapter}' adds other classes than the one before it; merge one of them alone")
-        added, before = added or mine, [*before, _hash_of(adapter)]
+        added, before = added or mine, [*before, file_hash(adapter)]
     return added
-
-
-def _hash_of(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def run(config: ConvertConfig) -> None:

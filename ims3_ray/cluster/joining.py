@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -133,12 +133,16 @@ def _runtime_env() -> dict[str, Any]:
     return {**mine, "env_vars": {**{name: os.environ[name] for name in WORKER_ENV}, **mine.get("env_vars", {})}}
 
 
+def shortage(needed: Mapping[str, float], have: Mapping[str, float]) -> str:
+    """The resources of which there are fewer than ``needed``, as text; empty if there are enough."""
+    short = {kind: value for kind, value in needed.items() if value > have.get(kind, 0)}
+    return ", ".join(f"{value:g} {kind} (has {have.get(kind, 0):g})" for kind, value in short.items())
+
+
 def check_resources(needed: dict[str, float]) -> None:
     """Raises :class:`UserError` if the cluster, at its current size, lacks the resources ``needed`` by the plan's largest
     stage."""
-    have = ray.cluster_resources()
-    if short := {kind: value for kind, value in needed.items() if value > have.get(kind, 0)}:
-        missing = ", ".join(f"{value:g} {kind} (has {have.get(kind, 0):g})" for kind, value in short.items())
+    if missing := shortage(needed, ray.cluster_resources()):
         raise UserError(
             f"the cluster is too small for the plan: it needs {missing}; lower finetune.trainer.num_workers, "
             "actors.count or the CPUs and GPUs of each, or set cluster.wait_s for a cluster that grows"

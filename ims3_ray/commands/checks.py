@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ims3_ray.cluster.joining import joins, local_cpus
+from ims3_ray.cluster.joining import joins, local_cpus, shortage
 from ims3_ray.config import PretrainConfig, WorkConfig
 from ims3_ray.engine.folder import check_folder
 from ims3_ray.io.storage import Storage
@@ -26,8 +26,7 @@ def refusals(config: WorkConfig | PretrainConfig, needed: Mapping[str, float]) -
     if joins(config.cluster) is not None or config.cluster.wait_s:
         return []
     there = {"CPU": float(local_cpus()), "GPU": float(torch.cuda.device_count())}
-    short = {kind: value for kind, value in needed.items() if value > there.get(kind, 0.0)}
-    if not short:
+    missing = shortage(needed, there)
+    if not missing:
         return []
-    missing = ", ".join(f"{value:g} {kind} (has {there.get(kind, 0):g})" for kind, value in short.items())
     return [f"note: this machine alone is too small for the plan: it needs {missing}; cluster.address names a cluster"]

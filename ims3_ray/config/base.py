@@ -55,6 +55,13 @@ def _differing(section: BaseModel, defaults: Mapping[str, Any], without: Collect
 _ABSENT = object()
 
 
+def with_length(values: Any, given: str, other: str) -> Any:
+    """The values of a section, with ``other`` null where ``given`` alone says the length of a training."""
+    if isinstance(values, dict) and values.get(given) is not None and other not in values:
+        return {**values, other: None}
+    return values
+
+
 ALTERNATIVES = ("steps", "epochs", "minutes")
 """Keys that say the length of a training in different ways. Where one of them is given, the others of its section become
 null."""

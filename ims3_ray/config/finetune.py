@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ims3_ray.component import Components
-from ims3_ray.config.base import Fraction, Section, canonical, reserved
+from ims3_ray.config.base import Fraction, Section, canonical, reserved, with_length
 from ims3_ray.objectives.base import Objective
 
 
@@ -136,9 +136,7 @@ class FinetuneConfig(Section):
     @classmethod
     def _the_given_length(cls, values: Any) -> Any:
         """With ``epochs`` alone, ``steps`` is null."""
-        if isinstance(values, dict) and values.get("epochs") is not None and "steps" not in values:
-            return {**values, "steps": None}
-        return values
+        return with_length(values, "epochs", "steps")
 
     @model_validator(mode="after")
     def _possible(self) -> FinetuneConfig:

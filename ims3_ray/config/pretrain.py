@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ims3_ray.config.base import Fraction, Section
+from ims3_ray.config.base import Fraction, Section, with_length
 from ims3_ray.config.candidates import SamplingConfig
 from ims3_ray.config.evaluation import EncoderTraining, ProtocolConfig
 from ims3_ray.config.finetune import TrainerConfig
@@ -53,9 +53,7 @@ class GeneratorTraining(Section):
     @classmethod
     def _the_given_length(cls, values: Any) -> Any:
         """With ``steps`` alone, ``minutes`` is null."""
-        if isinstance(values, dict) and values.get("steps") is not None and "minutes" not in values:
-            return {**values, "minutes": None}
-        return values
+        return with_length(values, "steps", "minutes")
 
     @model_validator(mode="after")
     def _one_length(self) -> GeneratorTraining:

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
-from ims3_ray.cluster.hardware import kind
 from ims3_ray.config import ActorsConfig, ClusterConfig, WorkConfig
 from ims3_ray.engine.images import Derive, ImageStore, Producer, Stored
-from ims3_ray.engine.shards import by_class, commit_units, parse_unit, read_notes
+from ims3_ray.engine.noted import check_alike, commit_noted, kind_of, without_derived
+from ims3_ray.engine.shards import by_class, commit_units, parse_unit
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.worker import Derivation, Work
-from ims3_ray.errors import IncompletePool, UserError
-from ims3_ray.io.artifacts import Artifact
+from ims3_ray.errors import IncompletePool
 from ims3_ray.io.storage import Storage
 from ims3_ray.progress import Progress
 
@@ -157,7 +156,7 @@ def produce(context: Context, pools: Mapping[ImagePool, Sequence[DerivedStage]])
     two if some units are to be looked at first."""
     for source, derived in pools.items():
         for noted in (source, *derived):
-            _commit_noted(context, noted, source, derived)
+            commit_noted(context, noted, source, derived)
     first = {source: set(source.looked_at_first()) for source in pools if pools[source] and source.missing(context.storage)}
     if any(first.values()):
         run_tasks(context, _tasks(context, pools, first))
@@ -213,7 +212,7 @@ def run_tasks(context: Context, tasks: Sequence[Task]) -> None:
                 if "error" in entry:
                     failed[number][unit] = entry["error"]
                     continue
-                alike[number] = _check_alike(alike[number], works[number].noted, unit, entry)
+                alike[number] = check_alike(alike[number], works[number].noted, unit, entry)
                 done[number][unit] = entry
                 progress.advance(entry["images"])
             pending = [(number, unit) for number, errors in enumerate(failed) for unit in errors]
@@ -242,7 +241,7 @@ def _commit(
     made: list[tuple[Stage, dict[str, Any], dict[str, str]]] = []
     for task, work, notes, errors in zip(tasks, works, done, failed, strict=True):
         if task.source:
-            made.append((task.source, {unit: _without_derived(note) for unit, note in notes.items()}, errors))
+            made.append((task.source, {unit: without_derived(note) for unit, note in notes.items()}, errors))
         for stage, derivation in zip(task.derived, work.derivations, strict=True):
             folder = derivation.artifact.folder
             made.append((stage, {unit: note["derived"][folder] for unit, note in notes.items()}, errors))
@@ -273,64 +272,3 @@ def _what_is_missing(context: Context, task: Task, failed: Mapping[str, str]) ->
         f"{stage.title}: {len(failed)} of {len(stage.units)} units failed every attempt, images missing: {shown}; {unit}: "
         f"{failed[unit]} (all errors: {stage.artifact(context.storage).address}/manifest.json)"
     )
-
-
-def kind_of(storage: Storage, source: ImagePool | None) -> str | None:
-    """Kind of hardware that made the images which a pool holds: empty if it holds none, None if any hardware is allowed."""
-    if source is None or not source.same_hardware:
-        return None
-    units = (source.manifest(storage) or {"units": {}})["units"]
-    return next((kind(entry["hardware"]) for entry in units.values()), "")
-
-
-def _check_alike(alike: str | None, noted: Artifact, unit: str, entry: dict[str, Any]) -> str | None:
-    """Kind of hardware that made ``unit``, or None if the pool allows any. Raises :class:`UserError` if the pool's other images
-    were made on another kind; the unit is then not added to the pool."""
-    if alike is None:
-        return None
-    mine = kind(entry["hardware"])
-    if alike and mine != alike:
-        noted.forget(f"{unit}.json")
-        raise UserError(
-            f"unit {unit} was made on {mine}, the pool's other images on {alike}: they would differ in their last bits; "
-            "use one kind of node, or allow it with pool.mix_hardware=true"
-        )
-    return mine
-
-
-def _commit_noted(context: Context, noted: Stage, source: ImagePool, derived: Sequence[DerivedStage]) -> None:
-    """Commit the units of ``source`` and of the ``derived`` stages that an interrupted run has finished.
-
-    ``noted`` is one of these stages. Beside its shards lie the notes of units; a unit's note was written after all its shards.
-    Notes of images that were made on another kind of hardware than the pool's are deleted.
-    """
-    storage, artifact = context.storage, noted.artifact(context.storage)
-    missing: dict[Stage, set[str]] = {stage: set(stage.missing(storage)) for stage in (source, *derived)}
-    if not any(missing.values()):
-        return
-    wanted_units = set().union(*missing.values())
-    notes = read_notes(artifact, [unit for unit in source.units if unit in wanted_units])
-    alike = kind_of(storage, source) if noted is source else None
-    for unit, note in list(notes.items()):
-        if alike == "":
-            alike = kind(note["hardware"])
-        if alike not in (None, kind(note["hardware"])):
-            artifact.forget(f"{unit}.json")
-            del notes[unit]
-    for stage, wanted in missing.items():
-        if not wanted:
-            continue
-        own, target = stage is noted is source, stage.artifact(storage)
-        present = target.stems()
-        found = {
-            unit: _without_derived(note) if own else note.get("derived", {}).get(target.folder)
-            for unit, note in notes.items()
-            if unit in present
-        }
-        if whole := {unit: entry for unit, entry in found.items() if entry and unit in wanted}:
-            seconds = sum(entry["seconds"] for entry in whole.values()) / context.config.actors.count
-            commit_units(target, whole, seconds)
-
-
-def _without_derived(note: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in note.items() if key != "derived"}

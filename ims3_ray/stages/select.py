@@ -25,9 +25,10 @@ from ims3_ray.cluster.hardware import hardware, kind
 from ims3_ray.cluster.joining import own_device, placed, results
 from ims3_ray.config import ArmConfig, RunConfig, differing
 from ims3_ray.engine.images import ImageStore
+from ims3_ray.engine.noted import kind_of
 from ims3_ray.engine.per_class import map_classes
 from ims3_ray.engine.planner import Planner, pixel_bytes
-from ims3_ray.engine.pool import ClassUnits, ImagePool, kind_of
+from ims3_ray.engine.pool import ClassUnits, ImagePool
 from ims3_ray.engine.sets import commit_set, write_class
 from ims3_ray.engine.shards import read_many
 from ims3_ray.engine.stage import Context, Stage

@@ -19,7 +19,8 @@ from ims3_ray.cli import main
 from ims3_ray.config import RunConfig
 from ims3_ray.engine import per_class
 from ims3_ray.engine.images import Produced
-from ims3_ray.engine.pool import Task, _check_alike, produce, run_tasks
+from ims3_ray.engine.noted import check_alike
+from ims3_ray.engine.pool import Task, produce, run_tasks
 from ims3_ray.engine.sets import read_set
 from ims3_ray.engine.shards import by_class
 from ims3_ray.engine.stage import Context, Stage
@@ -120,13 +121,13 @@ def test_images_of_another_kind_of_hardware_are_no_part_of_the_pool(tiny_run: Ru
     noted = Artifact(Storage.at(str(tmp_path)), "generate", "mine")
     a, newer, b = ({"hardware": {"device": device, "driver": "1", "torch": torch}} for device, torch in ("A2", "A3", "B2"))
     noted.write(f"{UNITS[2]}.json", json.dumps(b).encode())
-    assert _check_alike("", noted, UNITS[0], a) == "A with torch 2"
-    assert _check_alike("A with torch 2", noted, UNITS[1], {"hardware": {**a["hardware"], "driver": "7"}}) == "A with torch 2"
-    assert _check_alike(None, noted, UNITS[1], b) is None
+    assert check_alike("", noted, UNITS[0], a) == "A with torch 2"
+    assert check_alike("A with torch 2", noted, UNITS[1], {"hardware": {**a["hardware"], "driver": "7"}}) == "A with torch 2"
+    assert check_alike(None, noted, UNITS[1], b) is None
     for other in (newer, b):
         noted.write(f"{UNITS[2]}.json", json.dumps(other).encode())
         with pytest.raises(UserError, match=r"the pool's other images on A with torch 2: .* pool.mix_hardware=true"):
-            _check_alike("A with torch 2", noted, UNITS[2], other)
+            check_alike("A with torch 2", noted, UNITS[2], other)
         assert noted.shards() == set()
 
 

@@ -208,7 +208,7 @@ def test_after_its_device_has_failed_an_actor_leaves_the_next_unit_to_a_new_proc
 
 def test_samples_that_were_refused_are_refused_again_before_others_are_made(monkeypatch: pytest.MonkeyPatch):
     made: list[object] = []
-    monkeypatch.setattr(pool, "_commit_noted", lambda *_: None)
+    monkeypatch.setattr(pool, "commit_noted", lambda *_: None)
     monkeypatch.setattr(pool, "_tasks", lambda context, pools, only=None: only)
     monkeypatch.setattr(pool, "run_tasks", lambda context, tasks: made.append(tasks))
     refusing, silent = Mock(), Mock()
