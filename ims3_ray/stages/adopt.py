@@ -9,7 +9,6 @@ from typing import Any
 
 import ray
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ims3_ray import plugins
@@ -184,6 +183,8 @@ def nearest_classes(encoder: Weights, images: Artifact, classes: dict[str, list[
 def assigned(scores: Tensor, known: Sequence[str]) -> list[str]:
     """For each row of ``scores`` [new, known] the name of a column: each column serves equally many rows, but for one, and the
     sum of the scores is as high as that allows."""
+    from scipy.optimize import linear_sum_assignment  # takes half a second to import, in every process
+
     copies = -(-len(scores) // len(known))
     _, columns = linear_sum_assignment(scores.repeat(1, copies).numpy(), maximize=True)
     return [known[column % len(known)] for column in columns]

@@ -17,28 +17,13 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ims3_ray.cluster.speed import matmul_rate
 from ims3_ray.config import FinetuneConfig
 from ims3_ray.data.batches import batch_indices
-from ims3_ray.data.clean_images import CleanImages
-from ims3_ray.engine.shards import read_class
-from ims3_ray.io.artifacts import Artifact
 from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.stages.adapters import Pretrained
-from ims3_ray.stages.latents import read_latents
+from ims3_ray.stages.latents import read_images
 from ims3_ray.stages.zero import ZeroEngine
 from ims3_ray.training.finetuning import Finetuner, Row, finetune_flops
 
 POST_EVERY = 5
-
-
-def read_images(pixels: Artifact, latents: Artifact | None, classes: list[tuple[int, list[str]]], flip: bool) -> CleanImages:
-    """The images of some classes, each given as (label of the generator, units), from their latents if there are any."""
-    if latents is None:
-        parts = [{"pixels": read_class(pixels, units, "pixels")} for _, units in classes]
-    else:
-        parts = [read_latents(latents, units) for _, units in classes]
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    counts = [len(next(iter(part.values()))) for part in parts]
-    labels = torch.cat([torch.full((n,), label) for (label, _), n in zip(classes, counts, strict=True)])
-    return CleanImages(tensors, labels, flip)
 
 
 def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:

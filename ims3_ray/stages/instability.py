@@ -28,7 +28,7 @@ from ims3_ray.seeds import generator_for
 from ims3_ray.stages.adapters import Adapters, GroupModels, Pretrained
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.finetune import Finetune
-from ims3_ray.stages.finetune_worker import read_images
+from ims3_ray.stages.latents import read_images
 
 SHARD = "instability.json"
 

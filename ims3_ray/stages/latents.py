@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from ims3_ray.config import RunConfig
+from ims3_ray.data.clean_images import CleanImages
 from ims3_ray.data.transforms import to_signed
 from ims3_ray.engine.images import Derive, Derived, Produced, batches
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.pool import DerivedStage
+from ims3_ray.engine.shards import read_class
 from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.parquet import parquet_bytes
@@ -91,6 +93,18 @@ def read_latents(artifact: Artifact, units: list[str]) -> dict[str, Tensor]:
             column = table[name].combine_chunks()
             found[name].append(torch.from_numpy(np.array(column.to_numpy_ndarray())))
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def read_images(pixels: Artifact, latents: Artifact | None, classes: list[tuple[int, list[str]]], flip: bool) -> CleanImages:
+    """The images of some classes, each given as (label of the generator, units), from their latents if there are any."""
+    if latents is None:
+        parts = [{"pixels": read_class(pixels, units, "pixels")} for _, units in classes]
+    else:
+        parts = [read_latents(latents, units) for _, units in classes]
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    counts = [len(next(iter(part.values()))) for part in parts]
+    labels = torch.cat([torch.full((n,), label) for (label, _), n in zip(classes, counts, strict=True)])
+    return CleanImages(tensors, labels, flip)
 
 
 def _column(tensor: Tensor) -> pa.Array:

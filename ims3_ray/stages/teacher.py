@@ -15,12 +15,10 @@ from ims3_ray.cluster.capacity import wait_for_capacity
 from ims3_ray.cluster.joining import own_device, placed, results
 from ims3_ray.config import EncoderTraining, WorkConfig, canonical, differing
 from ims3_ray.data.transforms import to_signed
-from ims3_ray.engine.loops import encoder_loop
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.sets import RealSplit
 from ims3_ray.engine.shards import commit_units
 from ims3_ray.engine.stage import Context, Stage, Worker
-from ims3_ray.engine.train import fit
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import Artifact
@@ -67,6 +65,9 @@ class TrainTeacher(Stage):
 
     def run(self, context: Context) -> None:
         """Train, test and commit the teacher; an interrupted training continues from the last epoch."""
+        from ims3_ray.engine.loops import encoder_loop  # Ray Train takes a second to import, which students do without
+        from ims3_ray.engine.train import fit
+
         config, storage, artifact = context.config.evaluation.teacher, context.storage, self.artifact(context.storage)
         images = RealSplit.of(cast(Encode, self.inputs["images"]), storage)
         test = RealSplit.of(cast(Encode, self.inputs["test"]), storage)

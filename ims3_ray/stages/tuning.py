@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import ray
-import ray.train
 
 from ims3_ray.cluster.capacity import Bundle, Request, holds, wait_for_capacity
 from ims3_ray.cluster.joining import here, results
@@ -21,14 +20,12 @@ from ims3_ray.engine.board import new_board
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.shards import parse_unit
 from ims3_ray.engine.stage import Context, Stage, Worker
-from ims3_ray.engine.train import fit_task
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.generators.base import Generator
 from ims3_ray.progress import Progress
 from ims3_ray.stages.adapters import Adapters, Pretrained, adapter_stem, group_checkpoints, group_unit
 from ims3_ray.stages.encode import Encode
-from ims3_ray.stages.finetune_worker import finetune_loop
 from ims3_ray.tracking import slug
 from ims3_ray.training.finetuning import Row
 
@@ -100,7 +97,7 @@ class Group:
     number: int
     names: list[str]
     arguments: dict[str, Any]
-    """Arguments of :func:`finetune_loop`."""
+    """Arguments of :func:`~ims3_ray.stages.finetune_worker.finetune_loop`."""
     images: int
 
 
@@ -174,6 +171,9 @@ def _side_by_side(
 ) -> Iterator[tuple[Group, list[Row], dict[str, Any] | None]]:
     """Fine-tune groups in parallel. Yields (group, its new rows, its outcome) for each running group about every second; the
     outcome is None until the group has ended."""
+    from ims3_ray.engine.train import fit_task  # Ray Train takes a second to import, which pool actors do without
+    from ims3_ray.stages.finetune_worker import finetune_loop
+
     waiting, running, seen = list(groups), dict[Any, Group](), dict.fromkeys(map(id, groups), 0)
     labels, largest = cluster.place.get("finetune", {}), max((_trainer(g) for g in groups), key=lambda t: t.num_workers)
     watch = wait_for_capacity(cluster, "finetune", title, _bundles(largest), largest.num_workers)

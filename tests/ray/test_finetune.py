@@ -22,7 +22,7 @@ from ims3_ray.engine import train
 from ims3_ray.models.difffit import merge_adapter
 from ims3_ray.models.generator import load_generator
 from ims3_ray.seeds import generator_for, seed_for
-from ims3_ray.stages import finetune_worker
+from ims3_ray.stages import finetune_worker, latents
 from ims3_ray.stages import tuning as running
 from ims3_ray.stages.adapters import Adapters, GroupModels, Pretrained
 from ims3_ray.stages.finetune import Finetune
@@ -87,7 +87,7 @@ def _steps(
     """The loop by hand: what is loaded from ``start`` runs ``steps`` and is saved in ``end``."""
     config = FinetuneConfig.model_validate({**arguments["config"], "zero_stage": stage, **settings})
     context = ray.train.get_context()
-    images = finetune_worker.read_images(arguments["images"], None, arguments["classes"], config.flip)
+    images = latents.read_images(arguments["images"], None, arguments["classes"], config.flip)
     pretrained = arguments["pretrained"]
     generator = pretrained.open()
     tuner = Finetuner(

@@ -61,6 +61,16 @@ def test_importing_the_whole_ground_floor_loads_nothing_from_upstairs():
     assert not {name.split(".")[0] for name in loaded} & UPSTAIRS
 
 
+def test_what_workers_import_with_a_stage_loads_none_of_the_slow_packages():
+    """Each of the many processes of a run imports the stages: Ray Train alone would cost each of them a second of CPU time."""
+    stages = [module_name(file) for file in (PACKAGE / "stages").glob("*.py") if file.stem != "finetune_worker"]
+    code = f"import importlib, sys\nfor m in {stages}: importlib.import_module(m)\nprint(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(stages) <= set(loaded)
+    slow = ("ray.train", "ray.data", "deepspeed", "diffusers", "matplotlib", "mlflow", "pandas", "scipy", "timm", "torchvision")
+    assert not set(slow) & set(loaded)
+
+
 def room_of(module: str) -> str:
     """The package below ``ims3_ray`` that a module is in, or the module itself."""
     return module.split(".")[1] if "." in module else "__init__"
