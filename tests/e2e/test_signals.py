@@ -15,12 +15,18 @@ from tests.conftest import tiny_values
 from tests.e2e.conftest import DISTILL, ROOT, environment, write_config
 
 
+def heed_interrupts() -> None:
+    """A shell starts commands in the background with SIGINT ignored, which the processes of these tests would inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(config: str, out: Path, command: list[str] = DISTILL, until: str = "fine-tune") -> subprocess.Popen[str]:
     """The command, whose output goes to a file; it has reached what is too long to end, and printed ``until``."""
     with out.open("w") as file:
         job = subprocess.Popen(
-            [*command, "--config", config], cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, text=True
-        )
+            [*command, "--config", config], cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, text=True,
+            preexec_fn=heed_interrupts,
+        )  # fmt: skip
     deadline = time.monotonic() + 150
     while until not in out.read_text():
         assert job.poll() is None, out.read_text()
