@@ -103,7 +103,8 @@ def _finish(
     storage.write(f"{name}/report.html", report.encode())
     for key, scored in plan.sets.items():
         found = results["sets"][key]
-        metrics: dict[str, float] = {}
+        covered = results.get("coverage", {}).get(key, {})
+        metrics = {f"coverage/{name}": value for name, value in covered.items() if isinstance(value, float)}
         curves: dict[str, list[tuple[int, float]]] = {}
         for row, stage in scored.rows.items():
             values = found["rows"][row]

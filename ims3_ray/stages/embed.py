@@ -16,6 +16,7 @@ from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import (
+    Encoder,
     EncoderConfig,
     class_positions,
     embedding_cost,
@@ -44,6 +45,11 @@ class Phi:
     weights: Mapping[str, Weights] = field(default_factory=dict)
     inputs: Mapping[str, Stage] = field(default_factory=dict)
     """The stage that trains φ, as ``phi``; empty for given weights."""
+
+    @classmethod
+    def of(cls, planner: Planner, config: RunConfig, asked_by: str = "") -> Phi:
+        """The φ that the config names. Raises the error of :meth:`Embed.plan`."""
+        return cls.of_teacher(planner) if config.encoder == TEACHER else cls.of_weights(planner, config, asked_by)
 
     @classmethod
     def of_weights(cls, planner: Planner, config: RunConfig, asked_by: str) -> Phi:
@@ -85,7 +91,7 @@ class Embed(DerivedStage):
 
         Raises :class:`UserError` if it does not know them but ``asked_by`` names what needs the scores.
         """
-        phi = Phi.of_teacher(planner) if config.encoder == TEACHER else Phi.of_weights(planner, config, asked_by)
+        phi = Phi.of(planner, config, asked_by)
         params = dict(phi.params)
         if phi.positions is not None:
             params["heads"] = {str(label): position for label, position in zip(images.labels, phi.positions, strict=True)}
@@ -134,6 +140,10 @@ class Embed(DerivedStage):
         return partial(_features, phi, self.params.get("heads"))
 
 
+def open_phi(phi: Weights | Artifact) -> Encoder:
+    """φ of given weights, or as the teacher in the artifact that its training made."""
+    return read_teacher(phi) if isinstance(phi, Artifact) else load_encoder(phi.path())
+
+
 def _features(phi: Weights | Artifact, heads: Mapping[str, int] | None, device: str) -> Features:
-    encoder = read_teacher(phi) if isinstance(phi, Artifact) else load_encoder(phi.path())
-    return Features(encoder, device, heads)
+    return Features(open_phi(phi), device, heads)

@@ -29,7 +29,7 @@ class Features:
     @torch.inference_mode()
     def __call__(self, unit: str, produced: Produced) -> Derived:
         """Raises ``ValueError`` naming the first image whose features are not all finite."""
-        parts = [seen for part in batches(produced.pixels, self.batch, self.device) for seen in self._look(part)]
+        parts = self._parts(produced.pixels)
         found = [features.float().cpu() for features, _ in parts]
         features = torch.cat(found) if found else torch.zeros(0, self.encoder.dim)
         if (bad := (~features.isfinite().all(dim=1)).nonzero()).numel():
@@ -42,6 +42,14 @@ class Features:
             tensors["log_probability"] = log_probability[:, index]
             tensors["recognised"] = log_probability.argmax(dim=1) == index
         return Derived("safetensors", pack_tensors(**tensors))
+
+    @torch.inference_mode()
+    def of_images(self, pixels: Tensor) -> Tensor:
+        """φ(x) of uint8 images [n, C, H, W], float32 [n, D] on the CPU."""
+        return torch.cat([features.float().cpu() for features, _ in self._parts(pixels)])
+
+    def _parts(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [seen for part in batches(pixels, self.batch, self.device) for seen in self._look(part)]
 
     def _look(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Features and class scores. A batch that does not fit into memory is halved: φ treats each image independently."""
