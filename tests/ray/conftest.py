@@ -51,6 +51,12 @@ def tiny_run(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, cluster
     return Run(config, result, make_plan(config), Storage.at(config.storage))
 
 
+def copy_of(run: Run, folder: Path) -> RunConfig:
+    """The config of a copy of a finished run's storage. Whatever runs more on the shared one would be seen by later tests."""
+    shutil.copytree(run.config.storage, folder, dirs_exist_ok=True)
+    return run.config.model_copy(update={"storage": str(folder)})
+
+
 @pytest.fixture(scope="session")
 def encoded(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     """A storage with the images of the tiny world, to begin with."""

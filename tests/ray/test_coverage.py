@@ -13,18 +13,20 @@ from safetensors.torch import load
 from ims3_ray import distill
 from ims3_ray.data.transforms import to_signed
 from ims3_ray.engine.sets import read_set
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.plan import make_plan
 from ims3_ray.selection.coverage import coverage, frechet
-from tests.ray.conftest import Run
+from tests.ray.conftest import Run, copy_of
 
 K = 2
 
 
-def test_every_set_is_compared_with_the_real_images_of_its_classes(tiny_run: Run):
-    config = tiny_run.config.model_copy(update={"name": "covered", "stages": {"coverage": {"neighbours": K}}})
+def test_every_set_is_compared_with_the_real_images_of_its_classes(tiny_run: Run, tmp_path: Path):
+    changes = {"name": "covered", "stages": {"coverage": {"neighbours": K}}}
+    config = copy_of(tiny_run, tmp_path).model_copy(update=changes)
     result = distill(config)
-    plan, storage = make_plan(config), tiny_run.storage
+    plan, storage = make_plan(config), Storage.at(config.storage)
     measured = {stage.label: stage for stage in plan.stages if stage.name == "coverage"}
     assert set(measured) <= set(result.results["coverage"]) == set(config.arms)
     phi = load_encoder(Path(config.encoder))

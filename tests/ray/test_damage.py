@@ -14,13 +14,7 @@ from ims3_ray import RunConfig, UserError, distill
 from ims3_ray.commands.artifacts import ArtifactsConfig
 from ims3_ray.commands.artifacts import run as artifacts
 from ims3_ray.errors import IncompletePool
-from tests.ray.conftest import Run
-
-
-def copy_of(run: Run, folder: Path) -> RunConfig:
-    """The config of a copy of a finished run's storage."""
-    shutil.copytree(run.config.storage, folder, dirs_exist_ok=True)
-    return run.config.model_copy(update={"storage": str(folder)})
+from tests.ray.conftest import Run, copy_of
 
 
 def finished(config: RunConfig) -> dict[str, Any]:
