@@ -11,7 +11,7 @@ from ims3_ray.config.base import Fraction, Name, Section, canonical, merge
 from ims3_ray.config.candidates import PoolConfig, SamplingConfig, SelectionConfig, SynthesisConfig
 from ims3_ray.config.finetune import AdoptConfig, FinetuneConfig
 from ims3_ray.config.work import WorkConfig
-from ims3_ray.selection.base import Per, Selector, SubgroupSelector
+from ims3_ray.selection.base import Per, Selector
 from ims3_ray.synthesis.base import Synthesis
 
 Overridable = Literal[
@@ -80,8 +80,10 @@ class ArmConfig(Section):
     def _consistent(self) -> ArmConfig:
         if self.finetune and self.images != "generated":
             raise ValueError("finetune=true changes the generator, so it needs images: generated")
-        if self.images == "real" and issubclass(self.selector, SubgroupSelector):
-            raise ValueError(f"select: {self.select} chooses subgroups of generated images; choose another for images: real")
+        if self.selector.whole and (self.images != "real" or self.synthesise is not None):
+            raise ValueError(
+                f"select: {self.select} takes the whole training split as it is; set images: real and leave synthesise out"
+            )
         if self.images in ("given", "none") and self.select != "first":
             raise ValueError(f"images: {self.images} leaves nothing to select; leave select out")
         if (self.path is not None) != (self.images == "given"):

@@ -81,7 +81,9 @@ def _tuned_as_the_run_says(config: RunConfig) -> str | None:
 def _scored(planner: Planner, config: RunConfig, name: str, which: str = "") -> Scored:
     arm, k = config.arms[name], config.selection.images_per_class
     images = set_of(planner, name + which, arm.title + which, arm, config.of_arm(name))
-    return Scored(arm.title, k, images, dict(plan_rows(planner, arm.title + which, images, k)), name, config.seed)
+    whole = arm.selector.whole
+    rows = plan_rows(planner, arm.title + which, images, max(planner.classes.counts) if whole else k)
+    return Scored(arm.title, k, images, dict(rows), name, config.seed, whole)
 
 
 def _plan_beside(planner: Planner, config: RunConfig, sets: dict[str, Scored]) -> None:
@@ -95,4 +97,6 @@ def _plan_beside(planner: Planner, config: RunConfig, sets: dict[str, Scored]) -
         except ValidationError as error:
             _, message, place, _ = first_error(error)
             raise UserError(f"config {'.'.join(['stages', name, *place])}: {message}") from error
-        kind.plan_beside(planner, config, settings, {title: scored.images for title, scored in sets.items()})
+        kind.plan_beside(
+            planner, config, settings, {title: scored.images for title, scored in sets.items() if not scored.whole}
+        )

@@ -25,6 +25,8 @@ class Scored:
     """Row of the table → the stage that trains its students."""
     arm: str = ""
     draw: int = 0
+    whole: bool = False
+    """Whether the set is the whole training split, which is the measure of all others."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The table of a comparison: methods at equal numbers of images per class, with the standard errors of their differences."""
+"""The tables of a comparison: methods at equal numbers of images per class, their differences, and which of them are sure."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from ims3_ray.config import CompareConfig
 from ims3_ray.plan.layout import Plan
 from ims3_ray.report.results import KINDS, Results, summary, summary_text
 
+LEVEL = 0.05
+"""The largest probability of calling any of a comparison's differences significant if none of them is real."""
+
 
 def comparison_tables(plan: Plan[CompareConfig], results: Results) -> list[dict[str, Any]]:
     """One table per number of images per class and row, with a line per arm: its accuracies, the difference of its ``last``
     from that of the arm ``against``, the published accuracy, and the hash of each set."""
-    config, tables = plan.config, []
+    config, tables = plan.config, list[dict[str, Any]]()
     for k in config.budgets:
         for row in config.evaluation.rows:
-            lines = [_line(plan, results, arm, k, row) for arm in config.arms]
+            lines: list[dict[str, Any]] = [_line(plan, results, arm, k, row) for arm in config.arms]
             base = next(line for line in lines if line["arm"] == config.base)
             for line in lines:
                 line["difference"] = None if line is base else difference(line["last"], base["last"])
             published = any(line["published"] for line in lines)
             tables.append({"images_per_class": k, "row": row, "published": published, "lines": lines})
+    found: list[dict[str, Any]] = [line["difference"] for table in tables for line in table["lines"] if line["difference"]]
+    for each, p in zip(found, holm([each["p"] for each in found]), strict=True):
+        each["p_holm"] = p
     return tables
 
 
@@ -40,46 +46,102 @@ def _line(plan: Plan[CompareConfig], results: Results, arm: str, k: int, row: st
 
 
 def pooled(draws: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Mean and standard deviation over the students of all draws. If there are several draws, the standard error of the mean is
-    computed over draws, because the students of one set are not independent of each other."""
+    """Mean and standard deviation over the students of all draws.
+
+    If there are several draws, ``sets`` holds the mean accuracy of each, and the standard error is computed over these, because
+    the students of one set are not independent of each other. ``count`` is the number of values behind the standard error.
+    """
     whole = summary([value for students in draws for value in students])
-    if len(draws) > 1:
-        whole["sem"] = statistics.stdev(statistics.fmean(students) for students in draws) / math.sqrt(len(draws))
-    return whole
+    if len(draws) == 1:
+        return {**whole, "count": len(whole["seeds"])}
+    sets = [statistics.fmean(students) for students in draws]
+    return {**whole, "sets": sets, "sem": statistics.stdev(sets) / math.sqrt(len(sets)), "count": len(sets)}
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The difference of two means, with its standard error as if the two were independent (equal seeds make it smaller, if
-    anything). The error is None if one of the means is of a single value."""
-    known = one["sem"] is not None and other["sem"] is not None
-    sem = math.hypot(one["sem"], other["sem"]) if known else None
-    return {"mean": one["mean"] - other["mean"], "sem": sem}
+    """The difference of two means with its standard error, and the probability ``p`` of one at least as large by chance
+    (Welch's t-test, two-sided). Both are None if one of the means is of a single value.
+
+    The two are taken as independent. Equal seeds make the error smaller, if anything.
+    """
+    mean = one["mean"] - other["mean"]
+    if one["sem"] is None or other["sem"] is None:
+        return {"mean": mean, "sem": None, "p": None}
+    return {"mean": mean, "sem": math.hypot(one["sem"], other["sem"]), "p": _welch(mean, one, other)}
+
+
+def _welch(mean: float, one: dict[str, Any], other: dict[str, Any]) -> float:
+    from scipy.stats import t  # takes a second to import
+
+    parts = [(each["sem"] ** 2, each["count"] - 1) for each in (one, other)]
+    square = sum(part for part, _ in parts)
+    if not square:
+        return 0.0 if mean else 1.0
+    freedom = square**2 / sum(part**2 / degrees for part, degrees in parts)
+    return float(2 * t.sf(abs(mean) / math.sqrt(square), freedom))
+
+
+def holm(p: Sequence[float | None]) -> list[float | None]:
+    """Holm's correction: the values by which a set of tests is judged, so that the probability of any false claim among them
+    stays below the level. Tests without a value stay without one."""
+    order = sorted((value, i) for i, value in enumerate(p) if value is not None)
+    adjusted: list[float | None] = [None] * len(p)
+    highest = 0.0
+    for rank, (value, i) in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * value))
+        adjusted[i] = highest
+    return adjusted
 
 
 def significant(found: dict[str, Any]) -> bool:
-    """Whether the absolute value of a difference exceeds twice its standard error."""
-    return found["sem"] is not None and abs(found["mean"]) > 2 * found["sem"]
+    """Whether a difference is sure to :data:`LEVEL` after the correction for all differences of the comparison."""
+    return found["p_holm"] is not None and found["p_holm"] < LEVEL
+
+
+def accuracy_text(value: dict[str, Any] | None) -> str:
+    """Mean ± standard error over sets, as in ``72.2 ± 0.4``; for a single set mean ± standard deviation over students."""
+    if value and "sets" in value:
+        return f"{value['mean']:.1f} ± {value['sem']:.1f}"
+    return summary_text(value)
+
+
+def explained(config: CompareConfig) -> str:
+    """What ± and the mark of sure differences mean."""
+    against = config.arms[config.base].title
+    sure = (
+        f"is marked if it is significant at {LEVEL:.0%} by Welch's t-test, with Holm's correction for all differences of the "
+        "comparison"
+    )
+    if len(config.draws) > 1:
+        return (
+            "± is the standard error over the sets of all run seeds; where every seed gives the same set, it is the standard "
+            f"deviation over students. The difference of a method's last accuracy from that of {against} is ± its standard "
+            f"error; it {sure}."
+        )
+    return (
+        "There is one set of images of each method, and ± is the standard deviation over its students. The difference of a "
+        f"method's last accuracy from that of {against} is ± its standard error over students; it {sure}. Another set may "
+        "differ by more."
+    )
 
 
 def markdown(config: CompareConfig, tables: Sequence[dict[str, Any]]) -> str:
     """The tables as Markdown, with the protocol, the seeds and the hash of every set."""
-    against = config.arms[config.base].title
-    several = len(config.draws) > 1
+    several = "s" if len(config.draws) > 1 else ""
     parts = [
         f"# {config.name}", "",
         f"Top-1 accuracy in % on the real test split of {config.data.path}; student seeds {_listed(config.evaluation.seeds)}, "
-        f"run seed{'s' if several else ''} {_listed(config.draws)}; ± is one standard deviation over all students. *last*: "
-        "final epoch; *best*: best epoch on the test split itself; *val*: best epoch on held-out training images. Differences "
-        f"from {against} are of *last*, ± their standard error, "
-        + ("over sets of several run seeds." if several else "over students of one set each: another set may differ by more."),
+        f"run seed{several} {_listed(config.draws)}. *last*: final epoch; *best*: best epoch on the test split itself; *val*: "
+        f"best epoch on held-out training images. {explained(config)}",
         "",
     ]  # fmt: skip
     for table in tables:
         parts += [f"## {table['images_per_class']} a class, {table['row']}", ""]
-        head = ["method", *KINDS, f"− {against}", *(["published"] if table["published"] else []), "sets"]
+        published = ["published"] if table["published"] else []
+        head = ["method", *KINDS, f"− {config.arms[config.base].title}", *published, "sets"]
         parts += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for line in table["lines"]:
-            cells = [line["title"], *(summary_text(line.get(kind)) for kind in KINDS), _difference(line["difference"])]
+            cells = [line["title"], *(accuracy_text(line.get(kind)) for kind in KINDS), _difference(line["difference"])]
             cells += [line["published"] or ""] if table["published"] else []
             parts.append(f"| {' | '.join([*cells, ' '.join(f'`{content}`' for content in line['content'])])} |")
         parts.append("")

@@ -15,7 +15,7 @@ from ims3_ray.config.sweep import title_of
 from ims3_ray.data.classes import ClassTable
 from ims3_ray.objectives.base import Objective
 from ims3_ray.provenance import described
-from ims3_ray.report.comparison import difference_text, significant
+from ims3_ray.report.comparison import accuracy_text, difference_text, explained, significant
 from ims3_ray.report.figures import curve_chart, line_chart
 from ims3_ray.report.results import Results, summary_text
 
@@ -64,7 +64,7 @@ def render_evaluation(
 
 def render_comparison(config: CompareConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes]) -> str:
     """The HTML of the report of ``jobs/compare.py``."""
-    return _render("comparison.html", config, classes, results, sheets=sheets)
+    return _render("comparison.html", config, classes, results, sheets=sheets, explained=explained(config))
 
 
 def render_sweep(
@@ -96,6 +96,7 @@ def _render(template: str, config: WorkConfig, classes: ClassTable, results: Res
     )
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
     environment.filters |= {"exp": math.exp, "significant": significant, "difference": difference_text, "spread": summary_text}
+    environment.filters["accuracy"] = accuracy_text
     environment.filters["provenance"] = described
     rows = [row for found in results["sets"].values() for row in found["rows"].values()]
     return environment.get_template(template).render(

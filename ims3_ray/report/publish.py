@@ -34,7 +34,7 @@ def publish(context: Context, plan: Plan[RunConfig], results: Results, tracker: 
     ``results.json``."""
     config, storage, name = plan.config, context.storage, plan.config.name
     k = config.selection.images_per_class
-    sheets = {arm: contact_sheet(_images(context, scored), k) for arm, scored in plan.sets.items()}
+    sheets = {arm: _sheet(context, scored, k) for arm, scored in plan.sets.items()}
     files = {}
     if plan.export is not None:
         unpack(context, plan.export.artifact(storage), f"{name}/distilled")
@@ -60,12 +60,7 @@ def publish(context: Context, plan: Plan[RunConfig], results: Results, tracker: 
 
 def publish_scores(context: Context, plan: Plan[EvaluateConfig], results: Results, tracker: Tracker) -> None:
     """Write the results of scoring sets: ``report.html``, the MLflow run and, last, ``results.json``."""
-    sheets = {}
-    for title, scored in plan.sets.items():
-        images, labels = read_set(scored.images.artifact(context.storage), SHEET_CLASSES)[:2]
-        columns = min(SHEET_IMAGES, int(labels.bincount().min()))
-        first = [(labels == position).nonzero()[:columns, 0] for position in labels.unique()]
-        sheets[title] = contact_sheet(images[torch.cat(first)], columns)
+    sheets = {title: _sheet(context, scored, SHEET_IMAGES) for title, scored in plan.sets.items()}
     confusions = _confusions(context, plan)
     report = render_evaluation(plan.config, plan.classes, results, sheets=sheets, confusions=confusions)
     _finish(context, plan, results, tracker, report, {}, {title: {"path": path} for title, path in plan.config.sets.items()})
@@ -80,7 +75,7 @@ def publish_comparison(context: Context, plan: Plan[CompareConfig], results: Res
     context.storage.write(f"{config.name}/table.md", table)
     shown = min(config.budgets, key=lambda k: abs(k - SHEET_IMAGES))
     sheets = {
-        f"{scored.title}, {shown} a class": contact_sheet(_images(context, scored), shown)
+        f"{scored.title}, {shown} a class": _sheet(context, scored, shown)
         for scored in plan.sets.values()
         if (scored.draw, scored.ipc) == (config.draws[0], shown)
     }
@@ -140,9 +135,12 @@ def _run_name(key: str, scored: Scored) -> str:
     return scored.title.replace("+", "and") + key.removeprefix(scored.arm or key)
 
 
-def _images(context: Context, scored: Scored) -> torch.Tensor:
-    """The images of the classes that the report shows, uint8 [N, C, H, W]."""
-    return read_set(scored.images.artifact(context.storage), SHEET_CLASSES).pixels
+def _sheet(context: Context, scored: Scored, columns: int) -> bytes:
+    """The first images of each class that the report shows, at most ``columns`` of a class, as a PNG file."""
+    images, labels = read_set(scored.images.artifact(context.storage), SHEET_CLASSES)[:2]
+    columns = min(columns, int(labels.bincount().min()))
+    first = [(labels == position).nonzero()[:columns, 0] for position in labels.unique()]
+    return contact_sheet(images[torch.cat(first)], columns)
 
 
 def _counts(context: Context, plan: Plan[Config]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from ims3_ray.config.sweep import title_of, trial_title
 from ims3_ray.report.card import chosen_text
-from ims3_ray.report.comparison import difference_text
+from ims3_ray.report.comparison import accuracy_text, difference_text
 from ims3_ray.report.results import KINDS, RunResult, summary_text
 
 
@@ -44,11 +44,7 @@ def print_comparison(result: RunResult, console: Console | None = None) -> None:
         table = _table("method", *KINDS, "difference", *(["published"] if found["published"] else []))
         table.title = f"{found['images_per_class']} a class, {found['row']}"
         for line in found["lines"]:
-            cells = [
-                line["title"],
-                *(summary_text(line.get(kind)) for kind in KINDS),
-                difference_text(line["difference"]),
-            ]
+            cells = [line["title"], *(accuracy_text(line.get(kind)) for kind in KINDS), difference_text(line["difference"])]
             table.add_row(*cells, *([line["published"] or ""] if found["published"] else []))
         console.print(table)
     _print_end(result, console)

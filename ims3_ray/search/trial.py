@@ -203,16 +203,17 @@ class TrialActor:
         self, context: Context, trial: Trial, selectors: Mapping[Stage, S3Selector], chosen: Mapping[int, Choice]
     ) -> dict[int, Stage]:  # fmt: skip
         """Make the sets of images of ``chosen``, as a distillation with those settings would; returns their stages."""
-        arm, sets, k = self.config.arms[self.config.arm], {}, self.config.selection.images_per_class
+        arm, sets = self.config.arms[self.config.arm], {}
         for number, (position, question) in chosen.items():
             title = title_of({**trial.settings, **trial.inner[position]})
             images = set_of(self.planner, f"{self.config.arm} {title}", title, arm, trial.configs[position])
             selected = chosen_of(images)
             assert isinstance(selected, Select)
             if selected.missing(self.storage):
-                began, selection = time.monotonic(), selectors[question.stage].select(trial.weighing(position))
+                began, selector = time.monotonic(), selectors[question.stage]
+                selection = selector.select(trial.weighing(position))
                 assert selection is not None
-                commit_chosen(context, selected, *chosen_by(selection, k), began)
+                commit_chosen(context, selected, *chosen_by(selection, selector.parts["candidates"]), began)
             sets[number] = images
         run_stages(context, arranged([*before(sets.values()), *dict.fromkeys(sets.values())]))
         return sets

@@ -55,6 +55,8 @@ class Selector(Component):
     """What the selector needs: features of the images, features of the real images, confidences of φ's own classifier."""
     draws: ClassVar[bool] = False
     """Whether the selector draws at random."""
+    whole: ClassVar[bool] = False
+    """Whether the selector takes all images of the training split, instead of K of each class."""
 
     def __init__(self, config: Section | None = None) -> None:
         self.config: Any = config or self.Config()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -20,11 +23,15 @@ class S3Config(Section):
     coupling: Coupling = "pool"
     """`pool`: repulsion from all candidates of the other classes, Eq. 10 as printed. `selected`: from their selected groups.
     `released`: the same with the weights of the authors' code, in which β weighs (C−1)/2 times as much for C classes."""
+    choose: Literal["best", "worst"] = "best"
+    """`worst` chooses the subgroup of highest instead of lowest objective, which shows how much the choice matters."""
 
     @model_validator(mode="after")
     def _possible(self) -> S3Config:
         if self.alpha == 0 and self.beta == 0:
             raise ValueError("alpha and beta are both 0, so every subgroup scores the same; raise one of them")
+        if self.choose == "worst" and self.coupling != "pool":
+            raise ValueError(f"choose: worst is for coupling: pool, not for {self.coupling}")
         return self
 
 
@@ -36,4 +43,8 @@ class S3(SubgroupSelector):
 
     def select(self, candidates_CGD: Tensor, references_CD: Tensor) -> SubgroupSelection:
         c = self.config
-        return select_subgroups(candidates_CGD, references_CD, alpha=c.alpha, beta=c.beta, coupling=c.coupling)
+        found = select_subgroups(candidates_CGD, references_CD, alpha=c.alpha, beta=c.beta, coupling=c.coupling)
+        if c.choose == "best":
+            return found
+        worst = found.score_CG.max(dim=1)
+        return replace(found, groups=worst.indices, objective=worst.values.sum().item())

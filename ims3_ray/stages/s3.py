@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ims3_ray.cluster.joining import here
+from ims3_ray.engine.pool import ClassUnits
 from ims3_ray.engine.shards import parse_unit, read_intact
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage
@@ -35,8 +37,8 @@ Sums = dict[int, NDArray[np.float64]]
 class Part:
     """One of the two pools of embeddings that a selection adds up, and which of its images belong to which subgroup.
 
-    A subgroup has ``size`` images: gK … (g+1)K−1 for candidates; for references, K_i images drawn with ``seed`` (all images
-    if there are not more).
+    The images of each class are put into an order, and subgroup g has the ``size`` images from g·size on. Candidates stand in
+    the order in which they were generated; references and real candidates in a random order, drawn with ``seed`` for ``role``.
     """
 
     embeddings: Artifact
@@ -49,17 +51,35 @@ class Part:
     size: int
     groups: int
     seed: int | None = None
+    role: str = "references"
 
     def group_of(self, label: int) -> NDArray[np.int64]:
         """Subgroup of each image of a class; −1 for an image that belongs to none."""
-        count = self.counts[label]
-        if self.seed is None:
-            groups = np.arange(count) // self.size
-            return np.where(groups < self.groups, groups, -1)
-        groups = np.full(count, -1)
-        drawn = torch.randperm(count, generator=generator_for(self.seed, "references", label))[: self.size]
-        groups[drawn.numpy()] = 0
-        return groups
+        ranks = np.arange(self.counts[label])
+        if self.seed is not None:
+            order = torch.randperm(len(ranks), generator=generator_for(self.seed, self.role, label)).numpy()
+            ranks[order] = np.arange(len(ranks))
+        return np.where(ranks < self.size * self.groups, ranks // self.size, -1)
+
+    def members(self, label: int, group: int) -> Tensor:
+        """Indices within the class of a subgroup's images, in ascending order."""
+        return torch.from_numpy(np.flatnonzero(self.group_of(label) == group))
+
+    @classmethod
+    def of(
+        cls, embeddings: Artifact, classes: Sequence[ClassUnits], size: int, groups: int = 1, seed: int | None = None,
+        role: str = "references",
+    ) -> Part:  # fmt: skip
+        """The subgroups of the images of ``classes``, and the units that hold some of their images."""
+        part = cls(
+            embeddings, tuple(c.label for c in classes), {}, {c.label: c.count for c in classes}, size, groups, seed, role
+        )
+        first: dict[str, int] = {}
+        for c in classes:
+            grouped, ends = part.group_of(c.label) >= 0, [*list(c.first.values())[1:], c.count]
+            held = [grouped[start:end].any() for start, end in zip(c.first.values(), ends, strict=True)]
+            first |= dict(itertools.compress(c.first.items(), held))
+        return replace(part, first=first)
 
     def sums(self, unit: str, features_ND: Tensor) -> Sums:
         """The sums that a unit contributes to the subgroups of its images, of ℓ2-normalised features (Eq. 8, 9)."""

@@ -6,10 +6,9 @@ actor (:mod:`ims3_ray.stages.s3`), which receives the sums of every embedded uni
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -59,16 +58,18 @@ class Select(Stage):
         s, selector = config.selection, arm.selector
         together = issubclass(selector, SubgroupSelector)
         params: dict[str, Any] = {
-            "select": arm.select, "per": arm.per, "k": s.images_per_class, "classes": list(planner.classes.names),
-            "settings": differing(s.of(selector)), **plugins.hashes(selector),
+            "select": arm.select, "per": arm.per, **({} if selector.whole else {"k": s.images_per_class}),
+            "classes": list(planner.classes.names), "settings": differing(s.of(selector)), **plugins.hashes(selector),
         }  # fmt: skip
-        if s.references_per_class if together else selector.draws:
+        if (s.references_per_class or arm.images == "real") if together else selector.draws:
             params["seed"] = config.seed
         if not together or s.references == "generated":
             params["pool"] = _pool_size(arm, config)
         images: ImagePool
+        if together and arm.images == "real":
+            _check_real(planner, arm, s.groups * s.images_per_class)
         if arm.images == "real":
-            images = Encode.plan(planner, "train", config.data, s.images_per_class)
+            images = Encode.plan(planner, "train", config.data, s.images_per_class * (s.groups if together else 1))
         else:
             images = Generate.plan(planner, arm, config)
         inputs: dict[str, Stage] = {"images": images}
@@ -81,7 +82,7 @@ class Select(Stage):
             inputs["references"] = Embed.plan(planner, Encode.plan(planner, "train", config.data), config)
         if together:
             params |= {"groups": s.groups, "references": s.references, "references_per_class": s.references_per_class}
-        count = s.images_per_class * len(planner.classes.names)
+        count = images.images if selector.whole else s.images_per_class * len(planner.classes.names)
         return planner.add(
             cls(
                 f"select ({title})", params, inputs, units=planner.class_units(), images=count, label=label, config=config,
@@ -100,10 +101,10 @@ class Select(Stage):
         selector: type[Selector] = Selector.registry[self.params["select"]]
         return selector(self.run_config.selection.of(selector))
 
-    def knows_references(self, context: Context) -> bool:
-        """Whether the images that it takes as references are decoded, so that their number is known. Candidates always are."""
-        references = cast(Embed, self.inputs["references"]).source
-        return references is self.pool or not references.missing(context.storage)
+    def knows_images(self, context: Context) -> bool:
+        """Whether the real images that it looks at are decoded, so that their number is known. That of candidates always is."""
+        looked_at = {self.pool, cast(Embed, self.inputs["references"]).source}
+        return not any(isinstance(images, Encode) and images.missing(context.storage) for images in looked_at)
 
     @classmethod
     def listen(cls, context: Context, waiting: Sequence[Select], running: Sequence[Stage]) -> dict[Stage, list[ShardReceiver]]:
@@ -111,12 +112,12 @@ class Select(Stage):
         their listeners. The other selections read the committed embeddings when they run."""
         found: dict[Stage, list[ShardReceiver]] = {}
         coming = [s for s in waiting if isinstance(s.selector, SubgroupSelector) and s.inputs["embed"] in running]
-        for stage in [s for s in coming if s.knows_references(context)][:LISTENING]:
+        for stage in [s for s in coming if s.knows_images(context)][:LISTENING]:
             key, parts = stage.key(context.storage), parts_of(context, stage)
             assert key is not None
             actor = start_selector(key, parts, cast(SubgroupSelector, stage.selector))
             print(f"{stage.title}: the S3 actor is {actor_name(key, context.storage)}", flush=True)
-            shared = stage.run_config.selection.references == "generated"
+            shared = stage.inputs["references"] is stage.inputs["embed"]
             heard = ("candidates", "references") if shared else ("candidates",)
             found.setdefault(stage.inputs["embed"], []).extend(Listener(actor, name, parts[name]) for name in heard)
         return found
@@ -140,6 +141,16 @@ def _pool_size(arm: ArmConfig, config: RunConfig) -> int:
     return s.groups * s.images_per_class if arm.per == "group" and not _together(arm) else config.pool_size
 
 
+def _check_real(planner: Planner, arm: ArmConfig, needed: int) -> None:
+    """Raises :class:`UserError` for a class with too few real images to make up the candidate subgroups."""
+    for name, count in zip(planner.classes.names, planner.classes.counts, strict=True):
+        if count < needed:
+            raise UserError(
+                f"class '{name}' has {count} images, and select: {arm.select} chooses among selection.groups·images_per_class "
+                f"= {needed} real images; lower one of the two"
+            )
+
+
 def _together(arm: ArmConfig) -> bool:
     return issubclass(arm.selector, SubgroupSelector)
 
@@ -151,31 +162,22 @@ def parts_of(context: Context, stage: Select) -> dict[str, Part]:
     """The two pools of embeddings that the S3 actor of a selection adds up. The real images must be decoded already; the
     candidates need not exist yet."""
     config, storage, pool = stage.run_config, context.storage, stage.pool
-    s, k = config.selection, config.selection.images_per_class
-    classes, labels = pool.class_units(storage, config.pool_size), pool.labels
-    first = {unit: index for c in classes for unit, index in c.first.items() if index < s.groups * k}
-    counts = {c.label: c.count for c in classes}
-    candidates = Part(stage.inputs["embed"].artifact(storage), labels, first, counts, k, s.groups)
+    s, real = config.selection, isinstance(pool, Encode)
+    classes = pool.class_units(storage, None if real else config.pool_size)
+    drawn = (config.seed, "subgroups") if real else (None, "")
+    candidates = Part.of(stage.inputs["embed"].artifact(storage), classes, s.images_per_class, s.groups, *drawn)
     references = cast(Embed, stage.inputs["references"])
     if references.source is not pool:
-        classes, labels = references.source.class_units(storage), references.source.labels
-    counts = {c.label: c.count for c in classes}
-    drawn = Part(
-        references.artifact(storage), labels, {}, counts, s.references_per_class or max(counts.values()), 1, config.seed
-    )
-    first = {}
-    for c in classes:
-        groups, ends = drawn.group_of(c.label), [*list(c.first.values())[1:], c.count]
-        held = [(groups[start:end] >= 0).any() for start, end in zip(c.first.values(), ends, strict=True)]
-        first |= dict(itertools.compress(c.first.items(), held))
-    return {"candidates": candidates, "references": replace(drawn, first=first)}
+        classes = references.source.class_units(storage)
+    most = s.references_per_class or max(c.count for c in classes)
+    return {"candidates": candidates, "references": Part.of(references.artifact(storage), classes, most, 1, config.seed)}
 
 
 def choose_together(context: Context, stage: Select) -> tuple[list[Tensor], dict[str, Any]]:
     """Let the S3 actor select; returns the indices of each class's chosen images, and the terms of the objective."""
-    key = stage.key(context.storage)
+    key, parts = stage.key(context.storage), parts_of(context, stage)
     assert key is not None
-    actor = start_selector(key, parts_of(context, stage), cast(SubgroupSelector, stage.selector))
+    actor = start_selector(key, parts, cast(SubgroupSelector, stage.selector))
     try:
         if (selection := results(actor.select.remote())) is None:
             results(actor.refresh.remote())
@@ -189,12 +191,13 @@ def choose_together(context: Context, stage: Select) -> tuple[list[Tensor], dict
             "makes them again"
         )
     ray.kill(actor)
-    return chosen_by(selection, stage.run_config.selection.images_per_class)
+    return chosen_by(selection, parts["candidates"])
 
 
-def chosen_by(selection: SubgroupSelection, k: int) -> tuple[list[Tensor], dict[str, Any]]:
+def chosen_by(selection: SubgroupSelection, candidates: Part) -> tuple[list[Tensor], dict[str, Any]]:
     """Indices of the images of the chosen subgroups, and the table of the selection."""
-    return [torch.arange(g * k, (g + 1) * k) for g in selection.groups.tolist()], table_of(selection)
+    groups = zip(candidates.labels, selection.groups.tolist(), strict=True)
+    return [candidates.members(label, group) for label, group in groups], table_of(selection)
 
 
 # Selectors that look at one class at a time
@@ -237,7 +240,7 @@ def choose_one_by_one(context: Context, stage: Select) -> list[Tensor]:
     assert isinstance(selector, ClassSelector)
     embed, references = stage.inputs.get("embed"), stage.inputs.get("references")
     choice = _Choice(
-        selector, stage.params["per"], stage.params["k"], stage.run_config.seed,
+        selector, stage.params["per"], stage.run_config.selection.images_per_class, stage.run_config.seed,
         embed.artifact(storage) if embed else None, references.artifact(storage) if references else None,
     )  # fmt: skip
     units = stage.pool.class_units(storage, stage.params["pool"] or None)

@@ -15,21 +15,25 @@ import torch
 from PIL import Image
 from safetensors.torch import load
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ims3_ray.commands.distill import distill, evaluate
 from ims3_ray.component import Section
-from ims3_ray.config import EvaluateConfig, RunConfig
-from ims3_ray.engine.sets import read_set
+from ims3_ray.config import EvaluateConfig, RunConfig, canonical
+from ims3_ray.data.transforms import to_signed
+from ims3_ray.engine.sets import RealSplit, read_set
 from ims3_ray.errors import IncompletePool, UserError
 from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.plan import make_evaluation, make_plan
 from ims3_ray.saving import Save
+from ims3_ray.seeds import generator_for
+from ims3_ray.selection import select_subgroups
 from ims3_ray.stages.generate import Generate
 from ims3_ray.synthesis.base import Costs, Given, Part, Synthesis
 from tests.conftest import CLASSES, tiny_values
-from tests.ray.conftest import Run
+from tests.ray.conftest import Run, copy_of
 
 K = 2
 
@@ -69,6 +73,40 @@ def values_of(run: Run, folder: Path, **changes: Any) -> dict[str, Any]:
     values = tiny_values(world, folder, instability={"images": 0}, **changes)
     values["selection"] = {**values["selection"], "images_per_class": K}
     return values
+
+
+def test_s3_chooses_among_real_images_and_full_takes_all_of_them(tiny_run: Run, tmp_path: Path):
+    """The best and the worst of G random subgroups of the real images, against Eq. 10 by hand; all images of the split."""
+    config = copy_of(tiny_run, tmp_path)
+    s3 = {"title": "Real + S3", "images": "real", "select": "s3"}
+    full = {"title": "Full", "images": "real", "select": "all"}
+    worst = {**s3, "title": "worst", "overrides": {"selection": {"choose": "worst"}}}
+    changes = {"name": "real", "export": "best", "arms": {"best": s3, "worst": worst, "full": full}, "stages": {"coverage": {}}}
+    config = RunConfig.model_validate({**canonical(config), **changes})
+    result, plan, storage = distill(config), make_plan(config), Storage.at(config.storage)
+    (encode,) = [stage for stage in plan.stages if (stage.name, stage.label) == ("encode", "train")]
+    real = RealSplit.of(encode, storage).read()[0].unflatten(0, (len(CLASSES), -1))
+    phi, per_class = load_encoder(Path(config.encoder)), real.shape[1]
+    with torch.inference_mode():
+        features = normalize(phi(to_signed(real.flatten(0, 1))).double(), dim=1).unflatten(0, (len(CLASSES), per_class))
+    groups = []
+    for label in range(len(CLASSES)):
+        order = torch.randperm(per_class, generator=generator_for(config.seed, "subgroups", label))
+        groups.append(order[: 3 * K].reshape(3, K))
+    centroids = normalize(torch.stack([features[c][groups[c]].mean(dim=1) for c in range(len(CLASSES))]), dim=-1)
+    score = select_subgroups(centroids, features.mean(dim=1), alpha=0.4, beta=0.9).score_CG
+    for arm, wanted in (("best", score.argmin(dim=1)), ("worst", score.argmax(dim=1))):
+        chosen = read_set(plan.sets[arm].images.artifact(storage)).pixels.unflatten(0, (len(CLASSES), K))
+        for label, group in enumerate(wanted.tolist()):
+            assert torch.equal(chosen[label], real[label][groups[label][group].sort().values])
+    whole = read_set(plan.sets["full"].images.artifact(storage))
+    assert torch.equal(whole.pixels, real.flatten(0, 1))
+    assert result.results["sets"]["full"]["images"] == len(whole.pixels)
+    assert set(result.results["sets"]["full"]["rows"]["hard/convnet-3"]) >= {"last", "best"}
+    assert set(result.results["coverage"]) == {"best", "worst"}, "the whole split covers itself"
+    assert result.results["exported"]["arm"] != "full"
+    with pytest.raises(UserError, match=r"select: s3 chooses among selection.groups·images_per_class = 32 real images"):
+        make_plan(config.model_copy(update={"selection": config.selection.model_copy(update={"groups": 16})}))
 
 
 FROM_NOTHING = {"title": "Rungs", "images": "none", "synthesise": "rungs"}

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from ims3_ray.config import CompareConfig
 from ims3_ray.config.loading import load_config
 from ims3_ray.errors import UserError
 from ims3_ray.plan import Plan, make_comparison
-from ims3_ray.report.comparison import comparison_tables, difference, difference_text, markdown, pooled, significant
+from ims3_ray.report.comparison import (
+    LEVEL,
+    accuracy_text,
+    comparison_tables,
+    difference,
+    difference_text,
+    holm,
+    markdown,
+    pooled,
+    significant,
+)
 from ims3_ray.report.results import summary, summary_text
 from ims3_ray.synthesis.base import Costs
 from ims3_ray.synthesis.dm import DM
@@ -41,21 +53,44 @@ def test_the_error_of_a_mean_over_several_sets_is_that_of_their_means():
     assert found["mean"] == pytest.approx(statistics.fmean(values))
     assert found["std"] == pytest.approx(statistics.stdev(values))
     assert found["sem"] == pytest.approx(statistics.stdev([70.5, 80.5, 75.25]) / math.sqrt(3))
+    assert found["sets"] == [70.5, 80.5, 75.25]
+    assert accuracy_text(found) == f"{found['mean']:.1f} ± {found['sem']:.1f}"
     assert pooled([[70.0, 72.0]])["sem"] == pytest.approx(1.0)
+    assert accuracy_text(pooled([[70.0, 72.0]])) == "71.0 ± 1.4", "of students"
 
 
-def test_errors_of_independent_means_add_in_squares():
-    found = difference({"mean": 72.0, "sem": 0.3}, {"mean": 71.0, "sem": 0.4})
-    assert found == {"mean": 1.0, "sem": pytest.approx(0.5)}
+def test_differences_are_tested_as_scipy_tests_them():
+    one, other = [[72.0, 73.0], [74.5, 74.0], [72.0, 72.0]], [[71.0, 71.5], [70.0, 71.0], [71.5, 71.0], [71.0, 71.0]]
+    found = difference(pooled(one), pooled(other))
+    means = [[statistics.fmean(students) for students in draws] for draws in (one, other)]
+    assert found["p"] == pytest.approx(stats.ttest_ind(*means, equal_var=False).pvalue)
+    assert found["sem"] == pytest.approx(math.hypot(*(stats.sem(values) for values in means)))
+    assert found["mean"] == pytest.approx(statistics.fmean(means[0]) - statistics.fmean(means[1]))
+    same = pooled([[70.0, 70.0], [70.0, 70.0]])
+    assert difference(same, same)["p"] == 1
+    assert difference(same, pooled([[71.0], [71.0]]))["p"] == 0
 
 
 def test_a_difference_of_single_values_is_never_significant():
-    found = difference(summary([72.0]), summary([70.0, 70.2]))
-    assert found == {"mean": pytest.approx(1.9), "sem": None}
-    assert not significant(found)
+    found = difference(pooled([[72.0]]), pooled([[70.0, 70.2]]))
+    assert found == {"mean": pytest.approx(1.9), "sem": None, "p": None}
     assert difference_text(found) == "+1.9"
-    assert significant({"mean": -1.0, "sem": 0.4})
-    assert not significant({"mean": -1.0, "sem": 0.6})
+    assert [significant({"p_holm": p}) for p in (None, 0.051, 0.049)] == [False, False, True]
+
+
+def test_many_differences_are_judged_together():
+    """Holm's step-down procedure, from its definition: the k-th smallest of m is compared with level / (m − k + 1)."""
+    p = [0.01, 0.04, None, 0.03, 0.005]
+    assert holm(p) == [pytest.approx(value) if value is not None else None for value in (0.03, 0.06, None, 0.06, 0.02)]
+    rng = random.Random(0)
+    for _ in range(200):
+        tests = [rng.random() ** 4 for _ in range(rng.randint(1, 8))]
+        refused, ordered = set(), sorted(range(len(tests)), key=tests.__getitem__)
+        for rank, i in enumerate(ordered):
+            if tests[i] >= LEVEL / (len(tests) - rank):
+                break
+            refused.add(i)
+        assert {i for i, value in enumerate(holm(tests)) if value is not None and value < LEVEL} == refused
 
 
 def results_of(config: CompareConfig, accuracy: dict[tuple[str, int, int], list[float]]) -> tuple[Plan[Any], dict[str, Any]]:
@@ -69,7 +104,7 @@ def results_of(config: CompareConfig, accuracy: dict[tuple[str, int, int], list[
     return SimpleNamespace(config=config, sets=sets), {"sets": found}  # type: ignore[return-value]
 
 
-def test_the_table_marks_differences_of_more_than_two_errors():
+def test_the_table_marks_differences_that_are_sure():
     overrides = ["budgets=[10]", "draws=[0, 1]", "published.ims3={hard/convnet-3: {10: 41.8 ± 0.3}}"]
     arms = ["dit", "ims3", "random"]
     config = load_config(CompareConfig, CONFIGS / "methods" / "all.yaml", [*overrides, "against=dit"])
@@ -88,7 +123,7 @@ def test_the_table_marks_differences_of_more_than_two_errors():
     assert "| +0.0 ± " in lines["IMS3"] or "| +0.1 ± " in lines["IMS3"]
     assert "41.8 ± 0.3" in lines["IMS3"]
     assert "`hashims3-10-0` `hashims3-10-1`" in lines["IMS3"]
-    assert "sets of several run seeds" in text
+    assert "the standard error over the sets of all run seeds" in text
     herding = [70.0, 71.0, 72.0]
     same, found = results_of(config.model_copy(update={"arms": {"dit": config.arms["dit"]}}), {
         ("dit", 10, 0): herding, ("dit", 10, 1): herding,
@@ -97,7 +132,7 @@ def test_the_table_marks_differences_of_more_than_two_errors():
         each["content"] = "the same"  # what chooses without chance chooses the same whatever the seed
     ((line,),) = ([table["lines"][0]] for table in comparison_tables(same, found))
     assert line["content"] == ["the same"]
-    assert line["last"] == summary(herding)
+    assert line["last"] == {**summary(herding), "count": 3}
     assert "student seeds 0, 1, 2" in text
 
 
