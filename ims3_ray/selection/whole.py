@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from ims3_ray.selection.base import ClassImages, ClassSelector
+from ims3_ray.selection.base import Selector
 
 
-class Whole(ClassSelector):
-    """Takes every image, whatever K is. It is for real images alone."""
+class Whole(Selector):
+    """Takes every image, whatever K is, so there is nothing to choose. It is for real images alone."""
 
     name = "all"
     whole = True
-
-    def images(self, images: ClassImages, k: int) -> Tensor:
-        return torch.arange(images.count)
-
-    def cost(self, images: ClassImages, sets_SK: Tensor) -> Tensor:
-        raise NotImplementedError("all images are one set, so there are no sets to compare")

@@ -126,6 +126,8 @@ class Select(Stage):
         began = time.monotonic()
         if isinstance(self.selector, SubgroupSelector):
             chosen, table = choose_together(context, self)
+        elif self.selector.whole:
+            chosen, table = [torch.arange(units.count) for units in self.pool.class_units(context.storage)], {}
         else:
             chosen, table = choose_one_by_one(context, self), {}
         commit_chosen(context, self, chosen, table, began)
