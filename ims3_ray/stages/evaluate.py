@@ -42,7 +42,7 @@ class Evaluate(Stage):
     """Trains and tests students. Each student seed is a unit: its accuracies are in the manifest, its confusion matrix in
     the shard."""
 
-    name, version, settings, of_arm, runs_last, counted = "evaluate", 5, ProtocolConfig, True, True, "evaluations"
+    name, version, settings, of_arm, runs_last, counted = "evaluate", 6, ProtocolConfig, True, True, "evaluations"
 
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     """The protocol for the one student of the row."""

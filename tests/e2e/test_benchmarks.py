@@ -112,3 +112,40 @@ def test_a_case_that_does_not_exist_is_named():
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: there is no case 'ZeRO 4'; choose from: ZeRO 0;")
+
+
+def test_the_gradients_of_inversion_matching_are_measured_on_a_machine_without_ray(
+    without_ray: dict[str, str], tiny_world: Path
+):
+    world = [f"generator={tiny_world}/dit.safetensors", f"data.path={tiny_world}/data", "data.size=8"]
+    found = report("inversion", *world, "bands=2", "batches=3", "batch_size=4", "n_steps=[1,2]", env=without_ray)
+    rows = found["rows"]
+    assert [row["timesteps"] for row in rows] == [[0, 499]] * 4 + [[500, 999]] * 4
+    assert [(row.get("n_steps"), row.get("grad_steps")) for row in rows[:4]] == [(None, None), (1, 1), (2, 1), (2, 2)]
+    for row in rows:
+        if "diffusion" in row:
+            floor, diffusion = row["floor"], row["diffusion"]
+            assert 0 < floor < 1
+        else:
+            assert row["loss"] >= floor - 0.15  # few draws of the noise
+            assert -1 <= row["alike"] <= 1
+            assert row["balance"] == pytest.approx(diffusion["length"] / row["length"], rel=0.02)
+
+
+@pytest.mark.parametrize("candidates", ["real", "generated"])
+def test_the_choice_of_s3_is_measured_on_a_machine_without_ray(
+    without_ray: dict[str, str], tiny_world: Path, tmp_path: Path, candidates: str
+):  # fmt: skip
+    found = report(
+        "subgroups", f"candidates={candidates}", f"generator={tiny_world}/dit.safetensors",
+        f"encoder={tiny_world}/phi.safetensors", f"data.path={tiny_world}/data", "data.size=8", "k=[2]", "ranked=4",
+        "groups=[1,4]", "draws=2", "students=1", "held_out=5", "sampling={steps: 2, unit_size: 4}",
+        "protocol={width: 4, epochs: 2, validations: 1}", f"figure={tmp_path}/found.svg", env=without_ray,
+    )  # fmt: skip
+    (size,) = found["sizes"]
+    assert size["score_by_rank"] == sorted(size["score_by_rank"])
+    assert len(size["accuracy_by_rank"]) == 4
+    one, four = size["groups"]
+    assert one["best"] == one["worst"], "there is one subgroup to choose"
+    assert set(four) == {"groups", "best", "best_sem", "worst", "worst_sem"}
+    assert (tmp_path / "found.svg").read_text().count("<use") > 4

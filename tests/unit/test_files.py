@@ -16,6 +16,7 @@ from ims3_ray.models.checkpoints import check_fit, weights_path
 from ims3_ray.models.dit import DiT
 from ims3_ray.models.dit_files import open_dit
 from ims3_ray.models.encoder import Encoder, encoder_config
+from ims3_ray.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "configs" / "kuberay" / "rayjob.yaml"
@@ -37,8 +38,12 @@ def test_a_data_set_and_a_protocol_are_enough_to_score_sets():
     ]  # fmt: skip
 
 
-def test_the_demo_config_is_the_default():
-    assert load_config(RunConfig, ROOT / "configs" / "demo.yaml") == RunConfig()
+def test_the_demonstration_takes_what_is_embedded_and_little_work():
+    demo, default = load_config(RunConfig, ROOT / "configs" / "demo.yaml"), RunConfig()
+    assert (demo.data, demo.generator, demo.encoder) == (default.data, default.generator, default.encoder)
+    plan = make_plan(demo)
+    assert sum(stage.flops for stage in plan.stages) < 25e12, "minutes of two cores"
+    assert {scored.title for scored in plan.sets.values()} == {"Random real", "DiT", "IMS3", "IMS3 + DM", "Full"}
 
 
 def test_the_configuration_page_names_every_key():

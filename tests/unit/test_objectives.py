@@ -108,6 +108,20 @@ def test_inversion_matching_loss_is_one_minus_the_cosine_of_each_sample():
     assert inversion_matching_loss(u, v).item() == pytest.approx(1 - mean, rel=1e-6)
 
 
+def test_in_expectation_the_loss_asks_for_inverted_latents_that_are_parallel_to_the_clean_ones():
+    """z_inv does not depend on the noise of z_t, so that E[1 − cos(z_inv, z_t)] = 1 − E[cos(z_0, z_t)]·cos(z_inv, z_0)
+    (docs/inversion-matching.md): here with 400,000 draws of the noise, and inverted latents in any direction."""
+    g = torch.Generator().manual_seed(0)
+    z0, z_inv = torch.randn(2, 1, 6, generator=g, dtype=torch.float64)
+    for alpha_bar in (0.9, 0.5, 0.05):
+        noise = torch.randn(400_000, 6, generator=g, dtype=torch.float64)
+        z_t = alpha_bar**0.5 * z0 + (1 - alpha_bar) ** 0.5 * noise
+        cosines = torch.nn.functional.cosine_similarity
+        loss = inversion_matching_loss(z_inv.expand_as(z_t), z_t).item()
+        expected = 1 - cosines(z0, z_t).mean() * cosines(z_inv, z0)
+        assert loss == pytest.approx(expected.item(), abs=3e-3)
+
+
 def test_inversion_matching_loss_sees_directions_only():
     u, _ = batch()
     assert inversion_matching_loss(u, 7 * u).item() == pytest.approx(0, abs=1e-6)

@@ -16,7 +16,7 @@ from ims3_ray.models.checkpoints import load_into, pack, read_metadata, weights_
 from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.models.encoder import Encoder, EncoderConfig, check_encoder, encoder_path, load_encoder
 from ims3_ray.models.generator import load_generator, open_generator
-from ims3_ray.models.students import ConvNet
+from ims3_ray.models.students import AveragePool2, ConvNet
 
 DIT = DiTConfig(input_size=4, in_channels=1, patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=3)
 ENCODER = EncoderConfig(
@@ -288,3 +288,14 @@ def test_an_unknown_class_is_an_error_that_names_the_nearest(tmp_path: Path):
     with pytest.raises(UserError, match=r"no class 'Trousers'; nearest: Trouser\b") as raised:
         open_generator(packed_dit(tmp_path)).labels(["Ankle boot", "Trousers"])
     assert "dit.safetensors" in one_line(raised)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 7, 9), (1, 1, 2, 3)])
+def test_the_pool_of_convnets_is_pytorchs(shape: tuple[int, ...]):
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    expected = torch.nn.functional.avg_pool2d(images, 2)
+    found = AveragePool2()(images)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-15)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = [torch.autograd.grad((pooled * weights).sum(), images)[0] for pooled in (found, expected)]
+    assert torch.allclose(*gradients, rtol=0, atol=1e-15)
