@@ -2,6 +2,7 @@
 
     python benchmarks/inversion.py                                the embedded generator and images
     python benchmarks/inversion.py bands=4 batches=4              coarser and faster
+    python benchmarks/inversion.py figure=gradients.svg           and a figure
     python benchmarks/inversion.py generator=FILE data.path=FOLDER data.size=32 data.channels=3
 
 The range of timesteps is divided into bands. In each band the same batches of training images, with the same noise, give the
@@ -17,15 +18,17 @@ steps with gradient. A batch's gradient is the mean gradient, which all batches 
     alike     mean cosine between the gradients of the two losses on the same batch
     balance   the weight λ_IM with which L_IM's gradient is as long as that of L_Diff on the same batch
 
-Needs torch, numpy, pyarrow, pydantic, pyyaml, pillow and safetensors, and no Ray.
+Needs torch, numpy, pyarrow, pydantic, pyyaml, pillow and safetensors (matplotlib for a figure), and no Ray.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import platform
 import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -60,6 +63,8 @@ class BenchmarkConfig(Section):
     batches: int = Field(default=12, ge=2)
     """Number of batches in each band."""
     batch_size: int = Field(default=16, ge=1)
+    figure: str | None = None
+    """File for a figure of the lengths of the gradients, in the format that its name ends in."""
 
 
 def benchmark(config: BenchmarkConfig) -> None:
@@ -115,8 +120,10 @@ def benchmark(config: BenchmarkConfig) -> None:
             for key, each in found.items()
         ]  # fmt: skip
     machine = {"device": DEVICE, "cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
-    settings = config.model_dump(mode="json", exclude={"data"}) | {"trained": sum(p.numel() for p in parameters)}
+    settings = config.model_dump(mode="json", exclude={"data", "figure"}) | {"trained": sum(p.numel() for p in parameters)}
     print(json.dumps({"machine": machine, "data": config.data.path, **settings, "rows": rows}, indent=1))
+    if config.figure:
+        draw_figure(rows, config.figure)
 
 
 def measured(found: list[tuple[float, Tensor]], beside: list[tuple[float, Tensor]] | None = None) -> dict[str, float | None]:
@@ -133,6 +140,34 @@ def measured(found: list[tuple[float, Tensor]], beside: list[tuple[float, Tensor
         values["alike"] = torch.nn.functional.cosine_similarity(gradients, others).mean().item()
         values["balance"] = others.square().sum(dim=1).mean().sqrt().item() / length
     return {name: None if value is None else float(f"{value:.3g}") for name, value in values.items()}
+
+
+def draw_figure(rows: list[dict[str, Any]], path: str) -> None:
+    """Left: how long the gradients are. Right: how close L_IM is to its floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "ims3"  # the same bytes each time
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
+    lines: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+    for row in rows:
+        name = "L_Diff" if "diffusion" in row else f"L_IM, N = {row['n_steps']}, {row['grad_steps']} with gradient"
+        lines.setdefault(name, []).append((sum(row["timesteps"]) / 2, row))
+    styles = itertools.cycle(("s--", "o-", "^-", "v:", "D:", "x-"))
+    for (name, found), style in zip(lines.items(), styles, strict=False):
+        middle = [t for t, _ in found]
+        left.plot(middle, [row.get("diffusion", row)["length"] for _, row in found], style, label=name, markersize=4)
+        if name == "L_Diff":
+            right.plot(middle, [row["floor"] for _, row in found], "k--", label="floor, 1 − κ")
+        elif name.endswith(" 1 with gradient"):  # the loss does not depend on the steps with gradient
+            right.plot(middle, [row["loss"] for _, row in found], style, label=name.split(", ")[1], markersize=4)
+    left.set(yscale="log", xlabel="timestep t", ylabel="norm of a batch's gradient", title="Gradients")
+    right.set(xlabel="timestep t", ylabel="L_IM", title="The loss and the lowest value it can have")
+    left.legend(fontsize=7, loc="lower left")
+    right.legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None} if Path(path).suffix == ".svg" else None, dpi=110)
 
 
 def cosine(one: Tensor, other: Tensor) -> float:

@@ -115,10 +115,19 @@ def test_a_case_that_does_not_exist_is_named():
 
 
 def test_the_gradients_of_inversion_matching_are_measured_on_a_machine_without_ray(
-    without_ray: dict[str, str], tiny_world: Path
-):
+    without_ray: dict[str, str], tiny_world: Path, tmp_path: Path
+):  # fmt: skip
     world = [f"generator={tiny_world}/dit.safetensors", f"data.path={tiny_world}/data", "data.size=8"]
-    found = report("inversion", *world, "bands=2", "batches=3", "batch_size=4", "n_steps=[1,2]", env=without_ray)
+    found = report(
+        "inversion",
+        *world,
+        "bands=2",
+        "batches=3",
+        "batch_size=4",
+        "n_steps=[1,2]",
+        f"figure={tmp_path}/it.svg",
+        env=without_ray,
+    )
     rows = found["rows"]
     assert [row["timesteps"] for row in rows] == [[0, 499]] * 4 + [[500, 999]] * 4
     assert [(row.get("n_steps"), row.get("grad_steps")) for row in rows[:4]] == [(None, None), (1, 1), (2, 1), (2, 2)]
@@ -130,6 +139,7 @@ def test_the_gradients_of_inversion_matching_are_measured_on_a_machine_without_r
             assert row["loss"] >= floor - 0.15  # few draws of the noise
             assert -1 <= row["alike"] <= 1
             assert row["balance"] == pytest.approx(diffusion["length"] / row["length"], rel=0.02)
+    assert "floor" in (tmp_path / "it.svg").read_text()
 
 
 @pytest.mark.parametrize("candidates", ["real", "generated"])

@@ -170,12 +170,14 @@ def test_the_embedded_data_are_a_thousand_training_images_a_class_and_the_test_s
 
 
 def test_the_embedded_weights_fit_and_are_small_and_have_cards():
-    dit, phi = weights_path("embedded:fashion-mnist-dit"), weights_path("embedded:fashion-mnist-phi")
-    check_fit(DiT, open_dit(dit).config, dit)
+    dit, coarse = weights_path("embedded:fashion-mnist-dit"), weights_path("embedded:fashion-mnist-dit-coarse")
+    phi = weights_path("embedded:fashion-mnist-phi")
+    for generator in (dit, coarse):
+        check_fit(DiT, open_dit(generator).config, generator)
+        assert generator.stat().st_size <= 10e6
     check_fit(Encoder, encoder_config(phi), phi)
-    assert dit.stat().st_size <= 10e6
     assert phi.stat().st_size <= 6e6
-    for weights in (dit, phi):
+    for weights in (dit, coarse, phi):
         card = weights.with_suffix(".md").read_text()
         for text in ("- data:", "- steps:", "- seconds:", "- hardware:", "## Quality"):
             assert text in card
