@@ -42,7 +42,7 @@ def test_the_demonstration_takes_what_is_embedded_and_little_work():
     demo, default = load_config(RunConfig, ROOT / "configs" / "demo.yaml"), RunConfig()
     assert (demo.data, demo.generator, demo.encoder) == (default.data, default.generator, default.encoder)
     plan = make_plan(demo)
-    assert sum(stage.flops for stage in plan.stages) < 15e12, "minutes of two cores"
+    assert sum(stage.flops for stage in plan.stages) < 20e12, "minutes of two cores"
     assert {scored.title for scored in plan.sets.values()} == {"Random real", "IMS3", "IMS3 + DM", "Full"}
 
 
