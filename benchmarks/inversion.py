@@ -13,7 +13,8 @@ steps with gradient. A batch's gradient is the mean gradient, which all batches 
     floor     the lowest value that L_IM can have: that of an inverted latent which is parallel to the clean latent z_0
     parallel  mean cosine between the inverted latent and z_0
     length    norm of a batch's gradient (root of the mean square)
-    mean      norm of the mean gradient, without the part that is due to noise; 0 if nothing but noise can be seen
+    mean      norm of the mean gradient, estimated from pairs of different batches; 0 where the estimate is negative. With few
+              batches a small share of `length` may be chance
     cosine    of the angle between the mean gradients of L_IM and L_Diff; null where one of them is 0
     alike     mean cosine between the gradients of the two losses on the same batch
     balance   the weight λ_IM with which L_IM's gradient is as long as that of L_Diff on the same batch

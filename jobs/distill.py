@@ -1,6 +1,6 @@
 """Distil a labelled image set with IMS3: a few generated images per class that train classifiers almost as well.
 
-    python jobs/distill.py                              embedded Fashion-MNIST; results in runs/demo
+    python jobs/distill.py                              embedded Fashion-MNIST; results in runs/distill
     python jobs/distill.py --dry-run                    the plan: finished stages, images, FLOPs, hours, storage, cost
     python jobs/distill.py name=mine data.path=photos   your own images (photos/train/CLASS/*.jpg, photos/test/…)
     python jobs/distill.py --config FILE selection.alpha=0.4 selection.groups=10

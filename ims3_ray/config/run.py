@@ -143,7 +143,7 @@ class RecognitionConfig(Section):
 
 
 class RunConfig(WorkConfig):
-    """One distillation run. The defaults are those of the demonstration with embedded data and weights."""
+    """One distillation run. The defaults take the embedded data and weights."""
 
     seed: int = Field(default=0, ge=0)
     """Seed of all random numbers of the run, except those of the students."""

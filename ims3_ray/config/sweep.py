@@ -152,6 +152,8 @@ class SweepConfig(RunConfig):
         arm, search = self.arms[self.arm], self.search
         if arm.selector is not S3:  # the grid of α : β is computed by its formula
             raise ValueError(f"arm='{self.arm}' selects by {arm.select}; a sweep is of an arm with select: {S3.name}")
+        if self.of_arm(self.arm).selection.of(S3).choose != "best":
+            raise ValueError("selection.choose: a sweep looks for the best subgroups; leave it out")
         if self.stages:
             raise ValueError("stages run beside the arms of a distillation or a comparison; leave them out of a sweep")
         if search.row is not None and search.row not in self.evaluation.rows:

@@ -128,7 +128,7 @@ class ClusterConfig(Section):
 class WorkConfig(Section):
     """The common config of jobs that run in stages and produce a table of accuracies."""
 
-    name: str = Field(default="demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="distill", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Results go to `{storage}/{name}`."""
     plugins: tuple[str, ...] = ()
     """Files or modules that add components from outside the package: see docs/extending.md."""

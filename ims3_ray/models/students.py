@@ -106,7 +106,7 @@ class AveragePool2(nn.Module):
     """
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        if x_BCHW.device.type != "cpu":
+        if x_BCHW.device.type != "cpu" or min(x_BCHW.shape[-2:]) < 2:  # which PyTorch refuses
             return F.avg_pool2d(x_BCHW, 2)
         height, width = (size // 2 * 2 for size in x_BCHW.shape[-2:])
         rows = x_BCHW[..., :height:2, :] + x_BCHW[..., 1:height:2, :]

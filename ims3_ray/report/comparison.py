@@ -36,7 +36,8 @@ def comparison_tables(plan: Plan[CompareConfig], results: Results) -> list[dict[
 def _line(plan: Plan[CompareConfig], results: Results, arm: str, k: int, row: str) -> dict[str, Any]:
     names = [name for name, scored in plan.sets.items() if (scored.arm, scored.ipc) == (arm, k)]
     found = [results["sets"][name] for name in names]
-    distinct = list({each["content"]: each for each in found}.values())  # some methods choose the same images for all seeds
+    same = len({each["content"] for each in found}) == 1  # some methods choose the same images for all seeds
+    distinct = found[:1] if same else found
     kinds = [kind for kind in KINDS if kind in found[0]["rows"][row]]
     return {
         "arm": arm, "title": found[0]["title"], "content": [each["content"] for each in distinct],
@@ -114,9 +115,9 @@ def explained(config: CompareConfig) -> str:
     )
     if len(config.draws) > 1:
         return (
-            "± is the standard error over the sets of all run seeds; where every seed gives the same set, it is the standard "
-            f"deviation over students. The difference of a method's last accuracy from that of {against} is ± its standard "
-            f"error; it {sure}."
+            "± is the standard error over the sets of all run seeds; where every seed gives the same set, students stand for "
+            "sets, and ± is the standard deviation over them. The difference of a method's last accuracy from that of "
+            f"{against} is ± its standard error; it {sure}."
         )
     return (
         "There is one set of images of each method, and ± is the standard deviation over its students. The difference of a "
@@ -132,7 +133,7 @@ def markdown(config: CompareConfig, tables: Sequence[dict[str, Any]]) -> str:
         f"# {config.name}", "",
         f"Top-1 accuracy in % on the real test split of {config.data.path}; student seeds {_listed(config.evaluation.seeds)}, "
         f"run seed{several} {_listed(config.draws)}. *last*: final epoch; *best*: best epoch on the test split itself; *val*: "
-        f"best epoch on held-out training images. {explained(config)}",
+        f"best epoch on held-out training images. {explained(config)} The mark is bold type.",
         "",
     ]  # fmt: skip
     for table in tables:

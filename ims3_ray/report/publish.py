@@ -77,7 +77,7 @@ def publish_comparison(context: Context, plan: Plan[CompareConfig], results: Res
     sheets = {
         f"{scored.title}, {shown} a class": _sheet(context, scored, shown)
         for scored in plan.sets.values()
-        if (scored.draw, scored.ipc) == (config.draws[0], shown)
+        if (scored.draw, scored.ipc) == (config.draws[0], shown) and not scored.whole
     }
     report = render_comparison(config, plan.classes, results, sheets=sheets)
     params = {

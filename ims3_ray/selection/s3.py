@@ -24,7 +24,8 @@ class S3Config(Section):
     """`pool`: repulsion from all candidates of the other classes, Eq. 10 as printed. `selected`: from their selected groups.
     `released`: the same with the weights of the authors' code, in which β weighs (C−1)/2 times as much for C classes."""
     choose: Literal["best", "worst"] = "best"
-    """`worst` chooses the subgroup of highest instead of lowest objective, which shows how much the choice matters."""
+    """`worst` chooses the subgroup of highest instead of lowest objective, which shows how much the choice matters. The
+    reported lower bound stays that of the best choice."""
 
     @model_validator(mode="after")
     def _possible(self) -> S3Config:

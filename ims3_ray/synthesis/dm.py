@@ -40,7 +40,7 @@ def matching_loss(real_mean: Tensor, features: Tensor) -> Tensor:
 class DM(Synthesis):
     """Distribution matching. Images are optimised as normalised values without bounds, and rounded to bytes at the end."""
 
-    name = "dm"
+    name, version = "dm", 2
     starts = frozenset({"set"})
     needs = frozenset({"statistics"})
     preparation_needs = frozenset({"real", "statistics"})

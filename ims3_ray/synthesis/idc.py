@@ -58,7 +58,7 @@ def momentum_steps(
 class IDC(Synthesis):
     """Gradient matching with networks that are trained on real images meanwhile."""
 
-    name = "idc"
+    name, version = "idc", 2
     starts = frozenset({"set"})
     needs = frozenset({"real", "statistics"})
 

@@ -1,4 +1,4 @@
-"""The embedded default through the front door, with fewer steps than the demonstration takes."""
+"""The command without arguments, which takes the embedded data and weights, with less work."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def test_no_arguments_but_less_work(tmp_path: Path):
     done = run_job(f"storage={tmp_path}", *QUICK)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[-1] == f"report: {tmp_path}/demo/report.html"
+    assert lines[-1] == f"report: {tmp_path}/distill/report.html"
     for title in ("Random real", "DiT + S3", "IMS3"):
         assert any(title in line for line in lines)
-    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    results = json.loads((tmp_path / "distill" / "results.json").read_text())
     rows = [row for found in results["sets"].values() for row in found["rows"].values()]
     assert [len(row["last"]["seeds"]) for row in rows] == [3, 3, 3, 3]
-    assert pq.read_table(tmp_path / "demo" / "distilled" / "data").num_rows == 100
-    assert len(list((tmp_path / "demo" / "distilled" / "images").glob("*/*.png"))) == 100
-    scored = run_script("evaluate", f"storage={tmp_path}", f"sets.mine={tmp_path}/demo/distilled", QUICK[4])
+    assert pq.read_table(tmp_path / "distill" / "distilled" / "data").num_rows == 100
+    assert len(list((tmp_path / "distill" / "distilled" / "images").glob("*/*.png"))) == 100
+    scored = run_script("evaluate", f"storage={tmp_path}", f"sets.mine={tmp_path}/distill/distilled", QUICK[4])
     assert scored.returncode == 0, scored.stderr
     assert "evaluate: " not in scored.stdout  # every student of that very set is there already
     assert scored.stdout.splitlines()[-1] == f"report: {tmp_path}/evaluate/report.html"

@@ -299,3 +299,5 @@ def test_the_pool_of_convnets_is_pytorchs(shape: tuple[int, ...]):
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gradients = [torch.autograd.grad((pooled * weights).sum(), images)[0] for pooled in (found, expected)]
     assert torch.allclose(*gradients, rtol=0, atol=1e-15)
+    with pytest.raises(RuntimeError, match="too small"):
+        AveragePool2()(images[..., :1])

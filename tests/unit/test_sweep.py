@@ -99,6 +99,7 @@ def test_a_point_is_a_distillation_of_the_arm_with_its_settings():
         ({"search": {"method": "optuna"}, "space": {"selection": {"alpha": [1]}}}, "of which space has none"),
         ({"arm": "dit_s3"}, f"{LAMBDA} is swept, but arm 'dit_s3' fine-tunes nothing"),
         ({"arm": "dit"}, "arm='dit' selects by first"),
+        ({"selection": {"choose": "worst"}}, "selection.choose: a sweep looks for the best subgroups; leave it out"),
         ({"arm": "gan"}, "arm='gan' is no arm; there is: random_real, dit, dit_s3, ims3"),
         ({"search": {"row": "soft/resnet-18"}}, "search.row='soft/resnet-18' is no row; there is: hard/convnet-3"),
         ({"search": {"early_stopping": True}}, "give several, as in draws=[0, 1, 2]"),
