@@ -52,8 +52,11 @@ def tiny_run(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, cluster
 
 
 def copy_of(run: Run, folder: Path) -> RunConfig:
-    """The config of a copy of a finished run's storage. Whatever runs more on the shared one would be seen by later tests."""
-    shutil.copytree(run.config.storage, folder, dirs_exist_ok=True)
+    """The config of a copy of a finished run, with the artifacts that it used, in a storage of its own."""
+    name = run.config.name
+    used = [Path("artifacts", row["stage"], row["key"]) for row in run.result.results["stages"]]
+    for part in (Path(name), *used):
+        shutil.copytree(Path(run.config.storage, part), folder / part, dirs_exist_ok=True)
     return run.config.model_copy(update={"storage": str(folder)})
 
 
