@@ -1,7 +1,7 @@
 """What the choice of S3 is worth: the score of Eq. 10 against the accuracy of students, as JSON (docs/selection.md).
 
     python benchmarks/subgroups.py                             real images of the embedded Fashion-MNIST as candidates
-    python benchmarks/subgroups.py candidates=generated        samples of the generator
+    python benchmarks/subgroups.py candidates=generated pool=pool.safetensors        samples of the generator
     python benchmarks/subgroups.py figure=subgroups.svg        and a figure of score against accuracy
 
 Candidates of a class are put into a random order and divided into subgroups of K images, which Eq. 10 scores.
@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -59,6 +60,8 @@ class BenchmarkConfig(Section):
     candidates: Literal["real", "generated"] = "real"
     generator: str = "embedded:fashion-mnist-dit"
     sampling: SamplingConfig = SamplingConfig(sampler="dpm++2m", steps=10, cfg_scale=1.5)
+    pool: str | None = None
+    """File that keeps the samples, so that a second call need not draw them again."""
     encoder: str = "embedded:fashion-mnist-phi"
     alpha: float = 0.4
     beta: float = 0.9
@@ -145,7 +148,10 @@ def _features(phi: Any, images: Tensor) -> Tensor:
 
 
 def sampled(config: BenchmarkConfig, names: tuple[str, ...], count: int) -> list[Tensor]:
-    """``count`` samples of each class."""
+    """``count`` samples of each class, from the file of the pool if it holds as many."""
+    kept = Path(config.pool) if config.pool else None
+    if kept is not None and kept.is_file() and (pixels := load_file(kept)["pixels"]).shape[1] >= count:
+        return list(pixels[:, :count])
     path = generator_path(config.generator)
     produce = Candidates(config.sampling, Pretrained.of_file(path), None, None, 0, DEVICE)
     found = []
@@ -153,6 +159,8 @@ def sampled(config: BenchmarkConfig, names: tuple[str, ...], count: int) -> list
         units = units_of(label, count, config.sampling.unit_size)
         found.append(torch.cat([produce(unit).pixels.cpu() for unit in units])[:count])
         print(f"samples of class {label}", file=sys.stderr, flush=True)
+    if kept is not None:
+        save_file({"pixels": torch.stack(found)}, kept)
     return found
 
 

@@ -27,6 +27,7 @@ from ims3_ray.models.ema import Ema
 from ims3_ray.models.generators.dit import DiTGenerator
 from ims3_ray.objectives.diffusion import diffusion_loss, drop_conditions
 from ims3_ray.seeds import generator_for
+from ims3_ray.training.capture import Captured
 from ims3_ray.training.divergence import check_losses
 from ims3_ray.training.pace import Pace
 
@@ -80,7 +81,12 @@ class GeneratorTrainer:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
         self.wrapped = wrap(self.model) if wrap is not None else self.model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+        captured = config.compile and self.device.type == "cuda" and wrap is None
+        self._update = Captured(self._updated) if captured else self._updated
+        lr = torch.tensor(config.lr, device=self.device) if captured else config.lr
+        self._pace: dict[str, Any] = {"lr": lr, "capturable": captured}
+        """Options of the optimizer that a stored state does not replace. A captured step reads its learning rate from a tensor."""
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0, fused=True, **self._pace)
         self.ema = Ema(self.model.named_parameters(), config.ema_decay)
         self.schedule = NoiseSchedule()
         half = in_bf16(config, self.device)
@@ -119,16 +125,23 @@ class GeneratorTrainer:
         t = torch.randint(self.schedule.num_steps, (count,), generator=rng, device=self.device)
         y = drop_conditions(self.labels[index], self.model.config.null_label, g.label_dropout, rng)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        self._unread.append(self._update(z0, noise, t, y))
+        self.ema.update(self.model.named_parameters())
+
+    def _updated(self, z0: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Change the parameters by one step on a batch; return its loss."""
         with self.autocast:
-            target = target_of(z0, noise, t, self.schedule, g.prediction)
+            target = target_of(z0, noise, t, self.schedule, self.config.prediction)
             loss = diffusion_loss(self.wrapped(self.schedule.add_noise(z0, noise, t), t, y), target)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.model.named_parameters())
-        self._unread.append(loss.detach())
+        return loss.detach()
 
     def read_losses(self) -> None:
         """Fetch the losses of the last steps. Raises :class:`Diverged` naming the first step whose loss is not finite."""
@@ -151,6 +164,8 @@ class GeneratorTrainer:
         """Restore what :meth:`state` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group.update(self._pace)
         self.ema.restore(state["ema"])
         self.steps_before, self.losses = state["steps_before"], list(state["losses"])
 

@@ -187,19 +187,39 @@ def test_a_generator_in_training_learns_on_the_gpu(device: str, precision: str):
     assert all(value.dtype == torch.float16 and value.isfinite().all() for value in state.values())
 
 
-def test_a_training_goes_on_from_its_state(device: str):
-    images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8), torch.arange(20) % 2
-    config = GeneratorTraining(patch_size=4, hidden_size=32, depth=1, num_heads=2, batch_size=8, precision="fp32")
-    whole = GeneratorTrainer(config, images, 2, 0, device)
-    list(whole.run(BySteps(6, 1, 1)))
-    half = GeneratorTrainer(config, images, 2, 0, device)
-    for step in half.run(BySteps(6, 1, 1)):
-        if step == 3:
+def trainer_of(device: str, compiled: bool = False) -> GeneratorTrainer:
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8, generator=rng), torch.arange(20) % 2
+    config = GeneratorTraining(
+        patch_size=4, hidden_size=32, depth=1, num_heads=2, batch_size=8, precision="fp32", lr=3e-3, compile=compiled
+    )
+    return GeneratorTrainer(config, images, 2, 0, device)
+
+
+def goes_on_from_its_state(device: str, compiled: bool) -> None:
+    whole, half, other = (trainer_of(device, compiled) for _ in range(3))
+    list(whole.run(BySteps(12, 1, 1)))
+    for step in half.run(BySteps(12, 1, 1)):
+        if step == 6:
             break
-    other = GeneratorTrainer(config, images, 2, 0, device)
     other.restore(half.state())
-    list(other.run(BySteps(6, 1, 1)))
+    list(other.run(BySteps(12, 1, 1)))
     assert other.losses == pytest.approx(whole.losses, rel=1e-4)
+
+
+def test_a_training_goes_on_from_its_state(device: str):
+    goes_on_from_its_state(device, compiled=False)
+
+
+@pytest.mark.cuda_only
+def test_a_step_that_is_a_cuda_graph_is_the_same_step(device: str):
+    plain, captured = trainer_of(device), trainer_of(device, compiled=True)
+    for trainer in (plain, captured):
+        list(trainer.run(BySteps(12, 1, 1)))  # the learning rate is another one in each step
+    assert captured.losses == pytest.approx(plain.losses, rel=1e-4)
+    for name, parameter in captured.model.named_parameters():
+        assert distance(parameter, dict(plain.model.named_parameters())[name]) < 1e-3
+    goes_on_from_its_state(device, compiled=True)
 
 
 def test_weights_that_a_gpu_has_held_load_on_the_cpu(tiny_world: Path, device: str):
