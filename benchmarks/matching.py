@@ -78,6 +78,8 @@ class BenchmarkConfig(Section):
     """Numbers of steps after which each run is looked at."""
     finetune: FinetuneConfig = FinetuneConfig(precision="bf16", compile=DEVICE == "cuda")
     sampling: SamplingConfig = SamplingConfig(sampler="dpm++2m", steps=10, cfg_scale=1.5, precision="bf16")
+    guidances: tuple[float, ...] = (1.0, 1.25)
+    """Other guidances with which the generator is looked at without fine-tuning."""
     samples: int = Field(default=100, ge=2)
     """Number of samples of each class."""
     instability: InstabilityConfig = InstabilityConfig(images=20)
@@ -180,7 +182,7 @@ class Looks:
         self.rows: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.is_file() else {}
 
     def file(self, key: str) -> Path:
-        return self.folder / "samples" / f"{key.replace(' ', '-')}.safetensors"
+        return self.folder / "samples" / f"{key.replace(',', '').replace(' ', '-')}.safetensors"
 
     def add(self, key: str, row: dict[str, Any], images: list[Tensor] | None = None) -> None:
         if images is not None:
@@ -200,8 +202,8 @@ class Eye:
         self.real = [self._look(part)[0] for part in images.train]
         self.labels = generator.labels(images.names)
 
-    def of_network(self, network: nn.Module, last: bool) -> tuple[dict[str, Any], list[Tensor]]:
-        images = [self._sampled(network, label) for label in self.labels]
+    def of_network(self, network: nn.Module, last: bool, guidance: float | None = None) -> tuple[dict[str, Any], list[Tensor]]:
+        images = [self._sampled(network, label, guidance) for label in self.labels]
         instability = {"instability": self._instability(network)} if last and self.config.instability.images else {}
         return {**self.of_images(images), **self._losses(network), **instability}, images
 
@@ -230,9 +232,10 @@ class Eye:
         return normalize(features, dim=1), scores
 
     @torch.inference_mode()
-    def _sampled(self, network: nn.Module, label: int) -> Tensor:
+    def _sampled(self, network: nn.Module, label: int, guidance: float | None) -> Tensor:
         s, sampler = self.config.sampling, Sampler.registry[self.config.sampling.sampler]
-        predict = self.generator.predictor(network, label, 1, s.cfg_scale, s.cfg_channels, cfg_interval=s.cfg_interval)
+        scale = s.cfg_scale if guidance is None else guidance
+        predict = self.generator.predictor(network, label, 1, scale, s.cfg_channels, cfg_interval=s.cfg_interval)
         rngs = [generator_for(0, "image", label, index) for index in range(self.config.samples)]
         with torch.autocast(DEVICE, torch.bfloat16, enabled=s.precision == "bf16"):
             found = [
@@ -262,9 +265,10 @@ class Eye:
         inversion = self.config.finetune.objectives.model_dump()["inversion_matching"]
         inverted = invert(step.predict, z0, t, self.generator.schedule, inversion["n_steps"], 0)
         found = {
-            "diffusion": (step.predicted - step.target).square().mean(), "matching": inversion_matching_loss(inverted, step.z_t),
+            "diffusion": (step.predicted - step.target).square().mean(),
+            "matching": inversion_matching_loss(inverted, step.z_t),
             "parallel": cosine_similarity(inverted.flatten(1), z0.flatten(1)).mean(),
-        }  # fmt: skip
+        }
         return {name: round(value.item(), 5) for name, value in found.items()}
 
     def _instability(self, network: nn.Module) -> float:
@@ -295,8 +299,12 @@ def benchmark(config: BenchmarkConfig) -> None:
     if REAL not in looks.rows:
         real = [part[: config.samples] for part in images.train]
         looks.add(REAL, eye.of_images(real), real)
+    plain = generator.load().to(DEVICE).requires_grad_(False)
     if PRETRAINED not in looks.rows:
-        looks.add(PRETRAINED, *eye.of_network(generator.load().to(DEVICE).requires_grad_(False), last=True))
+        looks.add(PRETRAINED, *eye.of_network(plain, last=True))
+    for guidance in config.guidances:
+        if (key := f"{PRETRAINED}, guidance {guidance:g}") not in looks.rows:
+            looks.add(key, *eye.of_network(plain, last=False, guidance=guidance))
     if any(key not in looks.rows for key in wanted):
         runs = {name: Run(name, weight, seed, generator, images, config) for name, (weight, seed) in names_of(config).items()}
         for key, (name, steps) in wanted.items():

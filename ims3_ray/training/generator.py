@@ -85,7 +85,8 @@ class GeneratorTrainer:
         self._update = Captured(self._updated) if captured else self._updated
         lr = torch.tensor(config.lr, device=self.device) if captured else config.lr
         self._pace: dict[str, Any] = {"lr": lr, "capturable": captured}
-        """Options of the optimizer that a stored state does not replace. A captured step reads its learning rate from a tensor."""
+        """Options of the optimizer that a stored state does not replace; a captured step reads its learning rate from a
+        tensor."""
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0, fused=True, **self._pace)
         self.ema = Ema(self.model.named_parameters(), config.ema_decay)
         self.schedule = NoiseSchedule()
