@@ -35,9 +35,10 @@ class SamplingConfig(Components):
     costs half as much."""
     clip: bool = True
     """Whether each predicted clean image is clamped to [-1, 1]; right for pixels, wrong for latents."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """Number format of the weights and the arithmetic of generator and autoencoder; the sampling steps themselves are computed
-    in float32."""
+    in float32. `auto` is bf16 if the actors have GPUs or the CPU of the machine that starts the run computes bf16 natively, and
+    fp32 otherwise. A run that is continued keeps its format."""
     compile: bool = False
     """Whether each transformer block is compiled with torch.compile. All blocks share one compilation, which pays off after
     some minutes of GPU work."""

@@ -117,9 +117,9 @@ class FinetuneConfig(Section):
     classes_per_group: int | None = Field(default=None, ge=1)
     """Largest number of classes in a group. Groups are fine-tuned independently and in parallel, each with its own adapter.
     When unset, all classes are one group."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """Number format. With `bf16`, frozen weights and arithmetic are in bfloat16; the trained parameters, their gradients and
-    the optimizer's state stay in float32."""
+    the optimizer's state stay in float32. `auto` is decided as for sampling, by the workers' GPUs."""
     compile: bool = False
     """Whether each transformer block is compiled with torch.compile. All blocks share one compilation, which pays off after
     some minutes of GPU work."""

@@ -14,6 +14,7 @@ from ims3_ray.engine.stage import Stage
 from ims3_ray.errors import UserError
 from ims3_ray.plan.arms import set_of
 from ims3_ray.plan.layout import Config, Plan, Scored
+from ims3_ray.plan.precision import decided
 from ims3_ray.plan.sweep import SweepPlan, make_sweep
 from ims3_ray.stages.evaluate import plan_rows
 from ims3_ray.stages.export import Export
@@ -26,6 +27,7 @@ __all__ = ["Config", "Plan", "Scored", "SweepPlan", "make_comparison", "make_eva
 def make_plan(config: RunConfig) -> Plan[RunConfig]:
     """Open the sources, check the weights and plan the stages. Raises :class:`UserError` for bad input."""
     _check_arms(config)
+    config = decided(config)
     planner = Planner(config, config.selection.images_per_class)
     sets = {name: _scored(planner, config, name) for name in config.arms}
     if config.instability.images and (name := _tuned_as_the_run_says(config)):
@@ -43,6 +45,7 @@ def make_comparison(config: CompareConfig) -> Plan[CompareConfig]:
     """Plan all arms at all numbers of images per class and all draws. Sets are named ``ARM K=…``, and with the draw if there
     are several."""
     _check_arms(config)
+    config = decided(config)
     planner = Planner(config, max(config.budgets))
     sets = {}
     for k in config.budgets:

@@ -21,6 +21,7 @@ from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
 from ims3_ray.plan.arms import chosen_of, set_of
 from ims3_ray.plan.layout import Plan
+from ims3_ray.plan.precision import AUTO, decided
 from ims3_ray.selection.grid import Weighing, most_selections
 from ims3_ray.stages.evaluate import plan_rows
 
@@ -111,6 +112,7 @@ class SweepPlan(Plan[SweepConfig]):
 
 def make_sweep(config: SweepConfig) -> SweepPlan:
     """Plan all that can be known before the search. Raises :class:`UserError` for bad input of any known trial."""
+    config = decided(config)
     planner = Planner(config, config.selection.images_per_class)
     optuna = config.search.method == "optuna"
     known = config.outer()[:1] if optuna else config.outer()
@@ -163,9 +165,12 @@ def make_trial(config: SweepConfig, planner: Planner, settings: Settings, draw: 
 def _at(config: SweepConfig, settings: Settings, draw: int) -> RunConfig:
     """The arm's config with these settings. Raises :class:`UserError` for settings that contradict each other."""
     try:
-        return config.at(settings, draw).of_arm(config.arm)
+        found = config.at(settings, draw).of_arm(config.arm)
     except ValidationError as error:
         raise UserError(f"space: {title_of(settings)} is impossible: {reason_of(error)}") from error
+    if AUTO in (found.sampling.precision, found.finetune.precision):
+        raise UserError(f"space: {title_of(settings)} compares number formats, so it must name them: bf16 or fp32")
+    return found
 
 
 def _references(config: RunConfig) -> str:

@@ -51,8 +51,8 @@ def sweep(config: SweepConfig | None = None) -> RunResult:
     Raises the errors of :func:`ims3_ray.commands.distill.distill`, and at the end :class:`IncompletePool` if trials failed; all
     others have then run and their results are published.
     """
-    config = config or SweepConfig()
-    plan, storage = make_sweep(config), Storage.at(config.storage)
+    plan = make_sweep(config or SweepConfig())
+    config, storage = plan.config, Storage.at(plan.config.storage)
     check_folder(config, storage)
     print(describe_sweep(plan), flush=True)
     if (trials := trials_there(plan, storage)) is None:

@@ -45,14 +45,18 @@ def dit_config(training: GeneratorTraining, size: int, channels: int, num_classe
     )  # fmt: skip
 
 
-def in_bf16(config: GeneratorTraining, device: torch.device) -> bool:
-    """Whether a training computes in bfloat16 on a device; by default if the device does not have to imitate it."""
-    if config.precision != "auto":
-        return config.precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+def computes_bf16(device_type: str) -> bool:
+    """Whether the devices of this type ("cuda" or "cpu") compute in bfloat16 natively. A GPU does if there is none here to
+    ask."""
+    if device_type == "cuda":
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def in_bf16(config: GeneratorTraining, device: torch.device) -> bool:
+    """Whether a training computes in bfloat16 on a device; by default if the device does not have to imitate it."""
+    return computes_bf16(device.type) if config.precision == "auto" else config.precision == "bf16"
 
 
 def packed(network: DiT, class_names: Sequence[str], **about: str) -> bytes:
