@@ -27,6 +27,8 @@ class GeneratorTraining(Section):
     num_heads: int = Field(default=4, gt=0)
     prediction: Literal["epsilon", "v"] = "epsilon"
     """Quantity that the generator learns to predict: the noise ε (`epsilon`) or the velocity (`v`)."""
+    min_snr: float | None = Field(default=None, gt=0)
+    """γ of min-SNR weighting, which gives timesteps with little noise a smaller weight in the loss; no weighting when unset."""
     steps: int | None = Field(default=None, ge=1)
     """Number of steps. It is an alternative to `minutes`."""
     minutes: float | None = Field(default=30.0, gt=0)

@@ -11,19 +11,30 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from ims3_ray.component import Section
-from ims3_ray.diffusion.schedule import per_sample
+from ims3_ray.diffusion.prediction import Parametrisation
+from ims3_ray.diffusion.schedule import NoiseSchedule, per_sample
 from ims3_ray.objectives.base import Objective, TrainingStep
 
 HALF_BIN = 1 / 255
 """Half the distance between two neighbouring 8-bit values in [−1, 1]."""
 
 
-def diffusion_loss(predicted: Tensor, target: Tensor) -> Tensor:
+def diffusion_loss(predicted: Tensor, target: Tensor, weight_B: Tensor | None = None) -> Tensor:
     """Eq. 6, ``‖ε_θ(z_t, c) − ε‖²``, as the mean over all elements (the reduction DiT and its descendants use).
 
-    For a model that predicts v, ``predicted`` and ``target`` are velocities.
+    For a model that predicts v, ``predicted`` and ``target`` are velocities. ``weight_B`` [B] multiplies the error of each
+    sample.
     """
-    return (predicted.float() - target.float()).square().mean()
+    error = (predicted.float() - target.float()).square()
+    return (error if weight_B is None else error * per_sample(weight_B, error)).mean()
+
+
+def min_snr_weight(t_B: Tensor, schedule: NoiseSchedule, gamma: float, parametrisation: Parametrisation) -> Tensor:
+    """The weight [B] of min-SNR-γ (Hang et al. 2023, arXiv 2303.09556): the error of the clean image is weighted by
+    min(SNR, γ) with SNR = ᾱ/(1−ᾱ), which is min(SNR, γ)/SNR for the error of ε and min(SNR, γ)/(SNR + 1) for that of v."""
+    alpha_bar = schedule.on(t_B.device).alpha_bar[t_B]
+    snr = alpha_bar / (1 - alpha_bar)
+    return snr.clamp(max=gamma) / (snr if parametrisation == "epsilon" else snr + 1)
 
 
 def variational_bound(step: TrainingStep) -> Tensor:

@@ -25,7 +25,7 @@ from ims3_ray.models.checkpoints import pack
 from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.models.ema import Ema
 from ims3_ray.models.generators.dit import DiTGenerator
-from ims3_ray.objectives.diffusion import diffusion_loss, drop_conditions
+from ims3_ray.objectives.diffusion import diffusion_loss, drop_conditions, min_snr_weight
 from ims3_ray.seeds import generator_for
 from ims3_ray.training.capture import Captured
 from ims3_ray.training.divergence import check_losses
@@ -139,9 +139,11 @@ class GeneratorTrainer:
 
     def _updated(self, z0: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Change the parameters by one step on a batch; return its loss."""
+        kind, gamma = self.config.prediction, self.config.min_snr
+        weight = None if gamma is None else min_snr_weight(t, self.schedule, gamma, kind)
         with self.autocast:
-            target = target_of(z0, noise, t, self.schedule, self.config.prediction)
-            loss = diffusion_loss(self.wrapped(self.schedule.add_noise(z0, noise, t), t, y), target)
+            predicted = self.wrapped(self.schedule.add_noise(z0, noise, t), t, y)
+            loss = diffusion_loss(predicted, target_of(z0, noise, t, self.schedule, kind), weight)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

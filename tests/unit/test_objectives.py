@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from ims3_ray.diffusion.prediction import target_of
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.models.difffit import add_difffit
 from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.objectives.base import Losses, TrainingStep, add_up
-from ims3_ray.objectives.diffusion import Diffusion, diffusion_loss, drop_conditions, variational_bound
+from ims3_ray.objectives.diffusion import Diffusion, diffusion_loss, drop_conditions, min_snr_weight, variational_bound
 from ims3_ray.objectives.inversion_matching import InversionMatching, inversion_matching_loss
 from ims3_ray.objectives.inversion_matching_released import InversionMatchingReleased, reverse_step
 from ims3_ray.objectives.minimax import Minimax
@@ -376,3 +377,18 @@ def test_terms_add_up_by_weight():
     }
     assert terms.keys() == weights.keys()
     assert total.item() == pytest.approx(sum(weights[name] * term.item() for name, term in terms.items()), rel=1e-6)
+
+
+@pytest.mark.parametrize("parametrisation", ["epsilon", "v"])
+def test_min_snr_weighs_the_error_of_the_clean_image(parametrisation: str):
+    schedule, gamma = NoiseSchedule(), 5.0
+    t = torch.tensor([0, 100, 400, 700, 999])
+    z0, noise, wrong = (torch.randn(5, 2, 4, 4, dtype=torch.float64) for _ in range(3))
+    z_t, alpha_bar = schedule.add_noise(z0, noise, t), schedule.alpha_bar[t].reshape(-1, 1, 1, 1)
+    predicted_z0 = z0 + wrong
+    eps = (z_t - alpha_bar.sqrt() * predicted_z0) / (1 - alpha_bar).sqrt()
+    predicted = eps if parametrisation == "epsilon" else (alpha_bar.sqrt() * z_t - predicted_z0) / (1 - alpha_bar).sqrt()
+    target = target_of(z0, noise, t, schedule, parametrisation)  # type: ignore[arg-type]
+    weight = min_snr_weight(t, schedule, gamma, parametrisation)  # type: ignore[arg-type]
+    snr = (alpha_bar / (1 - alpha_bar)).clamp(max=gamma)
+    assert diffusion_loss(predicted, target, weight).item() == pytest.approx((snr * wrong.square()).mean().item(), rel=1e-4)

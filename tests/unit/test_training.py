@@ -68,6 +68,13 @@ def trainer(**settings: Any) -> GeneratorTrainer:
     return GeneratorTrainer(GeneratorTraining.model_validate(values), images(), 2, seed=0)
 
 
+def test_min_snr_weighting_trains_and_gives_other_losses():
+    plain, weighted = trainer(), trainer(min_snr=5)
+    run(plain, 3), run(weighted, 3)
+    assert all(low < high for low, high in zip(weighted.losses, plain.losses, strict=True))
+    assert weighted.losses[0] > 0
+
+
 def run(trainer: GeneratorTrainer, steps: int) -> list[float]:
     list(trainer.run(BySteps(steps, 0.1, 0.1)))
     return trainer.losses
