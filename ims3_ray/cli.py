@@ -52,23 +52,32 @@ def main(
     )
     if plan is not None:
         parser.add_argument("--dry-run", action="store_true", help="print the plan and stop: nothing is computed or written")
+
+    def work() -> None:
+        args = parser.parse_intermixed_args(arguments)
+        values = read_values(args.config, args.overrides)
+        names = [word for file in args.config or () for word in ("--config", Path(file).name)]
+        record_command([f"jobs/{Path(sys.argv[0]).name}", *names, *args.overrides])
+        if isinstance(tree, str):
+            check_keys(tree.partition(":")[2], values)
+        from ims3_ray.config.loading import build
+
+        config: Any = build(_found(tree), values)
+        if plan is not None and args.dry_run:
+            print(_found(plan)(config))
+        else:
+            _run(_found(run), config)
+
+    return guarded(work)
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Call ``work`` and return the exit code of :func:`main`, after one line on stderr where it is not 0."""
     prepare_streams()
     asked = threading.Event()
     try:
-        args = parser.parse_intermixed_args(arguments)
         with ended_by_sigterm(asked):
-            values = read_values(args.config, args.overrides)
-            names = [word for file in args.config or () for word in ("--config", Path(file).name)]
-            record_command([f"jobs/{Path(sys.argv[0]).name}", *names, *args.overrides])
-            if isinstance(tree, str):
-                check_keys(tree.partition(":")[2], values)
-            from ims3_ray.config.loading import build
-
-            config: Any = build(_found(tree), values)
-            if plan is not None and args.dry_run:
-                print(_found(plan)(config))
-            else:
-                _run(_found(run), config)
+            work()
             sys.stdout.flush()
     except (UserError, IncompletePool) as error:
         print(f"error: {error}", file=sys.stderr)

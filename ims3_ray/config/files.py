@@ -25,20 +25,25 @@ def read_values(file: str | Path | Sequence[str] | None = None, overrides: Itera
     values: dict[str, Any] = {}
     for each in files:
         values = merge(values, _read_yaml(Path(each), ()))
-    overrides = list(overrides)
+    return with_overrides(values, overrides)
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The values with overrides of the form ``dotted.key=value``. Raises the errors of :func:`read_values`."""
+    found, overrides = dict(values), list(overrides)
     named = {override.partition("=")[0] for override in overrides}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"override '{override}' is not of the form key=value, as in selection.alpha=0.4")
         value = read_override(override, text)
-        _set(values, key.split("."), value)
+        _set(found, key.split("."), value)
         if is_given(value):
             for other in alternatives_to(key):
-                if other not in named and is_given(_get(values, other.split("."))):
-                    _set(values, other.split("."), None)
-    check_moved(values)
-    return values
+                if other not in named and is_given(_get(found, other.split("."))):
+                    _set(found, other.split("."), None)
+    check_moved(found)
+    return found
 
 
 MOVED = {
@@ -76,9 +81,33 @@ def _move_refine(section: dict[str, Any]) -> None:
         section["synthesis"] = {**section.get("synthesis", {}), "cao2": section.pop("refine")}
 
 
+def read_runs(file: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """A file that describes several runs: its other values, and the values of each run under ``runs``, which may extend files
+    of its own. Raises the errors of :func:`read_values`."""
+    values = _parsed(file)
+    runs = values.pop("runs", None)
+    if not isinstance(runs, dict) or not all(isinstance(run, dict) for run in runs.values()):
+        raise UserError(f"config '{file}' names no runs: it needs a mapping 'runs' of names to configs")
+    return values, {name: _over_parents(run, file, (file.resolve(),)) for name, run in runs.items()}
+
+
 def _read_yaml(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if file.resolve() in seen:
         raise UserError(f"config '{file}' extends itself; remove the circle")
+    return _over_parents(_parsed(file), file, (*seen, file.resolve()))
+
+
+def _over_parents(values: dict[str, Any], file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The values, merged over those of the files that they extend; ``file`` is where they stand."""
+    parents = typed(str | list[str], values.pop("extends", []))
+    merged: dict[str, Any] = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        merged = merge(merged, _read_yaml(file.parent / parent, seen))
+    return merge(merged, values)
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty one for an empty file."""
     try:
         values = yaml.load(file.read_text("utf-8"), Loader) or {}
     except OSError as error:
@@ -91,11 +120,7 @@ def _read_yaml(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         values = {}
     if not isinstance(values, dict):
         raise UserError(f"config '{file}' must be a mapping of keys to values")
-    parents = typed(str | list[str], values.pop("extends", []))
-    merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
-        merged = merge(merged, _read_yaml(file.parent / parent, (*seen, file.resolve())))
-    return merge(merged, values)
+    return values
 
 
 def alternatives_to(key: str) -> list[str]:

@@ -27,6 +27,7 @@ def comparison_tables(plan: Plan[CompareConfig], results: Results) -> list[dict[
                 line["difference"] = None if line is base else difference(line["last"], base["last"])
             published = any(line["published"] for line in lines)
             tables.append({"images_per_class": k, "row": row, "published": published, "lines": lines})
+        tables += [_higher(config, k, student, tables) for student in _read_as_higher(config)]
     found: list[dict[str, Any]] = [line["difference"] for table in tables for line in table["lines"] if line["difference"]]
     for each, p in zip(found, holm([each["p"] for each in found]), strict=True):
         each["p_holm"] = p
@@ -44,6 +45,29 @@ def _line(plan: Plan[CompareConfig], results: Results, arm: str, k: int, row: st
         **{kind: pooled([each["rows"][row][kind]["seeds"] for each in distinct]) for kind in kinds},
         "published": plan.config.published.get(arm, {}).get(row, {}).get(k),
     }  # fmt: skip
+
+
+HIGHER = "higher/"
+"""Prefix of the rows in which a publication reports, for each method, the higher of its accuracies by several protocols."""
+
+
+def _read_as_higher(config: CompareConfig) -> list[str]:
+    """The students for which published figures are the higher of several protocols."""
+    rows = [row for of_arm in config.published.values() for row in of_arm if row.startswith(HIGHER)]
+    return list(dict.fromkeys(row.removeprefix(HIGHER) for row in rows))
+
+
+def _higher(config: CompareConfig, k: int, student: str, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The table of a student in which each arm has the accuracies of the protocol that gives it the highest one."""
+    rows = [row for row, (_, name) in config.evaluation.rows.items() if name == student]
+    mine = [table for table in tables if table["images_per_class"] == k and table["row"] in rows]
+    lines = []
+    for position, arm in enumerate(config.arms):
+        best = max(mine, key=lambda table: table["lines"][position]["last"]["mean"])
+        line = best["lines"][position]
+        printed = config.published.get(arm, {}).get(HIGHER + student, {}).get(k)
+        lines.append({**line, "title": f"{line['title']} ({best['row']})", "difference": None, "published": printed})
+    return {"images_per_class": k, "row": HIGHER + student, "published": True, "higher": rows, "lines": lines}
 
 
 def pooled(draws: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -138,6 +162,11 @@ def markdown(config: CompareConfig, tables: Sequence[dict[str, Any]]) -> str:
     ]  # fmt: skip
     for table in tables:
         parts += [f"## {table['images_per_class']} a class, {table['row']}", ""]
+        if "higher" in table:
+            parts += [
+                f"For each method the higher of {' and '.join(table['higher'])}, as the publication reads its results.",
+                "",
+            ]
         published = ["published"] if table["published"] else []
         head = ["method", *KINDS, f"− {config.arms[config.base].title}", *published, "sets"]
         parts += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]

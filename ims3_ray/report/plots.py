@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 FORMATS = ("png", "svg")
+DASHES = ("-", "--", ":", "-.")
+"""Styles of the lines of a figure, which can be told apart without colour."""
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -47,17 +49,24 @@ def heat_map(
 
 
 def curves(
-    places: Sequence[str], lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], x_title: str, y_title: str, best: int
+    places: Sequence[str],
+    lines: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    x_title: str,
+    y_title: str,
+    best: int | None = None,
 ) -> dict[str, bytes]:
-    """Lines of (name, means, deviations) over evenly spaced ``places``; the band is one standard deviation."""
+    """Lines of (name, means, deviations) over evenly spaced ``places``; the band is one standard deviation, and an upright line
+    marks the place ``best``."""
     with rc_context(STYLE):
         figure = Figure(figsize=(4.2, 2.8), layout="constrained")
         axes = figure.subplots()
         for number, (name, means, deviations) in enumerate(lines):
-            (line,) = axes.plot(range(len(places)), means, marker="o", label=name, linestyle="-" if number == 0 else "--")
+            style = DASHES[number % len(DASHES)]
+            (line,) = axes.plot(range(len(places)), means, marker="o", label=name, linestyle=style)
             low, high = zip(*((m - d, m + d) for m, d in zip(means, deviations, strict=True)), strict=True)
             axes.fill_between(range(len(places)), low, high, alpha=0.15, color=line.get_color())
-        axes.axvline(best, color="#d1730f", linewidth=0.8)
+        if best is not None:
+            axes.axvline(best, color="#d1730f", linewidth=0.8)
         axes.set_xticks(range(len(places)), places)
         axes.set_xlabel(x_title)
         axes.set_ylabel(y_title)

@@ -20,12 +20,16 @@ from ims3_ray.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "configs" / "kuberay" / "rayjob.yaml"
-CONFIGS = sorted({*ROOT.glob("configs/**/*.yaml")} - {KUBERAY})
+PAPER = {*ROOT.glob("configs/paper/*.yaml")}  # several runs in a file: tests/unit/test_reproduction.py
+CONFIGS = sorted({*ROOT.glob("configs/**/*.yaml")} - {KUBERAY} - PAPER)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_config_loads(file: Path):
-    trees = {"pretrain": PretrainConfig, "compare": CompareConfig, "sweeps": SweepConfig, "data": EvaluateConfig}
+    trees = {
+        "pretrain": PretrainConfig, "compare": CompareConfig, "parts": CompareConfig, "sweeps": SweepConfig,
+        "data": EvaluateConfig,
+    }  # fmt: skip
     load_config(trees.get(file.parent.name, RunConfig), file)
 
 
