@@ -20,7 +20,7 @@ from ims3_ray.cli import guarded
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", metavar="NAME", help="table-1 … table-13, figure-3 … figure-6")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="table-1 … table-13, figure-3 …")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values for all runs, e.g. storage=s3://…")
     parser.add_argument("--small", action="store_true", help="stand-ins in place of data, weights and GPUs")
     parser.add_argument("--dry-run", action="store_true", help="print what it takes and stop: nothing is computed or written")

@@ -7,8 +7,11 @@ from functools import partial
 from ims3_ray.commands.distill import compare
 from ims3_ray.config import CompareConfig, SweepConfig, WorkConfig
 from ims3_ray.config.paper import Reproduction
+from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
-from ims3_ray.report.reproduction import figures_of, markdown_of
+from ims3_ray.plan import make_comparison
+from ims3_ray.plan.reproduction import plan_of, share_of
+from ims3_ray.report.reproduction import Minutes, figures_of, markdown_of, minutes_of
 from ims3_ray.report.results import Results, RunResult
 from ims3_ray.report.terminal import print_comparison, print_sweep
 
@@ -18,16 +21,33 @@ def reproduce(reproduction: Reproduction) -> str:
 
     Raises the errors of :func:`ims3_ray.commands.distill.compare` and :func:`ims3_ray.search.tune.sweep`.
     """
-    found = dict[str, Results]()
+    found, minutes = dict[str, Results](), dict[str, Minutes]()
     for name, config in reproduction.runs.items():
         print(f"{reproduction.name}, {name}", flush=True)
+        if name in reproduction.minutes:
+            _check_nothing_is_there(config)
         found[name] = _made(config).results
+        if name in reproduction.minutes and isinstance(config, CompareConfig):
+            minutes[name] = minutes_of(make_comparison(config), Storage.at(config.storage))
     config = next(iter(reproduction.runs.values()))
     storage, folder = Storage.at(config.storage), f"paper/{reproduction.name}{'-small' if reproduction.small else ''}"
     for file, data in figures_of(reproduction, found).items():
         storage.write(f"{folder}/{file}", data)
-    storage.write(f"{folder}/table.md", markdown_of(reproduction, found).encode())
+    storage.write(f"{folder}/table.md", markdown_of(reproduction, found, minutes).encode())
     return storage.address(f"{folder}/table.md")
+
+
+def _check_nothing_is_there(config: CompareConfig | SweepConfig) -> None:
+    """Raises :class:`UserError` if another run has made a part of what shall be timed."""
+    storage = Storage.at(config.storage)
+    if storage.exists(f"{config.name}/config.yaml"):  # this run itself has begun, and continues
+        return
+    counts = share_of(plan_of(config), storage).counts()
+    if any(there for _, there in counts.values()):
+        raise UserError(
+            f"'{storage.uri}' holds fine-tunings or samples of another run, so their times would be missing or those of that run; "
+            "give an empty storage=…"
+        )
 
 
 def _made(config: CompareConfig | SweepConfig) -> RunResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from ims3_ray.errors import UserError
 FOLDER = Path("configs/paper")
 SMALL = "small.yaml"
 """File with the stand-ins for data, weights and GPUs."""
-JOBS: dict[str, type[CompareConfig] | type[SweepConfig]] = {"compare": CompareConfig, "sweep": SweepConfig}
+JOBS: dict[str, type[CompareConfig] | type[SweepConfig]] = {
+    "compare": CompareConfig, "sweep": SweepConfig, "times": CompareConfig,
+}  # fmt: skip
+"""What a run is: a comparison, a search, or a comparison of which the times are wanted."""
 CHOSEN = ("arms", "evaluation.protocols")
 """Mappings of which stand-ins change entries that a run has, and add none."""
 
@@ -32,6 +35,8 @@ class Reproduction:
     notes: tuple[str, ...]
     """What the paper leaves open or contradicts, and what differs here."""
     runs: dict[str, CompareConfig | SweepConfig]
+    minutes: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    """Runs of which the times are wanted → arm → fine-tuning or sampling → the printed minutes."""
     small: bool = False
     """Whether the runs have stand-ins for data and weights, so that their accuracies mean nothing."""
 
@@ -59,15 +64,20 @@ def read_reproduction(name: str, overrides: Iterable[str] = (), small: bool = Fa
         raise UserError("name=… would give all runs of a table one folder; give another storage=… instead")
     about, runs = read_runs(folder / f"{name}.yaml")
     stand_ins, found = read_values(folder / SMALL) if small else {}, dict[str, CompareConfig | SweepConfig]()
+    minutes = dict[str, dict[str, dict[str, float]]]()
     for run, values in runs.items():
         job, own = typed(str, values.pop("job", "compare")), values.pop("small", {})
+        if job == "times":
+            minutes[run] = typed(dict[str, dict[str, float]], values.pop("minutes"))
         if job not in JOBS:
             raise UserError(f"{folder / name}.yaml: job '{job}' of run '{run}' is none of {', '.join(JOBS)}")
         if small:
             values = merge(merge(values, _fitting(stand_ins, values)), own)
         named = {**values, "name": f"paper-{name}-{run}" + ("-small" if small else "")}
         found[run] = build(JOBS[job], with_overrides(named, overrides))
-    return Reproduction(name, typed(str, about["title"]), tuple(typed(list[str], about.get("notes", []))), found, small)
+    return Reproduction(
+        name, typed(str, about["title"]), tuple(typed(list[str], about.get("notes", []))), found, minutes, small
+    )
 
 
 def _fitting(stand_ins: Mapping[str, Any], values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

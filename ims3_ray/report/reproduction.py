@@ -8,27 +8,66 @@ from typing import Any
 from ims3_ray.config import CompareConfig, SweepConfig
 from ims3_ray.config.paper import Reproduction
 from ims3_ray.config.sweep import symbol
+from ims3_ray.io.storage import Storage
+from ims3_ray.plan.layout import Plan
+from ims3_ray.plan.sweep import before
 from ims3_ray.report.comparison import accuracy_text
 from ims3_ray.report.results import Results
 
+SMALL = "These runs have stand-ins in place of data and weights: their accuracies and times mean nothing."
+Minutes = Mapping[str, Mapping[str, float]]
+"""Title of an arm → what was done → minutes."""
 
-def markdown_of(reproduction: Reproduction, found: Mapping[str, Results]) -> str:
-    """Every accuracy of the runs beside the printed one, as Markdown. ``found`` holds the results of each run."""
-    parts = [f"# {reproduction.name}: {reproduction.title}", "", *(f"* {note}" for note in reproduction.notes), ""]
+
+def markdown_of(reproduction: Reproduction, found: Mapping[str, Results], minutes: Mapping[str, Minutes] | None = None) -> str:
+    """Every accuracy of the runs beside the printed one, as Markdown. ``found`` holds the results of each run, and ``minutes``
+    the times of those of which they are wanted."""
+    parts = [f"# {reproduction.name}: {reproduction.title}", "", *([SMALL, ""] if reproduction.small else [])]
+    parts += [*(f"* {note}" for note in reproduction.notes), ""]
     for name, config in reproduction.runs.items():
+        if minutes and name in minutes:
+            parts += [f"## {name}", "", *_of_times(config, minutes[name], reproduction.minutes[name]), ""]
+            continue
         parts += [f"## {name}", "", found[name]["metric"] + ".", ""]
-        lines = _of_sweep(config, found[name]) if isinstance(config, SweepConfig) else _of_comparison(config, found[name])
-        parts += [*lines, ""]
+        if isinstance(config, SweepConfig):
+            parts += [*_of_sweep(config, found[name]), ""]
+        else:
+            parts += [*_of_comparison(found[name], compared=not reproduction.small), ""]
     return "\n".join(parts)
 
 
-def _of_comparison(config: CompareConfig, results: Results) -> list[str]:
+def _of_times(config: CompareConfig | SweepConfig, found: Minutes, printed: Minutes) -> list[str]:
+    columns = list(dict.fromkeys(column for of_arm in found.values() for column in of_arm))
+    lines = [f"| method | {' | '.join(columns)} | in all |", "|---" * (len(columns) + 2) + "|"]
+    for name, arm in config.arms.items():
+        cells = [f"{found[arm.title].get(column, 0.0):.1f}" for column in columns]
+        lines.append(f"| {arm.title} | {' | '.join(cells)} | {sum(found[arm.title].values()):.1f} |")
+        there = printed.get(name, {})
+        cells = [f"{there[column]:g}" if column in there else "" for column in columns]
+        lines.append(f"| {arm.title}, printed | {' | '.join(cells)} | {sum(there.values()):g} |")
+    return lines
+
+
+def minutes_of(plan: Plan[CompareConfig], storage: Storage) -> dict[str, dict[str, float]]:
+    """The minutes of the workers that every arm's set took: fine-tuning, sampling with all that follows it, and preparing real
+    images, on which several arms may depend."""
+    found: dict[str, dict[str, float]] = {}
+    for scored in plan.sets.values():
+        spent = found.setdefault(scored.title, {})
+        for stage in before([scored.images]):
+            kind = "fine-tuning" if stage.counted == "fine_tunes" else "sampling" if stage.belongs_to_arm else "preparation"
+            seconds = (stage.manifest(storage) or {})["seconds"]
+            spent[kind] = spent.get(kind, 0.0) + seconds / 60
+    return found
+
+
+def _of_comparison(results: Results, compared: bool) -> list[str]:
     """A line for each method, number of images per class and student; of the accuracies the one after the last epoch."""
     lines = ["| images per class | protocol/student | method | ours | printed | ours − printed |", "|---|---|---|---|---|---|"]
     for table in results["tables"]:
         for line in table["lines"]:
             printed = line["published"]
-            apart = "" if printed is None else f"{line['last']['mean'] - printed_mean(printed):+.1f}"
+            apart = f"{line['last']['mean'] - printed_mean(printed):+.1f}" if printed and compared else ""
             cells = [table["images_per_class"], table["row"], line["title"], accuracy_text(line["last"]), printed or "", apart]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines

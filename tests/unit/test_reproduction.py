@@ -24,6 +24,7 @@ TAKES = {
     "table-6": (2, 3, 90 + 18),  # CaO2 has two rows
     "table-7": (3, 3, 18),
     "table-8": (1, 1, 6),  # with a single φ all of its columns choose the same
+    "table-9": (2, 4, 4),  # of which the times are wanted; each set has a student of one epoch
     "table-10": (2, 4, 24),
     "table-11": (2, 4, 36),
     "table-12": (2, 3, 15),
@@ -39,7 +40,8 @@ TAKES = {
 @pytest.mark.parametrize("name", sorted(TAKES))
 def test_every_table_takes_what_the_paper_describes(name: str, tmp_path: Path):
     assert set(TAKES) == set(names())
-    overrides = [f"storage={tmp_path}", "evaluation.seeds=[0,1,2]", "data.classes=[Bag, Sandal]"]
+    overrides = [f"storage={tmp_path}", "data.classes=[Bag, Sandal]"]
+    overrides += ["evaluation.seeds=[0,1,2]"] if name != "table-9" else []
     reproduction = read_reproduction(name, overrides, small=True)
     storage = Storage.at(str(tmp_path))
     share = together([share_of(plan_of(config), storage) for config in reproduction.runs.values()])
@@ -63,7 +65,7 @@ def test_every_run_is_a_config_with_the_papers_settings():
             assert config.name.startswith(f"paper-{name}-{run}")
             assert config.finetune.epochs == 8
             assert config.sampling.steps == 50
-            assert config.evaluation.seeds == (0, 1, 2)
+            assert config.evaluation.seeds == ((0,) if name == "table-9" else (0, 1, 2))
             assert isinstance(config, SweepConfig if name.startswith("figure") else CompareConfig)
             if isinstance(config, CompareConfig):
                 rows = {row for of_arm in config.published.values() for row in of_arm}
