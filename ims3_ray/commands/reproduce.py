@@ -45,7 +45,7 @@ def _check_nothing_is_there(config: CompareConfig | SweepConfig) -> None:
     counts = share_of(plan_of(config), storage).counts()
     if any(there for _, there in counts.values()):
         raise UserError(
-            f"'{storage.uri}' holds fine-tunings or samples of another run, so their times would be missing or those of that run; "
+            f"'{storage.uri}' holds fine-tunings or samples of another run, whose times would be taken for those of this one; "
             "give an empty storage=…"
         )
 

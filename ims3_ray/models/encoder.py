@@ -83,6 +83,12 @@ class Encoder(nn.Module):
         """Class scores [B, num_classes] of the head that φ was trained with."""
         return self.network.forward_head(self._features(x_BCHW))
 
+    @property
+    def head_weight(self) -> Tensor | None:
+        """Weights [num_classes, D] of the classifier of :meth:`logits`; None if it is not one linear layer."""
+        head = self.network.get_classifier()
+        return head.weight.detach() if isinstance(head, nn.Linear) else None
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.look(x_BCHW)[0]
 

@@ -37,8 +37,8 @@ def line_chart(points: Sequence[tuple[float, float]], window: int = 10) -> str:
     )
 
 
-def curve_chart(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """A chart with a line of points (epoch, value) for each name, and a legend."""
+def curve_chart(lines: Mapping[str, Sequence[tuple[float, float]]], across: str = "epoch") -> str:
+    """A chart with a line of points (x, value) for each name, and a legend; ``across`` says what x is."""
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points]
     low, high, first, last = min(ys), max(ys), min(xs), max(xs)
@@ -65,6 +65,6 @@ def curve_chart(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
         f'<text x="{LEFT - 6}" y="14" text-anchor="end">{high:.1f}</text>',
         f'<text x="{LEFT - 6}" y="{floor}" text-anchor="end">{low:.1f}</text>',
         f'<text x="{LEFT}" y="{HEIGHT - 8}">{first:g}</text>',
-        f'<text x="{WIDTH - 8}" y="{HEIGHT - 8}" text-anchor="end">epoch {last:g}</text></svg>',
+        f'<text x="{WIDTH - 8}" y="{HEIGHT - 8}" text-anchor="end">{across} {last:g}</text></svg>',
     ]
     return "".join(parts)

@@ -16,6 +16,7 @@ from ims3_ray.data.classes import ClassTable
 from ims3_ray.objectives.base import Objective
 from ims3_ray.provenance import described
 from ims3_ray.report.comparison import accuracy_text, difference_text, explained, significant
+from ims3_ray.report.covered import Covered
 from ims3_ray.report.figures import curve_chart, line_chart
 from ims3_ray.report.results import Results, summary_text
 
@@ -33,7 +34,7 @@ Table = list[list[float]]
 
 def render_report(
     config: RunConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes], confusions: dict[str, Table],
-    losses: dict[str, list[dict[str, float]]], tables: dict[str, dict[str, Any]],
+    losses: dict[str, list[dict[str, float]]], tables: dict[str, dict[str, Any]], covered: Covered | None = None,
 ) -> str:  # fmt: skip
     """The HTML of a distillation's report: ``sheets`` are PNGs by arm, ``losses`` the rows of ``losses.json`` by fine-tuning,
     ``tables`` the terms of S3 by arm."""
@@ -52,6 +53,7 @@ def render_report(
         confusions=confusions,
         charts=charts,
         tables=tables,
+        covered=covered,
     )
 
 
@@ -62,9 +64,11 @@ def render_evaluation(
     return _render("evaluation.html", config, classes, results, sheets=sheets, curves=_curves(results), confusions=confusions)
 
 
-def render_comparison(config: CompareConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes]) -> str:
+def render_comparison(
+    config: CompareConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes], covered: Covered | None = None
+) -> str:  # fmt: skip
     """The HTML of the report of ``jobs/compare.py``."""
-    return _render("comparison.html", config, classes, results, sheets=sheets, explained=explained(config))
+    return _render("comparison.html", config, classes, results, sheets=sheets, explained=explained(config), covered=covered)
 
 
 def render_sweep(

@@ -4,7 +4,7 @@ range."""
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -84,6 +84,32 @@ def scatter(points: Sequence[tuple[float, float]], x_title: str, y_title: str, l
             axes.set_xscale("log")
         axes.set_xlabel(x_title)
         axes.set_ylabel(y_title)
+        return _saved(figure)
+
+
+MARKERS = "o^sDvP*X<>"
+"""Markers of classes, which can be told apart without colour."""
+
+
+def maps(
+    panels: Mapping[str, Mapping[int, Sequence[Sequence[float]]]], background: Sequence[Sequence[float]], classes: Sequence[str]
+) -> dict[str, bytes]:
+    """A panel for each set with the places (x, y) of its images by class, over the places of real images in grey."""
+    across = min(3, len(panels))
+    with rc_context(STYLE):
+        down = -(-len(panels) // across)
+        figure = Figure(figsize=(3.2 * across + 1.2, 3.0 * down), layout="constrained")
+        grid = figure.subplots(down, across, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for axes, (title, of_class) in zip(grid.flat, panels.items(), strict=False):
+            axes.scatter(*zip(*background, strict=True), s=3, color="#d0d0d0", linewidths=0, rasterized=True)
+            for position, points in of_class.items():
+                marker = MARKERS[position % len(MARKERS)]
+                axes.scatter(*zip(*points, strict=True), s=14, marker=marker, label=classes[position], linewidths=0)
+            axes.set_title(title)
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7)
         return _saved(figure)
 
 

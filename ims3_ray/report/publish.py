@@ -18,6 +18,7 @@ from ims3_ray.plan.arms import chosen_of
 from ims3_ray.plan.layout import Config, Plan, Scored
 from ims3_ray.report.card import dataset_card
 from ims3_ray.report.comparison import comparison_tables, markdown
+from ims3_ray.report.covered import covered
 from ims3_ray.report.html import CONFUSED_CLASSES, SHEET_CLASSES, Table, render_comparison, render_evaluation, render_report
 from ims3_ray.report.results import KINDS, Results
 from ims3_ray.stages.evaluate import confusion
@@ -42,9 +43,10 @@ def publish(context: Context, plan: Plan[RunConfig], results: Results, tracker: 
         storage.write(f"{name}/distilled/README.md", files["README.md"])
         storage.write(f"{name}/contact_sheet.png", sheets[results["exported"]["arm"]])
     tables = selection_tables(context, plan)
+    shown = {key: scored.title for key, scored in plan.sets.items() if not scored.whole}
     report = render_report(
         config, plan.classes, results, sheets=sheets, confusions=_confusions(context, plan), losses=_losses(context, plan),
-        tables=tables,
+        tables=tables, covered=covered(context, plan, results, shown),
     )  # fmt: skip
     for arm, table in tables.items():
         tracker.metrics({f"s3/{arm}/objective": table["objective"], f"s3/{arm}/lower_bound": table["lower_bound"]})
@@ -73,13 +75,16 @@ def publish_comparison(context: Context, plan: Plan[CompareConfig], results: Res
     results["tables"] = comparison_tables(plan, results)
     table = markdown(config, results["tables"]).encode()
     context.storage.write(f"{config.name}/table.md", table)
-    shown = min(config.budgets, key=lambda k: abs(k - SHEET_IMAGES))
-    sheets = {
-        f"{scored.title}, {shown} a class": _sheet(context, scored, shown)
-        for scored in plan.sets.values()
-        if (scored.draw, scored.ipc) == (config.draws[0], shown) and not scored.whole
+    k = min(config.budgets, key=lambda k: abs(k - SHEET_IMAGES))
+    chosen = {
+        key: scored
+        for key, scored in plan.sets.items()
+        if (scored.draw, scored.ipc) == (config.draws[0], k) and not scored.whole
     }
-    report = render_comparison(config, plan.classes, results, sheets=sheets)
+    shown = {key: f"{scored.title}, {k} a class" for key, scored in chosen.items()}
+    sheets = {shown[key]: _sheet(context, scored, k) for key, scored in chosen.items()}
+    pictures = covered(context, plan, results, shown)
+    report = render_comparison(config, plan.classes, results, sheets=sheets, covered=pictures)
     params = {
         name: {"arm": scored.arm, "images_per_class": scored.ipc, "draw": scored.draw, **canonical(config.arms[scored.arm])}
         for name, scored in plan.sets.items()
@@ -101,6 +106,8 @@ def _finish(
         covered = results.get("coverage", {}).get(key, {})
         metrics = {f"coverage/{name}": value for name, value in covered.items() if isinstance(value, float)}
         curves: dict[str, list[tuple[int, float]]] = {}
+        if covered.get("reached"):
+            curves["coverage/reached"] = [(int(count), share) for count, share in covered["reached"].items()]
         for row, stage in scored.rows.items():
             values = found["rows"][row]
             for kind in set(KINDS) & set(values):

@@ -69,6 +69,28 @@ def radii(features_ND: Tensor, k: int = NEIGHBOURS) -> Tensor:
     return torch.cat([distances.kthvalue(k + 1, dim=1).values for _, distances in _distances(features_ND, features_ND)])
 
 
+def reached(features_ND: Tensor, real_MD: Tensor, k: int = NEIGHBOURS) -> Tensor:
+    """Coverage as a set grows: the share of the real images in whose ball one of the first n images lies, for n = 1 … N,
+    float64 [N]. Raises the error of :func:`coverage`."""
+    if len(features_ND) < 1 or len(real_MD) < 2:
+        raise ValueError(f"{len(features_ND)} images cannot be compared with {len(real_MD)} real ones; it takes 1 and 2")
+    radii_M, counts_N = (1 + SLACK) * radii(real_MD.double(), k), torch.zeros(len(features_ND), dtype=torch.float64)
+    for rows, distances in _distances(real_MD.double(), features_ND.double()):
+        within = distances <= radii_M[rows, None]
+        first = within.double().argmax(dim=1)[within.any(dim=1)]
+        counts_N += torch.bincount(first, minlength=len(features_ND)).cpu()
+    return counts_N.cumsum(dim=0) / len(real_MD)
+
+
+def boundary_distance(scores_NC: Tensor, weight_CD: Tensor, label: int) -> Tensor:
+    """Distance of images to the decision boundary of a linear classifier of features, [N], for images of class ``label``: to
+    the nearest hyperplane on which another class has an equal score. It is negative for images that the classifier assigns to
+    another class."""
+    others = torch.arange(len(weight_CD)) != label
+    apart_NC = scores_NC[:, [label]] - scores_NC[:, others]
+    return (apart_NC / (weight_CD[label] - weight_CD[others]).norm(dim=1)).min(dim=1).values
+
+
 @dataclass(frozen=True)
 class Nearest:
     """The real image that is nearest to each image of a set."""

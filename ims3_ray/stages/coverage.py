@@ -22,13 +22,15 @@ from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import embedding_cost
-from ims3_ray.selection.coverage import NEIGHBOURS, coverage, frechet, nearest
+from ims3_ray.selection.coverage import NEIGHBOURS, boundary_distance, coverage, frechet, nearest, reached
 from ims3_ray.stages.embed import Embed, Phi, open_phi
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.features import Features
 
-MEASURED = ("precision", "recall", "density", "coverage", "frechet", "novelty")
+MEASURED = ("precision", "recall", "density", "coverage", "frechet", "novelty", "boundary")
 """Names of the values of a class."""
+COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+"""Numbers of images of a class after which it is noted what they have reached."""
 
 
 @dataclass(eq=False)
@@ -36,20 +38,26 @@ class MeasureCoverage(Stage):
     """Compares each class of a set with the real training images of the class.
 
     A unit is a class. Its entry holds :data:`MEASURED`: the four values of
-    :class:`~ims3_ray.selection.coverage.Coverage`, the Fréchet distance, and ``novelty``, the median over images of the
-    distance to the nearest real image divided by that to the second nearest. Values that need more images than a class has are
-    null. Its shard holds the tensors of :class:`~ims3_ray.selection.coverage.Nearest` among the real images of the class.
+    :class:`~ims3_ray.selection.coverage.Coverage`, the Fréchet distance, ``novelty``, the median over images of the distance to
+    the nearest real image divided by that to the second nearest, and ``boundary``, the median distance to the decision boundary
+    of φ's own classifier, if it has a linear one that knows the classes. Values that need more images than a class has are
+    null. ``reached`` is the coverage of the first :data:`COUNTS` images. Its shard holds the tensors of
+    :class:`~ims3_ray.selection.coverage.Nearest` among the real images of the class, and the features of the images.
     """
 
-    name, of_arm = "coverage", True
+    name, version, of_arm = "coverage", 2, True
 
     class Config(Section):
         """Which neighbour says how far a ball reaches."""
 
         neighbours: int = Field(default=NEIGHBOURS, ge=1)
         """k: the radius of an image's ball is the distance to its k-th nearest neighbour."""
+        map: bool = False
+        """Whether the report shows a t-SNE map of the features of real images and of all sets."""
 
     settings = Config
+    mapped: bool = False
+    """Whether the report shows the map."""
     titles: tuple[str, ...] = ()
     """The sets that are these images: two arms may choose the same."""
 
@@ -60,13 +68,15 @@ class MeasureCoverage(Stage):
         """Plan the measurement of every set, with the φ of the run."""
         real = Embed.plan(planner, Encode.plan(planner, "train", config.data), config)
         phi = Phi.of(planner, config)
+        heads = None if phi.positions is None else list(phi.positions)
+        params = {"coverage": differing(settings.model_copy(update={"map": False})), "heads": heads, **phi.params}
         flops, _ = embedding_cost(phi.shape.model_dump_json(), config.data.size)
         for title, images in sets.items():
             stage = planner.add(
                 cls(
-                    f"coverage ({title})", {"coverage": differing(settings), **phi.params},
+                    f"coverage ({title})", params,
                     {"set": images, "real": real, **phi.inputs}, units=planner.class_units(), images=images.images,
-                    flops=images.images * flops, weights=phi.weights, config=config, label=title,
+                    flops=images.images * flops, weights=phi.weights, config=config, label=title, mapped=settings.map,
                 )
             )  # fmt: skip
             stage.titles = (*stage.titles, title)
@@ -98,8 +108,9 @@ class MeasureCoverage(Stage):
             trained.artifact(storage) if trained is not None else self.weights["encoder"],
             self.params["coverage"].get("neighbours", NEIGHBOURS),
         )  # fmt: skip
+        heads = self.params["heads"] or [None] * len(self.units)
         rows = {
-            unit: (images.units_of_class(position)[0], real.units_of_class(position))
+            unit: (images.units_of_class(position)[0], real.units_of_class(position), heads[position])
             for position, unit in enumerate(self.units)
             if unit in missing
         }
@@ -110,7 +121,10 @@ class MeasureCoverage(Stage):
         units = (self.manifest(storage) or {})["units"]
         by_class = {name: [units[unit][name] for unit in self.units] for name in MEASURED}
         means = {name: None if None in values else statistics.fmean(values) for name, values in by_class.items()}
-        return {"coverage": {title: {**means, "by_class": by_class} for title in self.titles}}
+        curves = [units[unit]["reached"] for unit in self.units]
+        shortest = min(map(len, curves))
+        reached = {str(COUNTS[i]): statistics.fmean(curve[i] for curve in curves) for i in range(shortest)}
+        return {"coverage": {title: {**means, "reached": reached, "by_class": by_class} for title in self.titles}}
 
 
 @dataclass(frozen=True)
@@ -125,19 +139,25 @@ class TaskInputs:
     neighbours: int
 
 
-def measure_classes(task: TaskInputs, classes: Sequence[tuple[str, tuple[str, list[str]]]]) -> None:
-    """Measure and store some classes, each given as (its unit, (its unit in the set, units of its real images))."""
-    features_of = Features(open_phi(task.phi), own_device())
-    for unit, (in_set, in_real) in classes:
+def measure_classes(task: TaskInputs, classes: Sequence[tuple[str, tuple[str, list[str], int | None]]]) -> None:
+    """Measure and store some classes, each given as (its unit, (its unit in the set, units of its real images, its index in φ's
+    own classifier))."""
+    phi = open_phi(task.phi)
+    features_of, weight = Features(phi, own_device()), phi.head_weight
+    for unit, (in_set, in_real, head) in classes:
         pixels = load(task.images.read(f"{in_set}.safetensors"))["pixels"]
-        features = features_of.of_images(pixels).double()
+        features, scores = (found.double() for found in features_of.seen(pixels))
         real = torch.nn.functional.normalize(read_class(task.real, in_real, "features").double(), dim=1)
         measured: dict[str, float | None] = dict.fromkeys(MEASURED)
-        tensors: dict[str, torch.Tensor] = {}
+        tensors, curve = {"features": features.half()}, list[float]()
+        if head is not None and weight is not None:
+            measured["boundary"] = boundary_distance(scores, weight.double().cpu(), head).median().item()
         if len(real) > 1:
             closest = nearest(features, real)
             measured |= {**asdict(coverage(features, real, task.neighbours)), "novelty": closest.ratio.median().item()}
             measured["frechet"] = frechet(features, real) if len(features) > 1 else None
-            tensors = {"index": closest.index, "distance": closest.distance, "ratio": closest.ratio}
+            tensors |= {"index": closest.index, "distance": closest.distance, "ratio": closest.ratio}
+            shares = reached(features, real, task.neighbours).tolist()
+            curve = [shares[count - 1] for count in COUNTS if count <= len(shares)]
         digest = task.made.write(f"{unit}.safetensors", pack_tensors(**tensors))
-        note(task.made, unit, {**measured, "images": len(pixels), "sha256": digest})
+        note(task.made, unit, {**measured, "reached": curve, "images": len(pixels), "sha256": digest})

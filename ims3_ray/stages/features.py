@@ -43,10 +43,15 @@ class Features:
             tensors["recognised"] = log_probability.argmax(dim=1) == index
         return Derived("safetensors", pack_tensors(**tensors))
 
-    @torch.inference_mode()
     def of_images(self, pixels: Tensor) -> Tensor:
         """φ(x) of uint8 images [n, C, H, W], float32 [n, D] on the CPU."""
-        return torch.cat([features.float().cpu() for features, _ in self._parts(pixels)])
+        return self.seen(pixels)[0]
+
+    @torch.inference_mode()
+    def seen(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """φ(x) of uint8 images [n, C, H, W] and the class scores of φ's own classifier, float32 on the CPU."""
+        features, scores = zip(*self._parts(pixels), strict=True)
+        return torch.cat([part.float().cpu() for part in features]), torch.cat([part.float().cpu() for part in scores])
 
     def _parts(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [seen for part in batches(pixels, self.batch, self.device) for seen in self._look(part)]

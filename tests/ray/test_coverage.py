@@ -23,7 +23,7 @@ K = 2
 
 
 def test_every_set_is_compared_with_the_real_images_of_its_classes(tiny_run: Run, tmp_path: Path):
-    changes = {"name": "covered", "stages": {"coverage": {"neighbours": K}}}
+    changes = {"name": "covered", "stages": {"coverage": {"neighbours": K, "map": True}}}
     config = copy_of(tiny_run, tmp_path).model_copy(update=changes)
     result = distill(config)
     plan, storage = make_plan(config), Storage.at(config.storage)
@@ -45,6 +45,8 @@ def test_every_set_is_compared_with_the_real_images_of_its_classes(tiny_run: Run
             assert (mine["density"], mine["coverage"]) == (pytest.approx(wanted.density), wanted.coverage)
             assert mine["frechet"] == pytest.approx(frechet(of_set, of_real), abs=1e-5)
         assert found["coverage"] == pytest.approx(sum(found["by_class"]["coverage"]) / len(plan.classes.names))
+        assert list(found["reached"]) == ["1", "2"], "the tiny run has two images a class"
+        assert found["reached"]["2"] == pytest.approx(found["coverage"]), "all of the set has reached what it covers"
     real_set = result.results["coverage"]["random_real"]
     assert real_set["precision"] == 1, "real images lie in balls of real images"
     assert real_set["novelty"] == pytest.approx(0, abs=1e-3), "each is its own nearest real image"
@@ -53,7 +55,10 @@ def test_every_set_is_compared_with_the_real_images_of_its_classes(tiny_run: Run
     assert nearest["ratio"].max() < 1e-3
     assert all(math.isfinite(value) for value in nearest["distance"].tolist())
 
-    assert "<h2>What the sets cover</h2>" in (Path(result.folder) / "report.html").read_text()
+    report = (Path(result.folder) / "report.html").read_text()
+    for text in ("<h2>What the sets cover</h2>", "Map of the features", "closest to real ones", "images a class 2"):
+        assert text in report
+    assert report.count("images above their nearest real images") == len(config.arms)
     client = MlflowClient(f"sqlite:///{result.folder}/mlflow.db")
     children = client.search_runs(["1"], f"tags.mlflow.parentRunId = '{result.results['mlflow']['run']}'")
     assert {run.data.metrics["coverage/precision"] for run in children} == {

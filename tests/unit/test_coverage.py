@@ -14,7 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn.functional import normalize
 
 from ims3_ray.selection import coverage as module
-from ims3_ray.selection.coverage import coverage, frechet, nearest, radii
+from ims3_ray.selection.coverage import boundary_distance, coverage, frechet, nearest, radii, reached
 
 D = 4
 
@@ -99,3 +99,31 @@ def test_the_frechet_distance_is_that_of_a_matrix_root(count: int):
 def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match="1 images cannot be compared with 1 real ones; it takes 1 and 2"):
         coverage(features(0, 1), features(1, 1))
+
+
+def test_what_a_growing_set_has_reached_is_the_coverage_of_its_beginning():
+    rng = torch.Generator().manual_seed(5)
+    features, real = torch.randn(9, 3, generator=rng), torch.randn(40, 3, generator=rng)
+    found = reached(features, real, 3)
+    assert found.shape == (9,)
+    assert found.tolist() == pytest.approx([coverage(features[:n], real, 3).coverage for n in range(1, 10)])
+    with pytest.raises(ValueError, match="cannot be compared"):
+        reached(features[:0], real)
+
+
+def test_at_the_distance_to_the_boundary_another_class_has_the_same_score():
+    rng = torch.Generator().manual_seed(6)
+    weight, bias = torch.randn(4, 5, generator=rng).double(), torch.randn(4, generator=rng).double()
+    features = torch.randn(20, 5, generator=rng).double()
+    scores = features @ weight.T + bias
+    label = 2
+    found = boundary_distance(scores, weight, label)
+    assert torch.equal(found > 0, scores.argmax(dim=1) == label)
+    for image, distance, of_classes in zip(features, found.tolist(), scores, strict=True):
+        moved = []
+        for other in (0, 1, 3):
+            across = (weight[label] - weight[other]) / (weight[label] - weight[other]).norm()
+            there = weight @ (image - distance * across) + bias
+            moved.append(float(there[label] - there[other]))
+            assert float(of_classes[label] - of_classes[other]) / (weight[label] - weight[other]).norm() >= distance - 1e-9
+        assert min(map(abs, moved)) < 1e-9
