@@ -69,12 +69,11 @@ def publish_scores(context: Context, plan: Plan[EvaluateConfig], results: Result
 
 
 def publish_comparison(context: Context, plan: Plan[CompareConfig], results: Results, tracker: Tracker) -> None:
-    """Write the results of a comparison: ``table.md``, ``report.html``, the MLflow run and, last, ``results.json`` with the
-    tables."""
+    """Write the results of a comparison: ``table.md``, a contact sheet for each arm, ``map.svg`` if it is wanted,
+    ``report.html``, the MLflow run and, last, ``results.json`` with the tables."""
     config = plan.config
     results["tables"] = comparison_tables(plan, results)
-    table = markdown(config, results["tables"]).encode()
-    context.storage.write(f"{config.name}/table.md", table)
+    files = {"table.md": markdown(config, results["tables"]).encode()}
     k = min(config.budgets, key=lambda k: abs(k - SHEET_IMAGES))
     chosen = {
         key: scored
@@ -83,13 +82,18 @@ def publish_comparison(context: Context, plan: Plan[CompareConfig], results: Res
     }
     shown = {key: f"{scored.title}, {k} a class" for key, scored in chosen.items()}
     sheets = {shown[key]: _sheet(context, scored, k) for key, scored in chosen.items()}
+    files |= {f"contact_sheet_{scored.arm}.png": sheets[shown[key]] for key, scored in chosen.items()}
     pictures = covered(context, plan, results, shown)
+    if pictures is not None and pictures.map:
+        files["map.svg"] = pictures.map.encode()
+    for file, data in files.items():
+        context.storage.write(f"{config.name}/{file}", data)
     report = render_comparison(config, plan.classes, results, sheets=sheets, covered=pictures)
     params = {
         name: {"arm": scored.arm, "images_per_class": scored.ipc, "draw": scored.draw, **canonical(config.arms[scored.arm])}
         for name, scored in plan.sets.items()
     }  # fmt: skip
-    _finish(context, plan, results, tracker, report, {"table.md": table}, params)
+    _finish(context, plan, results, tracker, report, files, params)
 
 
 def _finish(

@@ -33,7 +33,16 @@ def markdown_of(reproduction: Reproduction, found: Mapping[str, Results], minute
             parts += [*_of_sweep(config, found[name]), ""]
         else:
             parts += [*_of_comparison(found[name], compared=not reproduction.small), ""]
+            parts += [*_pictures(config), ""] if reproduction.name.startswith("figure") else []
     return "\n".join(parts)
+
+
+def _pictures(config: CompareConfig) -> list[str]:
+    """Links to the pictures that the comparison has written to its folder: the map, if there is one, or the images."""
+    folder = f"../../{config.name}"
+    if config.stages.get("coverage", {}).get("map"):
+        return [f"![t-SNE map of the features of real images and of the sets]({folder}/map.svg)"]
+    return [f"![{arm.title}]({folder}/contact_sheet_{name}.png)" for name, arm in config.arms.items()]
 
 
 def _of_times(config: CompareConfig | SweepConfig, found: Minutes, printed: Minutes) -> list[str]:
