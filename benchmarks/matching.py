@@ -1,4 +1,4 @@
-"""What inversion matching does to samples: fine-tuning with several weights λ_IM, looked at after several numbers of steps.
+"""What inversion matching does to samples: fine-tuning with several weights λ_IM, measured after several numbers of steps.
 
     python benchmarks/matching.py out=FOLDER                              λ from 0 to 0.8 on the embedded Fashion-MNIST
     python benchmarks/matching.py out=FOLDER lambdas=[0,0.2] steps=[120]  a part of it
@@ -6,19 +6,20 @@
     python benchmarks/matching.py out=FOLDER figure=matching.svg          and a figure
 
 All runs start from the same generator and see the same batches, in the same order; a run `0 again` has other batches, and shows
-how much of a difference is chance. Each look at a run measures the averaged weights, which a program would use as the adapter:
+how much of a difference is chance. Each measurement is of the averaged weights, which become the adapter:
 
     diffusion, matching   L_Diff and L_IM on held-out training images, with fixed timesteps and noise
     parallel              mean cosine between the inverted and the clean latent of these images
     frechet, precision, recall, density, coverage     samples against the training images of their class, in φ's space
     recognised, margin    share of samples whose class φ's own classifier names, and the median of the score of the class minus
-                          the best other score: how far samples lie from the decision boundary
-    instability           log of the instability coefficient (Eq. 12), mean over held-out images; at the last look at each run
+                          the best other score
+    instability           log of the instability coefficient (Eq. 12), mean over held-out images; after the last step only
     accuracy              accuracy of students on held-out training images, one value for each student
 
-OUT/looks.json has a row for each look, OUT/samples/ the samples. A second call with the same OUT adds what is missing: looks
-at more steps need the fine-tuning from its start, students only the samples. Prints the rows as JSON. Needs torch, numpy,
-pyarrow, pydantic, pyyaml, pillow and safetensors (matplotlib for a figure), and no Ray. On a GPU, a step is a CUDA graph.
+OUT/results.json has a row for each measurement, OUT/samples/ the samples. A second call with the same OUT adds what is
+missing: measurements at more steps need the fine-tuning from its start, students only the samples. Prints the rows as JSON.
+Needs torch, numpy, pyarrow, pydantic, pyyaml, pillow and safetensors (matplotlib for a figure), and no Ray. On a GPU, a step
+is a CUDA graph.
 """
 
 from __future__ import annotations
@@ -75,16 +76,16 @@ class BenchmarkConfig(Section):
     again: bool = True
     """Whether λ_IM = 0 is fine-tuned a second time, on other batches."""
     steps: tuple[int, ...] = (120, 600, 2000, 10000)
-    """Numbers of steps after which each run is looked at."""
+    """Numbers of steps after which each run is measured."""
     finetune: FinetuneConfig = FinetuneConfig(precision="bf16", compile=DEVICE == "cuda")
     sampling: SamplingConfig = SamplingConfig(sampler="dpm++2m", steps=10, cfg_scale=1.5, precision="bf16")
     guidances: tuple[float, ...] = (1.0, 1.25)
-    """Other guidances with which the generator is looked at without fine-tuning."""
+    """Other guidances with which the generator is measured without fine-tuning."""
     samples: int = Field(default=100, ge=2)
     """Number of samples of each class."""
     instability: InstabilityConfig = InstabilityConfig(images=20)
     students: int = Field(default=0, ge=0)
-    """Number of students that are trained on the first `k` samples of each class of each look."""
+    """Number of students that are trained on the first `k` samples of each class of each measurement."""
     k: int = Field(default=50, ge=1)
     protocol: ProtocolConfig = ProtocolConfig(width=32, epochs={1: 300, 10: 150, 50: 60}, validations=1)
     processes: int = Field(default=2, ge=1)
@@ -172,13 +173,13 @@ class Run:
         return network.requires_grad_(False).eval()
 
 
-class Looks:
-    """The rows of ``OUT/looks.json``, and the samples beside it."""
+class Kept:
+    """The rows of ``OUT/results.json``, and the samples beside it."""
 
     def __init__(self, config: BenchmarkConfig) -> None:
         self.folder = Path(config.out)
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        self.path = self.folder / "looks.json"
+        self.path = self.folder / "results.json"
         self.rows: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.is_file() else {}
 
     def file(self, key: str) -> Path:
@@ -193,24 +194,24 @@ class Looks:
         print(key, json.dumps(shown), file=sys.stderr, flush=True)
 
 
-class Eye:
+class Measure:
     """Measures networks and samples against the images."""
 
     def __init__(self, generator: Generator, images: Images, config: BenchmarkConfig) -> None:
         self.generator, self.images, self.config = generator, images, config
         self.phi = load_encoder(encoder_path(config.encoder)).to(DEVICE).eval().requires_grad_(False)
-        self.real = [self._look(part)[0] for part in images.train]
+        self.real = [self._seen_by_phi(part)[0] for part in images.train]
         self.labels = generator.labels(images.names)
 
-    def of_network(self, network: nn.Module, last: bool, guidance: float | None = None) -> tuple[dict[str, Any], list[Tensor]]:
+    def network(self, network: nn.Module, last: bool, guidance: float | None = None) -> tuple[dict[str, Any], list[Tensor]]:
         images = [self._sampled(network, label, guidance) for label in self.labels]
         instability = {"instability": self._instability(network)} if last and self.config.instability.images else {}
-        return {**self.of_images(images), **self._losses(network), **instability}, images
+        return {**self.images_of_classes(images), **self._losses(network), **instability}, images
 
-    def of_images(self, images: list[Tensor]) -> dict[str, Any]:
+    def images_of_classes(self, images: list[Tensor]) -> dict[str, Any]:
         found: dict[str, list[float]] = {}
         for position, (pixels, real) in enumerate(zip(images, self.real, strict=True)):
-            features, scores = self._look(pixels)
+            features, scores = self._seen_by_phi(pixels)
             measured = coverage(features, real)
             others = scores.clone()
             others[:, position] = -torch.inf
@@ -225,7 +226,7 @@ class Eye:
         return {name: round(sum(values) / len(values), 5) for name, values in found.items()}
 
     @torch.inference_mode()
-    def _look(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def _seen_by_phi(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised features and class scores, float64 on the CPU."""
         parts = [self.phi.look(to_signed(part.to(DEVICE))) for part in pixels.split(500)]
         features, scores = (torch.cat([part[which] for part in parts]).double().cpu() for which in (0, 1))
@@ -293,34 +294,37 @@ class Eye:
 def benchmark(config: BenchmarkConfig) -> None:
     until = time.monotonic() + config.limit_s
     generator = open_generator(generator_path(config.generator))
-    images, looks = Images(config), Looks(config)
-    eye = Eye(generator, images, config)
+    images, results = Images(config), Kept(config)
+    measure = Measure(generator, images, config)
     wanted = {f"{name} {steps}": (name, steps) for steps in config.steps for name in names_of(config)}
-    if REAL not in looks.rows:
+    if REAL not in results.rows:
         real = [part[: config.samples] for part in images.train]
-        looks.add(REAL, eye.of_images(real), real)
+        results.add(REAL, measure.images_of_classes(real), real)
     plain = generator.load().to(DEVICE).requires_grad_(False)
-    if PRETRAINED not in looks.rows:
-        looks.add(PRETRAINED, *eye.of_network(plain, last=True))
+    if PRETRAINED not in results.rows:
+        results.add(PRETRAINED, *measure.network(plain, last=True))
     for guidance in config.guidances:
-        if (key := f"{PRETRAINED}, guidance {guidance:g}") not in looks.rows:
-            looks.add(key, *eye.of_network(plain, last=False, guidance=guidance))
-    if any(key not in looks.rows for key in wanted):
-        runs = {name: Run(name, weight, seed, generator, images, config) for name, (weight, seed) in names_of(config).items()}
-        for key, (name, steps) in wanted.items():
-            run = runs[name]
-            if not run.advance(steps, until):
-                print(f"{key}: no time was left", file=sys.stderr, flush=True)
-            elif key not in looks.rows:
-                row, samples = eye.of_network(run.network(), last=steps == max(config.steps))
-                looks.add(key, {**row, "steps": steps, "run": name, "seconds": round(run.seconds, 2)}, samples)
+        if (key := f"{PRETRAINED}, guidance {guidance:g}") not in results.rows:
+            results.add(key, *measure.network(plain, last=False, guidance=guidance))
+    missing = {key: value for key, value in wanted.items() if key not in results.rows}
+    runs = {
+        name: Run(name, weight, seed, generator, images, config)
+        for name, (weight, seed) in names_of(config).items()
+        if name in [of for of, _ in missing.values()]
+    }
+    for key, (name, steps) in missing.items():
+        if not runs[name].advance(steps, until):
+            print(f"{key}: no time was left", file=sys.stderr, flush=True)
+            continue
+        row, samples = measure.network(runs[name].network(), last=steps == max(config.steps))
+        results.add(key, {**row, "steps": steps, "run": name, "seconds": round(runs[name].seconds, 2)}, samples)
     if config.students:
-        add_students(config, images, looks)
+        add_students(config, images, results)
     machine = {"device": DEVICE, "cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
     settings = config.model_dump(mode="json", exclude={"data", "protocol", "figure", "out", "limit_s"})
-    print(json.dumps({"machine": machine, "data": config.data.path, **settings, "looks": looks.rows}, indent=1))
+    print(json.dumps({"machine": machine, "data": config.data.path, **settings, "results": results.rows}, indent=1))
     if config.figure:
-        draw_figure(config, looks.rows, config.figure)
+        draw_figure(config, results.rows, config.figure)
 
 
 def names_of(config: BenchmarkConfig) -> dict[str, tuple[float, int]]:
@@ -328,13 +332,13 @@ def names_of(config: BenchmarkConfig) -> dict[str, tuple[float, int]]:
     return {**{f"{weight:g}": (weight, 0) for weight in config.lambdas}, **({"0 again": (0.0, 1)} if config.again else {})}
 
 
-def add_students(config: BenchmarkConfig, images: Images, looks: Looks) -> None:
-    """Train students on the samples of each look that has no accuracies, and test them on held-out training images."""
-    missing = [key for key, row in looks.rows.items() if len(row.get("accuracy", [])) < config.students]
+def add_students(config: BenchmarkConfig, images: Images, results: Kept) -> None:
+    """Train students on the samples of each measurement that has no accuracies, and test them on held-out training images."""
+    missing = [key for key, row in results.rows.items() if len(row.get("accuracy", [])) < config.students]
     work = partial(accuracies, held_out=images.held_out, config=config)
     with multiprocessing.get_context("spawn").Pool(config.processes) as pool:
-        for key, found in zip(missing, pool.imap(work, [looks.file(key) for key in missing]), strict=True):
-            looks.add(key, {"accuracy": found})
+        for key, found in zip(missing, pool.imap(work, [results.file(key) for key in missing]), strict=True):
+            results.add(key, {"accuracy": found})
 
 
 def accuracies(path: Path, held_out: list[Tensor], config: BenchmarkConfig) -> list[float]:

@@ -20,7 +20,7 @@ from ims3_ray.cli import guarded
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", metavar="NAME", help="table-1 … table-13, figure-3 …")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="table-1 … table-13, figure-1 … figure-9")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values for all runs, e.g. storage=s3://…")
     parser.add_argument("--small", action="store_true", help="stand-ins in place of data, weights and GPUs")
     parser.add_argument("--dry-run", action="store_true", help="print what it takes and stop: nothing is computed or written")
@@ -30,10 +30,12 @@ def main() -> int:
         from ims3_ray.commands.reproduce import run_reproduction
         from ims3_ray.config.paper import described_names, read_reproduction
         from ims3_ray.plan.reproduction import described
+        from ims3_ray.provenance import record_command
 
         if args.name is None:
             print(described_names())
             return
+        record_command(["jobs/reproduce.py", args.name, *(["--small"] if args.small else []), *args.overrides])
         reproduction = read_reproduction(args.name, args.overrides, args.small)
         if args.dry_run:
             print(described(reproduction))

@@ -28,12 +28,14 @@ def reproduce(reproduction: Reproduction) -> str:
             _check_nothing_is_there(config)
         found[name] = _made(config).results
         if name in reproduction.minutes and isinstance(config, CompareConfig):
-            minutes[name] = minutes_of(make_comparison(config), Storage.at(config.storage))
+            minutes[name] = _minutes(config)
     config = next(iter(reproduction.runs.values()))
     storage, folder = Storage.at(config.storage), f"paper/{reproduction.name}{'-small' if reproduction.small else ''}"
-    for file, data in figures_of(reproduction, found).items():
+    figures = figures_of(reproduction, found)
+    for file, data in figures.items():
         storage.write(f"{folder}/{file}", data)
-    storage.write(f"{folder}/table.md", markdown_of(reproduction, found, minutes).encode())
+    drawn = [file for file in figures if file.endswith(".png")]
+    storage.write(f"{folder}/table.md", markdown_of(reproduction, found, minutes, drawn).encode())
     return storage.address(f"{folder}/table.md")
 
 
@@ -42,12 +44,20 @@ def _check_nothing_is_there(config: CompareConfig | SweepConfig) -> None:
     storage = Storage.at(config.storage)
     if storage.exists(f"{config.name}/config.yaml"):  # this run itself has begun, and continues
         return
-    counts = share_of(plan_of(config), storage).counts()
-    if any(there for _, there in counts.values()):
+    if begun := [each for each in share_of(plan_of(config), storage).expected.values() if each.missing < len(each.stage.units)]:
         raise UserError(
-            f"'{storage.uri}' holds fine-tunings or samples of another run, whose times would be taken for those of this one; "
-            "give an empty storage=…"
+            f"'{storage.uri}' holds artifacts of another run ({begun[0].stage.title}), whose times would be taken for those of "
+            "this one; give an empty storage=…"
         )
+
+
+def _minutes(config: CompareConfig) -> Minutes:
+    """The times of a run, which are stored when it ends: later, other runs may add to its artifacts."""
+    storage, path = Storage.at(config.storage), f"{config.name}/minutes.json"
+    if (found := storage.read_json(path)) is None:
+        found = minutes_of(make_comparison(config), storage)
+        storage.write_json(path, found)
+    return found
 
 
 def _made(config: CompareConfig | SweepConfig) -> RunResult:

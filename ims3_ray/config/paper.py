@@ -42,7 +42,10 @@ class Reproduction:
 
 
 def names(folder: Path = FOLDER) -> list[str]:
-    """The tables and figures that can be reproduced, in the order of the paper."""
+    """The tables and figures that can be reproduced, in the order of the paper. Raises :class:`UserError` if the folder is not
+    there."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder '{folder}' here; run this command in the root of the repository")
     found = [file.stem for file in folder.glob("*-*.yaml") if file.stem.rpartition("-")[2].isdigit()]
     return sorted(found, key=lambda name: (name.startswith("figure"), int(name.rpartition("-")[2])))
 
@@ -58,19 +61,21 @@ def read_reproduction(name: str, overrides: Iterable[str] = (), small: bool = Fa
     Raises :class:`UserError` for an unknown name and for values that are no config.
     """
     if name not in names(folder):
-        raise UserError(f"there is no '{name}' in {folder}; there is: {', '.join(names(folder)) or 'nothing'}")
+        raise UserError(f"there is no '{name}' in {folder}; there is: {', '.join(names(folder))}")
     overrides = list(overrides)
     if any(override.partition("=")[0] == "name" for override in overrides):
         raise UserError("name=… would give all runs of a table one folder; give another storage=… instead")
     about, runs = read_runs(folder / f"{name}.yaml")
+    if set(about) - {"notes"} != {"title"}:
+        raise UserError(f"{folder / name}.yaml needs a title, and may have notes and runs, and nothing else")
     stand_ins, found = read_values(folder / SMALL) if small else {}, dict[str, CompareConfig | SweepConfig]()
     minutes = dict[str, dict[str, dict[str, float]]]()
     for run, values in runs.items():
         job, own = typed(str, values.pop("job", "compare")), values.pop("small", {})
-        if job == "times":
-            minutes[run] = typed(dict[str, dict[str, float]], values.pop("minutes"))
         if job not in JOBS:
             raise UserError(f"{folder / name}.yaml: job '{job}' of run '{run}' is none of {', '.join(JOBS)}")
+        if job == "times":
+            minutes[run] = typed(dict[str, dict[str, float]], values.pop("minutes", {}))
         if small:
             values = merge(merge(values, _fitting(stand_ins, values)), own)
         named = {**values, "name": f"paper-{name}-{run}" + ("-small" if small else "")}

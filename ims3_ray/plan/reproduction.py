@@ -13,7 +13,7 @@ from ims3_ray.config.paper import Reproduction
 from ims3_ray.engine.stage import Stage
 from ims3_ray.io.storage import Storage
 from ims3_ray.plan import make_comparison, make_sweep
-from ims3_ray.plan.estimate import Expected, expect, hours_of, hours_text, money_text
+from ims3_ray.plan.estimate import Expected, expect, hours_between, hours_of, hours_text, money_text
 from ims3_ray.plan.layout import Plan
 from ims3_ray.plan.sweep import SweepPlan
 
@@ -27,6 +27,8 @@ class Share:
 
     expected: Mapping[str, Expected]
     """Identity of a stage, which is equal in two runs that share it → its estimate."""
+    most_flops: float = 0.0
+    """Floating-point operations of these students."""
     most_students: int = 0
     """Largest number of students beyond those of ``expected``: only after its selections a search knows which ones it
     trains."""
@@ -42,10 +44,12 @@ class Share:
             found[kind] = sum(whole), sum(whole) - sum(left)
         return found
 
-    def described(self, cluster: Any) -> str:
+    def described(self, config: CompareConfig | SweepConfig) -> str:
+        cluster = config.cluster
         texts = [f"{COUNTED[kind]} {whole} ({there} there)" for kind, (whole, there) in self.counts().items() if whole]
         if self.most_students:
-            texts.append(f"students at most {self.most_students}")
+            hours = hours_between(config, self.most_flops, self.most_flops)
+            texts.append(f"students at most {self.most_students}, which are {hours}")
         left = list(self.expected.values())
         return f"{', '.join(texts)}; left: {hours_text(hours_of(left), cluster)}; " + money_text(
             sum(each.money(cluster) for each in left), cluster
@@ -60,28 +64,34 @@ def share_of(plan: Plan[Any], storage: Storage) -> Share:
     stages |= {identity(stage): stage for stage in plan.stages}
     found = expect(Plan(plan.config, plan.classes, list(stages.values())), storage)
     config = plan.config
-    selections = sum(trial.most_selections for trial in plan.trials) * plan.count * len(config.draws) // len(plan.trials)
-    students = selections * len(config.evaluation.rows) * len(config.evaluation.seeds)
-    return Share({identity(each.stage): each for each in found}, students if config.search.trains_students else 0)
+    if not config.search.trains_students:
+        return Share({identity(each.stage): each for each in found})
+    scale = plan.count * len(config.draws) / len(plan.trials)
+    selections = sum(trial.most_selections for trial in plan.trials) * scale
+    if config.search.by == "both":
+        selections = min(selections, len(plan.trials) * scale * config.search.screened)
+    students = round(selections) * len(config.evaluation.rows) * len(config.evaluation.seeds)
+    return Share({identity(each.stage): each for each in found}, selections * plan.evaluation_flops, students)
 
 
 def together(shares: Iterable[Share]) -> Share:
     """Several runs as one."""
-    merged, students = dict[str, Expected](), 0
+    merged, flops, students = dict[str, Expected](), 0.0, 0
     for share in shares:
-        students += share.most_students
+        flops, students = flops + share.most_flops, students + share.most_students
         for name, each in share.expected.items():
             there = merged.get(name)
             if there is None or len(there.stage.units) < len(each.stage.units):  # the smaller pool is a part of the larger one
                 merged[name] = each
-    return Share(merged, students)
+    return Share(merged, flops, students)
 
 
 def identity(stage: Stage) -> str:
     """A hash of what a stage makes, known before anything is made. Two sets of equal images have different ones, and pools of
-    different sizes the same."""
+    different sizes of the same classes the same."""
     inputs = {name: identity(other) for name, other in stage.inputs.items()}
-    text = json.dumps([stage.name, stage.version, stage.params, inputs], sort_keys=True, default=str)
+    classes = sorted({unit.rpartition("-u")[0] or unit for unit in stage.units})
+    text = json.dumps([stage.name, stage.version, stage.params, classes, inputs], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -95,8 +105,8 @@ def described(reproduction: Reproduction, plan: Callable[[CompareConfig | SweepC
     lines, shares = [f"{reproduction.name}: {reproduction.title}", *(f"  {note}" for note in reproduction.notes)], []
     for name, config in reproduction.runs.items():
         shares.append(share_of(plan(config), Storage.at(config.storage)))
-        lines.append(f"{name}: {shares[-1].described(config.cluster)}")
+        lines.append(f"{name}: {shares[-1].described(config)}")
     if len(shares) > 1:
-        cluster = next(iter(reproduction.runs.values())).cluster
-        lines.append(f"together, each only once: {together(shares).described(cluster)}")
+        config = next(iter(reproduction.runs.values()))
+        lines.append(f"together, each only once: {together(shares).described(config)}")
     return "\n".join(lines)

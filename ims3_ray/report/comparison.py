@@ -52,9 +52,11 @@ HIGHER = "higher/"
 
 
 def _read_as_higher(config: CompareConfig) -> list[str]:
-    """The students for which published figures are the higher of several protocols."""
+    """The students of several protocols for which published figures are the higher of these."""
+    students = [student for _, student in config.evaluation.rows.values()]
     rows = [row for of_arm in config.published.values() for row in of_arm if row.startswith(HIGHER)]
-    return list(dict.fromkeys(row.removeprefix(HIGHER) for row in rows))
+    found = dict.fromkeys(row.removeprefix(HIGHER) for row in rows)
+    return [student for student in found if students.count(student) > 1]
 
 
 def _higher(config: CompareConfig, k: int, student: str, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:

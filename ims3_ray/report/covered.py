@@ -87,11 +87,12 @@ def _pairs(context: Context, stage: MeasureCoverage) -> list[Pair]:
 
 def _real_image(context: Context, real: Encode, position: int, index: int) -> Tensor:
     """The pixels of the ``index``-th real image of a class."""
+    entries = (real.manifest(context.storage) or {})["units"]
     for unit in real.units_of_class(position):
-        pixels = load(real.artifact(context.storage).read(f"{unit}.safetensors"))["pixels"]
-        if index < len(pixels):
+        if index < entries[unit]["images"]:
+            pixels: Tensor = load(real.artifact(context.storage).read(f"{unit}.safetensors"))["pixels"]
             return pixels[index]
-        index -= len(pixels)
+        index -= entries[unit]["images"]
     raise ValueError(f"class {position} has fewer real images than the features say")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ims3_ray.config import CompareConfig, SweepConfig
@@ -19,9 +19,12 @@ Minutes = Mapping[str, Mapping[str, float]]
 """Title of an arm → what was done → minutes."""
 
 
-def markdown_of(reproduction: Reproduction, found: Mapping[str, Results], minutes: Mapping[str, Minutes] | None = None) -> str:
+def markdown_of(
+    reproduction: Reproduction, found: Mapping[str, Results], minutes: Mapping[str, Minutes] | None = None,
+    figures: Sequence[str] = (),
+) -> str:  # fmt: skip
     """Every accuracy of the runs beside the printed one, as Markdown. ``found`` holds the results of each run, and ``minutes``
-    the times of those of which they are wanted."""
+    the times of those of which they are wanted. ``figures`` are names of files beside the table."""
     parts = [f"# {reproduction.name}: {reproduction.title}", "", *([SMALL, ""] if reproduction.small else [])]
     parts += [*(f"* {note}" for note in reproduction.notes), ""]
     for name, config in reproduction.runs.items():
@@ -34,6 +37,7 @@ def markdown_of(reproduction: Reproduction, found: Mapping[str, Results], minute
         else:
             parts += [*_of_comparison(found[name], compared=not reproduction.small), ""]
             parts += [*_pictures(config), ""] if reproduction.name.startswith("figure") else []
+    parts += [f"![{reproduction.title}]({file})" for file in figures]
     return "\n".join(parts)
 
 
@@ -63,7 +67,7 @@ def minutes_of(plan: Plan[CompareConfig], storage: Storage) -> dict[str, dict[st
     found: dict[str, dict[str, float]] = {}
     for scored in plan.sets.values():
         spent = found.setdefault(scored.title, {})
-        for stage in before([scored.images]):
+        for stage in [*before([scored.images]), scored.images]:
             kind = "fine-tuning" if stage.counted == "fine_tunes" else "sampling" if stage.belongs_to_arm else "preparation"
             seconds = (stage.manifest(storage) or {})["seconds"]
             spent[kind] = spent.get(kind, 0.0) + seconds / 60

@@ -23,6 +23,7 @@ from ims3_ray.io.artifacts import Artifact
 from ims3_ray.models.generators.base import Generator
 from ims3_ray.seeds import generator_for
 from ims3_ray.stages.adapters import Adapters, GroupModels, Pretrained
+from ims3_ray.training.precision import precision_on
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Candidates:
         device: str, steering: Steering | None = None,
     ) -> None:  # fmt: skip
         self.sampling, self.seed, self.device, self.batch = sampling, seed, device, sampling.unit_size
-        self.models = GroupModels(pretrained, adapters, device, DTYPES[sampling.precision], sampling.compile)
-        self.decoder = Decoder(autoencoder, device, sampling.precision) if autoencoder is not None else None
+        precision = precision_on(sampling.precision, torch.device(device).type)
+        self.models = GroupModels(pretrained, adapters, device, DTYPES[precision], sampling.compile)
+        self.decoder = Decoder(autoencoder, device, precision) if autoencoder is not None else None
         self.sampler, self.steering = Sampler.registry[sampling.sampler], steering
 
     def __call__(self, unit: str) -> Produced:

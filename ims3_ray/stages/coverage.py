@@ -150,7 +150,7 @@ def measure_classes(task: TaskInputs, classes: Sequence[tuple[str, tuple[str, li
         real = torch.nn.functional.normalize(read_class(task.real, in_real, "features").double(), dim=1)
         measured: dict[str, float | None] = dict.fromkeys(MEASURED)
         tensors, curve = {"features": features.half()}, list[float]()
-        if head is not None and weight is not None:
+        if head is not None and weight is not None and len(weight) > 1:
             measured["boundary"] = boundary_distance(scores, weight.double().cpu(), head).median().item()
         if len(real) > 1:
             closest = nearest(features, real)

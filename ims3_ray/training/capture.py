@@ -20,7 +20,8 @@ class Captured:
 
     ``function`` takes tensors whose shapes never change and returns one tensor. It may change other tensors in place, such as
     parameters and the state of an optimizer that was made with ``capturable=True``. It must not read a value back to the host
-    or draw random numbers, and Python code in it runs for the first calls only.
+    or draw random numbers, and Python code in it runs for the first calls only. The graph keeps the addresses of the
+    tensors that it uses: if one of them is replaced by another, a new instance is needed.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:

@@ -27,6 +27,7 @@ from ims3_ray.models.ema import Ema
 from ims3_ray.models.generators.base import Generator as PretrainedGenerator
 from ims3_ray.objectives.base import TrainingStep, add_up
 from ims3_ray.objectives.diffusion import drop_conditions
+from ims3_ray.training.precision import precision_on
 
 Row = dict[str, float]
 """Values of one step: loss, loss_TERM for each unweighted term, and grad_norm; stored rows also hold the number of the step."""
@@ -52,7 +53,7 @@ class Batch:
 def choose_trained(generator: PretrainedGenerator, model: nn.Module, config: FinetuneConfig) -> list[str]:
     """Freeze the parameters that are not trained and cast them to ``config.precision``; return the names of the others."""
     names = generator.choose_trained(model, config.parameters, config.scaled_blocks)
-    if config.precision == "bf16":
+    if precision_on(config.precision, next(model.parameters()).device.type) == "bf16":
         model.compute_dtype = torch.bfloat16  # type: ignore[assignment]
         for parameter in model.parameters():
             if not parameter.requires_grad:

@@ -30,6 +30,7 @@ from ims3_ray.seeds import generator_for
 from ims3_ray.training.capture import Captured
 from ims3_ray.training.divergence import check_losses
 from ims3_ray.training.pace import Pace
+from ims3_ray.training.precision import precision_on
 
 FETCH_EVERY = 10
 """Number of steps between two reads of the losses from the device; a read makes the host wait."""
@@ -45,18 +46,9 @@ def dit_config(training: GeneratorTraining, size: int, channels: int, num_classe
     )  # fmt: skip
 
 
-def computes_bf16(device_type: str) -> bool:
-    """Whether the devices of this type ("cuda" or "cpu") compute in bfloat16 natively. A GPU does if there is none here to
-    ask."""
-    if device_type == "cuda":
-        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-
-
 def in_bf16(config: GeneratorTraining, device: torch.device) -> bool:
     """Whether a training computes in bfloat16 on a device; by default if the device does not have to imitate it."""
-    return computes_bf16(device.type) if config.precision == "auto" else config.precision == "bf16"
+    return precision_on(config.precision, device.type) == "bf16"
 
 
 def packed(network: DiT, class_names: Sequence[str], **about: str) -> bytes:
@@ -86,6 +78,7 @@ class GeneratorTrainer:
                 block.compile(dynamic=False)
         self.wrapped = wrap(self.model) if wrap is not None else self.model
         captured = config.compile and self.device.type == "cuda" and wrap is None
+        self._captured = captured
         self._update = Captured(self._updated) if captured else self._updated
         lr = torch.tensor(config.lr, device=self.device) if captured else config.lr
         self._pace: dict[str, Any] = {"lr": lr, "capturable": captured}
@@ -173,6 +166,8 @@ class GeneratorTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group.update(self._pace)
+        if self._captured:  # the optimizer's state has new tensors, which an earlier graph does not know
+            self._update = Captured(self._updated)
         self.ema.restore(state["ema"])
         self.steps_before, self.losses = state["steps_before"], list(state["losses"])
 

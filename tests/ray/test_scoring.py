@@ -179,7 +179,7 @@ def test_every_method_has_its_line_and_its_difference(comparison: tuple[CompareC
 
 
 def test_methods_share_what_they_have_in_common(plan: Plan[CompareConfig], tiny_run: Run):
-    assert len([stage for stage in plan.stages if stage.name == "finetune"]) == 3  # IM, Minimax, as released
+    assert len([stage for stage in plan.stages if stage.name == "finetune"]) == 4  # L_Diff, IM, Minimax, as released
     assert one(plan, "generate", "(pretrained)").units == tuple(
         sorted(next(s for s in tiny_run.plan.stages if (s.name, s.label) == ("generate", "pretrained")).units)
     )

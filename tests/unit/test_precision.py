@@ -12,7 +12,9 @@ from ims3_ray.config import CompareConfig, RunConfig, SweepConfig, canonical
 from ims3_ray.engine.folder import check_folder
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
-from ims3_ray.plan import make_comparison, make_plan, make_sweep, precision
+from ims3_ray.plan import make_comparison, make_plan, make_sweep
+from ims3_ray.plan.precision import decided
+from ims3_ray.training import precision
 from tests.conftest import tiny_values
 
 AUTO = {"sampling": {"precision": "auto"}, "finetune": {"precision": "auto"}}
@@ -38,6 +40,15 @@ def test_the_devices_that_do_the_work_decide(tiny_world: Path, tmp_path: Path, n
     native["cpu"] = False
     on_gpus = {**AUTO, "actors": {"gpus": 0.5}}
     assert formats(make_plan(RunConfig.model_validate(tiny_values(tiny_world, tmp_path, **on_gpus))).config) == ("bf16", "fp32")
+
+
+def test_the_format_of_an_adoption_is_decided_too(tiny_world: Path, tmp_path: Path, native: dict[str, bool]):
+    native["cpu"] = True
+    config = RunConfig.model_validate({**tiny_values(tiny_world, tmp_path), "adopt": {"precision": "auto"}})
+    found = decided(config)
+    assert found.adopt is not None
+    assert found.adopt.precision == "bf16"
+    assert formats(found) == ("fp32", "fp32")
 
 
 def test_the_keys_are_those_of_the_format_and_the_default_is_fp32(tiny_world: Path, tmp_path: Path, native: dict[str, bool]):

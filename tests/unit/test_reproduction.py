@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from ims3_ray.config import CompareConfig, SweepConfig
+from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.config.paper import described_names, names, read_reproduction
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
-from ims3_ray.plan.reproduction import described, plan_of, share_of, together
+from ims3_ray.plan.reproduction import Share, described, plan_of, share_of, together
 from ims3_ray.report.comparison import comparison_tables
 from ims3_ray.report.reproduction import figures_of, markdown_of, printed_mean
 from tests.unit.test_comparison import results_of
@@ -58,6 +59,26 @@ def test_every_table_takes_what_the_paper_describes(name: str, tmp_path: Path):
     assert not any(tmp_path.iterdir()), "planning writes nothing"
 
 
+def test_runs_of_other_classes_share_nothing_but_what_holds_no_class(tmp_path: Path):
+    def share(classes: str) -> Share:
+        overrides = [f"storage={tmp_path}", f"data.classes={classes}"]
+        return share_of(
+            plan_of(read_reproduction("table-4", overrides, small=True).runs["imagewoof"]), Storage.at(str(tmp_path))
+        )
+
+    one, other = share("[Bag, Sandal]"), share("[Coat, Dress]")
+    assert together([one, one]).counts() == one.counts()
+    assert together([one, other]).counts()["pools"] == (4, 0)
+    encoded = [each for each in together([one, other]).expected.values() if each.stage.name == "encode"]
+    assert len(encoded) == 4
+
+
+def test_the_bound_of_a_search_has_its_students_and_their_hours(tmp_path: Path):
+    text = described(read_reproduction("figure-3", [f"storage={tmp_path}"], small=True))
+    assert "students at most" in text
+    assert text.count("core-hours") == 2, "those of its students, and those of all before"
+
+
 def test_groups_of_classes_are_fine_tuned_one_by_one(tmp_path: Path):
     overrides = [f"storage={tmp_path}", "finetune.classes_per_group=2"]
     (config,) = read_reproduction("table-5", overrides, small=True).runs.values()
@@ -72,6 +93,11 @@ def test_every_run_is_a_config_with_the_papers_settings():
             assert config.finetune.epochs == 8
             assert config.sampling.steps == 50
             assert config.evaluation.seeds == ((0,) if name in ONE_STUDENT else (0, 1, 2))
+            assert (config.finetune.batch_size, config.finetune.lr) == (8, 1e-3)
+            assert config.finetune.model_dump()["objectives"]["inversion_matching"]["weight"] == 0.002
+            if "rded" in config.evaluation.protocols:
+                batch = for_ipc(config.evaluation.protocols["rded"].batch_size, 10)
+                assert batch == (100 if name == "table-12" else 50), "RDED's code doubles its batches for 1,000 classes"
             assert isinstance(config, SweepConfig if name in SEARCHES else CompareConfig)
             if isinstance(config, CompareConfig):
                 rows = {row for of_arm in config.published.values() for row in of_arm}
