@@ -63,13 +63,13 @@ def _higher(config: CompareConfig, k: int, student: str, tables: Sequence[dict[s
     """The table of a student in which each arm has the accuracies of the protocol that gives it the highest one."""
     rows = [row for row, (_, name) in config.evaluation.rows.items() if name == student]
     mine = [table for table in tables if table["images_per_class"] == k and table["row"] in rows]
-    lines = []
+    note, lines = f"For each method the higher of {' and '.join(rows)}, as the publication reads its results.", []
     for position, arm in enumerate(config.arms):
         best = max(mine, key=lambda table: table["lines"][position]["last"]["mean"])
         line = best["lines"][position]
         printed = config.published.get(arm, {}).get(HIGHER + student, {}).get(k)
         lines.append({**line, "title": f"{line['title']} ({best['row']})", "difference": None, "published": printed})
-    return {"images_per_class": k, "row": HIGHER + student, "published": True, "higher": rows, "lines": lines}
+    return {"images_per_class": k, "row": HIGHER + student, "published": True, "note": note, "lines": lines}
 
 
 def pooled(draws: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -164,11 +164,8 @@ def markdown(config: CompareConfig, tables: Sequence[dict[str, Any]]) -> str:
     ]  # fmt: skip
     for table in tables:
         parts += [f"## {table['images_per_class']} a class, {table['row']}", ""]
-        if "higher" in table:
-            parts += [
-                f"For each method the higher of {' and '.join(table['higher'])}, as the publication reads its results.",
-                "",
-            ]
+        if "note" in table:
+            parts += [table["note"], ""]
         published = ["published"] if table["published"] else []
         head = ["method", *KINDS, f"− {config.arms[config.base].title}", *published, "sets"]
         parts += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]

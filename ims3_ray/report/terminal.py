@@ -43,8 +43,7 @@ def print_comparison(result: RunResult, console: Console | None = None) -> None:
     for found in result.results["tables"]:
         table = _table("method", *KINDS, "difference", *(["published"] if found["published"] else []))
         table.title = f"{found['images_per_class']} a class, {found['row']}"
-        if "higher" in found:
-            table.title += f": for each method the higher of {' and '.join(found['higher'])}"
+        table.caption = found.get("note")
         for line in found["lines"]:
             cells = [line["title"], *(accuracy_text(line.get(kind)) for kind in KINDS), difference_text(line["difference"])]
             table.add_row(*cells, *([line["published"] or ""] if found["published"] else []))
