@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,11 @@ class Share:
 
     expected: Mapping[str, Expected]
     """Identity of a stage, which is equal in two runs that share it → its estimate."""
-    most_flops: float = 0.0
-    """Floating-point operations of these students."""
     most_students: int = 0
     """Largest number of students beyond those of ``expected``: only after its selections a search knows which ones it
     trains."""
+    most_flops: float = 0.0
+    """Floating-point operations of these students."""
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """For each kind of :data:`COUNTED` the number of units and of those that are there already. A unit of a pool is the
@@ -71,7 +71,7 @@ def share_of(plan: Plan[Any], storage: Storage) -> Share:
     if config.search.by == "both":
         selections = min(selections, len(plan.trials) * scale * config.search.screened)
     students = round(selections) * len(config.evaluation.rows) * len(config.evaluation.seeds)
-    return Share({identity(each.stage): each for each in found}, selections * plan.evaluation_flops, students)
+    return Share({identity(each.stage): each for each in found}, students, selections * plan.evaluation_flops)
 
 
 def together(shares: Iterable[Share]) -> Share:
@@ -83,7 +83,7 @@ def together(shares: Iterable[Share]) -> Share:
             there = merged.get(name)
             if there is None or len(there.stage.units) < len(each.stage.units):  # the smaller pool is a part of the larger one
                 merged[name] = each
-    return Share(merged, flops, students)
+    return Share(merged, students, flops)
 
 
 def identity(stage: Stage) -> str:
@@ -100,11 +100,11 @@ def plan_of(config: CompareConfig | SweepConfig) -> Plan[Any]:
     return make_sweep(config) if isinstance(config, SweepConfig) else make_comparison(config)
 
 
-def described(reproduction: Reproduction, plan: Callable[[CompareConfig | SweepConfig], Plan[Any]] = plan_of) -> str:
+def described(reproduction: Reproduction) -> str:
     """What the table or figure takes, as text, for ``--dry-run``."""
     lines, shares = [f"{reproduction.name}: {reproduction.title}", *(f"  {note}" for note in reproduction.notes)], []
     for name, config in reproduction.runs.items():
-        shares.append(share_of(plan(config), Storage.at(config.storage)))
+        shares.append(share_of(plan_of(config), Storage.at(config.storage)))
         lines.append(f"{name}: {shares[-1].described(config)}")
     if len(shares) > 1:
         config = next(iter(reproduction.runs.values()))
