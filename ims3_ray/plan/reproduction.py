@@ -64,14 +64,8 @@ def share_of(plan: Plan[Any], storage: Storage) -> Share:
     stages |= {identity(stage): stage for stage in plan.stages}
     found = expect(Plan(plan.config, plan.classes, list(stages.values())), storage)
     config = plan.config
-    if not config.search.trains_students:
-        return Share({identity(each.stage): each for each in found})
-    scale = plan.count * len(config.draws) / len(plan.trials)
-    selections = sum(trial.most_selections for trial in plan.trials) * scale
-    if config.search.by == "both":
-        selections = min(selections, len(plan.trials) * scale * config.search.screened)
-    students = round(selections) * len(config.evaluation.rows) * len(config.evaluation.seeds)
-    return Share({identity(each.stage): each for each in found}, students, selections * plan.evaluation_flops)
+    students = round(plan.most_evaluated) * len(config.evaluation.rows) * len(config.evaluation.seeds)
+    return Share({identity(each.stage): each for each in found}, students, plan.most_evaluated * plan.evaluation_flops)
 
 
 def together(shares: Iterable[Share]) -> Share:

@@ -109,6 +109,22 @@ class SweepPlan(Plan[SweepConfig]):
     def points(self) -> int:
         return self.count * len(self.config.inner())
 
+    @property
+    def scale(self) -> float:
+        """Number of trials of the whole search for each of ``trials``: 1 unless their settings are drawn during the search."""
+        return self.count * len(self.config.draws) / len(self.trials)
+
+    @property
+    def most_selections(self) -> float:
+        """Largest number of different selections of the whole search."""
+        return sum(trial.most_selections for trial in self.trials) * self.scale
+
+    @property
+    def most_evaluated(self) -> float:
+        """Largest number of selections that students are trained on."""
+        screened = len(self.trials) * self.scale * self.config.search.screened
+        return {"accuracy": self.most_selections, "s3": 0.0, "both": min(self.most_selections, screened)}[self.config.search.by]
+
 
 def make_sweep(config: SweepConfig) -> SweepPlan:
     """Plan all that can be known before the search. Raises :class:`UserError` for bad input of any known trial."""

@@ -97,20 +97,17 @@ def counts(plan: SweepPlan, trials: Sequence[Tried]) -> dict[str, int]:
 
 def planned(plan: SweepPlan) -> dict[str, float]:
     """The numbers of :func:`counts` as estimated before the start, with FLOPs. Values named ``most_…`` are upper limits."""
-    config, known = plan.config, plan.trials
-    scale = plan.count * len(config.draws) / len(known)
-    own = {id(stage): stage for trial in known for stage in trial.stages if stage not in plan.stages}.values()
+    config, scale = plan.config, plan.scale
+    own = {id(stage): stage for trial in plan.trials for stage in trial.stages if stage not in plan.stages}.values()
     tuning = [stage for stage in own if stage.exclusive]
     tunes = scale if any(key.startswith("finetune.") for key in config.values) else len(config.draws) / max(1, len(tuning))
     finetunes, pools = len(tuning) * tunes, sum(stage.counted == "pools" for stage in own) * scale
-    selections = sum(trial.most_selections for trial in known) * scale
-    most = {"accuracy": selections, "s3": 0, "both": min(selections, len(known) * scale * config.search.screened)}
     made = sum(stage.flops * (tunes if stage in tuning else scale) for stage in own)
     made += sum(stage.flops for stage in plan.stages)
     return {
-        "points": plan.points, "fine_tunes": round(finetunes), "pools": round(pools), "most_selections": round(selections),
-        "most_evaluated": round(most[config.search.by]), "flops": made,
-        "most_flops": made + most[config.search.by] * plan.evaluation_flops,
+        "points": plan.points, "fine_tunes": round(finetunes), "pools": round(pools),
+        "most_selections": round(plan.most_selections), "most_evaluated": round(plan.most_evaluated),
+        "flops": made, "most_flops": made + plan.most_evaluated * plan.evaluation_flops,
     }  # fmt: skip
 
 

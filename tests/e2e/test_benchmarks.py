@@ -159,3 +159,25 @@ def test_the_choice_of_s3_is_measured_on_a_machine_without_ray(
     assert one["best"] == one["worst"], "there is one subgroup to choose"
     assert set(four) == {"groups", "best", "best_sem", "worst", "worst_sem"}
     assert (tmp_path / "found.svg").read_text().count("<use") > 4
+
+
+def test_what_inversion_matching_does_to_samples_is_measured_on_a_machine_without_ray(
+    without_ray: dict[str, str], tiny_world: Path, tmp_path: Path
+):  # fmt: skip
+    small = (
+        f"generator={tiny_world}/dit.safetensors", f"encoder={tiny_world}/phi.safetensors", f"data.path={tiny_world}/data",
+        "data.size=8", "lambdas=[0,0.5]", "steps=[1,3]", "finetune={batch_size: 4, precision: fp32, lr: 0.01}",
+        "sampling={steps: 2, cfg_scale: 1.5}", "guidances=[1]", "samples=3", "held_out=3", "k=2", "processes=1",
+        "instability={images: 2, steps: 2, probes: 1}", "protocol={width: 4, epochs: 1, validations: 1}",
+    )  # fmt: skip
+    found = report("matching", *small, f"out={tmp_path}/kept", env=without_ray)["results"]
+    runs = [f"{name} {steps}" for steps in (1, 3) for name in ("0", "0.5", "0 again")]
+    assert list(found) == ["real images", "pretrained", "pretrained, guidance 1", *runs]
+    assert len({found[run]["matching"] for run in runs}) == len(runs), (
+        "weights, numbers of steps and batches change the network"
+    )
+    assert [run for run in found if "instability" in found[run]] == ["pretrained", "0 3", "0.5 3", "0 again 3"]
+    again = report("matching", *small, f"out={tmp_path}/kept", "students=1", f"figure={tmp_path}/it.svg", env=without_ray)
+    assert all(len(row.pop("accuracy")) == 1 for row in again["results"].values())
+    assert again["results"] == found, "what was there has not been measured again"
+    assert "coverage of samples" in (tmp_path / "it.svg").read_text()
