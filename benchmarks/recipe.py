@@ -191,7 +191,7 @@ def benchmark(config: BenchmarkConfig) -> None:
     if unknown := set(config.cases) - set(CASES):
         raise UserError(f"there is no case '{min(unknown)}'; choose from: {'; '.join(CASES)}")
     torch.set_num_threads(config.threads)
-    source = open_source(config.data.path, config.data.train_split)
+    source = open_source(*config.data.place("train"))
     pixels, labels, _ = load_pixels(source, config.data.size, config.data.channels)
     order = torch.randperm(len(labels), generator=generator_for(config.seed, "held out"))
     held_out, kept = order[:HELD_OUT], order[HELD_OUT:]

@@ -29,6 +29,9 @@ class DataConfig(Section):
     """Colour on which transparent images are laid: a name (`white`, `black`, `lightgrey`) or `#rrggbb`."""
     classes: tuple[str, ...] | None = Field(default=None, min_length=2)
     """Names of the classes to distil; all of them when unset."""
+    limit: int | None = Field(default=None, ge=1)
+    """Number of images per class that are used of each split, the first ones of the data source; all of them when unset. Fewer
+    images make a quick try of all stages, whose accuracies are those of the smaller test split."""
     unit_size: int = Field(default=500, ge=1)
     """Number of images per shard of the encoded data set."""
 
@@ -49,9 +52,11 @@ class DataConfig(Section):
         """What the key of decoded images holds of the background: nothing if it is white."""
         return {} if self.colour == (255, 255, 255) else {"background": list(self.colour)}
 
-    def place(self, split: Split) -> tuple[str, str]:
-        """Path and name of the training or the test split, as :func:`ims3_ray.data.sources.open_source` takes them."""
-        return (self.path, self.train_split) if split == "train" else (self.test_path or self.path, self.test_split)
+    def place(self, split: Split) -> tuple[str, str, int | None]:
+        """Path, name and limit of the training or the test split, as :func:`ims3_ray.data.sources.open_source` takes them."""
+        train = split == "train"
+        path, name = (self.path, self.train_split) if train else (self.test_path or self.path, self.test_split)
+        return path, name, self.limit
 
 
 class ActorsConfig(Section):

@@ -65,8 +65,8 @@ class Data:
 def source_params(source: Source, fingerprint: str) -> dict[str, Any]:
     """What the key of an artifact holds of a data source with this fingerprint: the version of its reader where that is not
     the first, and the hash of the source code of a plugin's."""
-    reader = {"reader": source.version} if source.version > 1 else {}
-    return {"source": fingerprint, **reader, **plugins.hashes(type(source))}
+    reader = {"reader": source.reader.version} if source.reader.version > 1 else {}
+    return {"source": fingerprint, **reader, **plugins.hashes(source.reader)}
 
 
 class Models:

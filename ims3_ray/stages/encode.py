@@ -69,8 +69,8 @@ class Encode(ImagePool):
         return "real images"
 
     @property
-    def place(self) -> tuple[str, str]:
-        """Path and split of the source."""
+    def place(self) -> tuple[str, str, int | None]:
+        """Path, split and limit of the source."""
         return self.data.place("train" if self.label == "train" else "test")
 
     def seconds_beside_flops(self) -> float:
@@ -112,8 +112,8 @@ class Encode(ImagePool):
 class RealImages:
     """Decodes a data source. Unit u of a class is its images u·unit_size … in the source's order."""
 
-    def __init__(self, data: DataConfig, path: str, split: str, filter: Filter) -> None:
-        self.data, self.source, self.filter = data, open_source(path, split), filter
+    def __init__(self, data: DataConfig, path: str, split: str, limit: int | None, filter: Filter) -> None:
+        self.data, self.source, self.filter = data, open_source(path, split, limit), filter
 
     def __call__(self, unit: str) -> Produced:
         label, number = parse_unit(unit)
@@ -132,5 +132,5 @@ class RealImages:
         return Produced(torch.from_numpy(np.stack(pixels) if pixels else empty), names, broken, transparent=transparent)
 
 
-def _real_images(data: DataConfig, path: str, split: str, filter: Filter, device: str) -> RealImages:
-    return RealImages(data, path, split, filter)
+def _real_images(data: DataConfig, path: str, split: str, limit: int | None, filter: Filter, device: str) -> RealImages:
+    return RealImages(data, path, split, limit, filter)

@@ -72,7 +72,7 @@ class ReadGiven(Stage):
         source = open_source(self.path, "train")
         labels = match_classes(context.classes.names, source.class_names, self.path)
         indices = [np.flatnonzero(source.labels == label).tolist() for label in labels]
-        pick(context, self, self.data, (self.path, "train"), indices, labels)
+        pick(context, self, self.data, (self.path, "train", None), indices, labels)
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ class _Picking:
     """Where images are read and where their shards are written."""
 
     data: DataConfig
-    path: str
-    split: str
+    place: tuple[str, str, int | None]
     artifact: Artifact
     labels: Sequence[int] | None
     """Of a set: the source's label of each class, in the order of the classes. Every image must then be decodable, and its
@@ -89,19 +88,19 @@ class _Picking:
 
 
 def pick(
-    context: Context, stage: Stage, data: DataConfig, place: tuple[str, str], indices: Sequence[list[int]],
+    context: Context, stage: Stage, data: DataConfig, place: tuple[str, str, int | None], indices: Sequence[list[int]],
     labels: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
-    """Decode the images ``indices`` of each class from the source at ``place`` (path and split), and commit them as a set."""
+    """Decode the images ``indices`` of each class of the source at ``place`` (path, split, limit) and commit them as a set."""
     began, artifact = time.monotonic(), stage.artifact(context.storage)
-    picking = _Picking(data, *place, artifact, labels)
+    picking = _Picking(data, place, artifact, labels)
     entries = map_classes(pick_classes, picking, list(zip(stage.units, indices, strict=True)))
     commit_set(artifact, dict(zip(stage.units, entries, strict=True)), time.monotonic() - began)
 
 
 def pick_classes(picking: _Picking, classes: Sequence[tuple[str, list[int]]]) -> list[dict[str, Any]]:
     """Decode the images of some classes, given as (unit, indices), and write a shard for each class."""
-    source, data = open_source(picking.path, picking.split), picking.data
+    source, data = open_source(*picking.place), picking.data
     entries = []
     for unit, indices in classes:
         pixels = []
@@ -111,7 +110,7 @@ def pick_classes(picking: _Picking, classes: Sequence[tuple[str, list[int]]]) ->
             except OSError as error:
                 if picking.labels is not None:
                     name, reason = source.identify(index), str(error).splitlines()[0]
-                    raise UserError(f"set '{picking.path}': {name} cannot be decoded ({reason}); replace it") from error
+                    raise UserError(f"set '{picking.place[0]}': {name} cannot be decoded ({reason}); replace it") from error
         empty = np.zeros((0, data.channels, data.size, data.size), np.uint8)
         more = {}
         if picking.labels is not None:

@@ -20,7 +20,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def of(name: str, world: Path, storage: Path, *more: str) -> Reproduction:
     overrides = [
-        f"storage={storage}", f"data.path={world / 'data'}", "data.size=8", "data.unit_size=12",
+        f"storage={storage}", f"data.path={world / 'data'}", "data.classes=null", "data.size=8", "data.unit_size=12",
         f"generator={world / 'dit.safetensors'}", f"encoder={world / 'phi.safetensors'}", "sampling.unit_size=4",
         "finetune.trainer.num_workers=1", "actors.count=1",
         "evaluation.protocols.paper.students=[convnet-3]", "quality={stop_below: 0, warn_below: 0}", *more,

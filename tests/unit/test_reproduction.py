@@ -57,6 +57,8 @@ def test_every_table_takes_what_the_paper_describes(name: str, tmp_path: Path):
     assert all(there == 0 for _, there in counts.values())
     assert (share.most_students > 0) == (name in SEARCHES)
     assert not any(tmp_path.iterdir()), "planning writes nothing"
+    ends = {config.quality.stop_below for config in reproduction.runs.values()}
+    assert ends == {0}, "no stand-in ends because its samples of two steps are bad"
 
 
 def test_runs_of_other_classes_share_nothing_but_what_holds_no_class(tmp_path: Path):

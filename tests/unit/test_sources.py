@@ -90,6 +90,22 @@ def test_a_source_gives_back_images_and_labels(tmp_path: Path, kind: str):
     assert len({source.identify(i) for i in range(5)}) == 5
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_limit_takes_the_first_images_of_each_class(tmp_path: Path, kind: str):
+    path = str(WRITERS[kind](tmp_path))
+    whole, limited = open_source(path, "train"), open_source(path, "train", limit=1)
+    first = [whole.labels.tolist().index(label) for label in sorted(set(whole.labels.tolist()))]
+    assert len(whole.labels) > len(limited.labels) == len(first)
+    for index, of_whole in enumerate(sorted(first)):
+        assert limited.labels[index] == whole.labels[of_whole]
+        assert limited.identify(index) == whole.identify(of_whole)
+        assert np.array_equal(np.asarray(limited.image(index)), np.asarray(whole.image(of_whole)))
+    assert limited.fingerprint != whole.fingerprint
+    assert limited.fingerprint == open_source(path, "train", limit=1).fingerprint
+    assert limited.notices[-1] == f"data.limit=1: {len(first)} of {len(whole.labels)} images are used"
+    assert open_source(path, "train", limit=100).labels.tolist() == whole.labels.tolist()
+
+
 def test_the_test_split_of_idx_files_is_called_t10k(tmp_path: Path):
     write_idx(tmp_path, PIXELS, LABELS)
     write_idx(tmp_path, PIXELS[:2], [2, 1], prefix="t10k")

@@ -59,6 +59,11 @@ class Source(Component, ABC):
     def image(self, index: int) -> Image.Image:
         """The decoded image; raises ``OSError`` for one that cannot be decoded."""
 
+    @property
+    def reader(self) -> type[Source]:
+        """The class that reads the files."""
+        return type(self)
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash that changes when classes, labels or files change. It covers the bytes of the files, but only names and sizes
@@ -78,6 +83,38 @@ class Source(Component, ABC):
     def extras(self, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         """Other values of these images: ``logits`` [n, num_classes] and ``weights`` [n]; empty if the set has neither."""
         return {}
+
+
+class Limited(Source):
+    """The first ``limit`` images of each class of another source."""
+
+    def __init__(self, whole: Source, limit: int) -> None:
+        chosen = [np.flatnonzero(whole.labels == label)[:limit] for label in range(len(whole.class_names))]
+        self.whole, self.indices = whole, np.sort(np.concatenate(chosen))
+        self.location, self.class_names, self.labels = whole.location, whole.class_names, whole.labels[self.indices]
+        self.files = whole.files
+        self.notices = (*whole.notices, f"data.limit={limit}: {len(self.labels)} of {len(whole.labels)} images are used")
+
+    @classmethod
+    def find(cls, place: Location) -> Source | None:
+        return None
+
+    @property
+    def reader(self) -> type[Source]:
+        return self.whole.reader
+
+    def image(self, index: int) -> Image.Image:
+        return self.whole.image(int(self.indices[index]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.whole.fingerprint.encode() + self.indices.tobytes()).hexdigest()[:16]
+
+    def identify(self, index: int) -> str:
+        return self.whole.identify(int(self.indices[index]))
+
+    def extras(self, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+        return self.whole.extras(self.indices[list(indices)].tolist())
 
 
 class Location:
@@ -113,8 +150,9 @@ class Location:
         return [*self.children, *itertools.chain(*concurrently(Place.children, folders))]
 
 
-def open_source(path: str, split: str) -> Source:
-    """The image set at ``path`` (``embedded:NAME``, a folder, a Parquet file, a URI of either or a hub id), of one ``split``.
+def open_source(path: str, split: str, limit: int | None = None) -> Source:
+    """The image set at ``path`` (``embedded:NAME``, a folder, a Parquet file, a URI of either or a hub id), of one ``split``;
+    with a ``limit`` the first so many images of each class.
 
     Raises :class:`UserError` if there is nothing readable at the path or no image in the set.
     """
@@ -123,7 +161,7 @@ def open_source(path: str, split: str) -> Source:
         if (source := kind.find(place)) is not None:
             if len(source.labels) == 0:
                 raise UserError(f"data source '{path}' (split '{split}') holds no image; check the path and data.*_split")
-            return source
+            return source if limit is None else Limited(source, limit)
     splits = [child.name for child in place.children if child.is_folder and child.name in SPLIT_NAMES]
     there = f"; it has the splits {', '.join(splits)}: set data.train_split and data.test_split" if splits else ""
     alike = [file.name for file in place.nearby if file.is_file and fnmatch(file.name, f"{split}*.parquet")]
