@@ -31,7 +31,9 @@ class DataConfig(Section):
     """Names of the classes to distil; all of them when unset."""
     limit: int | None = Field(default=None, ge=1)
     """Number of images per class that are used of each split, the first ones of the data source; all of them when unset. Fewer
-    images make a quick try of all stages, whose accuracies are those of the smaller test split."""
+    images make a quick try of all stages."""
+    test_limit: int | None = Field(default=None, ge=1)
+    """Number of images per class that are used of the test split; `limit` when unset."""
     unit_size: int = Field(default=500, ge=1)
     """Number of images per shard of the encoded data set."""
 
@@ -56,7 +58,7 @@ class DataConfig(Section):
         """Path, name and limit of the training or the test split, as :func:`ims3_ray.data.sources.open_source` takes them."""
         train = split == "train"
         path, name = (self.path, self.train_split) if train else (self.test_path or self.path, self.test_split)
-        return path, name, self.limit
+        return path, name, self.limit if train else self.test_limit or self.limit
 
 
 class ActorsConfig(Section):

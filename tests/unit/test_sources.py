@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ims3_ray.config import DataConfig
 from ims3_ray.data.batches import batch_indices, load_pixels
 from ims3_ray.data.sources import open_source
 from ims3_ray.data.transforms import to_pil, to_pixels, to_signed, to_uint8
@@ -102,7 +103,7 @@ def test_a_limit_takes_the_first_images_of_each_class(tmp_path: Path, kind: str)
         assert np.array_equal(np.asarray(limited.image(index)), np.asarray(whole.image(of_whole)))
     assert limited.fingerprint != whole.fingerprint
     assert limited.fingerprint == open_source(path, "train", limit=1).fingerprint
-    assert limited.notices[-1] == f"data.limit=1: {len(first)} of {len(whole.labels)} images are used"
+    assert limited.notices[-1] == f"{len(first)} of {len(whole.labels)} images of a split are used, 1 a class (data.limit)"
     assert open_source(path, "train", limit=100).labels.tolist() == whole.labels.tolist()
 
 
@@ -478,3 +479,10 @@ def test_bilinear_scaling_is_torchvisions_resize_and_centre_crop(shape: tuple[in
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
     expected = np.asarray(Compose([Resize(16), CenterCrop(16)])(image)).transpose(2, 0, 1)
     assert np.array_equal(to_pixels(image, 16, 3, "bilinear"), expected)
+
+
+def test_the_test_split_may_have_a_limit_of_its_own():
+    assert DataConfig(limit=3).place("test") == ("embedded:fashion-mnist", "test", 3)
+    assert DataConfig(limit=3, test_limit=2).place("test")[2] == 2
+    assert DataConfig(limit=3, test_limit=2).place("train")[2] == 3
+    assert DataConfig(test_limit=2).place("train")[2] is None

@@ -93,7 +93,10 @@ class Limited(Source):
         self.whole, self.indices = whole, np.sort(np.concatenate(chosen))
         self.location, self.class_names, self.labels = whole.location, whole.class_names, whole.labels[self.indices]
         self.files = whole.files
-        self.notices = (*whole.notices, f"data.limit={limit}: {len(self.labels)} of {len(whole.labels)} images are used")
+        self.notices = (
+            *whole.notices,
+            f"{len(self.labels)} of {len(whole.labels)} images of a split are used, {limit} a class (data.limit)",
+        )
 
     @classmethod
     def find(cls, place: Location) -> Source | None:
