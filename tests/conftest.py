@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import ims3_ray  # noqa: F401 - before diffusers, whose import of torchvision it makes possible on machines without CUDA
+
 CLASSES = ("left", "right", "middle")
 
 

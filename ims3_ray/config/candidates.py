@@ -22,8 +22,8 @@ class SamplingConfig(Components):
 
     sampler: str = "ddim"
     """The sampler: `ddim` (Eq. 1, deterministic), `ddpm` (ancestral, as in the published baselines; it uses the learned
-    variance of generators that have one) or `dpm++2m` (DPM-Solver++ of second order: less error for the same number of
-    steps)."""
+    variance of generators that have one), `dpm++2m` (DPM-Solver++ of second order: less error for the same number of steps)
+    or `pndm` (the linear multistep method that Stable Diffusion uses by default)."""
     steps: int = Field(default=25, ge=1, lt=1000)
     """Number of denoising steps, evenly spaced over the timesteps."""
     cfg_scale: float = Field(default=2.0, ge=1)
@@ -33,6 +33,8 @@ class SamplingConfig(Components):
     cfg_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Range of timesteps in which guidance acts, as shares of all timesteps (0 is clean, 1 is noise); a step outside the range
     costs half as much."""
+    negative_prompt: str = ""
+    """What a generator that is told words is told in the unconditional half of its guidance."""
     clip: bool = True
     """Whether each predicted clean image is clamped to [-1, 1]; right for pixels, wrong for latents."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"

@@ -50,7 +50,7 @@ def build(tree: type[Tree], values: Mapping[str, Any]) -> Tree:
         raise UserError(_one_line(tree, error)) from error
 
 
-NAMED = ("arms", "evaluation.protocols", "sets")
+NAMED = ("arms", "cluster.place", "evaluation.protocols", "sets")
 """Mappings whose keys are names that a config chooses; the value null removes a name."""
 
 

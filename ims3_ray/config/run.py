@@ -205,6 +205,8 @@ class RunConfig(WorkConfig):
         here, there = getattr(self, key), arm.overrides[key]
         if isinstance(here, Section):
             return type(here).model_validate(merge(canonical(here), there))
+        if there is None and key == "autoencoder":
+            return None
         if not isinstance(there, str):
             raise ValueError(f"overrides.{key} names weights, so it must be text, not {there!r}")
         return there

@@ -34,6 +34,13 @@ class DataConfig(Section):
     images make a quick try of all stages."""
     test_limit: int | None = Field(default=None, ge=1)
     """Number of images per class that are used of the test split; `limit` when unset."""
+    prompts: str | None = None
+    """File with what a generator that is told words is told of each class, as YAML or JSON (`class: text`); when unset,
+    ImageNet's words for a class that is named by its wnid, or the name of the class itself."""
+    captions: str | None = None
+    """Captions of the training images, for `sampling.prototypes.words: captions`: a file of JSON lines
+    (`{"file_name": …, "text": …}`), a Parquet file with these two columns, or the name of a column of the data's own Parquet
+    files."""
     unit_size: int = Field(default=500, ge=1)
     """Number of images per shard of the encoded data set."""
 

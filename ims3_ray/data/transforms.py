@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 Filter = Literal["area", "bilinear"]
 """How images are scaled. ``area``: halved by averaging while they are at least twice too large, then bicubic, as for ADM and
@@ -65,6 +66,11 @@ def to_uint8(signed: Tensor) -> Tensor:
     if not signed.isfinite().all():
         raise ValueError("the generated images have values that are not finite; check the weights and the sampling settings")
     return ((signed.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def scaled(signed_BCHW: Tensor, size: int) -> Tensor:
+    """Images in [−1, 1] scaled to ``size`` × ``size`` by a bicubic filter that is as wide as the step, as Pillow does it."""
+    return interpolate(signed_BCHW.clamp(-1, 1), (size, size), mode="bicubic", antialias=True)
 
 
 def to_pil(pixels_CHW: Tensor) -> Image.Image:

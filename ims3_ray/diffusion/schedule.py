@@ -13,19 +13,28 @@ Spacing = Literal["leading", "linspace", "dit"]
 
 
 class NoiseSchedule:
-    """ᾱ_t of the linear β schedule (1e-4 → 0.02 over 1000 steps) that DiT was trained with.
+    """ᾱ_t of a β schedule: by default the linear one (1e-4 → 0.02 over 1000 steps) that DiT was trained with.
 
     All tables are float64 ``[num_steps]``; ``alpha_bar[t]`` is the signal power after ``t + 1`` noising steps, as for the
     integer timestep ``t`` of diffusers and DiT.
     """
 
-    def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
-        betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
-        self.num_steps = num_steps
+    def __init__(
+        self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *, of_roots: bool = False,
+        offset: int = 0, ends_clean: bool = True,
+    ) -> None:  # fmt: skip
+        """``of_roots`` spaces the square roots of β evenly instead of β, as Stable Diffusion does. ``offset`` is added to the
+        timesteps of the spacing "leading". Sampling ends at ᾱ = 1 if ``ends_clean``, else at ᾱ_0, where the last step of
+        Stable Diffusion's schedulers ends."""
+        power = 0.5 if of_roots else 1.0
+        betas = torch.linspace(beta_start**power, beta_end**power, num_steps, dtype=torch.float64) ** (1 / power)
+        self.num_steps, self.offset = num_steps, offset
         self.beta = betas
         self.alpha_bar = torch.cumprod(1 - betas, dim=0)
         self.alpha_bar_previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
         """ᾱ_{t−1}; 1 before the first step."""
+        self.last_alpha_bar = 1.0 if ends_clean else self.alpha_bar[0].item()
+        """ᾱ at which sampling ends."""
         self.sigma = ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
         """σ_t = √((1−ᾱ_t)/ᾱ_t), the noise level of the rescaled latent x̄ = z/√ᾱ in which Eq. 3 is an Euler step."""
         self._on: dict[torch.device, NoiseSchedule] = {betas.device: self}
@@ -61,8 +70,9 @@ class NoiseSchedule:
     def respaced(self, num_steps: int, spacing: Spacing = "leading") -> Tensor:
         """``num_steps`` evenly spaced timesteps in rising order, int64.
 
-        "leading" counts from zero with one whole-numbered step size, the smallest that gives so many timesteps, like "ddimN" in
-        DiT's code. Where there is none, such as for 600 of 1,000, the step size is the exact one, rounded down at each step.
+        "leading" counts from ``offset`` with one whole-numbered step size, the smallest that gives so many timesteps, like
+        "ddimN" in DiT's code. Where there is none, such as for 600 of 1,000, the step size is the exact one, rounded down at
+        each step.
         "dit" runs from zero to the last timestep, as "N" does in DiT's code: the step size is added up and rounded at each
         step. "linspace" is the same in exact arithmetic, as in diffusers; the two differ by 1 at some timesteps of 278 of the
         1,000 numbers of steps. A single step is the last timestep.
@@ -71,7 +81,8 @@ class NoiseSchedule:
             raise ValueError(f"number of sampling steps must lie in 1 … {self.num_steps}, not {num_steps}")
         if spacing == "leading":
             stride = whole_stride(num_steps, self.num_steps)
-            return torch.arange(num_steps) * (stride or self.num_steps) // (1 if stride else num_steps)
+            timesteps = torch.arange(num_steps) * (stride or self.num_steps) // (1 if stride else num_steps)
+            return (timesteps + self.offset).clamp(max=self.num_steps - 1)
         last = self.num_steps - 1
         if num_steps == 1:
             return torch.tensor([last])

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load
 from torch import Tensor
 
-from ims3_ray.data.transforms import to_pil, to_uint8
+from ims3_ray.data.transforms import scaled, to_pil, to_uint8
 from ims3_ray.engine.shards import pack_tensors, parse_unit
 from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
@@ -65,16 +65,18 @@ Derive = Callable[[str, Produced], Derived]
 
 
 class Decoder:
-    """The decoding half of the autoencoder on a device. It maps latents [n, …] to uint8 pixels."""
+    """The decoding half of the autoencoder on a device. It maps latents [n, …] to uint8 pixels, which are scaled to ``size`` if
+    that is given."""
 
-    def __init__(self, weights: Path, device: str, precision: str) -> None:
-        self.device, self.dtype = device, DTYPES[precision]
+    def __init__(self, weights: Path, device: str, precision: str, size: int | None = None) -> None:
+        self.device, self.dtype, self.size = device, DTYPES[precision], size
         self.model = load_autoencoder(weights).to(device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:
         z = latents.to(self.device, self.dtype, memory_format=torch.channels_last)
-        return torch.cat([to_uint8(self.model.decode(part).float()) for part in z.split(DECODED_AT_ONCE)]).contiguous()
+        images = (self.model.decode(part).float() for part in z.split(DECODED_AT_ONCE))
+        return torch.cat([to_uint8(scaled(each, self.size) if self.size else each) for each in images]).contiguous()
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class ImageStore:
     form: Literal["pixels", "png", "latents"]
     autoencoder: Weights | None = None
     precision: str = "fp32"
+    size: int | None = None
+    """Height and width to which decoded latents are scaled; None if they have that of the images."""
 
     def write(self, unit: str, produced: Produced, encoders: Executor) -> str:
         """Store a unit; returns the SHA-256 of its shard."""
@@ -101,7 +105,9 @@ class ImageStore:
 
     def decoder(self, device: str) -> Decoder | None:
         """The decoder that :meth:`read` needs if latents are stored; otherwise None."""
-        return Decoder(self.autoencoder.path(), device, self.precision) if self.form == "latents" and self.autoencoder else None
+        if self.form != "latents" or self.autoencoder is None:
+            return None
+        return Decoder(self.autoencoder.path(), device, self.precision, self.size)
 
     @property
     def suffix(self) -> str:

@@ -10,12 +10,13 @@ from ims3_ray.config import DataConfig, PretrainConfig, RunConfig, WorkConfig
 from ims3_ray.config.work import Split
 from ims3_ray.data.batches import load_pixels
 from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
+from ims3_ray.data.prompts import prompts_of
 from ims3_ray.data.sources import Source, open_source, shared_file
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
 from ims3_ray.models.autoencoder import Autoencoder, autoencoder_path, empty_autoencoder
 from ims3_ray.models.encoder import EncoderConfig, check_encoder, encoder_config, encoder_path
-from ims3_ray.models.generator import generator_path, open_generator
+from ims3_ray.models.generator import generator_files, generator_path, open_generator
 from ims3_ray.models.generators.base import Generator
 from ims3_ray.training.encoder import Images
 
@@ -100,13 +101,48 @@ class Models:
         generator = self._pretrained
         if self.added:
             generator = generator.adopting(self.added)
+        if self.told is not None:
+            generator = generator.told(**self.told)
         self._check_pixels(generator, self.autoencoder)
         self._check_guidance(generator)
         return generator
 
     @cached_property
+    def told(self) -> dict[str, Any] | None:
+        """What a generator that takes words is told: arguments of :meth:`Generator.told`, which the keys of all that it makes
+        hold; None for others. Raises :class:`UserError` for words that nobody hears."""
+        file, negative = self.config.data.prompts, self.config.sampling.negative_prompt
+        if not self._pretrained.takes_words:
+            if negative:
+                raise UserError(
+                    f"generator '{self.config.generator}' is told labels, not words; take sampling.negative_prompt out"
+                )
+            return None
+        names = self._classes.names
+        return {"class_names": names, "prompts": prompts_of(names, file), "negative": negative}
+
+    def by_label(self, what: str) -> Generator:
+        """The generator, for ``what`` needs one that is told labels. Raises :class:`UserError` for one that is told words."""
+        if self.generator.takes_words:
+            raise UserError(
+                f"{what} needs a generator that is told the label of a class (a DiT), and '{self.config.generator}' is told "
+                "words; name another generator for this arm, or fine-tune it elsewhere and give its folder"
+            )
+        return self.generator
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that the generator makes, in pixels."""
+        return self.generator.latent[1] * (self.autoencoder.factor if self.autoencoder is not None else 1)
+
+    @property
+    def data(self) -> DataConfig:
+        """The data at the size of the generator's images."""
+        return self.config.data.model_copy(update={"size": self.image_size})
+
+    @cached_property
     def generator_weights(self) -> Weights:
-        return Weights.of(generator_path, self.config.generator)
+        return Weights.of(generator_path, self.config.generator, generator_files)
 
     @cached_property
     def labels(self) -> tuple[int, ...]:
@@ -115,12 +151,18 @@ class Models:
 
     @cached_property
     def autoencoder(self) -> Autoencoder | None:
-        """The architecture of the autoencoder, without weights; None if the config names no autoencoder."""
-        return empty_autoencoder(autoencoder_path(self.config.autoencoder)) if self.config.autoencoder else None
+        """The architecture of the autoencoder, without weights; None if there is none."""
+        return empty_autoencoder(autoencoder_path(self._autoencoder)) if self._autoencoder else None
 
     @cached_property
     def autoencoder_weights(self) -> Weights | None:
-        return Weights.of(autoencoder_path, self.config.autoencoder) if self.config.autoencoder else None
+        return Weights.of(autoencoder_path, self._autoencoder) if self._autoencoder else None
+
+    @property
+    def _autoencoder(self) -> str | None:
+        """Reference of the autoencoder: the one that the config names, or the one that comes with the generator."""
+        own = self.config.generator if self._pretrained.brings_autoencoder else None
+        return self.config.autoencoder or own
 
     @cached_property
     def encoder(self) -> EncoderConfig:
@@ -178,7 +220,8 @@ class Models:
         if vae is not None and self.config.sampling.clip:
             raise UserError("sampling.clip=true clamps pixels and would spoil latents; set sampling.clip=false")
         channels, size = (vae.image_channels, size * vae.factor) if vae else (latent_channels, size)
-        if (data.size, data.channels) != (size, channels):
+        sizes = data.size if generator.any_size else size
+        if (data.size, data.channels) != (sizes, channels):
             raise UserError(
                 f"generator '{name}' makes {channels}×{size}×{size} images; "
                 f"set data.channels={channels} and data.size={size}, or choose another generator"

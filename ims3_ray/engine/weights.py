@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import file_hash
-from ims3_ray.models.checkpoints import check_finite
+from ims3_ray.models.checkpoints import PICKLED, check_finite
+
+TENSORS = (".safetensors", *PICKLED)
+"""Endings of files that hold tensors."""
+
+
+def itself(path: Path) -> Sequence[Path]:
+    """The files of weights that are one file."""
+    return (path,)
 
 
 @dataclass(frozen=True)
@@ -19,21 +28,34 @@ class Weights:
     """Function that maps the reference to a file: ``generator_path``, ``encoder_path`` or ``autoencoder_path``."""
     reference: str
     digest: str
-    """:func:`file_hash` of the file with which the plan was made."""
+    """:func:`hash_of` the files with which the plan was made."""
+    files: Callable[[Path], Sequence[Path]] = itself
+    """Function that maps the file to all files that belong to it."""
 
     @classmethod
-    def of(cls, resolve: Callable[[str], Path], reference: str) -> Weights:
+    def of(
+        cls, resolve: Callable[[str], Path], reference: str, files: Callable[[Path], Sequence[Path]] = itself
+    ) -> Weights:  # fmt: skip
         """The weights as found on this node. A path is made absolute, since other processes have other working folders.
 
         Raises :class:`UserError` for weights that hold values which are not finite.
         """
         local, path = Path(reference).expanduser(), resolve(reference)
-        check_finite(path)
-        return cls(resolve, str(local.resolve()) if local.exists() else reference, file_hash(path))
+        for file in files(path):
+            if file.suffix in TENSORS:
+                check_finite(file)
+        return cls(resolve, str(local.resolve()) if local.exists() else reference, hash_of(files(path)), files)
 
     def path(self) -> Path:
-        """The file on this node. Raises :class:`UserError` if its content differs from that of the plan's file."""
+        """The file on this node. Raises :class:`UserError` if its content, or that of a file that belongs to it, differs from
+        that of the plan's file."""
         path = self.resolve(self.reference)
-        if file_hash(path) != self.digest:
+        if hash_of(self.files(path)) != self.digest:
             raise UserError(f"weights '{self.reference}' are not the same on every node; fetch or copy them there again")
         return path
+
+
+def hash_of(files: Sequence[Path]) -> str:
+    """:func:`file_hash` of a file, or a hash of those of several files."""
+    hashes = [file_hash(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

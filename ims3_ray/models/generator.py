@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -28,19 +29,30 @@ def generator_path(reference: str) -> Path:
     for family in families:
         if (path := family.find(folder)) is not None:
             return path
-    raise UserError(f"generator '{reference}' is a folder without a diffusers DiT (transformer/config.json and its weights)")
+    raise UserError(
+        f"generator '{reference}' is a folder with neither a diffusers DiT (transformer/config.json and its weights) nor a "
+        "pipeline of Stable Diffusion (model_index.json)"
+    )
 
 
 def open_generator(path: Path) -> Generator:
-    """The description of the generator in ``path``. If no family can read it, raises the :class:`UserError` of the first
-    family."""
-    errors = []
-    for family in Generator.registry.values():
+    """The description of the generator in ``path``. If no family can read it, raises the :class:`UserError` of the family whose
+    layout its folder has, or else of the first family."""
+    errors, families = [], list(Generator.registry.values())
+    for family in families:
+        if family.find(path.parent) == path:
+            return family.open(path)
+    for family in families:
         try:
             return family.open(path)
         except UserError as error:
             errors.append(error)
     raise errors[0]
+
+
+def generator_files(path: Path) -> Sequence[Path]:
+    """The files that the generator in ``path`` depends on."""
+    return open_generator(path).parts
 
 
 def load_generator(path: Path) -> nn.Module:

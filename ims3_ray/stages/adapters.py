@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,8 @@ class Pretrained:
     """What the generator has learnt of them; None while it learns."""
     like: Mapping[str, str] | None = None
     """Added class → known class from which it starts to learn."""
+    told: Mapping[str, Any] | None = None
+    """What a generator that takes words is told: arguments of :meth:`Generator.told`."""
 
     @classmethod
     def of_file(cls, path: Path) -> Pretrained:
@@ -98,7 +100,7 @@ class Pretrained:
         """The generator among the weights of a stage, with the classes that its input ``adopt`` has taught it."""
         adopt = stage.inputs.get("adopt")
         if adopt is None:
-            return cls(stage.weights["generator"])
+            return cls(stage.weights["generator"], told=stage.params.get("told"))
         return cls(stage.weights["generator"], tuple(adopt.params["added"]), Adapters.of(adopt, storage))
 
     @property
@@ -110,6 +112,8 @@ class Pretrained:
     def open(self) -> Generator:
         """The description of the generator, with all its classes."""
         generator = open_generator(self.weights.path())
+        if self.told is not None:
+            generator = generator.told(**self.told)
         return generator.adopting(self.added, self.like) if self.added else generator
 
     def load(self, generator: Generator) -> nn.Module:
@@ -152,8 +156,10 @@ class GroupModels:
     def predictor(
         self, label: int, count: int = 1, cfg_scale: float = 1.0, cfg_channels: int | None = None,
         *, cfg_interval: tuple[float, float] = (0.0, 1.0), variance: bool = False,
+        words: Sequence[str] | None = None,
     ) -> Predictor:  # fmt: skip
         """The predictor of ε of a class, as :meth:`ims3_ray.models.generators.base.Generator.predictor` describes it."""
         return self.generator.predictor(
-            self.of_class(label), label, count, cfg_scale, cfg_channels, cfg_interval=cfg_interval, variance=variance
-        )
+            self.of_class(label), label, count, cfg_scale, cfg_channels, cfg_interval=cfg_interval, variance=variance,
+            words=words,
+        )  # fmt: skip

@@ -57,12 +57,13 @@ class Candidates:
 
     def __init__(
         self, sampling: SamplingConfig, pretrained: Pretrained, adapters: Adapters | None, autoencoder: Path | None, seed: int,
-        device: str, steering: Steering | None = None,
+        device: str, steering: Steering | None = None, size: int | None = None,
     ) -> None:  # fmt: skip
+        """``size`` is the height and width to which the images of an autoencoder are scaled, if they have another."""
         self.sampling, self.seed, self.device, self.batch = sampling, seed, device, sampling.unit_size
         precision = precision_on(sampling.precision, torch.device(device).type)
         self.models = GroupModels(pretrained, adapters, device, DTYPES[precision], sampling.compile)
-        self.decoder = Decoder(autoencoder, device, precision) if autoencoder is not None else None
+        self.decoder = Decoder(autoencoder, device, precision, size) if autoencoder is not None else None
         self.sampler, self.steering = Sampler.registry[sampling.sampler], steering
 
     def __call__(self, unit: str) -> Produced:
@@ -80,10 +81,22 @@ class Candidates:
     @torch.inference_mode()
     def _draw(self, label: int, indices: Sequence[int]) -> Tensor:
         """The samples of a class at ``indices``, float32 on the device."""
-        s, generator = self.sampling, self.models.generator
+        words = self.steering.words(label, indices) if self.steering is not None else None
+        lengths = [self.models.generator.condition(label, each).shape[1:] for each in words or ()]
+        if words is None or len(set(lengths)) == 1:
+            return self._batch(label, indices, words)
+        found: dict[int, Tensor] = {}  # conditions of one batch have one shape, and padding would change the samples
+        for length in dict.fromkeys(lengths):
+            mine = [position for position, each in enumerate(lengths) if each == length]
+            part = self._batch(label, [indices[position] for position in mine], [words[position] for position in mine])
+            found.update(zip(mine, part, strict=True))
+        return torch.stack([found[position] for position in range(len(indices))])
+
+    def _batch(self, label: int, indices: Sequence[int], words: Sequence[str] | None) -> Tensor:
+        s, generator, count = self.sampling, self.models.generator, 1 if words is None else len(indices)
         predict = self.models.predictor(
-            label, 1, s.cfg_scale, s.cfg_channels, cfg_interval=s.cfg_interval,
-            variance=generator.learns_variance and self.sampler.uses_variance,
+            label, count, s.cfg_scale, s.cfg_channels, cfg_interval=s.cfg_interval,
+            variance=generator.learns_variance and self.sampler.uses_variance, words=words,
         )  # fmt: skip
         rngs = [generator_for(self.seed, "image", label, index) for index in indices]
         options = self.steering.options(label, indices) if self.steering is not None else {}
@@ -103,19 +116,19 @@ class Candidates:
 
 def candidates_of(
     sampling: SamplingConfig, pretrained: Pretrained, autoencoder: Weights | None, adapters: Adapters | None, seed: int,
-    steered: Steered | None = None,
+    steered: Steered | None = None, size: int | None = None,
 ) -> Callable[[str], Candidates]:  # fmt: skip
     """A function that an actor calls with its device to build :class:`Candidates`; ``autoencoder`` is that of latents."""
-    return partial(_candidates, sampling, pretrained, autoencoder, adapters, seed, steered)
+    return partial(_candidates, sampling, pretrained, autoencoder, adapters, seed, steered, size)
 
 
 def _candidates(
     sampling: SamplingConfig, pretrained: Pretrained, autoencoder: Weights | None, adapters: Adapters | None, seed: int,
-    steered: Steered | None, device: str,
+    steered: Steered | None, size: int | None, device: str,
 ) -> Candidates:  # fmt: skip
     decoder = autoencoder.path() if autoencoder is not None else None
     steering = steered.build(device) if steered is not None else None
-    return Candidates(sampling, pretrained, adapters, decoder, seed, device, steering)
+    return Candidates(sampling, pretrained, adapters, decoder, seed, device, steering, size)
 
 
 def sampling_flops(generator: Generator, sampling: SamplingConfig) -> float:

@@ -29,7 +29,7 @@ class Finetune(Tuning):
     def plan(cls, planner: Planner, config: RunConfig) -> Finetune:
         """Plan a fine-tuning. Raises :class:`UserError` for objectives that the generator does not support."""
         models, tuning = planner.models(config), config.finetune
-        generator, objectives = models.generator, tuning.objectives
+        generator, objectives = models.by_label("fine-tuning"), tuning.objectives
         check_variance(tuning, generator, "finetune")
         images = Encode.plan(planner, "train", config.data)
         groups = class_groups(models.labels, tuning.classes_per_group)

@@ -15,6 +15,7 @@ from ims3_ray.engine.planner import PNG_SHARE, Planner, pixel_bytes
 from ims3_ray.engine.pool import ImagePool
 from ims3_ray.engine.shards import units_of
 from ims3_ray.engine.stage import Context, Stage
+from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.autoencoder import decoding_flops
 from ims3_ray.stages.adapters import Adapters, Pretrained
@@ -46,12 +47,21 @@ class Generate(ImagePool):
             "sampling": differing(s), "store": config.pool.store, "generator": models.generator_weights.digest,
             "seed": config.seed, **plugins.hashes(type(generator), Sampler.registry[s.sampler], s.steering),
         }  # fmt: skip
+        if models.told is not None:
+            params["told"] = models.told
+        if models.image_size != config.data.size:
+            params["size"] = config.data.size
         params |= spacing_version(s.steps, Sampler.registry[s.sampler].spacing)
         inputs: dict[str, Stage] = adopted_classes(planner, config)
         names = ["adopted" if inputs else "pretrained"]
         if arm.finetune:
             inputs["finetune"], names = Finetune.plan(planner, config), [tuned_title(planner, config)]
         if (steering := s.steering) is not None:
+            if steering.says_words(s.of(steering)) and not generator.takes_words:
+                raise UserError(
+                    f"sampling.{steering.name}.words=captions is for a generator that takes words (Stable Diffusion), and "
+                    f"'{config.generator}' is told labels; set it to class, or name another generator"
+                )
             source: Any = Stage.registry[steering.source]
             inputs[steering.source] = source.plan(planner, config)
             if "k" not in inputs[steering.source].params:
@@ -100,14 +110,16 @@ class Generate(ImagePool):
 
     def store(self, storage: Storage) -> ImageStore:
         precision = self.run_config.sampling.precision
-        return ImageStore(self.artifact(storage), self.params["store"], self.weights.get("autoencoder"), precision)
+        return ImageStore(
+            self.artifact(storage), self.params["store"], self.weights.get("autoencoder"), precision, self.params.get("size")
+        )
 
     def producer(self, context: Context) -> Callable[[str], Producer]:
         tuned = self.inputs.get("finetune")
         adapters = Adapters.of(tuned, context.storage) if tuned is not None else None
         pretrained, vae = Pretrained.of(self, context.storage), self.weights.get("autoencoder")
         sampling, seed = self.run_config.sampling, self.run_config.seed
-        return candidates_of(sampling, pretrained, vae, adapters, seed, self._steered(context))
+        return candidates_of(sampling, pretrained, vae, adapters, seed, self._steered(context), self.params.get("size"))
 
     def _steered(self, context: Context) -> Steered | None:
         s, k = self.run_config.sampling, self.run_config.selection.images_per_class

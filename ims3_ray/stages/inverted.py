@@ -40,7 +40,7 @@ class Invert(DerivedStage):
         """Plan the inversion of ``sampling.inverted_gaussian.images_per_class`` images of each class, in whole units, or of
         all images if that is None."""
         models, s, images = planner.models(config), config.sampling, Encode.plan(planner, "train", config.data)
-        start = s.of(InvertedGaussian)
+        start, _ = s.of(InvertedGaussian), models.by_label("sampling.inverted_gaussian")
         params: dict[str, Any] = {
             "generator": models.generator_weights.digest, "steps": s.steps, "until": start.until, "cfg_scale": s.cfg_scale,
             "cfg_channels": s.cfg_channels, "cfg_interval": s.cfg_interval, "precision": s.precision,

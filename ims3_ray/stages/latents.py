@@ -38,11 +38,12 @@ class EncodeLatents(DerivedStage):
     @classmethod
     def plan(cls, planner: Planner, config: RunConfig) -> EncodeLatents | None:
         """Plan the stage; returns None for a generator that works on pixels."""
-        models, images = planner.models(config), Encode.plan(planner, "train", config.data)
+        models = planner.models(config)
         if models.autoencoder is None or models.autoencoder_weights is None:
             return None
+        images = Encode.plan(planner, "train", models.data)
         flips = 2 if config.finetune.flip else 1
-        flops = images.images * flips * encoding_flops(models.autoencoder, config.data.size)
+        flops = images.images * flips * encoding_flops(models.autoencoder, models.image_size)
         return planner.add(
             cls(
                 "encode latents",

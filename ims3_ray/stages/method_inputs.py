@@ -52,15 +52,16 @@ def plan_needs(planner: Planner, needs: Collection[Need], config: RunConfig, sta
         found.inputs["statistics"] = Statistics.plan(planner)
     if "generator" in needs:
         models, pool = planner.models(config), cast(Select, start).pool
+        generator = models.by_label("a synthesis method that asks a generator")
         found.params.update(
             generator=models.generator_weights.digest, labels=list(models.labels), precision=config.sampling.precision,
-            **plugins.hashes(type(models.generator)),
+            **plugins.hashes(type(generator)),
         )  # fmt: skip
         found.inputs.update({name: stage for name, stage in pool.inputs.items() if name in ("finetune", "adopt")})
         if models.autoencoder is not None:
             found.inputs["images"] = pool  # for the latents of its images, if these are stored
         found.weights.update(pool.weights)
-        found.forward["generator"] = models.generator.forward_flops()
+        found.forward["generator"] = generator.forward_flops()
     if "teacher" in needs:
         teacher = plan_teacher(planner)
         found.inputs.update(teacher.inputs)

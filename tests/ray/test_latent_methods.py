@@ -12,7 +12,7 @@ from ims3_ray.diffusion.prediction import guided
 from ims3_ray.diffusion.samplers.base import sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.diffusion.steering.inverted_gaussian import Gaussian, draw_group, invert_to_start, start_index
-from ims3_ray.diffusion.steering.mode_guidance import find_modes
+from ims3_ray.diffusion.steering.modes import find_modes
 from ims3_ray.engine.images import Decoder
 from ims3_ray.engine.pool import produce
 from ims3_ray.engine.sets import read_set
@@ -58,7 +58,7 @@ def test_methods_work_on_latents(tiny_world: Path, tmp_path: Path, encoded: Path
     with torch.no_grad():
         z0 = torch.cat([vae.moments(part)[0] for part in to_signed(pixels).split(8)])
         found = load(stages["modes", ""].artifact(storage).read("class-0001.safetensors"))["modes"]
-        torch.testing.assert_close(found, find_modes(z0.half().float(), K, seed_for(0, "modes", 1))[0], atol=2e-3, rtol=0)
+        torch.testing.assert_close(found, find_modes(z0.half().float(), K, seed_for(0, "modes", 1)).centres, atol=2e-3, rtol=0)
 
         predict = guided(model, torch.ones(len(z0), dtype=torch.long), 3, 2.0)
         ends = invert_to_start(predict, z0, schedule, 5, 0.6).double()

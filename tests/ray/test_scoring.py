@@ -20,7 +20,7 @@ from ims3_ray.data.transforms import to_signed
 from ims3_ray.diffusion.prediction import guided
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.diffusion.steering.inverted_gaussian import Gaussian, invert_to_start
-from ims3_ray.diffusion.steering.mode_guidance import find_modes
+from ims3_ray.diffusion.steering.modes import find_modes
 from ims3_ray.engine.sets import read_set
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.io.storage import Storage
@@ -197,7 +197,7 @@ def test_modes_are_those_of_the_real_images_of_each_class(plan: Plan[CompareConf
     for position, unit in enumerate(modes.units):
         shards = [u for u in modes.inputs["images"].units if u.startswith(f"c{position:04d}")]
         pixels = torch.cat([load(modes.inputs["images"].artifact(storage).read(f"{u}.safetensors"))["pixels"] for u in shards])
-        expected, _ = find_modes(to_signed(pixels), 2, seed_for(0, "modes", position))
+        expected = find_modes(to_signed(pixels), 2, seed_for(0, "modes", position)).centres
         assert torch.equal(load(modes.artifact(storage).read(f"{unit}.safetensors"))["modes"], expected)
 
 

@@ -86,7 +86,10 @@ def test_a_pool_must_suffice_for_every_arm_and_every_budget():
         ("arms.dit.select=best", "no selector is called 'best'; there is: all, closest, confidence, first"),
         ("export=nothing", "export='nothing' is no arm; there is: random_real, dit, dit_s3, ims3"),
         ("sampling.mode_guidance.strength=0.1", "mode_guidance.strength needs sampler=ddpm, not ddim"),
-        ("sampling={sampler: ddpm, inverted_gaussian: {groups: 5}}", "inverted_gaussian.groups needs sampler=ddim, not ddpm"),
+        (
+            "sampling={sampler: ddpm, inverted_gaussian: {groups: 5}}",
+            "inverted_gaussian.groups needs sampler=ddim or pndm, not ddpm",
+        ),
         ("synthesis.cao2.timesteps=[12, 1]", "timesteps=[12, 1] are no range of the 50 timesteps"),
         ("arms.dit.overrides={sampling: {cfg: 2}}", "arms.dit.overrides.sampling.cfg: Extra inputs are not permitted"),
         ("arms.dit.overrides={evaluation: {}}", "input should be 'finetune', 'sampling', 'selection', 'pool', 'synthesis'"),

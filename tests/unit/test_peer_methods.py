@@ -12,7 +12,8 @@ from ims3_ray.diffusion.samplers.ddim import Ddim
 from ims3_ray.diffusion.samplers.ddpm import Ddpm
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.diffusion.steering.inverted_gaussian import Gaussian, draw_group, invert_to_start, start_index
-from ims3_ray.diffusion.steering.mode_guidance import find_modes, toward_modes
+from ims3_ray.diffusion.steering.mode_guidance import toward_modes
+from ims3_ray.diffusion.steering.modes import find_modes
 from ims3_ray.diffusion.steering.prototypes import Prototypes
 from ims3_ray.synthesis.cao2 import refine, refinement_loss
 
@@ -39,11 +40,12 @@ def test_modes_are_the_means_of_clusters_the_largest_first():
     centres = torch.tensor([[5.0, 0, 0, 0], [0, 5, 0, 0], [0, 0, 5, 0]])
     sizes = (10, 40, 20)
     latents = torch.cat([c + 0.1 * torch.randn(n, 4, generator=rng(n)) for c, n in zip(centres, sizes, strict=True)])
-    modes, counts = find_modes(latents.reshape(-1, 1, 2, 2), 3, seed=0)
+    found = find_modes(latents.reshape(-1, 1, 2, 2), 3, seed=0)
+    modes, counts = found.centres, found.counts
     expected = torch.stack([part.mean(dim=0) for part in latents.split(sizes)])[[1, 2, 0]].reshape(3, 1, 2, 2)
     torch.testing.assert_close(modes, expected)
     assert counts.tolist() == [40, 20, 10]
-    assert (find_modes(latents.reshape(-1, 1, 2, 2), 3, seed=0)[0] == modes).all()
+    assert (find_modes(latents.reshape(-1, 1, 2, 2), 3, seed=0).centres == modes).all()
     with pytest.raises(ValueError, match="3 modes are to be found of 2 images"):
         find_modes(torch.zeros(2, 1, 2, 2), 3, seed=0)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
 from ims3_ray.diffusion.prediction import guided, predict_z0
 from ims3_ray.diffusion.samplers.base import Sampler, sample
@@ -224,6 +224,29 @@ def test_dpm_solver_equals_the_loop_of_diffusers(num_steps: int):
     theirs.set_timesteps(num_steps)
     expected = loop_of_diffusers(theirs, predictor)  # its table of noise levels is in float32
     torch.testing.assert_close(in_double("dpm++2m", predictor, num_steps, False), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [2, 4, 20])
+def test_pndm_equals_the_loop_of_diffusers_with_stable_diffusions_schedule(num_steps: int):
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    theirs = PNDMScheduler(**settings, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    ours = NoiseSchedule(1000, 0.00085, 0.012, of_roots=True, offset=1, ends_clean=False)
+    torch.testing.assert_close(ours.alpha_bar.float(), theirs.alphas_cumprod, rtol=2e-5, atol=0)
+    assert ours.last_alpha_bar == pytest.approx(theirs.final_alpha_cumprod.item(), rel=1e-6)
+    theirs.alphas_cumprod, theirs.final_alpha_cumprod = ours.alpha_bar, ours.alpha_bar[0]
+    theirs.set_timesteps(num_steps)
+    calls = []
+
+    def predict(z: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        calls.append(int(t_B[0]))
+        return predictor(z, t_B)
+
+    z = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found = Sampler.registry["pndm"]()(predict, z, lambda: z, ours, num_steps, False)
+    assert calls == theirs.timesteps.tolist()
+    for t in theirs.timesteps:
+        z = theirs.step(predictor(z, t.expand(2)), t, z).prev_sample
+    torch.testing.assert_close(found, z, rtol=1e-9, atol=1e-9)
 
 
 def gaussian(mean: float, std: float) -> Callable[..., torch.Tensor]:

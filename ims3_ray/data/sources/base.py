@@ -84,6 +84,10 @@ class Source(Component, ABC):
         """Other values of these images: ``logits`` [n, num_classes] and ``weights`` [n]; empty if the set has neither."""
         return {}
 
+    def texts(self, column: str) -> Sequence[str] | None:
+        """The text of each image in a column of the set's own files; None if there is no such column."""
+        return None
+
 
 class Limited(Source):
     """The first ``limit`` images of each class of another source."""
@@ -118,6 +122,10 @@ class Limited(Source):
 
     def extras(self, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         return self.whole.extras(self.indices[list(indices)].tolist())
+
+    def texts(self, column: str) -> Sequence[str] | None:
+        found = self.whole.texts(column)
+        return None if found is None else [found[index] for index in self.indices.tolist()]
 
 
 class Location:

@@ -87,6 +87,13 @@ class ParquetSource(Source):
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self.files[part].name} row {index - int(self._starts[part])}"
 
+    def texts(self, column: str) -> list[str] | None:
+        tables = [_open_parquet(file) for file in self.files]
+        if any(column not in table.schema_arrow.names for table in tables):
+            return None
+        columns = [table.read(columns=[column])[column] for table in tables]
+        return [text for each in columns for text in each.cast(pa.string()).fill_null("").to_pylist()]
+
     def extras(self, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         return {name: values[list(indices)] for name, values in self._extras.items()}
 

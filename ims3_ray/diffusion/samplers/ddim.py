@@ -29,8 +29,8 @@ def ddim_step(
 
 
 class Ddim(Sampler):
-    """Deterministic (η = 0), on DiT's "ddimN" timesteps 0, 1000/N, 2000/N …; starts from the timestep of index ``first``
-    where ``z`` is not pure noise."""
+    """Deterministic (η = 0), on DiT's "ddimN" timesteps 0, 1000/N, 2000/N … (Stable Diffusion's are larger by 1); starts from
+    the timestep of index ``first`` where ``z`` is not pure noise."""
 
     name, spacing = "ddim", "leading"
     takes = frozenset({"first", "around"})
@@ -48,7 +48,7 @@ class Ddim(Sampler):
         **_: Any,
     ) -> Tensor:
         timesteps = schedule.respaced(num_steps, self.spacing).tolist()
-        levels = [1.0, *schedule.alpha_bar[timesteps].tolist()]
+        levels = [schedule.last_alpha_bar, *schedule.alpha_bar[timesteps].tolist()]
         for i in range(num_steps - 1 if first is None else first, -1, -1):
             eps = predict(z, torch.tensor(timesteps[i : i + 1]))[:, : z.shape[1]]
             z = ddim_step(z, eps, levels[i + 1], levels[i], clip=clip)

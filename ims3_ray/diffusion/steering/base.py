@@ -43,6 +43,11 @@ class Steering(Component, ABC):
         return 1.0
 
     @classmethod
+    def says_words(cls, config: Any) -> bool:
+        """Whether the generator must be one that takes words."""
+        return False
+
+    @classmethod
     @abstractmethod
     def title(cls, config: Any, k: int) -> str:
         """Description of the samples for titles."""
@@ -50,3 +55,8 @@ class Steering(Component, ABC):
     @abstractmethod
     def options(self, label: int, indices: Sequence[int]) -> dict[str, Any]:
         """Options of :func:`ims3_ray.diffusion.samplers.base.sample` for the samples ``indices`` of a class."""
+
+    def words(self, label: int, indices: Sequence[int]) -> list[str] | None:
+        """What a generator that takes words is told for each of the samples ``indices`` of a class; None if that is the
+        prompt of the class."""
+        return None

@@ -1,15 +1,17 @@
-"""Starts of sampling at prototypes, D4M (Su et al. 2024, arXiv 2407.15138) with a class-conditional generator: each sample
-begins at the centre of a cluster of the class's real latents, which is noised part of the way."""
+"""Starts of sampling at prototypes, D4M (Su et al. 2024, arXiv 2407.15138) and DDVLCP: each sample begins at the centre of a
+cluster of the class's real latents, which is noised part of the way, and may be told the caption of a real image of the
+cluster."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from ims3_ray.component import Section
-from ims3_ray.diffusion.steering.mode_guidance import ByModes
+from ims3_ray.diffusion.steering.modes import ByModes, Clustering
 
 
 class Prototypes(ByModes):
@@ -18,19 +20,46 @@ class Prototypes(ByModes):
     name, option, switch = "prototypes", "around", "strength"
 
     class Config(Section):
-        """Start of sampling (D4M): centre i mod K of the class's real images (k-means with k = K) for candidate i, noised."""
+        """Start of sampling (D4M, DDVLCP): centre i mod K of the class's real images (k-means with k = K) for candidate i,
+        noised."""
 
         strength: float = Field(default=0.0, ge=0, le=1)
-        """Share of the sampling steps for which the centre is noised and then sampled; D4M uses 0.7, and 0 starts from pure
-        noise."""
+        """Share of the sampling steps for which the centre is noised and then sampled; D4M and DDVLCP use 0.7, and 0 starts
+        from pure noise."""
+        minibatch: int = Field(default=0, ge=0)
+        """Size of the mini-batches of k-means, in units of K, for one pass over the images as D4M makes it (its release: 1); 0
+        for k-means of all images at once."""
+        outliers: float = Field(default=0.0, ge=0, le=0.5)
+        """Share of a class's images that are left out of the clusters, by their local outlier factor (DDVLCP: 0.1)."""
+        words: Literal["class", "captions"] = "class"
+        """What a generator that takes words is told: the prompt of the class (D4M), or for each cluster the caption of a real
+        image (DDVLCP; needs `data.captions`)."""
+        common: float = Field(default=0.7, gt=0, le=1)
+        """With `words: captions`, words that so large a share of the class's captions has do not count in the choice of a
+        cluster's caption (DDVLCP: 0.7, for CIFAR 0.9)."""
 
     @classmethod
     def share(cls, config: Config) -> float:
         return config.strength
 
     @classmethod
+    def says_words(cls, config: Config) -> bool:
+        return config.words == "captions"
+
+    @classmethod
     def title(cls, config: Config, k: int) -> str:
         return f"from {k} prototypes"
 
+    @classmethod
+    def clustering(cls, config: Config) -> Clustering:
+        return Clustering(config.minibatch, config.outliers, config.common if cls.says_words(config) else None)
+
     def options(self, label: int, indices: Sequence[int]) -> dict[str, Any]:
         return {"around": self.modes(label, indices), "first": max(0, int(self.steps * self.config.strength) - 1)}
+
+    def words(self, label: int, indices: Sequence[int]) -> list[str] | None:
+        if not self.says_words(self.config):
+            return None
+        (shard,) = self.shards(label)
+        captions: list[str] = json.loads(bytes(shard["captions"].tolist()))
+        return [captions[index % self.k] for index in indices]

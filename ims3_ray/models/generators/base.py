@@ -40,6 +40,10 @@ class Generator(Component, ABC):
     """Names of the classes that the weights know; empty if they do not name them."""
     knows_null: bool = True
     """Whether the network was trained with the null condition, without which there is no guidance."""
+    takes_words: ClassVar[bool] = False
+    """Whether the condition is a text, which :meth:`told` gives for each class, instead of a label."""
+    any_size: ClassVar[bool] = False
+    """Whether images of another size than that of the data are scaled to it; otherwise the sizes must be equal."""
 
     @classmethod
     @abstractmethod
@@ -71,9 +75,28 @@ class Generator(Component, ABC):
         """
         raise UserError(f"generator '{self.path.name}' cannot be taught new classes; use one of the family dit")
 
+    def told(self, class_names: Sequence[str], prompts: Sequence[str], negative: str) -> Generator:
+        """This generator with these classes, a prompt for each, and the prompt of its null condition. Raises
+        :class:`UserError` for a family that takes no words."""
+        raise UserError(f"generator '{self.path.name}' is told labels, not words; use one of the family stable-diffusion")
+
     @abstractmethod
-    def condition(self, label: int) -> Tensor:
-        """The condition, [1, …], that the network is given for a class."""
+    def condition(self, label: int, words: str | None = None) -> Tensor:
+        """The condition, [1, …], that the network is given for a class, or for the ``words`` that are to be said of it."""
+
+    def null_beside(self, condition: Tensor) -> Tensor:
+        """The null condition, [1, …], in the shape of a ``condition``."""
+        return self.null
+
+    @property
+    def parts(self) -> Sequence[Path]:
+        """The files that the condition and the network depend on."""
+        return (self.path,)
+
+    @property
+    def brings_autoencoder(self) -> bool:
+        """Whether the generator's folder or hub id holds its autoencoder too."""
+        return False
 
     @abstractmethod
     def forward_flops(self) -> float:
@@ -100,16 +123,20 @@ class Generator(Component, ABC):
     def predictor(
         self, network: nn.Module, label: int, count: int = 1, cfg_scale: float = 1.0, cfg_channels: int | None = None,
         *, cfg_interval: tuple[float, float] = (0.0, 1.0), variance: bool = False,
+        words: Sequence[str] | None = None,
     ) -> Predictor:  # fmt: skip
         """The predictor of ε for the class with this label, for any number of samples if ``count`` is 1, otherwise for
-        ``count`` samples.
+        ``count`` samples. ``words`` are said of each of these samples in place of the class's prompt; their conditions must
+        have one shape.
 
         The other arguments are those of :func:`ims3_ray.diffusion.prediction.guided`.
         """
         device = next(network.parameters()).device
-        condition = self.condition(label).to(device)
+        told = [self.condition(label, each) for each in words or (None,)]
+        condition = torch.cat(told).to(device)
+        null = self.null_beside(condition).to(device)
         return guided(
-            network, condition.expand(count, *condition.shape[1:]), self.null.to(device), cfg_scale, cfg_channels,
+            network, condition.expand(count, *condition.shape[1:]), null, cfg_scale, cfg_channels,
             cfg_interval=cfg_interval, variance=variance, schedule=self.schedule, parametrisation=self.parametrisation,
         )  # fmt: skip
 

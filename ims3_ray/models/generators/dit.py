@@ -93,7 +93,7 @@ class DiTGenerator(Generator):
             indices.append(known[name])
         return indices
 
-    def condition(self, label: int) -> Tensor:
+    def condition(self, label: int, words: str | None = None) -> Tensor:
         return labels_as_conditions(label)
 
     def forward_flops(self) -> float:

@@ -1,0 +1,298 @@
+"""Stable Diffusion as a generator, against diffusers' own pipeline."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+from PIL import Image
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.neighbors import LocalOutlierFactor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ims3_ray.config import SamplingConfig
+from ims3_ray.data.captions import Captions, caption_of_clusters
+from ims3_ray.data.prompts import prompts_of, words_of_name
+from ims3_ray.data.sources import open_source
+from ims3_ray.data.sources.base import Limited
+from ims3_ray.data.transforms import scaled, to_pil, to_signed, to_uint8
+from ims3_ray.diffusion.samplers.base import sample
+from ims3_ray.diffusion.steering.modes import Clustering, find_modes
+from ims3_ray.engine.weights import Weights
+from ims3_ray.errors import UserError
+from ims3_ray.io.parquet import image_table, parquet_bytes
+from ims3_ray.models.autoencoder import decoding_flops, empty_autoencoder, encoding_flops
+from ims3_ray.models.generator import generator_files, generator_path, open_generator
+from ims3_ray.models.generators.base import Generator
+from ims3_ray.models.text import TextEncoder
+from ims3_ray.stages.candidates import sampling_flops
+from tests.pipelines import write_pipeline
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES, PROMPTS, NEGATIVE = ("n01440764", "cat"), ("tench, Tinca tinca", "a small cat"), "cartoon"
+LONG = "a fish that is long and thin and has scales of many colours, and a tail that is as wide as its body is high"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+def told(folder: Path) -> Generator:
+    return open_generator(generator_path(str(folder))).told(NAMES, PROMPTS, NEGATIVE)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_samples_are_those_of_diffusers_image_to_image_pipeline(tmp_path: Path, prediction: str):
+    folder = write_pipeline(tmp_path, prediction=prediction)
+    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    prototypes = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = pipeline(
+        prompt=[PROMPTS[1]] * 3, negative_prompt=[NEGATIVE] * 3, image=prototypes, strength=0.7, num_inference_steps=10,
+        guidance_scale=8.0, generator=[torch.Generator().manual_seed(seed) for seed in (5, 6, 7)], output_type="latent",
+    ).images  # fmt: skip
+    generator = told(folder)
+    network = generator.load()
+    for count in (1, 3):  # one condition for all samples, or one for each
+        words = None if count == 1 else [PROMPTS[1]] * 3
+        found = sample(
+            generator.predictor(network, 1, count, 8.0, words=words), generator.latent,
+            [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)], generator.schedule, 10, around=prototypes, first=6,
+        )  # fmt: skip
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_a_sample_does_not_depend_on_its_batch(folder: Path):
+    generator = told(folder)
+    network = generator.load()
+
+    def drawn(seeds: list[int], words: list[str]) -> torch.Tensor:
+        predict = generator.predictor(network, 0, len(seeds), 4.0, words=words)
+        rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return sample(predict, generator.latent, rngs, generator.schedule, 4, sampler="pndm")
+
+    together = drawn([1, 2, 3], ["one fish", "two fish", "red fish"])
+    torch.testing.assert_close(together[1:2], drawn([2], ["two fish"]), rtol=1e-5, atol=1e-5)
+    assert (together[1:2] - drawn([2], ["one fish"])).abs().max() > 1e-3, "the words change the sample"
+
+
+def test_long_texts_are_read_in_pieces(folder: Path):
+    encoder = TextEncoder(folder)
+    assert len(encoder.tokenizer(LONG).input_ids) > 77
+    tokens = encoder.tokens(LONG)
+    assert tokens.shape == (2, 77)
+    begin, pad = encoder.tokenizer.bos_token_id, encoder.tokenizer.pad_token_id
+    assert tokens[0, 0] == begin
+    assert begin not in tokens[1]
+    assert tokens[1, -1] == pad
+    embedded = encoder(LONG)
+    assert embedded.shape == (1, 154, 16)
+    torch.testing.assert_close(embedded[:, 77:], encoder.model(tokens[1:])[0])
+    generator = told(folder)
+    condition = generator.condition(0, LONG)
+    assert generator.null_beside(condition).shape == condition.shape
+    torch.testing.assert_close(generator.null_beside(condition)[:, :77], generator.null, rtol=1e-5, atol=1e-5)
+
+
+def test_a_short_prompt_is_padded_as_by_the_pipeline(folder: Path):
+    encoder = TextEncoder(folder)
+    theirs = encoder.tokenizer("a cat", padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    assert torch.equal(encoder.tokens("a cat"), theirs)
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json",
+                                  "scheduler/scheduler_config.json"])  # fmt: skip
+def test_the_digest_covers_every_part(folder: Path, tmp_path: Path, file: str):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    before = Weights.of(generator_path, str(copy), generator_files)
+    assert before.digest == Weights.of(generator_path, str(folder), generator_files).digest
+    other = write_pipeline(tmp_path / "other", prediction="v_prediction", seed=1)
+    content = (other / file).read_bytes()
+    (copy / file).write_bytes(content if content != (copy / file).read_bytes() else content.replace(b"}", b" }", 1))
+    with pytest.raises(UserError, match="are not the same on every node"):
+        before.path()
+
+
+def test_operations_are_counted_on_the_architecture_alone(folder: Path):
+    generator = told(folder)
+    network, condition = generator.load(), generator.condition(0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        network(torch.zeros(1, 4, 8, 8), torch.tensor([3]), condition)
+    assert generator.forward_flops() == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "message"),
+    [
+        ("unet", {"addition_embed_type": "text_time"}, "use Stable Diffusion 1 or 2"),
+        ("unet", {"in_channels": 9}, "inpainting"),
+        ("scheduler", {"beta_schedule": "squaredcos_cap_v2"}, "noise schedule 'squaredcos_cap_v2'"),
+        ("scheduler", {"prediction_type": "sample"}, "predicts 'sample'"),
+    ],
+)
+def test_pipelines_of_other_kinds_are_refused(
+    folder: Path, tmp_path: Path, part: str, settings: dict[str, object], message: str
+):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = copy / part / ("config.json" if part == "unet" else "scheduler_config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    with pytest.raises(UserError, match=message):
+        open_generator(generator_path(str(copy)))
+
+
+def test_a_pipeline_with_a_part_missing_is_refused_with_its_name(folder: Path, tmp_path: Path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="unet' holds no weights"):
+        open_generator(generator_path(str(copy))).check()
+
+
+def test_a_generator_of_labels_takes_no_words():
+    with pytest.raises(UserError, match="is told labels, not words"):
+        open_generator(generator_path("embedded:fashion-mnist-dit-coarse")).told(NAMES, PROMPTS, "")
+
+
+def test_prompts_come_from_imagenet_or_the_name_or_a_file(tmp_path: Path):
+    assert words_of_name("n01440764") == "tench, Tinca tinca"
+    assert words_of_name("n99999999") == "n99999999"
+    assert words_of_name("AnkleBoot") == "Ankle Boot"
+    assert words_of_name("T-shirt_top") == "T-shirt top"
+    file = tmp_path / "prompts.yaml"
+    file.write_text("cat: a photo of a cat\n1: one\n")
+    assert prompts_of(("cat", "1"), str(file)) == ("a photo of a cat", "one")
+    with pytest.raises(UserError, match=r"has no prompt for class 'cats' \(it has 'cat'\)"):
+        prompts_of(("cats",), str(file))
+    file.write_text("- cat\n")
+    with pytest.raises(UserError, match="must map the name of each class to a text"):
+        prompts_of(("cat",), str(file))
+
+
+def test_scaling_is_that_of_pillow():
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 48, 48), dtype=np.uint8))
+    smooth = torch.nn.functional.avg_pool2d(pixels.float(), 3, 1, 1).round().to(torch.uint8)
+    theirs = np.asarray(to_pil(smooth).resize((21, 21), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    ours = to_uint8(scaled(to_signed(smooth)[None], 21))[0].numpy()
+    assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
+
+
+CAPTIONS = (
+    "a brown dog on green grass",
+    "a brown dog with a red ball on grass",
+    "the dog runs over grass, grass everywhere",
+    "a dog in snow",
+    "white snow and a dog",
+    "a dog sleeps on a sofa",
+)
+
+
+def test_the_caption_of_a_cluster_says_most_of_what_its_captions_say():
+    clusters = (0, 0, 0, 1, 1, -1)
+    # "dog" is in all captions and in the name; of cluster 0 count grass (4), brown (2), and once green, red, ball, runs
+    # and, though a stop word in some lists, nothing of "on", "with", "over", "everywhere".
+    assert caption_of_clusters(CAPTIONS, clusters, 3, "dog", 0.7) == [CAPTIONS[1], CAPTIONS[4], ""]
+    # Words are looked for as parts of words: "grass" counts in "grasshopper".
+    other = ("green grass", "grass", "a grasshopper on green leaves, leaves")
+    assert caption_of_clusters(other, (0, 0, 0), 1, "cat", 1.0) == [other[2]]
+    # Words that so many captions have, or that are part of the name of the class, do not count.
+    assert caption_of_clusters(("red fox", "red box", "red"), (0, 0, 1), 2, "foxes", 0.7) == ["red box", ""]
+
+
+def test_captions_are_matched_by_the_names_of_files(tmp_path: Path):
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "train" / name)
+    source = open_source(str(tmp_path), "train")
+    names = [source.identify(index) for index in range(3)]
+    file = tmp_path / "metadata.jsonl"
+    file.write_text("".join(json.dumps({"file_name": name, "text": f"of {name}"}) + "\n" for name in names))
+    assert Captions(str(file), source).of([0, 2]) == [f"of {names[0]}", f"of {names[2]}"]
+    file.write_text('{"file_name": "elsewhere/2.png", "text": "two"}\n{"file_name": "a/1.png", "text": "x"}\n')
+    assert Captions(str(file), source).of([names.index("cat/2.png")]) == ["two"]
+    with pytest.raises(UserError, match=r"has no caption for the image 'dog/1\.png'"):
+        Captions(str(file), source).of([names.index("dog/1.png")])
+    file.write_text("no json\n")
+    with pytest.raises(UserError, match="is neither a column of the data's Parquet files nor JSON lines"):
+        Captions(str(file), source)
+
+
+def test_captions_may_be_a_column_of_the_data(tmp_path: Path):
+    png = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(png, "PNG")
+    table = image_table([(png.getvalue(), f"{number}.png", number % 2) for number in range(4)])
+    table = table.append_column("text", pa.array(["one", "two", None, "four"]))
+    (tmp_path / "train.parquet").write_bytes(parquet_bytes(table))
+    source = open_source(str(tmp_path / "train.parquet"), "train")
+    assert Captions("text", source).of([1, 2]) == ["two", ""]
+    assert Captions("text", Limited(source, 1)).of([0, 1]) == ["one", "two"]
+    with pytest.raises(UserError, match=r"data\.captions '.*other' is neither a column"):
+        Captions("other", source)
+
+
+def test_outliers_are_left_out_of_the_clusters():
+    rng = np.random.default_rng(0)
+    near = np.concatenate([rng.normal(at, 0.1, (30, 4)) for at in (-2, 2)])
+    latents = torch.from_numpy(np.concatenate([near, [[50, 0, 0, 0], [0, 60, 0, 0]]])).float().reshape(-1, 1, 2, 2)
+    found = find_modes(latents, 2, 0, Clustering(outliers=0.05))
+    outside = LocalOutlierFactor(10, contamination=0.05).fit_predict(latents.flatten(1).numpy()) == -1
+    assert np.array_equal(found.clusters.numpy() == -1, outside)
+    assert outside[-2:].all()
+    assert found.counts.sum() == (~outside).sum()
+    for cluster in range(2):
+        mine = latents[found.clusters == cluster]
+        assert len(mine) == found.counts[cluster]
+        torch.testing.assert_close(mine.mean(dim=0), found.centres[cluster], rtol=1e-4, atol=1e-4)
+
+
+def test_minibatch_k_means_is_one_pass_over_the_shuffled_latents():
+    rng = np.random.default_rng(0)
+    latents = torch.from_numpy(rng.normal(size=(50, 4))).float().reshape(-1, 1, 2, 2)
+    found = find_modes(latents, 5, 3, Clustering(minibatch=2))
+    theirs, flat = MiniBatchKMeans(n_clusters=5, batch_size=10, random_state=3), latents.flatten(1).numpy()
+    order = np.random.default_rng(3).permutation(50)
+    for start in range(0, 50, 10):
+        theirs.partial_fit(flat[order[start : start + 10]])
+    centres = {tuple(np.round(each, 5)) for each in theirs.cluster_centers_}
+    assert {tuple(np.round(each, 5)) for each in found.centres.flatten(1).numpy()} == centres
+    assert found.counts.tolist() == sorted(found.counts.tolist(), reverse=True)
+    assert found.counts.tolist() == found.clusters.bincount(minlength=5).tolist()
+
+
+def test_the_operations_of_d4m_with_stable_diffusion_are_known_without_weights(tmp_path: Path):
+    """The shapes of Stable Diffusion 1.5; the folder holds no weights."""
+    parts = {
+        "model_index.json": {"_class_name": "StableDiffusionPipeline"},
+        "unet/config.json": {"sample_size": 64, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 768},
+        "text_encoder/config.json": {"max_position_embeddings": 77},
+        "scheduler/scheduler_config.json": {
+            "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+            "steps_offset": 1, "set_alpha_to_one": False,
+        },
+        "vae/config.json": {
+            "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 2,
+            "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4, "sample_size": 512,
+        },
+    }  # fmt: skip
+    for name, content in parts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    generator = open_generator(generator_path(str(tmp_path)))
+    assert generator.latent == (4, 64, 64)
+    assert generator.forward_flops() == pytest.approx(0.8e12, rel=0.02)
+    arm = yaml.safe_load((CONFIGS / "methods" / "d4m.yaml").read_text())["arms"]["d4m"]
+    sampling = SamplingConfig.model_validate(arm["overrides"]["sampling"])
+    assert sampling_flops(generator, sampling) == pytest.approx(35 * 2 * 0.8e12, rel=0.02)
+    vae = empty_autoencoder(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    assert decoding_flops(vae, 64) == pytest.approx(2.5e12, rel=0.05)
+    assert encoding_flops(vae, 512) == pytest.approx(1.1e12, rel=0.05)
