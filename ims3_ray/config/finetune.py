@@ -100,8 +100,14 @@ class FinetuneConfig(Section):
     table_lr: float = Field(default=1.0, gt=0)
     """Learning rate of the table of labels, as a multiple of `lr`."""
     weight_decay: float = Field(default=0.0, ge=0)
-    parameters: Literal["difffit", "all"] = "difffit"
-    """Parameters that are trained: biases, norms, the label table and scale vectors (`difffit`), or everything (`all`)."""
+    parameters: Literal["difffit", "lora", "all"] = "difffit"
+    """Parameters that are trained: biases, norms, the label table and scale vectors (`difffit`, of a DiT), low-rank additions
+    to the attention's weights (`lora`, of Stable Diffusion), or everything (`all`)."""
+    rank: int = Field(default=16, ge=1)
+    """Rank of the additions of `lora`."""
+    words: Literal["class", "captions"] = "class"
+    """What a generator that takes words is told of each image: the prompt of its class, or its caption (`data.captions`), cut
+    after the 77 tokens that CLIP reads at once."""
     scaled_blocks: int = Field(default=14, ge=0)
     """Number of blocks, counted from the first, to which DiffFit adds scale vectors γ."""
     objectives: ObjectivesConfig = ObjectivesConfig()

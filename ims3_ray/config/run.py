@@ -148,10 +148,11 @@ class RunConfig(WorkConfig):
     seed: int = Field(default=0, ge=0)
     """Seed of all random numbers of the run, except those of the students."""
     generator: str = "embedded:fashion-mnist-dit"
-    """Weights of the class-conditional DiT: `embedded:NAME`, a file, a diffusers folder or a hub id (docs/weights.md)."""
+    """Weights of the generator: `embedded:NAME`, a file, a diffusers folder of DiT or Stable Diffusion, or a hub id
+    (docs/weights.md)."""
     autoencoder: str | None = None
-    """Autoencoder of a generator that works on latents: a diffusers folder or a hub id (`stabilityai/sd-vae-ft-ema`); unset for
-    a generator of pixels."""
+    """Autoencoder of a generator that works on latents: a diffusers folder or a hub id (`stabilityai/sd-vae-ft-ema`). When
+    unset, the one in the generator's own folder, if it has one; a generator of pixels needs none."""
     encoder: str = "embedded:fashion-mnist-phi"
     """φ, the frozen feature encoder: `embedded:NAME`, a file, a folder as timm saves it, a hub id (`timm/resnet18.tv_in1k`), or
     `teacher`, the classifier of evaluation.teacher, which is trained on the real images if it names no weights."""
@@ -233,7 +234,7 @@ class CompareConfig(RunConfig):
     draws: tuple[int, ...] = Field(default=(0,), min_length=1)
     """Seeds of whole runs, in place of `seed`: fine-tuning, sampling and selection are repeated for each seed."""
     arms: dict[Name, ArmConfig] = Field(default={})
-    """Arms to compare; configs/methods/all.yaml has every method."""
+    """Arms to compare; configs/methods/all.yaml has those that need no Stable Diffusion."""
     against: str | None = None
     """Arm to which the table gives the differences of the others; the first arm when unset."""
     published: dict[str, dict[str, dict[int, str]]] = Field(default={})

@@ -31,15 +31,16 @@ class Captions:
         """The captions of the source's images at ``indices``, matched by the names of their files: the whole name below the
         folder of the split, or else its last part, if one caption and one image alone have it.
 
-        Raises :class:`UserError` for an image without a caption.
+        Raises :class:`UserError` for an image without a caption, or with an empty one.
         """
-        if self._column is not None:
-            return [self._column[index] for index in indices]
-        found = []
+        found: list[str] = []
         for index in indices:
             name = self.source.identify(index)
-            text = self._by_name.get(name) or self._by_last_part.get(last_part(name))
-            if text is None:
+            if self._column is not None:
+                text = self._column[index]
+            else:
+                text = self._by_name.get(name, self._by_last_part.get(last_part(name)))
+            if text is None or not text.strip():
                 raise UserError(
                     f"data.captions '{self.reference}' has no caption for the image '{name}'; add it, or set "
                     "sampling.prototypes.words=class"
@@ -48,7 +49,7 @@ class Captions:
         return found
 
     @cached_property
-    def _by_last_part(self) -> dict[str, str]:
+    def _by_last_part(self) -> dict[str, str | None]:
         named = Counter(map(last_part, self._by_name))
         there = Counter(last_part(self.source.identify(index)) for index in range(len(self.source.labels)))
         parts = ((last_part(name), text) for name, text in self._by_name.items())
@@ -66,14 +67,15 @@ def caption_of_clusters(
     """For each of ``k`` clusters of a class's images the caption of one of its images, which says most of what the cluster's
     captions say: the sum of the counts of those of the cluster's 30 most frequent words that occur in the caption.
 
-    ``clusters`` holds the cluster of each image, −1 for none. Words of English that say nothing (scikit-learn's list), words
-    that are part of ``class_words``, and words that the share ``common`` of all captions has do not count. The prompt of a
+    ``clusters`` holds the cluster of each image, −1 for none. Single letters, words of English that say nothing
+    (scikit-learn's list), words that are part of ``class_words``, and words that the share ``common`` of all captions has do
+    not count. The prompt of a
     cluster without words is empty.
     """
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     texts = [text.lower() for text in captions]
-    words = [re.findall(r"[a-z]+", text) for text in texts]
+    words = [re.findall(r"[^\W\d_]{2,}", text) for text in texts]
     having = Counter(word for each in words for word in set(each))
     ignored = {word for word, count in having.items() if count >= common * len(texts) or word in class_words.lower()}
     ignored |= ENGLISH_STOP_WORDS
@@ -88,15 +90,21 @@ def caption_of_clusters(
     return chosen
 
 
-def _read(path: Path) -> Mapping[str, str]:
+def below_split(name: str) -> str:
+    """The name of a file below the folder of the training split."""
+    parts = [part for part in PurePosixPath(name).parts if part != "."]
+    return "/".join(parts[1:] if parts[0] == "train" and len(parts) > 2 else parts)
+
+
+def _read(path: Path) -> Mapping[str, str | None]:
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet as pq
 
             rows = pq.read_table(path, columns=["file_name", "text"]).to_pylist()
         else:
-            rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-        return {str(row["file_name"]): str(row["text"]) for row in rows}
+            rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
+        return {below_split(str(row["file_name"])): row["text"] and str(row["text"]) for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"data.captions '{path}' is neither a column of the data's Parquet files nor JSON lines or Parquet with file_name "

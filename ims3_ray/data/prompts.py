@@ -45,9 +45,9 @@ def words_of_name(name: str) -> str:
 
 def _read(path: Path) -> Mapping[str, str]:
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))
+        found = yaml.load(path.read_text("utf-8"), Loader=yaml.BaseLoader)  # names and texts as they are written
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"data.prompts '{path}' cannot be read ({str(error).splitlines()[0]})") from error
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
         raise UserError(f"data.prompts '{path}' must map the name of each class to a text")
-    return {str(name): text for name, text in found.items()}
+    return found

@@ -69,7 +69,7 @@ def to_uint8(signed: Tensor) -> Tensor:
 
 
 def scaled(signed_BCHW: Tensor, size: int) -> Tensor:
-    """Images in [−1, 1] scaled to ``size`` × ``size`` by a bicubic filter that is as wide as the step, as Pillow does it."""
+    """Images in [−1, 1] scaled to ``size`` × ``size`` by antialiased bicubic interpolation, as Pillow does it."""
     return interpolate(signed_BCHW.clamp(-1, 1), (size, size), mode="bicubic", antialias=True)
 
 

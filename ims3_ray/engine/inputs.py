@@ -66,8 +66,9 @@ class Data:
 def source_params(source: Source, fingerprint: str) -> dict[str, Any]:
     """What the key of an artifact holds of a data source with this fingerprint: the version of its reader where that is not
     the first, and the hash of the source code of a plugin's."""
-    reader = {"reader": source.reader.version} if source.reader.version > 1 else {}
-    return {"source": fingerprint, **reader, **plugins.hashes(source.reader)}
+    kind = type(source.unlimited)
+    reader = {"reader": kind.version} if kind.version > 1 else {}
+    return {"source": fingerprint, **reader, **plugins.hashes(kind)}
 
 
 class Models:
@@ -122,11 +123,12 @@ class Models:
         return {"class_names": names, "prompts": prompts_of(names, file), "negative": negative}
 
     def by_label(self, what: str) -> Generator:
-        """The generator, for ``what`` needs one that is told labels. Raises :class:`UserError` for one that is told words."""
+        """The generator, which must be one that is told labels, since ``what`` needs them. Raises :class:`UserError` for one
+        that is told words."""
         if self.generator.takes_words:
             raise UserError(
                 f"{what} needs a generator that is told the label of a class (a DiT), and '{self.config.generator}' is told "
-                "words; name another generator for this arm, or fine-tune it elsewhere and give its folder"
+                "words; name another generator for this arm"
             )
         return self.generator
 
@@ -136,7 +138,7 @@ class Models:
         return self.generator.latent[1] * (self.autoencoder.factor if self.autoencoder is not None else 1)
 
     @property
-    def data(self) -> DataConfig:
+    def data_at_its_size(self) -> DataConfig:
         """The data at the size of the generator's images."""
         return self.config.data.model_copy(update={"size": self.image_size})
 
@@ -199,28 +201,30 @@ class Models:
         }
         if wrong := [fix for fix, needed in needs.items() if needed]:
             raise UserError(
-                f"generator '{generator.path.name}' was trained without label dropout, so it knows only images with a class "
+                f"generator '{generator.title}' was trained without label dropout, so it knows only images with a class "
                 f"and cannot be guided; set {' '.join(wrong)}"
             )
 
     def _check_pixels(self, generator: Generator, vae: Autoencoder | None) -> None:
-        data, name, (latent_channels, size, _) = self.config.data, generator.path.name, generator.latent
+        data, name, (latent_channels, size, _) = self.config.data, self.config.generator, generator.latent
         if vae is None and latent_channels not in (1, 3):
             raise UserError(
                 f"generator '{name}' works on {latent_channels}-channel latents; "
-                "name their autoencoder, e.g. autoencoder=stabilityai/sd-vae-ft-ema"
+                "name their autoencoder, as in autoencoder=stabilityai/sd-vae-ft-ema"
             )
         if vae is None and self.config.pool.store == "latents":
             raise UserError("pool.store=latents needs a generator of latents with its autoencoder; set pool.store=png")
         if vae is not None and latent_channels != vae.latent_channels:
             raise UserError(
-                f"generator '{name}' works on {latent_channels} channels, autoencoder '{self.config.autoencoder}' on "
+                f"generator '{name}' works on {latent_channels} channels, autoencoder '{self._autoencoder}' on "
                 f"{vae.latent_channels}; choose two that belong together"
             )
         if vae is not None and self.config.sampling.clip:
             raise UserError("sampling.clip=true clamps pixels and would spoil latents; set sampling.clip=false")
         channels, size = (vae.image_channels, size * vae.factor) if vae else (latent_channels, size)
         sizes = data.size if generator.any_size else size
+        if generator.any_size and data.channels != channels:
+            raise UserError(f"generator '{name}' makes images of {channels} channels; set data.channels={channels}")
         if (data.size, data.channels) != (sizes, channels):
             raise UserError(
                 f"generator '{name}' makes {channels}×{size}×{size} images; "

@@ -1,4 +1,4 @@
-"""The autoencoder in whose latent space a DiT works: diffusers' AutoencoderKL with the scaling that DiT was trained with."""
+"""The autoencoder in whose latent space a generator works: diffusers' AutoencoderKL with the scaling of its config."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from ims3_ray.io.files import local_copy
 from ims3_ray.io.hub import fetch, is_hub_id
 
 CLASS = "AutoencoderKL"
+SCALE = 0.18215
+"""Scaling factor of Stable Diffusion's latents."""
 NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
@@ -33,15 +35,16 @@ class Autoencoder(nn.Module):
         """Value that is subtracted from latents before they are multiplied (0.0609 for Stable Diffusion 3's, 0 for most)."""
         if any(self.vae.config.get(name) is not None for name in ("latents_mean", "latents_std")):
             raise UserError(
-                "the autoencoder normalises each channel of its latents (latents_mean, latents_std), as no DiT here expects; "
-                "choose the one that the generator was trained with"
+                "the autoencoder normalises each channel of its latents (latents_mean, latents_std), as no generator here "
+                "expects; choose the one that the generator was trained with"
             )
 
     @property
     def version(self) -> dict[str, float]:
-        """What the key of an artifact holds of the autoencoder beside the hash of its weights: a shift, which older versions of
-        this program did not apply."""
-        return {"shift": self.shift} if self.shift else {}
+        """What the key of an artifact holds of the autoencoder beside the hash of its weights: a shift, and a scale other than
+        Stable Diffusion's."""
+        shift = {"shift": self.shift} if self.shift else {}
+        return {**shift, **({"scale": self.scale} if self.scale != SCALE else {})}
 
     @property
     def image_channels(self) -> int:

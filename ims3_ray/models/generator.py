@@ -12,6 +12,7 @@ from ims3_ray.io.files import local_copy
 from ims3_ray.io.hub import fetch, is_hub_id
 from ims3_ray.models.checkpoints import weights_path
 from ims3_ray.models.generators.base import Generator
+from ims3_ray.models.generators.stable_diffusion import INDEX, StableDiffusion
 
 
 def generator_path(reference: str) -> Path:
@@ -23,7 +24,9 @@ def generator_path(reference: str) -> Path:
     families = list(Generator.registry.values())
     folder = local_copy(reference)
     if not folder.exists() and is_hub_id(reference):
-        folder = fetch(reference, [pattern for family in families for pattern in family.hub_files], "generator")
+        folder = fetch(reference, [INDEX], "generator")
+        chosen = [family for family in families if family.find(folder)] or [each for each in families if not each.takes_words]
+        folder = fetch(reference, [pattern for family in chosen for pattern in family.hub_files], "generator")
     if not folder.is_dir():
         return weights_path(reference)
     for family in families:
@@ -31,23 +34,20 @@ def generator_path(reference: str) -> Path:
             return path
     raise UserError(
         f"generator '{reference}' is a folder with neither a diffusers DiT (transformer/config.json and its weights) nor a "
-        "pipeline of Stable Diffusion (model_index.json)"
+        f"pipeline of Stable Diffusion 1 or 2{StableDiffusion.describe(folder)}"
     )
 
 
 def open_generator(path: Path) -> Generator:
     """The description of the generator in ``path``. If no family can read it, raises the :class:`UserError` of the family whose
     layout its folder has, or else of the first family."""
-    errors, families = [], list(Generator.registry.values())
-    for family in families:
-        if family.find(path.parent) == path:
-            return family.open(path)
-    for family in families:
+    errors = {}
+    for family in Generator.registry.values():
         try:
             return family.open(path)
         except UserError as error:
-            errors.append(error)
-    raise errors[0]
+            errors[family] = error
+    raise next((error for family, error in errors.items() if family.find(path.parent) == path), next(iter(errors.values())))
 
 
 def generator_files(path: Path) -> Sequence[Path]:

@@ -149,7 +149,7 @@ def _check_start(adopt: AdoptConfig, generator: Generator, added: Sequence[str])
     named = added if adopt.like == "nearest" else adopt.like if isinstance(adopt.like, dict) else ()
     if not generator.knows_null and (missing := [name for name in added if name not in named]):
         raise UserError(
-            f"generator '{generator.path.name}' knows only images with a class, so class '{missing[0]}' cannot start from "
+            f"generator '{generator.title}' knows only images with a class, so class '{missing[0]}' cannot start from "
             "that of no class; name a known class for each in adopt.like, or set adopt.like=nearest"
         )
 

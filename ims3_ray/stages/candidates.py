@@ -51,8 +51,9 @@ class Steered:
 class Candidates:
     """Samples from the generator. Image ``index`` of a class starts from noise seeded by (run seed, class, index) alone.
 
-    A unit is one batch, whose samples have the same class and timestep and share their embeddings. A batch that does not fit
-    into memory is halved, for this unit and all later ones; the images then stay the same except for rounding.
+    A unit is one batch, whose samples have the same class and timestep and share their embeddings; samples that are told
+    captions are as many batches as there are lengths of captions. A batch that does not fit into memory is halved, for this
+    unit and all later ones; the images then stay the same except for rounding.
     """
 
     def __init__(
@@ -136,5 +137,6 @@ def sampling_flops(generator: Generator, sampling: SamplingConfig) -> float:
     of two where guidance is active."""
     low, high = sampling.cfg_interval
     share = sampling.steering.share(sampling.of(sampling.steering)) if sampling.steering is not None else 1.0
-    calls = Sampler.registry[sampling.sampler].calls * (1 + (high - low if sampling.cfg_scale > 1 else 0))
-    return share * sampling.steps * calls * generator.forward_flops()
+    sampler = Sampler.registry[sampling.sampler]
+    calls = share * sampling.steps * sampler.calls + sampler.more_calls
+    return calls * (1 + (high - low if sampling.cfg_scale > 1 else 0)) * generator.forward_flops()

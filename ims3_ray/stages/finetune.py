@@ -13,9 +13,10 @@ from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.stage import Stage
 from ims3_ray.stages.adapters import group_unit
 from ims3_ray.stages.adopt import adopted_classes
+from ims3_ray.stages.captions import captions_hash
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.latents import EncodeLatents
-from ims3_ray.stages.tuning import PLACES_AND_SPEED, Tuning, check_variance
+from ims3_ray.stages.tuning import PLACES_AND_SPEED, Tuning, check_parameters, check_variance
 from ims3_ray.training.finetuning import finetune_flops
 
 
@@ -29,15 +30,20 @@ class Finetune(Tuning):
     def plan(cls, planner: Planner, config: RunConfig) -> Finetune:
         """Plan a fine-tuning. Raises :class:`UserError` for objectives that the generator does not support."""
         models, tuning = planner.models(config), config.finetune
-        generator, objectives = models.by_label("fine-tuning"), tuning.objectives
+        generator, objectives = models.generator, tuning.objectives
         check_variance(tuning, generator, "finetune")
-        images = Encode.plan(planner, "train", config.data)
+        check_parameters(tuning, generator)
+        images = Encode.plan(planner, "train", models.data_at_its_size)
         groups = class_groups(models.labels, tuning.classes_per_group)
         params: dict[str, Any] = {
             "finetune": differing(tuning, without=(*PLACES_AND_SPEED, "classes_per_group")),
             "generator": models.generator_weights.digest, "seed": config.seed, "groups": groups,
             **plugins.hashes(type(generator), *objectives.active),
         }  # fmt: skip
+        if models.told is not None:
+            params["told"] = models.told
+        if tuning.words == "captions":
+            params["captions"] = captions_hash(planner, config, "finetune.words")
         if objectives.couple_samples:  # such terms depend on how a batch is divided among workers
             params["parts"] = [tuning.trainer.num_workers, tuning.accumulate]
         counts = dict(zip(models.labels, planner.classes.counts, strict=True))

@@ -39,7 +39,7 @@ def finetune_loop(plain: dict[str, Any]) -> dict[str, Any]:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.trainer.threads_per_worker)
     device = ray.train.torch.get_device()
-    images = read_images(plain["images"], plain["latents"], plain["classes"], config.flip)
+    images = read_images(plain["images"], plain["latents"], plain["classes"], config.flip, plain["captions"])
     steps = config.total_steps(len(images.labels))
     pretrained: Pretrained = plain["pretrained"]
     generator = pretrained.open()

@@ -57,7 +57,7 @@ class Generate(ImagePool):
         if arm.finetune:
             inputs["finetune"], names = Finetune.plan(planner, config), [tuned_title(planner, config)]
         if (steering := s.steering) is not None:
-            if steering.says_words(s.of(steering)) and not generator.takes_words:
+            if steering.says_captions(s.of(steering)) and not generator.takes_words:
                 raise UserError(
                     f"sampling.{steering.name}.words=captions is for a generator that takes words (Stable Diffusion), and "
                     f"'{config.generator}' is told labels; set it to class, or name another generator"

@@ -40,14 +40,14 @@ class Invert(DerivedStage):
         """Plan the inversion of ``sampling.inverted_gaussian.images_per_class`` images of each class, in whole units, or of
         all images if that is None."""
         models, s, images = planner.models(config), config.sampling, Encode.plan(planner, "train", config.data)
-        start, _ = s.of(InvertedGaussian), models.by_label("sampling.inverted_gaussian")
+        start, generator = s.of(InvertedGaussian), models.by_label("sampling.inverted_gaussian (D3HR)")
         params: dict[str, Any] = {
             "generator": models.generator_weights.digest, "steps": s.steps, "until": start.until, "cfg_scale": s.cfg_scale,
             "cfg_channels": s.cfg_channels, "cfg_interval": s.cfg_interval, "precision": s.precision,
             "labels": dict(zip(map(str, images.labels), models.labels, strict=True)),
         }  # fmt: skip
-        params |= {**plugins.hashes(type(models.generator)), **spacing_version(s.steps, "leading")}
-        weights, each = {"generator": models.generator_weights}, sampling_flops(models.generator, s)
+        params |= {**plugins.hashes(type(generator)), **spacing_version(s.steps, "leading")}
+        weights, each = {"generator": models.generator_weights}, sampling_flops(generator, s)
         if models.autoencoder is not None and models.autoencoder_weights is not None:
             params |= {"autoencoder": models.autoencoder_weights.digest, **models.autoencoder.version}
             weights["autoencoder"] = models.autoencoder_weights

@@ -41,7 +41,7 @@ class EncodeLatents(DerivedStage):
         models = planner.models(config)
         if models.autoencoder is None or models.autoencoder_weights is None:
             return None
-        images = Encode.plan(planner, "train", models.data)
+        images = Encode.plan(planner, "train", models.data_at_its_size)
         flips = 2 if config.finetune.flip else 1
         flops = images.images * flips * encoding_flops(models.autoencoder, models.image_size)
         return planner.add(
@@ -96,8 +96,12 @@ def read_latents(artifact: Artifact, units: list[str]) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def read_images(pixels: Artifact, latents: Artifact | None, classes: list[tuple[int, list[str]]], flip: bool) -> CleanImages:
-    """The images of some classes, each given as (label of the generator, units), from their latents if there are any."""
+def read_images(
+    pixels: Artifact, latents: Artifact | None, classes: list[tuple[int, list[str]]], flip: bool,
+    captions: list[str] | None = None,
+) -> CleanImages:  # fmt: skip
+    """The images of some classes, each given as (label of the generator, units), from their latents if there are any, with
+    their ``captions`` in the same order."""
     if latents is None:
         parts = [{"pixels": read_class(pixels, units, "pixels")} for _, units in classes]
     else:
@@ -105,7 +109,7 @@ def read_images(pixels: Artifact, latents: Artifact | None, classes: list[tuple[
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     counts = [len(next(iter(part.values()))) for part in parts]
     labels = torch.cat([torch.full((n,), label) for (label, _), n in zip(classes, counts, strict=True)])
-    return CleanImages(tensors, labels, flip)
+    return CleanImages(tensors, labels, flip, captions)
 
 
 def _column(tensor: Tensor) -> pa.Array:

@@ -52,7 +52,7 @@ def plan_needs(planner: Planner, needs: Collection[Need], config: RunConfig, sta
         found.inputs["statistics"] = Statistics.plan(planner)
     if "generator" in needs:
         models, pool = planner.models(config), cast(Select, start).pool
-        generator = models.by_label("a synthesis method that asks a generator")
+        generator = models.by_label("the synthesis by a generator (CaO2)")
         found.params.update(
             generator=models.generator_weights.digest, labels=list(models.labels), precision=config.sampling.precision,
             **plugins.hashes(type(generator)),

@@ -25,6 +25,7 @@ from ims3_ray.io.storage import Storage
 from ims3_ray.models.generators.base import Generator
 from ims3_ray.progress import Progress
 from ims3_ray.stages.adapters import Adapters, Pretrained, adapter_stem, group_checkpoints, group_unit
+from ims3_ray.stages.captions import captions_by_class
 from ims3_ray.stages.encode import Encode
 from ims3_ray.tracking import slug
 from ims3_ray.training.finetuning import Row
@@ -106,7 +107,18 @@ def check_variance(config: FinetuneConfig, generator: Generator, section: str) -
     for objective in config.objectives.active:
         if objective.needs_variance(config.objectives.of(objective)) and not generator.learns_variance:
             key = f"{section}.objectives.{objective.name}.variance"
-            raise UserError(f"generator '{generator.path.name}' predicts no variance; set {key}=false")
+            raise UserError(f"generator '{generator.title}' predicts no variance; set {key}=false")
+
+
+def check_parameters(config: FinetuneConfig, generator: Generator) -> None:
+    """Raises :class:`UserError` for parameters, or words, that the generator does not have."""
+    if config.parameters not in generator.trainable:
+        able = " or ".join(generator.trainable)
+        raise UserError(
+            f"generator '{generator.title}' has no parameters called {config.parameters}; set finetune.parameters={able}"
+        )
+    if config.words == "captions" and not generator.takes_words:
+        raise UserError(f"generator '{generator.title}' is told labels, not words; set finetune.words=class")
 
 
 def groups_of(context: Context, stage: Tuning) -> list[Group]:
@@ -122,6 +134,9 @@ def groups_of(context: Context, stage: Tuning) -> list[Group]:
             counts[label] += entries[unit]["images"]
     tuned = [label for group in stage.params["groups"] for label in group]
     table = {label: (name, source) for name, source, label in zip(context.classes.names, encode.labels, tuned, strict=True)}
+    captions = None
+    if stage.run_config.finetune.words == "captions":
+        captions = captions_by_class(encode, stage.run_config, context.storage)
     groups, board = [], new_board()
     for number, labels in enumerate(stage.params["groups"]):
         arguments = {
@@ -130,6 +145,7 @@ def groups_of(context: Context, stage: Tuning) -> list[Group]:
             "pretrained": stage.pretrained(context.storage),
             "latents": latents.artifact(context.storage) if latents else None,
             "classes": [(label, units[table[label][1]]) for label in labels],
+            "captions": [text for label in labels for text in captions[table[label][1]]] if captions else None,
             "board": board,
         }  # fmt: skip
         names = [table[label][0] for label in labels]

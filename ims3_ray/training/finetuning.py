@@ -52,7 +52,7 @@ class Batch:
 
 def choose_trained(generator: PretrainedGenerator, model: nn.Module, config: FinetuneConfig) -> list[str]:
     """Freeze the parameters that are not trained and cast them to ``config.precision``; return the names of the others."""
-    names = generator.choose_trained(model, config.parameters, config.scaled_blocks)
+    names = generator.choose_trained(model, config.parameters, config.scaled_blocks, config.rank)
     if precision_on(config.precision, next(model.parameters()).device.type) == "bf16":
         model.compute_dtype = torch.bfloat16  # type: ignore[assignment]
         for parameter in model.parameters():
@@ -166,14 +166,15 @@ class Finetuner:
         noise = torch.randn((size, *images.shape), generator=rng)
         t = torch.randint(self.schedule.num_steps, (size,), generator=rng)
         labels = images.labels[index]
-        conditions = self.conditions_of(labels)
-        dropped = drop_conditions(conditions, self.generator.null, self.config.label_dropout, rng)
+        conditions = self.conditions_of(labels, images.captions_of(index))
+        dropped = drop_conditions(conditions, self.generator.trained_null, self.config.label_dropout, rng)
         z0 = images.batch(index, rng)
         return Batch(*(tensor[mine].to(self.device) for tensor in (z0, conditions, dropped, t, noise, labels)))
 
-    def conditions_of(self, labels: Tensor) -> Tensor:
-        """The condition that the model is given for each label, [B, …]."""
-        return torch.cat([self.generator.condition(label) for label in labels.tolist()])
+    def conditions_of(self, labels: Tensor, captions: Sequence[str | None]) -> Tensor:
+        """The condition that the model is given for each image, by its label or, if it has one, by its caption, [B, …]."""
+        told = zip(labels.tolist(), captions, strict=True)
+        return torch.cat([self.generator.trained_condition(label, caption) for label, caption in told])
 
     def step(self, batch: Batch) -> Row:
         """Take one optimizer step; the losses of the returned row are means over the global batch.
@@ -248,4 +249,4 @@ def finetune_flops(generator: PretrainedGenerator, config: FinetuneConfig) -> fl
     """Floating-point operations of one step for one image. A backward pass costs as much as a forward pass for the gradients
     of activations and, if all weights are trained, as much again for those of the weights."""
     forward, differentiated = config.objectives.passes
-    return (forward + differentiated * (1 if config.parameters == "difffit" else 2)) * generator.forward_flops()
+    return (forward + differentiated * (2 if config.parameters == "all" else 1)) * generator.forward_flops()

@@ -61,7 +61,7 @@ def test_adopted_classes_become_classes_of_the_converted_generator(tiny_world: P
     path = tiny_world / "dit.safetensors"
     adopting = DiTGenerator(open_dit(path)).adopting(["fourth"], {"fourth": CLASSES[0]})
     tuned = adopting.load()
-    trained = adopting.choose_trained(tuned, "difffit", 1)
+    trained = adopting.choose_trained(tuned, "difffit", 1, 1)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if name in trained:

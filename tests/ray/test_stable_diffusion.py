@@ -55,10 +55,14 @@ class KilledPrototypes(Prototypes):
         return super().options(label, indices)
 
 
-def config_of(world: Path, pipeline: Path, storage: Path, arms: dict[str, Any], captions: Path | None = None) -> RunConfig:
+def config_of(
+    world: Path, pipeline: Path, storage: Path, arms: dict[str, Any], captions: Path | None = None, store: str = "png"
+) -> RunConfig:  # fmt: skip
     sampling = {"sampler": "pndm", "steps": 4, "unit_size": 3, "cfg_scale": 3.0, "clip": False, "negative_prompt": "grey"}
     values = tiny_values(
-        world, storage, arms=arms, instability={"images": 0}, export=None, generator=str(pipeline), sampling=sampling,
+        world, storage, arms=arms, instability={"images": 2, "steps": 2, "probes": 1}, export=None,
+        finetune={"parameters": "lora", "rank": 2, "words": "captions" if captions else "class", "lr": 0.05},
+        generator=str(pipeline), sampling=sampling, pool={"store": store},
         data={"captions": str(captions) if captions else None}, selection={"images_per_class": K, "groups": 2},
     )  # fmt: skip
     values["evaluation"] = {
@@ -76,6 +80,7 @@ ARMS = {
     "d4m": arm("D4M", minibatch=2),
     "d4m_s3": arm("D4M + S3", "s3", minibatch=2),
     "ddvlcp": arm("DDVLCP", outliers=0.1, words="captions"),
+    "tuned": {**arm("DDVLCP, fine-tuned", outliers=0.1, words="captions"), "finetune": True},
 }
 
 
@@ -96,7 +101,7 @@ def captions(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tiny_world: Path, pipeline: Path, captions: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Run:
-    config = config_of(tiny_world, pipeline, tmp_path_factory.mktemp("sd"), ARMS, captions)
+    config = config_of(tiny_world, pipeline, tmp_path_factory.mktemp("sd"), ARMS, captions, "latents")
     return Run(config, distill(config), make_plan(config), Storage.at(config.storage))
 
 
@@ -131,7 +136,7 @@ def test_d4m_starts_at_its_prototypes_and_is_told_the_class(run: Run, pipeline: 
     rngs = [generator_for(0, "image", 1, index) for index in range(K)]
     drawn = sample(
         generator.predictor(generator.load(), 1, 1, 3.0), generator.latent, rngs, generator.schedule, 4, sampler="pndm",
-        around=found.centres, first=2,
+        around=found.centres, strength=0.75,
     )  # fmt: skip
     expected = Decoder(autoencoder_path(str(pipeline)), "cpu", "fp32", 8)(drawn.half())
     pixels = read_set(run.plan.sets["d4m"].images.artifact(run.storage)).pixels.unflatten(0, (3, K))[1]
@@ -151,9 +156,22 @@ def test_ddvlcp_is_told_the_caption_of_each_cluster(run: Run, pipeline: Path):
     for index, words in enumerate(expected):  # each alone, whatever the lengths of the others' captions
         drawn = sample(
             generator.predictor(network, 2, 1, 3.0, words=[words]), generator.latent, [generator_for(0, "image", 2, index)],
-            generator.schedule, 4, sampler="pndm", around=found.centres[index : index + 1], first=2,
+            generator.schedule, 4, sampler="pndm", around=found.centres[index : index + 1],
+            strength=0.75,
         )  # fmt: skip
         assert (pixels[index].int() - decode(drawn.half())[0].int()).abs().max() <= 1
+
+
+def test_fine_tuning_is_told_the_captions_and_changes_the_samples(run: Run):
+    tuned = stage_of(run, "tuned", "finetune")
+    assert set(tuned.params) >= {"told", "captions"}
+    adapter = load(tuned.artifact(run.storage).read("adapter-0.safetensors"))
+    assert {name.rpartition(".")[2] for name in adapter} == {"lora_up", "lora_down"}
+    assert any(value.any() for name, value in adapter.items() if name.endswith("lora_up"))
+    contents = {name: row["content"] for name, row in run.result.results["sets"].items()}
+    assert contents["tuned"] != contents["ddvlcp"]
+    assert stage_of(run, "tuned", "modes") is stage_of(run, "ddvlcp", "modes")
+    assert run.result.results["instability"]["before"]["coefficient"] > 0
 
 
 def test_s3_chooses_among_the_samples_of_d4m(run: Run):
@@ -163,7 +181,9 @@ def test_s3_chooses_among_the_samples_of_d4m(run: Run):
     assert run.plan.sets["d4m_s3"].images.name == "select"
 
 
-def test_a_worker_that_is_lost_changes_no_image(tiny_world: Path, pipeline: Path, run: Run, tmp_path: Path):
+def test_a_worker_that_is_lost_changes_no_image_and_neither_does_the_form_in_which_they_are_stored(
+    tiny_world: Path, pipeline: Path, run: Run, tmp_path: Path
+):
     arms = {"d4m": arm("D4M", of="killed_prototypes", minibatch=2, marks=str(tmp_path))}
     result = distill(config_of(tiny_world, pipeline, tmp_path / "runs", arms))
     assert (tmp_path / "killed").exists()
@@ -173,10 +193,17 @@ def test_a_worker_that_is_lost_changes_no_image(tiny_world: Path, pipeline: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"finetune": {"parameters": "difffit"}}, "has no parameters called difffit; set finetune.parameters=lora or all"),
         (
-            {"arms": {"x": {"title": "x", "images": "generated", "finetune": True}}},
-            "fine-tuning needs a generator that is told",
+            {
+                "arms": {"x": arm("x", words="captions")},
+                "generator": "DIT",
+                "sampling": {"sampler": "pndm", "steps": 4},
+                "finetune": {},
+            },
+            "is for a generator that takes words",
         ),
+        ({"arms": {"x": {**ARMS["d4m"], "synthesise": "cao2"}}}, "needs a generator that is told the label of a class"),
         ({"generator": "embedded:fashion-mnist-dit-coarse"}, "is told labels, not words; take sampling.negative_prompt out"),
         ({"arms": {"x": arm("x", words="captions")}}, "needs the captions of the training images"),
     ],
@@ -184,7 +211,10 @@ def test_a_worker_that_is_lost_changes_no_image(tiny_world: Path, pipeline: Path
 def test_what_the_generator_cannot_do_is_said_before_anything_is_made(
     tiny_world: Path, pipeline: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ):
-    values = config_of(tiny_world, pipeline, tmp_path, {"d4m": ARMS["d4m"]}).model_dump(exclude_unset=True)
+    arms = {"d4m": ARMS["d4m"], "tuned": {**ARMS["d4m"], "finetune": True}}
+    values = config_of(tiny_world, pipeline, tmp_path, arms).model_dump(exclude_unset=True)
+    if changes.get("generator") == "DIT":
+        changes = {**changes, "generator": str(tiny_world / "dit.safetensors")}
     with pytest.raises(UserError, match=message):
         make_plan(RunConfig.model_validate({**values, **changes}))
     assert not any(tmp_path.iterdir())

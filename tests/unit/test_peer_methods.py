@@ -166,7 +166,7 @@ def test_a_sample_that_starts_at_a_prototype_is_noised_and_denoised_from_there(s
     modes = torch.stack([torch.full((1, 2, 2), value) for value in (-0.5, 0.8)])
     steering = Prototypes(Prototypes.Config(strength=0.7), 2, 0, 10, lambda label: [{"modes": modes}], "cpu")
     options = steering.options(3, [0, 1, 2])
-    assert options["first"] == 6
+    assert options["strength"] == 0.7
     assert torch.equal(options["around"], modes[[0, 1, 0]])
     seen: list[int] = []
     starts: list[torch.Tensor] = []

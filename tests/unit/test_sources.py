@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 
 from ims3_ray.config import DataConfig
 from ims3_ray.data.batches import batch_indices, load_pixels
-from ims3_ray.data.sources import open_source
+from ims3_ray.data.sources import open_source, shared_file
 from ims3_ray.data.transforms import to_pil, to_pixels, to_signed, to_uint8
 from ims3_ray.errors import UserError
 from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
@@ -103,8 +104,16 @@ def test_a_limit_takes_the_first_images_of_each_class(tmp_path: Path, kind: str)
         assert np.array_equal(np.asarray(limited.image(index)), np.asarray(whole.image(of_whole)))
     assert limited.fingerprint != whole.fingerprint
     assert limited.fingerprint == open_source(path, "train", limit=1).fingerprint
-    assert limited.notices[-1] == f"{len(first)} of {len(whole.labels)} images of a split are used, 1 a class (data.limit)"
-    assert open_source(path, "train", limit=100).labels.tolist() == whole.labels.tolist()
+    assert limited.notices[-1] == f"{len(first)} of {len(whole.labels)} images of '{path}' are used, at most 1 a class"
+    assert open_source(path, "train", limit=100).fingerprint == whole.fingerprint, "a limit that leaves all images"
+
+
+def test_a_limit_hides_no_copy_of_the_training_split(tmp_path: Path):
+    path = write_folder(tmp_path)
+    shutil.copytree(path / "train", path / "test", dirs_exist_ok=True)
+    for limits in ((None, None), (1, 1), (2, 1), (None, 1)):
+        train, test = (open_source(str(path), split, limit) for split, limit in zip(("train", "test"), limits, strict=True))
+        assert shared_file(train, test) is not None, limits
 
 
 def test_the_test_split_of_idx_files_is_called_t10k(tmp_path: Path):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,27 +17,32 @@ import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.neighbors import LocalOutlierFactor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ims3_ray.config import SamplingConfig
+from ims3_ray.config import FinetuneConfig, RunConfig, SamplingConfig
 from ims3_ray.data.captions import Captions, caption_of_clusters
+from ims3_ray.data.clean_images import CleanImages
 from ims3_ray.data.prompts import prompts_of, words_of_name
 from ims3_ray.data.sources import open_source
 from ims3_ray.data.sources.base import Limited
 from ims3_ray.data.transforms import scaled, to_pil, to_signed, to_uint8
-from ims3_ray.diffusion.samplers.base import sample
+from ims3_ray.diffusion.samplers.base import Sampler, sample
 from ims3_ray.diffusion.steering.modes import Clustering, find_modes
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
 from ims3_ray.io.parquet import image_table, parquet_bytes
-from ims3_ray.models.autoencoder import decoding_flops, empty_autoencoder, encoding_flops
+from ims3_ray.io.storage import Storage
+from ims3_ray.models.autoencoder import autoencoder_path, decoding_flops, empty_autoencoder, encoding_flops
 from ims3_ray.models.generator import generator_files, generator_path, open_generator
 from ims3_ray.models.generators.base import Generator
 from ims3_ray.models.text import TextEncoder
 from ims3_ray.stages.candidates import sampling_flops
+from ims3_ray.stages.captions import captions_by_class
+from ims3_ray.training.finetuning import Finetuner, choose_trained
 from tests.pipelines import write_pipeline
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -68,9 +76,23 @@ def test_samples_are_those_of_diffusers_image_to_image_pipeline(tmp_path: Path, 
         words = None if count == 1 else [PROMPTS[1]] * 3
         found = sample(
             generator.predictor(network, 1, count, 8.0, words=words), generator.latent,
-            [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)], generator.schedule, 10, around=prototypes, first=6,
+            [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)], generator.schedule, 10,
+            around=prototypes, strength=0.7,
         )  # fmt: skip
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(50, 0.7), (10, 0.75), (4, 1.0), (20, 0.33)])
+def test_sampling_from_prototypes_begins_where_diffusers_begins(folder: Path, steps: int, strength: float):
+    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    schedule = told(folder).schedule
+    for name, scheduler in (("pndm", pipeline.scheduler), ("ddim", DDIMScheduler.from_config(pipeline.scheduler.config))):
+        pipeline.scheduler = scheduler
+        scheduler.set_timesteps(steps)
+        timesteps, _ = pipeline.get_timesteps(steps, strength, "cpu")
+        first = Sampler.registry[name].first_of(steps, strength)
+        assert schedule.respaced(steps)[first] == timesteps[0], name
 
 
 def test_a_sample_does_not_depend_on_its_batch(folder: Path):
@@ -103,6 +125,11 @@ def test_long_texts_are_read_in_pieces(folder: Path):
     condition = generator.condition(0, LONG)
     assert generator.null_beside(condition).shape == condition.shape
     torch.testing.assert_close(generator.null_beside(condition)[:, :77], generator.null, rtol=1e-5, atol=1e-5)
+    wordy = open_generator(generator_path(str(folder))).told(NAMES, PROMPTS, LONG)
+    assert wordy.condition(0).shape == wordy.null.shape == wordy.null_beside(wordy.condition(0)).shape == (1, 154, 16)
+    predict = wordy.predictor(wordy.load(), 0, 1, 3.0)
+    assert sample(predict, wordy.latent, [torch.Generator().manual_seed(0)], wordy.schedule, 2).shape == (1, 4, 8, 8)
+    assert wordy.trained_condition(0, LONG).shape == wordy.trained_null.shape == (1, 77, 16)
 
 
 def test_a_short_prompt_is_padded_as_by_the_pipeline(folder: Path):
@@ -158,6 +185,72 @@ def test_a_pipeline_with_a_part_missing_is_refused_with_its_name(folder: Path, t
         open_generator(generator_path(str(copy))).check()
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder / "text_encoder"), "has no folder text_encoder"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), "has no folder tokenizer"),
+        (lambda folder: (folder / "text_encoder" / "model.safetensors").write_bytes(b"no tensors"), "does not load"),
+        (lambda folder: leave_out(folder / "text_encoder" / "model.safetensors", "fc1.weight"), "has no fitting tensor '.*fc1"),
+        (lambda folder: leave_out(folder / "unet" / "diffusion_pytorch_model.safetensors", "conv_in.bias"), "is missing"),
+        (lambda folder: edit(folder / "unet" / "config.json", down_block_types=["Nonsense", "DownBlock2D"]), "cannot build"),
+    ],
+)  # fmt: skip
+def test_damaged_parts_are_one_line(folder: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    spoil(copy)
+    with pytest.raises(UserError, match=message):
+        open_generator(generator_path(str(copy))).check()
+
+
+def leave_out(file: Path, name: str) -> None:
+    """Write a weights file again without the first tensor whose name ends so."""
+    tensors = load_file(file)
+    tensors.pop(next(each for each in tensors if each.endswith(name)))
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def edit(file: Path, **settings: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def test_other_pipelines_are_named(folder: Path, tmp_path: Path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    edit(copy / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    with pytest.raises(UserError, match=r"Stable Diffusion 1 or 2 \(model_index\.json: StableDiffusionXLPipeline\)"):
+        generator_path(str(copy))
+    (copy / "model_index.json").write_text("[1]")
+    with pytest.raises(UserError, match="must hold a JSON object"):
+        generator_path(str(copy))
+
+
+def test_the_package_that_reads_words_is_named_where_it_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"pip install 'ims3-ray\[text\]'"):
+        told(folder).check()
+
+
+def test_a_scale_of_the_autoencoder_that_is_not_the_usual_one_is_in_its_keys(folder: Path, tmp_path: Path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert empty_autoencoder(autoencoder_path(str(copy))).version == {}
+    edit(copy / "vae" / "config.json", scaling_factor=0.5)
+    assert empty_autoencoder(autoencoder_path(str(copy))).version == {"scale": 0.5}
+
+
+def test_a_hub_id_is_fetched_by_the_patterns_of_its_family(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[list[str]] = []
+
+    def fetched(reference: str, patterns: list[str], what: str) -> Path:
+        asked.append(patterns)
+        return folder
+
+    monkeypatch.setattr("ims3_ray.models.generator.fetch", fetched)
+    assert generator_path("org/name") == folder / "model_index.json"
+    assert asked[0] == ["model_index.json"]
+    assert "vae/config.json" in asked[1]
+    assert "transformer/*" not in asked[1]
+
+
 def test_a_generator_of_labels_takes_no_words():
     with pytest.raises(UserError, match="is told labels, not words"):
         open_generator(generator_path("embedded:fashion-mnist-dit-coarse")).told(NAMES, PROMPTS, "")
@@ -169,8 +262,8 @@ def test_prompts_come_from_imagenet_or_the_name_or_a_file(tmp_path: Path):
     assert words_of_name("AnkleBoot") == "Ankle Boot"
     assert words_of_name("T-shirt_top") == "T-shirt top"
     file = tmp_path / "prompts.yaml"
-    file.write_text("cat: a photo of a cat\n1: one\n")
-    assert prompts_of(("cat", "1"), str(file)) == ("a photo of a cat", "one")
+    file.write_text("cat: a photo of a cat\n010: one\nyes: no\n")
+    assert prompts_of(("cat", "010", "yes"), str(file)) == ("a photo of a cat", "one", "no")
     with pytest.raises(UserError, match=r"has no prompt for class 'cats' \(it has 'cat'\)"):
         prompts_of(("cats",), str(file))
     file.write_text("- cat\n")
@@ -204,6 +297,8 @@ def test_the_caption_of_a_cluster_says_most_of_what_its_captions_say():
     # Words are looked for as parts of words: "grass" counts in "grasshopper".
     other = ("green grass", "grass", "a grasshopper on green leaves, leaves")
     assert caption_of_clusters(other, (0, 0, 0), 1, "cat", 1.0) == [other[2]]
+    # Single letters do not count: the "s" of possessives is a part of most captions.
+    assert caption_of_clusters(("s's s's", "shirt"), (0, 0), 1, "cat", 1.0) == ["shirt"]
     # Words that so many captions have, or that are part of the name of the class, do not count.
     assert caption_of_clusters(("red fox", "red box", "red"), (0, 0, 1), 2, "foxes", 0.7) == ["red box", ""]
 
@@ -221,20 +316,48 @@ def test_captions_are_matched_by_the_names_of_files(tmp_path: Path):
     assert Captions(str(file), source).of([names.index("cat/2.png")]) == ["two"]
     with pytest.raises(UserError, match=r"has no caption for the image 'dog/1\.png'"):
         Captions(str(file), source).of([names.index("dog/1.png")])
+    for empty in ("null", '""', '" "'):
+        file.write_text(f'{{"file_name": "dog/1.png", "text": {empty}}}\n')
+        with pytest.raises(UserError, match=r"has no caption for the image 'dog/1\.png'"):
+            Captions(str(file), source).of([names.index("dog/1.png")])
+    file.write_text('{"file_name": "./train/dog/1.png", "text": "a line\u2028of another"}\n')
+    assert Captions(str(file), source).of([names.index("dog/1.png")]) == ["a line\u2028of another"]
     file.write_text("no json\n")
     with pytest.raises(UserError, match="is neither a column of the data's Parquet files nor JSON lines"):
         Captions(str(file), source)
+
+
+def test_images_that_cannot_be_decoded_leave_no_gap_in_the_captions(tmp_path: Path):
+    names = ("cat/1.png", "cat/2: two.png", "cat/3.png", "dog/1.png")
+    for name in names:
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "train" / name)
+    file = tmp_path / "captions.jsonl"
+    file.write_text("".join(json.dumps({"file_name": name, "text": f"of {name}"}) + "\n" for name in names))
+    units = {"c0000-u00000": {"broken": ["cat/2: two.png: cannot identify image file"]}, "c0001-u00000": {"broken": []}}
+    images = SimpleNamespace(
+        place=(str(tmp_path), "train", None), labels=(0, 1), units=tuple(units), manifest=lambda storage: {"units": units}
+    )
+    config = RunConfig.model_validate({"data": {"captions": str(file)}})
+    found = captions_by_class(images, config, Storage.at(str(tmp_path / "runs")))  # type: ignore[arg-type]
+    assert found == {0: ["of cat/1.png", "of cat/3.png"], 1: ["of dog/1.png"]}
 
 
 def test_captions_may_be_a_column_of_the_data(tmp_path: Path):
     png = io.BytesIO()
     Image.new("RGB", (4, 4)).save(png, "PNG")
     table = image_table([(png.getvalue(), f"{number}.png", number % 2) for number in range(4)])
-    table = table.append_column("text", pa.array(["one", "two", None, "four"]))
+    table = table.append_column("text", pa.array(["one", "two", None, " "]))
     (tmp_path / "train.parquet").write_bytes(parquet_bytes(table))
     source = open_source(str(tmp_path / "train.parquet"), "train")
-    assert Captions("text", source).of([1, 2]) == ["two", ""]
+    assert Captions("text", source).of([1, 0]) == ["two", "one"]
     assert Captions("text", Limited(source, 1)).of([0, 1]) == ["one", "two"]
+    for empty in (2, 3):
+        with pytest.raises(UserError, match=rf"has no caption for the image 'train\.parquet row {empty}'"):
+            Captions("text", source).of([empty])
+    for column in ("image", "label"):
+        with pytest.raises(UserError, match="is neither a column"):
+            Captions(column, source)
     with pytest.raises(UserError, match=r"data\.captions '.*other' is neither a column"):
         Captions("other", source)
 
@@ -256,11 +379,11 @@ def test_outliers_are_left_out_of_the_clusters():
 
 def test_minibatch_k_means_is_one_pass_over_the_shuffled_latents():
     rng = np.random.default_rng(0)
-    latents = torch.from_numpy(rng.normal(size=(50, 4))).float().reshape(-1, 1, 2, 2)
+    latents = torch.from_numpy(rng.normal(size=(53, 4))).float().reshape(-1, 1, 2, 2)  # and three that are no whole batch
     found = find_modes(latents, 5, 3, Clustering(minibatch=2))
     theirs, flat = MiniBatchKMeans(n_clusters=5, batch_size=10, random_state=3), latents.flatten(1).numpy()
-    order = np.random.default_rng(3).permutation(50)
-    for start in range(0, 50, 10):
+    order = np.random.default_rng(3).permutation(53)
+    for start in range(0, 53, 10):
         theirs.partial_fit(flat[order[start : start + 10]])
     centres = {tuple(np.round(each, 5)) for each in theirs.cluster_centers_}
     assert {tuple(np.round(each, 5)) for each in found.centres.flatten(1).numpy()} == centres
@@ -292,7 +415,70 @@ def test_the_operations_of_d4m_with_stable_diffusion_are_known_without_weights(t
     assert generator.forward_flops() == pytest.approx(0.8e12, rel=0.02)
     arm = yaml.safe_load((CONFIGS / "methods" / "d4m.yaml").read_text())["arms"]["d4m"]
     sampling = SamplingConfig.model_validate(arm["overrides"]["sampling"])
-    assert sampling_flops(generator, sampling) == pytest.approx(35 * 2 * 0.8e12, rel=0.02)
+    assert sampling_flops(generator, sampling) == pytest.approx(36 * 2 * generator.forward_flops(), rel=1e-6)
     vae = empty_autoencoder(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     assert decoding_flops(vae, 64) == pytest.approx(2.5e12, rel=0.05)
     assert encoding_flops(vae, 512) == pytest.approx(1.1e12, rel=0.05)
+
+
+@pytest.mark.parametrize("parameters", ["lora", "all"])
+def test_a_merged_adapter_computes_the_fine_tuned_function(folder: Path, parameters: str):
+    generator = told(folder)
+    inputs = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 400])
+    condition = torch.cat([generator.condition(0), generator.condition(1)])
+    network = generator.load()
+    with torch.no_grad():
+        before = network(*inputs, condition)
+    config = FinetuneConfig(parameters=parameters, rank=2)
+    names = choose_trained(generator, network, config)
+    trained = {name: value for name, value in network.named_parameters() if value.requires_grad}
+    assert list(trained) == names
+    assert parameters == "all" or all(name.rpartition(".")[2] in ("lora_up", "lora_down") for name in names)
+    with torch.no_grad():
+        torch.testing.assert_close(network(*inputs, condition), before, rtol=1e-6, atol=1e-6)
+        for number, value in enumerate(trained.values()):
+            value += 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
+        tuned = network(*inputs, condition)
+        assert (tuned - before).abs().max() > 1e-3
+        plain = generator.load()
+        generator.merge(plain, {name: value.detach().clone() for name, value in trained.items()})
+        torch.testing.assert_close(plain(*inputs, condition), tuned, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_starts_with_the_same_values_in_every_process(folder: Path):
+    one, other = ({name: value for name, value in network.named_parameters() if "lora" in name} for network in (
+        _with_lora(folder), _with_lora(folder)
+    ))  # fmt: skip
+    assert one.keys() == other.keys() != set()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    downs = [value for name, value in one.items() if name.endswith("down")]
+    assert not torch.equal(downs[0], downs[1])
+
+
+def _with_lora(folder: Path) -> torch.nn.Module:
+    generator = told(folder)
+    network = generator.load()
+    choose_trained(generator, network, FinetuneConfig(parameters="lora", rank=4))
+    return network
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fine_tuning_by_captions_lowers_their_loss(folder: Path, precision: str):
+    generator = told(folder)
+    pixels = {"mean": torch.randn(4, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1)),
+              "log_variance": torch.full((4, 1, 4, 8, 8), -20.0)}  # fmt: skip
+    images = CleanImages(pixels, torch.tensor([0, 0, 1, 1]), False, ["one", "two", LONG, "four"])
+    config = FinetuneConfig(
+        steps=30, batch_size=4, lr=0.02, parameters="lora", words="captions", precision=precision,
+        activation_checkpointing=precision == "fp32",
+        objectives={"inversion_matching": {"weight": 0.0}, "diffusion": {"weight": 1.0}},
+    )  # fmt: skip
+    tuner = Finetuner(generator.load(), generator, config, "cpu")
+    batch = tuner.draw(images, torch.arange(4), torch.Generator().manual_seed(2))
+    kept = batch.dropped_B.ne(generator.null).flatten(1).any(dim=1)
+    expected = torch.cat([generator.trained_condition(0, text) for text in ("one", "two", LONG, "four")])
+    assert batch.y_B.shape == (4, 77, 16), "long captions are cut"
+    torch.testing.assert_close(batch.y_B, expected)
+    torch.testing.assert_close(batch.dropped_B[kept], expected[kept])
+    losses = [tuner.step(batch)["loss"] for _ in range(30)]
+    assert losses[-1] < 0.98 * losses[0]

@@ -60,9 +60,9 @@ class Source(Component, ABC):
         """The decoded image; raises ``OSError`` for one that cannot be decoded."""
 
     @property
-    def reader(self) -> type[Source]:
-        """The class that reads the files."""
-        return type(self)
+    def unlimited(self) -> Source:
+        """The image set with all its images."""
+        return self
 
     @cached_property
     def fingerprint(self) -> str:
@@ -84,8 +84,9 @@ class Source(Component, ABC):
         """Other values of these images: ``logits`` [n, num_classes] and ``weights`` [n]; empty if the set has neither."""
         return {}
 
-    def texts(self, column: str) -> Sequence[str] | None:
-        """The text of each image in a column of the set's own files; None if there is no such column."""
+    def texts(self, column: str) -> Sequence[str | None] | None:
+        """The text of each image, if it has one, in a column of the set's own files; None if there is no such column of
+        texts."""
         return None
 
 
@@ -97,18 +98,16 @@ class Limited(Source):
         self.whole, self.indices = whole, np.sort(np.concatenate(chosen))
         self.location, self.class_names, self.labels = whole.location, whole.class_names, whole.labels[self.indices]
         self.files = whole.files
-        self.notices = (
-            *whole.notices,
-            f"{len(self.labels)} of {len(whole.labels)} images of a split are used, {limit} a class (data.limit)",
-        )
+        used = f"{len(self.labels)} of {len(whole.labels)} images of '{whole.location}' are used, at most {limit} a class"
+        self.notices = (*whole.notices, used)
 
     @classmethod
     def find(cls, place: Location) -> Source | None:
         return None
 
     @property
-    def reader(self) -> type[Source]:
-        return self.whole.reader
+    def unlimited(self) -> Source:
+        return self.whole
 
     def image(self, index: int) -> Image.Image:
         return self.whole.image(int(self.indices[index]))
@@ -123,7 +122,7 @@ class Limited(Source):
     def extras(self, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         return self.whole.extras(self.indices[list(indices)].tolist())
 
-    def texts(self, column: str) -> Sequence[str] | None:
+    def texts(self, column: str) -> Sequence[str | None] | None:
         found = self.whole.texts(column)
         return None if found is None else [found[index] for index in self.indices.tolist()]
 
@@ -172,7 +171,9 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
         if (source := kind.find(place)) is not None:
             if len(source.labels) == 0:
                 raise UserError(f"data source '{path}' (split '{split}') holds no image; check the path and data.*_split")
-            return source if limit is None else Limited(source, limit)
+            if limit is None or np.bincount(source.labels).max() <= limit:
+                return source
+            return Limited(source, limit)
     splits = [child.name for child in place.children if child.is_folder and child.name in SPLIT_NAMES]
     there = f"; it has the splits {', '.join(splits)}: set data.train_split and data.test_split" if splits else ""
     alike = [file.name for file in place.nearby if file.is_file and fnmatch(file.name, f"{split}*.parquet")]
@@ -197,7 +198,7 @@ def shared_file(train: Source, test: Source) -> str | None:
     if shared:
         return shared[0]
     known = bool(train.files) and hashed_whole(train) and hashed_whole(test)
-    return test.files[0].path if known and train.fingerprint == test.fingerprint else None
+    return test.files[0].path if known and train.unlimited.fingerprint == test.unlimited.fingerprint else None
 
 
 def numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:

@@ -87,12 +87,12 @@ class ParquetSource(Source):
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self.files[part].name} row {index - int(self._starts[part])}"
 
-    def texts(self, column: str) -> list[str] | None:
+    def texts(self, column: str) -> list[str | None] | None:
         tables = [_open_parquet(file) for file in self.files]
-        if any(column not in table.schema_arrow.names for table in tables):
+        kinds = [table.schema_arrow.field(column).type for table in tables if column in table.schema_arrow.names]
+        if len(kinds) < len(tables) or not all(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds):
             return None
-        columns = [table.read(columns=[column])[column] for table in tables]
-        return [text for each in columns for text in each.cast(pa.string()).fill_null("").to_pylist()]
+        return [text for table in tables for text in table.read(columns=[column])[column].to_pylist()]
 
     def extras(self, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         return {name: values[list(indices)] for name, values in self._extras.items()}

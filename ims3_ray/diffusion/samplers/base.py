@@ -26,6 +26,8 @@ class Sampler(Component, ABC):
     registry = Registry["type[Sampler]"]("sampler", "ims3_ray.diffusion.samplers")
     calls: ClassVar[float] = 1.0
     """Calls of the predictor in each step."""
+    more_calls: ClassVar[int] = 0
+    """Calls of the predictor beyond those of the steps."""
     uses_variance: ClassVar[bool] = False
     """Whether the sampler uses the variance of generators that predict one."""
     spacing: ClassVar[Spacing] = "linspace"
@@ -33,6 +35,12 @@ class Sampler(Component, ABC):
     takes: ClassVar[frozenset[str]] = frozenset()
     """The options that a sampling with it may have: ``first`` (index of the timestep at which a ``start`` of one's own begins),
     ``around`` (clean latents to start near, with ``first``, see :func:`sample`), ``drift`` (:data:`Drift`)."""
+
+    @classmethod
+    def first_of(cls, num_steps: int, strength: float) -> int:
+        """Index of the timestep at which sampling begins that makes the share ``strength`` of ``num_steps`` steps, as
+        diffusers' image-to-image pipelines count it."""
+        return max(0, int(num_steps * strength) - 1)
 
     def __init__(self, config: Section | None = None) -> None:
         self.config: Any = config or self.Config()
@@ -60,13 +68,15 @@ def sample(
     device: torch.device | str = "cpu",
     start: Tensor | None = None,
     around: Tensor | None = None,
+    strength: float = 1.0,
     **options: Any,
 ) -> Tensor:
     """Draw ``len(generators)`` samples of ``shape`` [C, H, W]; sample b uses noise from ``generators[b]`` alone.
 
-    Noise is drawn on the CPU, so that it is the same for every device. Sampling ends at the clean latent (ᾱ = 1), which is
-    returned in float32. ``start`` [B, C, H, W] replaces the initial noise. ``around`` [B, C, H, W] are clean latents that are
-    noised to the timestep with the index ``first``, where sampling then starts. ``options`` are passed to the sampler.
+    Noise is drawn on the CPU, so that it is the same for every device. Sampling ends at ᾱ = 1, or for Stable Diffusion at a
+    value near it, and the latent there is returned in float32. ``start`` [B, C, H, W] replaces the initial noise. ``around``
+    [B, C, H, W] are clean latents that are noised to the timestep from which the share ``strength`` of the steps remains,
+    where sampling then starts. ``options`` are passed to the sampler.
     """
 
     def draw() -> Tensor:
@@ -75,6 +85,7 @@ def sample(
     way = Sampler.registry[sampler]() if isinstance(sampler, str) else sampler
     z = draw() if start is None else start.to(device)
     if around is not None:
+        options["first"] = way.first_of(num_steps, strength)
         t = schedule.respaced(num_steps, way.spacing)[options["first"]]
         z = schedule.add_noise(around.to(device), z, t.expand(len(z)).to(device))
     return way(predict, z, draw, schedule, num_steps, clip, **options).float()

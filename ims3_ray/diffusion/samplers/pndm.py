@@ -17,15 +17,20 @@ WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 /
 
 
 class Pndm(Sampler):
-    """Steps of DDIM with a combination of the last four predictions (the paper's Eq. 12), on the timesteps of "ddimN".
+    """Steps of DDIM with a combination of the last four predictions (Eq. 12 of Liu et al.), on the timesteps of "ddimN".
 
     The first step is made twice, the second time with the mean of the predictions at its two ends, as diffusers does instead
-    of the paper's Runge-Kutta steps; N steps call the predictor N + 1 times. Sampling starts from the timestep of index
-    ``first`` where ``z`` is not pure noise.
+    of the Runge-Kutta steps of Liu et al.; two or more steps call the predictor once more than there are steps. Sampling
+    starts from the timestep of index ``first`` where ``z`` is not pure noise.
     """
 
-    name, spacing = "pndm", "leading"
+    name, spacing, more_calls = "pndm", "leading", 1
     takes = frozenset({"first", "around"})
+
+    @classmethod
+    def first_of(cls, num_steps: int, strength: float) -> int:
+        """diffusers counts the step that is made twice as two steps, so sampling begins one timestep earlier."""
+        return min(num_steps - 1, int(num_steps * strength))
 
     def __call__(
         self,

@@ -43,8 +43,8 @@ class Steering(Component, ABC):
         return 1.0
 
     @classmethod
-    def says_words(cls, config: Any) -> bool:
-        """Whether the generator must be one that takes words."""
+    def says_captions(cls, config: Any) -> bool:
+        """Whether the generator is told captions, and so must be one that takes words."""
         return False
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,8 +25,10 @@ class Clustering:
     """Mini-batches of so many times K latents, as D4M takes them; 0 for k-means of all latents at once."""
     outliers: float = 0.0
     """Share of the latents that are left out beforehand, as DDVLCP does it: those with the largest local outlier factor."""
-    common: float | None = None
-    """Captions are chosen for the clusters, without words that so large a share of the class's captions has; None for none."""
+
+    def needed(self, k: int) -> int:
+        """Number of latents that are enough for ``k`` clusters."""
+        return math.ceil(k / (1 - self.outliers)) + (1 if self.outliers else 0)
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,9 @@ def find_modes(latents_NCHW: Tensor, k: int, seed: int, how: Clustering | None =
 
     how, flat = how or Clustering(), latents_NCHW.flatten(1).numpy()
     inside = torch.ones(len(flat), dtype=torch.bool)
-    if how.outliers and len(flat) > NEIGHBOURS:
-        inside = torch.from_numpy(LocalOutlierFactor(NEIGHBOURS, contamination=how.outliers).fit_predict(flat) == 1)
+    if how.outliers:
+        neighbours = min(NEIGHBOURS, len(flat) - 1)
+        inside = torch.from_numpy(LocalOutlierFactor(n_neighbors=neighbours, contamination=how.outliers).fit_predict(flat) == 1)
     kept, state = flat[inside.numpy()], seed % 2**32
     if len(kept) < k:
         raise ValueError(f"{k} modes are to be found of {len(kept)} images")
@@ -93,6 +97,12 @@ class ByModes(Steering):
     def clustering(cls, config: Any) -> Clustering:
         """How the modes are found."""
         return Clustering()
+
+    @classmethod
+    def common_words(cls, config: Any) -> float | None:
+        """If the samples are told the captions of their clusters: words do not count in the choice of a caption if at least
+        this share of the class's captions has them. None if they are told something else."""
+        return None
 
     def modes(self, label: int, indices: Sequence[int]) -> Tensor:
         """The mode of each sample of a class, float32 [B, C, H, W]."""

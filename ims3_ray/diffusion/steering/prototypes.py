@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ims3_ray.component import Section
+from ims3_ray.diffusion.steering.base import REMEMBERED, Shards
 from ims3_ray.diffusion.steering.modes import ByModes, Clustering
 
 
@@ -35,15 +37,25 @@ class Prototypes(ByModes):
         """What a generator that takes words is told: the prompt of the class (D4M), or for each cluster the caption of a real
         image (DDVLCP; needs `data.captions`)."""
         common: float = Field(default=0.7, gt=0, le=1)
-        """With `words: captions`, words that so large a share of the class's captions has do not count in the choice of a
-        cluster's caption (DDVLCP: 0.7, for CIFAR 0.9)."""
+        """With `words: captions`, words do not count in the choice of a cluster's caption if at least this share of the class's
+        captions has them (DDVLCP: 0.7, for CIFAR 0.9)."""
+
+        @model_validator(mode="after")
+        def _started(self) -> Self:
+            if self.words == "captions" and not self.strength:
+                raise ValueError("words: captions are those of the clusters that sampling starts at; set strength, as to 0.7")
+            return self
+
+    def __init__(self, config: Any, k: int, seed: int, steps: int, shards: Shards, device: str) -> None:
+        super().__init__(config, k, seed, steps, shards, device)
+        self._captions_of = lru_cache(REMEMBERED)(self._read_captions)
 
     @classmethod
     def share(cls, config: Config) -> float:
         return config.strength
 
     @classmethod
-    def says_words(cls, config: Config) -> bool:
+    def says_captions(cls, config: Config) -> bool:
         return config.words == "captions"
 
     @classmethod
@@ -52,14 +64,22 @@ class Prototypes(ByModes):
 
     @classmethod
     def clustering(cls, config: Config) -> Clustering:
-        return Clustering(config.minibatch, config.outliers, config.common if cls.says_words(config) else None)
+        return Clustering(config.minibatch, config.outliers)
+
+    @classmethod
+    def common_words(cls, config: Config) -> float | None:
+        return config.common if cls.says_captions(config) else None
 
     def options(self, label: int, indices: Sequence[int]) -> dict[str, Any]:
-        return {"around": self.modes(label, indices), "first": max(0, int(self.steps * self.config.strength) - 1)}
+        return {"around": self.modes(label, indices), "strength": self.config.strength}
 
     def words(self, label: int, indices: Sequence[int]) -> list[str] | None:
-        if not self.says_words(self.config):
+        if not self.says_captions(self.config):
             return None
+        captions = self._captions_of(label)
+        return [captions[index % self.k] for index in indices]
+
+    def _read_captions(self, label: int) -> list[str]:
         (shard,) = self.shards(label)
         captions: list[str] = json.loads(bytes(shard["captions"].tolist()))
-        return [captions[index % self.k] for index in indices]
+        return captions

@@ -42,8 +42,15 @@ class Generator(Component, ABC):
     """Whether the network was trained with the null condition, without which there is no guidance."""
     takes_words: ClassVar[bool] = False
     """Whether the condition is a text, which :meth:`told` gives for each class, instead of a label."""
+    trainable: ClassVar[tuple[str, ...]] = ("difffit", "all")
+    """The parameters that fine-tuning can train: ``difffit``, ``lora`` or ``all``."""
     any_size: ClassVar[bool] = False
     """Whether images of another size than that of the data are scaled to it; otherwise the sizes must be equal."""
+
+    @property
+    def title(self) -> str:
+        """Name of the generator in messages."""
+        return self.path.name
 
     @classmethod
     @abstractmethod
@@ -73,16 +80,25 @@ class Generator(Component, ABC):
 
         Raises :class:`UserError` for a family that takes no further classes, and for a class that is not known.
         """
-        raise UserError(f"generator '{self.path.name}' cannot be taught new classes; use one of the family dit")
+        raise UserError(f"generator '{self.title}' cannot be taught new classes; use one of the family dit")
 
     def told(self, class_names: Sequence[str], prompts: Sequence[str], negative: str) -> Generator:
         """This generator with these classes, a prompt for each, and the prompt of its null condition. Raises
         :class:`UserError` for a family that takes no words."""
-        raise UserError(f"generator '{self.path.name}' is told labels, not words; use one of the family stable-diffusion")
+        raise UserError(f"generator '{self.title}' is told labels, not words; use one of the family stable-diffusion")
 
     @abstractmethod
     def condition(self, label: int, words: str | None = None) -> Tensor:
         """The condition, [1, …], that the network is given for a class, or for the ``words`` that are to be said of it."""
+
+    def trained_condition(self, label: int, words: str | None = None) -> Tensor:
+        """The condition, [1, …], for fine-tuning, of one shape for all words."""
+        return self.condition(label, words)
+
+    @property
+    def trained_null(self) -> Tensor:
+        """The null condition, [1, …], for fine-tuning."""
+        return self.null
 
     def null_beside(self, condition: Tensor) -> Tensor:
         """The null condition, [1, …], in the shape of a ``condition``."""
@@ -103,9 +119,9 @@ class Generator(Component, ABC):
         """Floating-point operations (2 per multiply-add) of one forward pass of one sample."""
 
     @abstractmethod
-    def choose_trained(self, network: nn.Module, parameters: str, scaled_blocks: int) -> list[str]:
-        """Prepare ``network`` for fine-tuning of its ``parameters`` (``difffit`` or ``all``): freeze all others, and return the
-        names of the trained ones."""
+    def choose_trained(self, network: nn.Module, parameters: str, scaled_blocks: int, rank: int) -> list[str]:
+        """Prepare ``network`` for fine-tuning of its ``parameters``, one of :attr:`trainable`: freeze all others, and return
+        the names of the trained ones. ``scaled_blocks`` is for ``difffit``, ``rank`` for ``lora``."""
 
     @property
     def table(self) -> str:

@@ -79,15 +79,13 @@ class DiTGenerator(Generator):
         known = dict(zip(self.names, range(len(self.names)), strict=True))
         known |= {name: self.config.rows + number for number, name in enumerate(self.added)}
         if not known:
-            raise UserError(
-                f"generator '{self.path.name}' does not name its classes; convert it with jobs/convert.py classes=FILE"
-            )
+            raise UserError(f"generator '{self.title}' does not name its classes; convert it with jobs/convert.py classes=FILE")
         indices = []
         for name in class_names:
             if name not in known:
                 near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.0)
                 raise UserError(
-                    f"the generator '{self.path.name}' knows no class '{name}'; nearest: {', '.join(near)}; to teach it the "
+                    f"the generator '{self.title}' knows no class '{name}'; nearest: {', '.join(near)}; to teach it the "
                     "classes of the data, set adopt={}"
                 )
             indices.append(known[name])
@@ -99,7 +97,7 @@ class DiTGenerator(Generator):
     def forward_flops(self) -> float:
         return float(self.config.forward_flops())
 
-    def choose_trained(self, network: nn.Module, parameters: str, scaled_blocks: int) -> list[str]:
+    def choose_trained(self, network: nn.Module, parameters: str, scaled_blocks: int, rank: int) -> list[str]:
         if parameters == "difffit":
             return add_difffit(cast(DiT, network), scaled_blocks)
         return [name for name, _ in network.requires_grad_().named_parameters()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.errors import UserError
 from ims3_ray.models.checkpoints import compare_shapes, read_tensors
 from ims3_ray.models.generators.base import Generator
+from ims3_ray.models.lora import add_lora, merge_lora
 from ims3_ray.models.text import TextEncoder
 
 INDEX = "model_index.json"
@@ -31,17 +33,35 @@ REMEMBERED = 256
 class TextUNet(nn.Module):
     """diffusers' UNet2DConditionModel, called as a generator's network: ``(z, t, condition)`` → what it predicts."""
 
+    compute_dtype: torch.dtype | None = None
+    """Number format of the arithmetic where the parameters have several formats; None for that of the parameters."""
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         from diffusers import UNet2DConditionModel
 
         self.unet: Any = UNet2DConditionModel.from_config(dict(config))
 
+    @property
+    def recompute(self) -> bool:
+        """Whether the backward pass recomputes each block instead of keeping its activations."""
+        return bool(self.unet.is_gradient_checkpointing)
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        if value:
+            self.unet.enable_gradient_checkpointing()
+            self.unet.train()  # which diffusers' blocks ask for; there is no dropout
+        else:
+            self.unet.disable_gradient_checkpointing()
+
     def forward(self, z_BCHW: Tensor, t_B: Tensor, condition_BLD: Tensor) -> Tensor:
         dtype, each = self.unet.conv_in.weight.dtype, len(z_BCHW) // len(condition_BLD)
         condition = condition_BLD.to(dtype).repeat_interleave(each, dim=0)
         t = t_B.repeat_interleave(len(z_BCHW) // len(t_B))
-        predicted: Tensor = self.unet(z_BCHW.to(dtype), t, encoder_hidden_states=condition, return_dict=False)[0]
+        mixed = torch.autocast(z_BCHW.device.type, self.compute_dtype) if self.compute_dtype else nullcontext()
+        with mixed:
+            predicted: Tensor = self.unet(z_BCHW.to(dtype), t, encoder_hidden_states=condition, return_dict=False)[0]
         return predicted
 
 
@@ -55,6 +75,7 @@ class StableDiffusion(Generator):
         "scheduler/*", "vae/config.json", f"vae/{UNET[0]}",
     )  # fmt: skip
     takes_words = any_size = True
+    trainable = ("lora", "all")
 
     def __init__(
         self, path: Path, class_names: Sequence[str] = (), prompts: Sequence[str] = (), negative: str = ""
@@ -66,13 +87,23 @@ class StableDiffusion(Generator):
         self.schedule, self.parametrisation = schedule_of(scheduler, path), parametrisation_of(scheduler, path)
         size = self.config.get("sample_size", 64)
         height, width = (size, size) if isinstance(size, int) else size
-        self.latent, self.learns_variance = (int(self.config["in_channels"]), height, width), False
+        self.latent, self.learns_variance = (int(self.config.get("in_channels", 4)), height, width), False
         self._embedded = lru_cache(REMEMBERED)(self._embed)
+
+    @property
+    def title(self) -> str:
+        return self.folder.name
 
     @classmethod
     def find(cls, folder: Path) -> Path | None:
         index = folder / INDEX
         return index if index.is_file() and _json(index).get("_class_name") in PIPELINES else None
+
+    @classmethod
+    def describe(cls, folder: Path) -> str:
+        """The kind of pipeline that a folder holds, in brackets; empty if it holds none."""
+        index = folder / INDEX
+        return f" ({INDEX}: {_json(index).get('_class_name')})" if index.is_file() else ""
 
     @classmethod
     def open(cls, path: Path) -> StableDiffusion:
@@ -93,8 +124,12 @@ class StableDiffusion(Generator):
         return StableDiffusion(self.path, class_names, prompts, negative)
 
     def check(self) -> None:
-        with torch.device("meta"):
-            wanted = {name: tuple(tensor.shape) for name, tensor in TextUNet(self.config).unet.state_dict().items()}
+        try:
+            with torch.device("meta"):
+                wanted = {name: tuple(tensor.shape) for name, tensor in TextUNet(self.config).unet.state_dict().items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"diffusers cannot build the UNet of '{self.folder}' ({reason}); fetch it again") from error
         found = read_tensors(self._unet_file, meta=True)
         compare_shapes(wanted, {name: tuple(tensor.shape) for name, tensor in found.items()}, self._unet_file)
         self._text  # noqa: B018 - loads it, or says what is missing
@@ -109,11 +144,19 @@ class StableDiffusion(Generator):
         return [self.class_names.index(name) for name in class_names]
 
     def condition(self, label: int, words: str | None = None) -> Tensor:
-        return self._embedded(self.prompts[label] if words is None else words, 1)
+        """The embeddings of the prompt, in as many pieces as it or the negative prompt needs."""
+        return self._embedded(self.prompts[label] if words is None else words, self._text.pieces(self.negative))
 
     @cached_property
     def null(self) -> Tensor:  # type: ignore[override]
         return self._embedded(self.negative, 1)
+
+    @property
+    def trained_null(self) -> Tensor:
+        return self._embedded("", 1, cut=True)
+
+    def trained_condition(self, label: int, words: str | None = None) -> Tensor:
+        return self._embedded(self.prompts[label] if words is None else words, 1, cut=True)
 
     def null_beside(self, condition: Tensor) -> Tensor:
         return self._embedded(self.negative, condition.shape[1] // self._text.length)
@@ -121,11 +164,16 @@ class StableDiffusion(Generator):
     def forward_flops(self) -> float:
         return _forward_flops(json.dumps(self.config, sort_keys=True), self._text_length, self.latent)
 
-    def choose_trained(self, network: nn.Module, parameters: str, scaled_blocks: int) -> list[str]:
-        raise UserError(f"generator '{self.folder.name}' cannot be fine-tuned here; fine-tune it elsewhere and give its folder")
+    def choose_trained(self, network: nn.Module, parameters: str, scaled_blocks: int, rank: int) -> list[str]:
+        if parameters == "lora":
+            return add_lora(network, rank)
+        return [name for name, _ in network.requires_grad_().named_parameters()]
 
     def merge(self, network: nn.Module, adapter: Mapping[str, Tensor]) -> None:
-        raise UserError(f"generator '{self.folder.name}' takes no adapter of this program; give the folder of a fine-tuned one")
+        if any(name.endswith("lora_up") for name in adapter):
+            merge_lora(network, adapter)
+        else:
+            network.load_state_dict({**network.state_dict(), **adapter})
 
     def repeated(self, network: nn.Module) -> Iterable[nn.Module]:
         from diffusers.models.attention import BasicTransformerBlock
@@ -157,8 +205,8 @@ class StableDiffusion(Generator):
     def _text(self) -> TextEncoder:
         return TextEncoder(self.folder)
 
-    def _embed(self, prompt: str, pieces: int) -> Tensor:
-        return self._text(prompt, pieces)
+    def _embed(self, prompt: str, pieces: int, *, cut: bool = False) -> Tensor:
+        return self._text(prompt, pieces, cut=cut)
 
 
 def schedule_of(scheduler: Mapping[str, Any], path: Path) -> NoiseSchedule:
@@ -209,4 +257,6 @@ def _json(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read as JSON ({str(error).splitlines()[0]}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"'{path}' must hold a JSON object; fetch it again")
     return found
