@@ -10,6 +10,7 @@ nothing where torchvision's own library loads.
 from __future__ import annotations
 
 import importlib.machinery
+import pickle
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -67,11 +68,21 @@ def prepare_deepspeed() -> None:
 
 def load_deepspeed_file(path: str, map_location: Any = None) -> Any:
     """Load a file of a DeepSpeed checkpoint from a place where others may write. DeepSpeed itself would run code from a forged
-    file; this function accepts only tensors, plain values and the three classes that occur in ZeRO's state."""
+    file; this function accepts only tensors, plain values and the three classes that occur in ZeRO's state.
+
+    Python up to 3.11.3 writes a member of an enumeration as a call of ``getattr``, for which a function stands in that knows
+    ZeRO's stages alone.
+    """
     import torch
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+    def member(kind: Any, name: str) -> Any:
+        if kind is not ZeroStageEnum:
+            raise pickle.UnpicklingError(f"a checkpoint asks for '{name}' of {kind}, which no checkpoint of DeepSpeed does")
+        return ZeroStageEnum[name]
+
+    named = [(member, f"{module}.getattr") for module in ("builtins", "__builtin__")]
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address, *named]):
         return torch.load(path, map_location=map_location, weights_only=True)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pydantic import Field
 from safetensors.torch import load
 
 from ims3_ray import distill
@@ -19,7 +15,6 @@ from ims3_ray.config import RunConfig
 from ims3_ray.data.captions import caption_of_clusters
 from ims3_ray.diffusion.samplers.base import sample
 from ims3_ray.diffusion.steering.modes import Clustering, find_modes
-from ims3_ray.diffusion.steering.prototypes import Prototypes
 from ims3_ray.engine.images import Decoder
 from ims3_ray.engine.sets import read_set
 from ims3_ray.engine.stage import Stage
@@ -33,26 +28,11 @@ from ims3_ray.stages.latents import read_latents
 from tests.conftest import CLASSES, tiny_values
 from tests.pipelines import write_pipeline
 from tests.ray.conftest import Run
+from tests.ray.test_kills import killing
 
 K = 2
 WORDS = ("a dark bar, wide", "a bright bar in the middle of noise", "noise " * 60)
 """Captions; the last one is longer than the 77 tokens that CLIP reads at once."""
-
-
-class KilledPrototypes(Prototypes):
-    """Ends its process once, after the first unit, as on a machine that is lost."""
-
-    name = "killed_prototypes"
-
-    class Config(Prototypes.Config):
-        marks: str = Field(default="")
-
-    def options(self, label: int, indices: Sequence[int]) -> dict[str, Any]:
-        mark = Path(self.config.marks, "killed")
-        if label > 0 and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().options(label, indices)
 
 
 def config_of(
@@ -71,8 +51,8 @@ def config_of(
     return RunConfig.model_validate(values)
 
 
-def arm(name: str, select: str = "first", of: str = "prototypes", **settings: Any) -> dict[str, Any]:
-    prototypes = {of: {"strength": 0.75, **settings}}
+def arm(name: str, select: str = "first", **settings: Any) -> dict[str, Any]:
+    prototypes = {"prototypes": {"strength": 0.75, **settings}}
     return {"title": name, "images": "generated", "select": select, "overrides": {"sampling": prototypes}}
 
 
@@ -90,7 +70,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def captions(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A caption for each of the ninety images."""
     file = tmp_path_factory.mktemp("captions") / "metadata.jsonl"
     names = [f"train-images-idx3-ubyte[{index}]" for index in range(90)]
@@ -181,13 +161,14 @@ def test_s3_chooses_among_the_samples_of_d4m(run: Run):
     assert run.plan.sets["d4m_s3"].images.name == "select"
 
 
-def test_a_worker_that_is_lost_changes_no_image_and_neither_does_the_form_in_which_they_are_stored(
+def test_a_killed_worker_changes_no_image_and_neither_does_the_form_in_which_they_are_stored(
     tiny_world: Path, pipeline: Path, run: Run, tmp_path: Path
 ):
-    arms = {"d4m": arm("D4M", of="killed_prototypes", minibatch=2, marks=str(tmp_path))}
-    result = distill(config_of(tiny_world, pipeline, tmp_path / "runs", arms))
-    assert (tmp_path / "killed").exists()
-    assert result.results["sets"]["d4m"]["content"] == run.result.results["sets"]["d4m"]["content"]
+    arms = {name: ARMS[name] for name in ("d4m", "d4m_s3")}
+    with killing("MapWorker", "artifacts/generate/*/shards/*", tmp_path):
+        result = distill(config_of(tiny_world, pipeline, tmp_path, arms))
+    for name in arms:
+        assert result.results["sets"][name]["content"] == run.result.results["sets"][name]["content"]
 
 
 @pytest.mark.parametrize(

@@ -152,3 +152,24 @@ def test_arms_have_names_that_files_can_have():
 def test_deepspeeds_own_checkpoints_are_read(tmp_path: Path):
     torch.save({"buffer_names": [], "ds_version": "0", "rng": np.arange(3).tolist()}, tmp_path / "own.pt")
     assert load_deepspeed_file(str(tmp_path / "own.pt"))["rng"] == [0, 1, 2]
+
+
+class Written:
+    """Pickled as a call of ``getattr``, as Python up to 3.11.3 writes a member of an enumeration."""
+
+    def __init__(self, kind: object, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def __reduce__(self) -> tuple[object, tuple[object, str]]:
+        return getattr, (self.kind, self.name)
+
+
+def test_stages_that_an_older_python_wrote_are_read_and_nothing_else_is_looked_up(tmp_path: Path):
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    torch.save({"stage": Written(ZeroStageEnum, "gradients")}, tmp_path / "older.pt")
+    assert load_deepspeed_file(str(tmp_path / "older.pt"))["stage"] is ZeroStageEnum.gradients
+    torch.save({"stage": Written(LossScaler, "__init__")}, tmp_path / "forged.pt")
+    with pytest.raises(pickle.UnpicklingError, match="no checkpoint of DeepSpeed"):
+        load_deepspeed_file(str(tmp_path / "forged.pt"))
