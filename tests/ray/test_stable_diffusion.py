@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,8 @@ def test_a_killed_worker_changes_no_image_and_neither_does_the_form_in_which_the
     tiny_world: Path, pipeline: Path, run: Run, tmp_path: Path
 ):
     arms = {name: ARMS[name] for name in ("d4m", "d4m_s3")}
+    for kind in ("encode", "embed", "latents", "modes"):
+        shutil.copytree(Path(run.config.storage, "artifacts", kind), tmp_path / "artifacts" / kind)
     with killing("MapWorker", "artifacts/generate/*/shards/*", tmp_path):
         result = distill(config_of(tiny_world, pipeline, tmp_path, arms))
     for name in arms:
