@@ -42,8 +42,8 @@ class Captions:
                 text = self._by_name.get(name, self._by_last_part.get(last_part(name)))
             if text is None or not text.strip():
                 raise UserError(
-                    f"data.captions '{self.reference}' has no caption for the image '{name}'; add it, or set "
-                    "sampling.prototypes.words=class"
+                    f"data.captions '{self.reference}' has no caption for the image '{name}'; add it, or do without captions "
+                    "(words=class)"
                 )
             found.append(text)
         return found
@@ -69,8 +69,7 @@ def caption_of_clusters(
 
     ``clusters`` holds the cluster of each image, −1 for none. Single letters, words of English that say nothing
     (scikit-learn's list), words that are part of ``class_words``, and words that the share ``common`` of all captions has do
-    not count. The prompt of a
-    cluster without words is empty.
+    not count. The prompt of a cluster without words is empty.
     """
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 

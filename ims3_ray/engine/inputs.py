@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from ims3_ray import plugins
 from ims3_ray.config import DataConfig, PretrainConfig, RunConfig, WorkConfig
 from ims3_ray.config.work import Split
 from ims3_ray.data.batches import load_pixels
+from ims3_ray.data.captions import Captions
 from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
 from ims3_ray.data.prompts import prompts_of
 from ims3_ray.data.sources import Source, open_source, shared_file
@@ -42,6 +46,7 @@ class Data:
                 f"are folders in '{names[0]}', put them directly into the folder of their split"
             )
         self.classes = ClassTable(names, tuple(labels), tuple(counts))
+        self._hashes: dict[str, str] = {}
 
     def _check_splits(self, data: DataConfig) -> None:
         """Raises :class:`UserError` if the test split has training images, of which students would know the answers."""
@@ -57,6 +62,15 @@ class Data:
         """Hash of each split's images. It is computed once per plan, since a split may be a large file or a folder of millions
         of files."""
         return {"train": self.train.fingerprint, "test": self.test.fingerprint}
+
+    def captions_hash(self, reference: str) -> str:
+        """A hash of the captions of all training images, computed once per plan. Raises :class:`UserError` if one is
+        missing."""
+        if reference not in self._hashes:
+            wanted = np.flatnonzero(np.isin(self.train.labels, self.classes.source_labels)).tolist()
+            texts = Captions(reference, self.train).of(wanted)
+            self._hashes[reference] = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+        return self._hashes[reference]
 
     def params(self, split: Split) -> dict[str, Any]:
         """What the key of an artifact holds of a split: see :func:`source_params`."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 
 from ims3_ray.config import RunConfig
@@ -23,10 +21,7 @@ def captions_hash(planner: Planner, config: RunConfig, key: str) -> str:
             f"{key}=captions needs the captions of the training images; name them by data.captions, or leave the arm out "
             "(arms.ddvlcp=null)"
         )
-    source = planner.data.train
-    wanted = np.flatnonzero(np.isin(source.labels, planner.classes.source_labels)).tolist()
-    texts = Captions(config.data.captions, source).of(wanted)
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+    return planner.data.captions_hash(config.data.captions)
 
 
 def captions_by_class(images: Encode, config: RunConfig, storage: Storage) -> dict[int, list[str]]:
