@@ -286,14 +286,20 @@ CAPTIONS = (
     "a dog in snow",
     "white snow and a dog",
     "a dog sleeps on a sofa",
+    "dog beside water",
+    "the dog jumps into water, water splashes",
+    "a wet dog on water",
+    "dog",
 )
 
 
 def test_the_caption_of_a_cluster_says_most_of_what_its_captions_say():
-    clusters = (0, 0, 0, 1, 1, -1)
-    # "dog" is in all captions and in the name; of cluster 0 count grass (4), brown (2), and once green, red, ball, runs
-    # and, though a stop word in some lists, nothing of "on", "with", "over", "everywhere".
-    assert caption_of_clusters(CAPTIONS, clusters, 3, "dog", 0.7) == [CAPTIONS[1], CAPTIONS[4], ""]
+    clusters = (0, 0, 0, 1, 1, -1, 2, 2, 2, 3)
+    # "dog" is in all captions and is the class. Cluster 0: grass 4, brown 2, green, red, ball, runs 1 each; its captions have 7,
+    # 8 and 5. Cluster 1: snow 2, white 1; 2 and 3. Cluster 2: water 4, jumps, splashes, wet 1 each; 4, 6 and 5. The caption of
+    # cluster 3 has no other word, and cluster 4 has no caption.
+    expected = [CAPTIONS[1], CAPTIONS[4], CAPTIONS[7], "", ""]
+    assert caption_of_clusters(CAPTIONS, clusters, 5, "dog", 0.7) == expected
     # Words are looked for as parts of words: "grass" counts in "grasshopper".
     other = ("green grass", "grass", "a grasshopper on green leaves, leaves")
     assert caption_of_clusters(other, (0, 0, 0), 1, "cat", 1.0) == [other[2]]
