@@ -295,9 +295,9 @@ CAPTIONS = (
 
 def test_the_caption_of_a_cluster_says_most_of_what_its_captions_say():
     clusters = (0, 0, 0, 1, 1, -1, 2, 2, 2, 3)
-    # "dog" is in all captions and is the class. Cluster 0: grass 4, brown 2, green, red, ball, runs 1 each; its captions have 7,
-    # 8 and 5. Cluster 1: snow 2, white 1; 2 and 3. Cluster 2: water 4, jumps, splashes, wet 1 each; 4, 6 and 5. The caption of
-    # cluster 3 has no other word, and cluster 4 has no caption.
+    # "dog" is in all captions and is the class. Cluster 0: grass 4, brown 2, green, red, ball, runs 1 each; its captions have
+    # 7, 8 and 5. Cluster 1: snow 2, white 1; 2 and 3. Cluster 2: water 4, jumps, splashes, wet 1 each; 4, 6 and 5. The caption
+    # of cluster 3 has no other word, and cluster 4 has no caption.
     expected = [CAPTIONS[1], CAPTIONS[4], CAPTIONS[7], "", ""]
     assert caption_of_clusters(CAPTIONS, clusters, 5, "dog", 0.7) == expected
     # Words are looked for as parts of words: "grass" counts in "grasshopper".
