@@ -139,10 +139,15 @@ def measure(config: BenchmarkConfig, name: str, case: Case, build_engine: BuildE
     flop_rate = tuning.batch_size / seconds * finetune_flops(DiTGenerator.of_shape(shape), tuning)
     possible = matmul_rate(device, dtype) * world
     return {
-        "case": name, "ms_per_step": round(seconds * 1e3, 1), "samples_per_s": round(tuning.batch_size / seconds, 2),
-        "peak_gb": round(peak / 1e9, 2), "precision": tuning.precision, "tflop_per_s": round(flop_rate / 1e12, 3),
-        "matmul_tflop_per_s": round(possible / 1e12, 3), "share": round(flop_rate / possible, 3),
+        "case": name, "ms_per_step": round(seconds * 1e3, 1), "samples_per_s": digits(tuning.batch_size / seconds),
+        "peak_gb": round(peak / 1e9, 2), "precision": tuning.precision, "tflop_per_s": digits(flop_rate / 1e12),
+        "matmul_tflop_per_s": digits(possible / 1e12), "share": round(flop_rate / possible, 3),
     }  # fmt: skip
+
+
+def digits(value: float) -> float:
+    """``value`` with four significant digits, however small it is."""
+    return float(f"{value:.4g}")
 
 
 def encoder(config: BenchmarkConfig, device: torch.device) -> Callable[[], dict[str, torch.Tensor]]:
