@@ -40,11 +40,11 @@ class Weights:
 
         Raises :class:`UserError` for weights that hold values which are not finite.
         """
-        local, path = Path(reference).expanduser(), resolve(reference)
-        for file in files(path):
+        local, parts = Path(reference).expanduser(), files(resolve(reference))
+        for file in parts:
             if file.suffix in TENSORS:
                 check_finite(file)
-        return cls(resolve, str(local.resolve()) if local.exists() else reference, hash_of(files(path)), files)
+        return cls(resolve, str(local.resolve()) if local.exists() else reference, hash_of(parts), files)
 
     def path(self) -> Path:
         """The file on this node. Raises :class:`UserError` if its content, or that of a file that belongs to it, differs from

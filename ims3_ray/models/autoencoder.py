@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import local_copy
 from ims3_ray.io.hub import fetch, is_hub_id
+from ims3_ray.models.checkpoints import read_json
 
 CLASS = "AutoencoderKL"
 SCALE = 0.18215
@@ -76,7 +76,7 @@ def autoencoder_path(reference: str) -> Path:
     if not folder.exists() and is_hub_id(reference):
         folder = fetch(reference, ["config.json", *NAMES, "vae/*"], "autoencoder")
     for inner in (folder, folder / "vae"):
-        if (inner / "config.json").is_file() and _config(inner).get("_class_name") == CLASS:
+        if (inner / "config.json").is_file() and read_json(inner / "config.json").get("_class_name") == CLASS:
             for name in NAMES:
                 if (inner / name).is_file():
                     return inner / name
@@ -86,25 +86,17 @@ def autoencoder_path(reference: str) -> Path:
     )
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"'{folder}/config.json' is not readable JSON ({error}); fetch it again") from error
-    return config
-
-
 def empty_autoencoder(path: Path) -> Autoencoder:
     """The autoencoder in ``path`` on the meta device: tensors have shapes only, and no weights are read."""
     with torch.device("meta"):
-        return Autoencoder(_config(path.parent))
+        return Autoencoder(read_json(path.with_name("config.json")))
 
 
 def load_autoencoder(path: Path) -> Autoencoder:
     """The autoencoder with its weights, frozen, in evaluation mode. Raises :class:`UserError` if the weights do not fit."""
     from diffusers import AutoencoderKL
 
-    model = Autoencoder(_config(path.parent))
+    model = Autoencoder(read_json(path.with_name("config.json")))
     try:
         model.vae = AutoencoderKL.from_pretrained(path.parent, local_files_only=True, low_cpu_mem_usage=False)
     except (OSError, RuntimeError, ValueError) as error:

@@ -40,6 +40,17 @@ def weights_path(reference: str) -> Path:
     return path
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file beside weights. Raises :class:`UserError` if there is none."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' is not readable JSON ({str(error).splitlines()[0]}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"'{path}' must hold a JSON object; fetch it again")
+    return found
+
+
 def pack(model: nn.Module, config: dict[str, Any], kind: str, dtype: torch.dtype | None = None, **extra: str) -> bytes:
     """The parameters and buffers of ``model`` as a safetensors file that also records the ``kind`` and the shape of the
     model. Raises :class:`Diverged` naming the first tensor whose values, in this ``dtype``, are not all finite."""

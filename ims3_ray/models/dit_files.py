@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ims3_ray.data.classes import imagenet_wnids
 from ims3_ray.errors import UserError
-from ims3_ray.models.checkpoints import PICKLED, compare_shapes, pack, read_metadata, read_tensors
+from ims3_ray.models.checkpoints import PICKLED, compare_shapes, pack, read_json, read_metadata, read_tensors
 from ims3_ray.models.dit import PUBLISHED, DiT, DiTConfig
 
 DIFFUSERS_CLASS = "DiTTransformer2DModel"
@@ -138,13 +138,7 @@ def _is_diffusers_dit(config: Mapping[str, Any]) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"'{path}' is not readable JSON ({error}); fetch it again") from error
-    return found
+    return read_json(path) if path.is_file() else {}
 
 
 def _foreign_classes(config: DiTConfig, names: list[str]) -> tuple[str, ...]:

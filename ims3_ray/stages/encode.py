@@ -11,7 +11,7 @@ import torch
 
 from ims3_ray.config import DataConfig
 from ims3_ray.config.work import Split
-from ims3_ray.data.sources import open_source
+from ims3_ray.data.sources import Source, open_source
 from ims3_ray.data.transforms import Filter, is_transparent, to_pixels
 from ims3_ray.engine.images import ImageStore, Produced, Producer
 from ims3_ray.engine.planner import Planner
@@ -107,6 +107,18 @@ class Encode(ImagePool):
                     f"class '{name}' has {decoded[label]} {self.label} images that can be decoded ({broken[label]} cannot), "
                     f"fewer than {self.needed}; replace the broken files or leave the class out with data.classes"
                 )
+
+
+def decoded_indices(encode: Encode, source: Source, storage: Storage) -> dict[int, list[int]]:
+    """Source label of each class → the positions in ``source`` of its images that could be decoded, in their order."""
+    entries = (encode.manifest(storage) or {})["units"]
+    broken = [line for unit in encode.units for line in entries[unit]["broken"]]  # "name: reason"
+
+    def decoded(label: int) -> list[int]:
+        mine = np.flatnonzero(source.labels == label).tolist()
+        return [index for index in mine if not any(line.startswith(f"{source.identify(index)}: ") for line in broken)]
+
+    return {label: decoded(label) for label in encode.labels}
 
 
 class RealImages:

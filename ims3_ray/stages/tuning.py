@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
-import numpy as np
 import ray
 
 from ims3_ray.cluster.capacity import Bundle, Request, holds, wait_for_capacity
@@ -26,7 +25,7 @@ from ims3_ray.models.generators.base import Generator
 from ims3_ray.progress import Progress
 from ims3_ray.stages.adapters import Adapters, Pretrained, adapter_stem, group_checkpoints, group_unit
 from ims3_ray.stages.captions import captions_by_class
-from ims3_ray.stages.encode import Encode
+from ims3_ray.stages.encode import Encode, decoded_indices
 from ims3_ray.tracking import slug
 from ims3_ray.training.finetuning import Row
 
@@ -238,11 +237,8 @@ def _bundles(trainer: TrainerConfig) -> list[Bundle]:
 def image_names(context: Context, encode: Encode, group: Group) -> list[str]:
     """Names of the group's images in the source, in the order in which fine-tuning reads them, without broken images."""
     source = open_source(*encode.place)
-    entries = (encode.manifest(context.storage) or {})["units"].values()
-    broken = [line for entry in entries for line in entry["broken"]]
-    indices = [np.flatnonzero(source.labels == source.class_names.index(name)) for name in group.names]
-    names = [source.identify(int(index)) for index in np.concatenate(indices)]
-    return [name for name in names if not any(line.startswith(f"{name}: ") for line in broken)]
+    decoded = decoded_indices(encode, source, context.storage)
+    return [source.identify(index) for name in group.names for index in decoded[source.class_names.index(name)]]
 
 
 def _diverged(stage: Tuning, outcome: dict[str, Any], names: list[str]) -> str:

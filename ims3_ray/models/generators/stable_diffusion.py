@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ims3_ray.diffusion.prediction import Parametrisation
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.errors import UserError
-from ims3_ray.models.checkpoints import compare_shapes, read_tensors
+from ims3_ray.models.checkpoints import compare_shapes, read_json, read_tensors
 from ims3_ray.models.generators.base import Generator
 from ims3_ray.models.lora import add_lora, merge_lora
 from ims3_ray.models.text import TextEncoder
@@ -82,8 +82,8 @@ class StableDiffusion(Generator):
     ) -> None:  # fmt: skip
         self.path, self.folder = path, path.parent
         self.class_names, self.prompts, self.negative = tuple(class_names), tuple(prompts), negative
-        self.config = _json(self.folder / "unet" / "config.json")
-        scheduler = _json(self.folder / "scheduler" / "scheduler_config.json")
+        self.config = read_json(self.folder / "unet" / "config.json")
+        scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
         self.schedule, self.parametrisation = schedule_of(scheduler, path), parametrisation_of(scheduler, path)
         size = self.config.get("sample_size", 64)
         height, width = (size, size) if isinstance(size, int) else size
@@ -97,13 +97,13 @@ class StableDiffusion(Generator):
     @classmethod
     def find(cls, folder: Path) -> Path | None:
         index = folder / INDEX
-        return index if index.is_file() and _json(index).get("_class_name") in PIPELINES else None
+        return index if index.is_file() and read_json(index).get("_class_name") in PIPELINES else None
 
     @classmethod
     def describe(cls, folder: Path) -> str:
         """The kind of pipeline that a folder holds, in brackets; empty if it holds none."""
         index = folder / INDEX
-        return f" ({INDEX}: {_json(index).get('_class_name')})" if index.is_file() else ""
+        return f" ({INDEX}: {read_json(index).get('_class_name')})" if index.is_file() else ""
 
     @classmethod
     def open(cls, path: Path) -> StableDiffusion:
@@ -111,7 +111,7 @@ class StableDiffusion(Generator):
             raise UserError(
                 f"'{path}' is not the {INDEX} of a diffusers pipeline of Stable Diffusion ({' or '.join(PIPELINES)})"
             )
-        config = _json(path.parent / "unet" / "config.json")
+        config = read_json(path.parent / "unet" / "config.json")
         if config.get("addition_embed_type") or config.get("class_embed_type"):
             raise UserError(
                 f"the UNet of '{path.parent}' takes more than a text (as that of SDXL does); use Stable Diffusion 1 or 2"
@@ -145,7 +145,7 @@ class StableDiffusion(Generator):
 
     def condition(self, label: int, words: str | None = None) -> Tensor:
         """The embeddings of the prompt, in as many pieces as it or the negative prompt needs."""
-        return self._embedded(self.prompts[label] if words is None else words, self._text.pieces(self.negative))
+        return self._embedded(self.prompts[label] if words is None else words, self._negative_pieces)
 
     @cached_property
     def null(self) -> Tensor:  # type: ignore[override]
@@ -199,11 +199,15 @@ class StableDiffusion(Generator):
 
     @property
     def _text_length(self) -> int:
-        return int(_json(self.folder / "text_encoder" / "config.json").get("max_position_embeddings", 77))
+        return int(read_json(self.folder / "text_encoder" / "config.json").get("max_position_embeddings", 77))
 
     @cached_property
     def _text(self) -> TextEncoder:
         return TextEncoder(self.folder)
+
+    @cached_property
+    def _negative_pieces(self) -> int:
+        return self._text.pieces(self.negative)
 
     def _embed(self, prompt: str, pieces: int, *, cut: bool = False) -> Tensor:
         return self._text(prompt, pieces, cut=cut)
@@ -249,14 +253,3 @@ def _weights(folder: Path, names: Sequence[str]) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise UserError(f"'{folder}' holds no weights ({' or '.join(names)}); fetch the pipeline again")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises :class:`UserError` if there is none."""
-    try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read as JSON ({str(error).splitlines()[0]}); fetch it again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"'{path}' must hold a JSON object; fetch it again")
-    return found
