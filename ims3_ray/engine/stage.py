@@ -13,6 +13,7 @@ from ims3_ray import plugins
 from ims3_ray.component import Component, Registry
 from ims3_ray.config import ClusterConfig, Role, RunConfig, WorkConfig, reserved
 from ims3_ray.data.classes import ClassTable
+from ims3_ray.data.sources import Source
 from ims3_ray.engine.weights import Weights
 from ims3_ray.engine.worker import ShardReceiver
 from ims3_ray.io.artifacts import Artifact, key_of
@@ -97,6 +98,8 @@ class Stage(Component, ABC):
     """The run's config as it applies to the arm that the stage was planned for; None if nothing is distilled."""
     after: tuple[Stage, ...] = ()
     """Stages that have to be complete before this one runs although it does not read what they make."""
+    data_source: Source | None = None
+    """The image set whose files the stage reads; None for stages that read none."""
     has_logits: bool | None = False
     """For a set: whether it has soft labels; None where that is known only once it is made."""
     _keys: dict[str, str] = field(default_factory=dict, repr=False)
@@ -108,6 +111,12 @@ class Stage(Component, ABC):
         """The config of a stage that is part of a distillation."""
         assert self.config is not None
         return self.config
+
+    @property
+    def opened(self) -> Source:
+        """The image set whose files the stage reads."""
+        assert self.data_source is not None
+        return self.data_source
 
     @property
     def batch(self) -> Hashable:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from pyarrow import fs
 
 from ims3_ray.errors import UserError
+from ims3_ray.io.node_cache import cached
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -104,7 +104,7 @@ def _remote(scheme: str, bucket: str, attempts: int) -> fs.FileSystem:
     return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
 
 
-NUMBERS = re.compile(r"(\d+)")
+NUMBERS = re.compile(r"\d+")
 HIDDEN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini")
 """Names of files and folders that operating systems put beside a user's files."""
 
@@ -115,11 +115,16 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in HIDDEN
 
 
-def natural(path: str) -> tuple[list[list[str | int]], str]:
+def natural(path: str) -> tuple[str, str]:
     """Sort key of a path, by its parts. Numbers in names are compared as numbers, so that ``unit-10`` follows ``unit-9``."""
-    # Every second piece is a number, so text is compared with text and numbers with numbers.
-    parts = [NUMBERS.split(part) for part in path.split("/")]
-    return [[int(piece) if i % 2 else piece for i, piece in enumerate(part)] for part in parts], path
+    # "\0" ends a part and "\1" begins a number. Both precede all other characters, so a shorter text precedes a longer one.
+    # The number of digits precedes the digits, so numbers of fewer digits come first.
+    return NUMBERS.sub(_number_key, path).replace("/", "\0"), path
+
+
+def _number_key(found: re.Match[str]) -> str:
+    digits = str(int(found[0]))
+    return f"\1{len(digits):03d}{digits}"
 
 
 REQUESTS = 16
@@ -176,18 +181,18 @@ class Place:
     def child(self, name: str) -> Place:
         return self._of(self.filesystem, self.filesystem.get_file_info(f"{self.path}/{name}"))
 
-    def children(self, recursive: bool = False) -> list[Place]:
-        """Contents of the folder without hidden ones, in the order of :func:`natural`; those of its subfolders too if
-        ``recursive`` is set, but links to folders are not followed."""
-        if recursive and isinstance(self.filesystem, fs.LocalFileSystem):
-            paths = [os.path.join(folder, name) for folder, _, names in os.walk(self.path) for name in names]
+    def children(self, ending: str = "") -> list[Place]:
+        """Contents of the folder without hidden ones, in the order of :func:`natural`; of its files only those whose names have
+        this ``ending``."""
+        if isinstance(self.filesystem, fs.LocalFileSystem):
+            with os.scandir(self.path) as entries:
+                paths = [entry.path for entry in entries if entry.name.endswith(ending) or entry.is_dir()]
             found = self.filesystem.get_file_info(paths)
         else:
-            found = self.filesystem.get_file_info(fs.FileSelector(self.path, recursive=recursive))
-        start = len(self.path.rstrip("/")) + 1
-        below = [(info.path[start:], info) for info in found]
-        seen = [(path, info) for path, info in below if not any(map(is_hidden, path.split("/")))]
-        return [self._of(self.filesystem, info) for _, info in sorted(seen, key=lambda each: natural(each[0]))]
+            infos = self.filesystem.get_file_info(fs.FileSelector(self.path))
+            found = [info for info in infos if info.base_name.endswith(ending) or info.type == fs.FileType.Directory]
+        seen = [info for info in found if not is_hidden(info.base_name)]
+        return [self._of(self.filesystem, info) for info in sorted(seen, key=lambda info: natural(info.base_name))]
 
     def lines(self) -> list[str]:
         """The lines of a text file that are not blank, without the space around them. Raises :class:`UserError` if it is not
@@ -203,6 +208,15 @@ class Place:
             return bytes(stream.read())
 
 
+def remote_files(folder: Place) -> list[fs.FileInfo]:
+    """All files below a folder that is not on this machine's disks, without hidden ones, in the order of :func:`natural`."""
+    start = len(folder.path.rstrip("/")) + 1
+    infos = folder.filesystem.get_file_info(fs.FileSelector(folder.path, recursive=True))
+    files = [(info.path[start:], info) for info in infos if info.type == fs.FileType.File]
+    seen = [(path, info) for path, info in files if not any(map(is_hidden, path.split("/")))]
+    return [info for _, info in sorted(seen, key=lambda each: natural(each[0]))]
+
+
 def local_copy(location: str) -> Path:
     """Path on this machine of a file or folder: of a local one itself, of a remote one a cached copy, which is made again only
     when the remote one has changed. Raises :class:`UserError` if the bucket cannot be used."""
@@ -212,27 +226,18 @@ def local_copy(location: str) -> Path:
     place = Place.at(location)
     if not place.exists:
         raise UserError(f"'{location}' does not exist; check the path")
-    files = [place] if place.is_file else [child for child in place.children(recursive=True) if child.is_file]
-    state = hashlib.sha256(repr([location, *((file.path, file.size, file.mtime_ns) for file in files)]).encode()).hexdigest()[
-        :16
-    ]
-    cache_folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ims3-ray"
-    target = cache_folder / state / place.name
-    if target.exists():
-        return target
-    target.parent.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_folder) as temporary:
+    files = [place] if place.is_file else [Place._of(place.filesystem, info) for info in remote_files(place)]
+    described = repr([location, *((file.path, file.size, file.mtime_ns) for file in files)])
+    state = hashlib.sha256(described.encode()).hexdigest()[:16]
+
+    def copy(target: Path) -> None:
         for file in files:
-            copy = Path(temporary, "copy", place.name, file.path[len(place.path) :].lstrip("/"))
-            if ".." in copy.parts:
+            copied = Path(target, place.name, file.path[len(place.path) :].lstrip("/"))
+            if ".." in copied.parts:
                 raise UserError(f"'{location}' holds a file '{file.path}' that would leave its folder; remove it")
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            with file.filesystem.open_input_stream(file.path, compression=None) as stream, copy.open("wb") as out:
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            with file.filesystem.open_input_stream(file.path, compression=None) as stream, copied.open("wb") as out:
                 while part := stream.read(2**24):
                     out.write(part)
-        try:
-            Path(temporary, "copy").rename(target.parent)
-        except OSError:  # another process was faster
-            if not target.exists():
-                raise
-    return target
+
+    return cached(state, copy, sum(file.size for file in files), f"a copy of '{location}'") / place.name

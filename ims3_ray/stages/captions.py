@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ims3_ray.config import RunConfig
 from ims3_ray.data.captions import Captions
-from ims3_ray.data.sources import open_source
 from ims3_ray.engine.planner import Planner
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
@@ -25,6 +24,5 @@ def captions_hash(planner: Planner, config: RunConfig, key: str) -> str:
 def captions_by_class(images: Encode, config: RunConfig, storage: Storage) -> dict[int, list[str]]:
     """Source label of each class → the captions of its images that could be decoded, in their order."""
     assert config.data.captions is not None
-    source = open_source(*images.place)
-    captions = Captions(config.data.captions, source)
-    return {label: captions.of(indices) for label, indices in decoded_indices(images, source, storage).items()}
+    captions = Captions(config.data.captions, images.opened)
+    return {label: captions.of(indices) for label, indices in decoded_indices(images, storage).items()}

@@ -11,7 +11,7 @@ import torch
 
 from ims3_ray.config import DataConfig
 from ims3_ray.config.work import Split
-from ims3_ray.data.sources import Source, open_source
+from ims3_ray.data.sources import Source
 from ims3_ray.data.transforms import Filter, is_transparent, to_pixels
 from ims3_ray.engine.images import ImageStore, Produced, Producer
 from ims3_ray.engine.planner import Planner
@@ -57,7 +57,7 @@ class Encode(ImagePool):
         found = planner.add(
             cls(
                 f"encode {split} images{at}", params, units=tuple(units), images=images, label=split, data=data,
-                labels=planner.classes.source_labels, unit_size=data.unit_size, filter=filter,
+                labels=planner.classes.source_labels, unit_size=data.unit_size, filter=filter, data_source=source,
                 stored=float(images * data.channels * data.size**2),
             )
         )  # fmt: skip
@@ -68,11 +68,6 @@ class Encode(ImagePool):
     def batch(self) -> Hashable:
         return "real images"
 
-    @property
-    def place(self) -> tuple[str, str, int | None]:
-        """Path, split and limit of the source."""
-        return self.data.place("train" if self.label == "train" else "test")
-
     def seconds_beside_flops(self) -> float:
         return self.stored * DECODE_S_PER_VALUE
 
@@ -80,7 +75,7 @@ class Encode(ImagePool):
         return ImageStore(self.artifact(storage), "pixels")
 
     def producer(self, context: Context) -> Callable[[str], Producer]:
-        return partial(_real_images, self.data, *self.place, self.filter)
+        return partial(_real_images, self.data, self.opened, self.filter)
 
     def counts(self, storage: Storage) -> Mapping[str, int]:
         """Number of decoded images in each unit, without broken ones."""
@@ -109,8 +104,9 @@ class Encode(ImagePool):
                 )
 
 
-def decoded_indices(encode: Encode, source: Source, storage: Storage) -> dict[int, list[int]]:
-    """Source label of each class → the positions in ``source`` of its images that could be decoded, in their order."""
+def decoded_indices(encode: Encode, storage: Storage) -> dict[int, list[int]]:
+    """Source label of each class → the positions in the source of its images that could be decoded, in their order."""
+    source = encode.opened
     entries = (encode.manifest(storage) or {})["units"]
     broken = [line for unit in encode.units for line in entries[unit]["broken"]]  # "name: reason"
 
@@ -124,8 +120,8 @@ def decoded_indices(encode: Encode, source: Source, storage: Storage) -> dict[in
 class RealImages:
     """Decodes a data source. Unit u of a class is its images u·unit_size … in the source's order."""
 
-    def __init__(self, data: DataConfig, path: str, split: str, limit: int | None, filter: Filter) -> None:
-        self.data, self.source, self.filter = data, open_source(path, split, limit), filter
+    def __init__(self, data: DataConfig, source: Source, filter: Filter) -> None:
+        self.data, self.source, self.filter = data, source, filter
 
     def __call__(self, unit: str) -> Produced:
         label, number = parse_unit(unit)
@@ -144,5 +140,5 @@ class RealImages:
         return Produced(torch.from_numpy(np.stack(pixels) if pixels else empty), names, broken, transparent=transparent)
 
 
-def _real_images(data: DataConfig, path: str, split: str, limit: int | None, filter: Filter, device: str) -> RealImages:
-    return RealImages(data, path, split, limit, filter)
+def _real_images(data: DataConfig, source: Source, filter: Filter, device: str) -> RealImages:
+    return RealImages(data, source, filter)

@@ -12,7 +12,7 @@ import torch
 
 from ims3_ray.config import DataConfig
 from ims3_ray.data.classes import match_classes
-from ims3_ray.data.sources import open_source
+from ims3_ray.data.sources import Source, open_source
 from ims3_ray.data.transforms import to_pixels
 from ims3_ray.engine.inputs import source_params
 from ims3_ray.engine.per_class import map_classes
@@ -29,7 +29,6 @@ class ReadGiven(Stage):
 
     name, version, makes_set = "given", 2, True
 
-    path: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     most: int = 0
     """Number of images of the largest class."""
@@ -61,18 +60,19 @@ class ReadGiven(Stage):
         }  # fmt: skip
         return planner.add(
             cls(
-                f"read {title}", params, units=planner.class_units(), images=len(source.labels), path=path, label=title,
+                f"read {title}", params, units=planner.class_units(), images=len(source.labels), label=title,
                 stored=pixel_bytes(len(source.labels), planner.work), data=data, has_logits=logits is not None,
+                data_source=source,
                 most=max(int((source.labels == label).sum()) for label in labels),
             )
         )  # fmt: skip
 
     def run(self, context: Context) -> None:
         """Decode and store all images. Raises :class:`UserError` for an image that cannot be decoded."""
-        source = open_source(self.path, "train")
-        labels = match_classes(context.classes.names, source.class_names, self.path)
+        source = self.opened
+        labels = match_classes(context.classes.names, source.class_names, source.location)
         indices = [np.flatnonzero(source.labels == label).tolist() for label in labels]
-        pick(context, self, self.data, (self.path, "train", None), indices, labels)
+        pick(context, self, self.data, source, indices, labels)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _Picking:
     """Where images are read and where their shards are written."""
 
     data: DataConfig
-    place: tuple[str, str, int | None]
+    source: Source
     artifact: Artifact
     labels: Sequence[int] | None
     """Of a set: the source's label of each class, in the order of the classes. Every image must then be decodable, and its
@@ -88,19 +88,19 @@ class _Picking:
 
 
 def pick(
-    context: Context, stage: Stage, data: DataConfig, place: tuple[str, str, int | None], indices: Sequence[list[int]],
+    context: Context, stage: Stage, data: DataConfig, source: Source, indices: Sequence[list[int]],
     labels: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
-    """Decode the images ``indices`` of each class of the source at ``place`` (path, split, limit) and commit them as a set."""
+    """Decode the images ``indices`` of each class of ``source`` and commit them as a set."""
     began, artifact = time.monotonic(), stage.artifact(context.storage)
-    picking = _Picking(data, place, artifact, labels)
+    picking = _Picking(data, source, artifact, labels)
     entries = map_classes(pick_classes, picking, list(zip(stage.units, indices, strict=True)))
     commit_set(artifact, dict(zip(stage.units, entries, strict=True)), time.monotonic() - began)
 
 
 def pick_classes(picking: _Picking, classes: Sequence[tuple[str, list[int]]]) -> list[dict[str, Any]]:
     """Decode the images of some classes, given as (unit, indices), and write a shard for each class."""
-    source, data = open_source(*picking.place), picking.data
+    source, data = picking.source, picking.data
     entries = []
     for unit, indices in classes:
         pixels = []
@@ -110,7 +110,7 @@ def pick_classes(picking: _Picking, classes: Sequence[tuple[str, list[int]]]) ->
             except OSError as error:
                 if picking.labels is not None:
                     name, reason = source.identify(index), str(error).splitlines()[0]
-                    raise UserError(f"set '{picking.place[0]}': {name} cannot be decoded ({reason}); replace it") from error
+                    raise UserError(f"set '{source.location}': {name} cannot be decoded ({reason}); replace it") from error
         empty = np.zeros((0, data.channels, data.size, data.size), np.uint8)
         more = {}
         if picking.labels is not None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ims3_ray.data.sources import open_source
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.seeds import generator_for
@@ -28,14 +27,15 @@ class HoldOut(Stage):
             "classes": list(planner.classes.names), "per_class": per_class, **data.background_params,
         }  # fmt: skip
         images = per_class * len(planner.classes.names)
-        return planner.add(cls("hold out train images", params, units=planner.class_units(), images=images))
+        return planner.add(
+            cls("hold out train images", params, units=planner.class_units(), images=images, data_source=planner.data.train)
+        )
 
     def run(self, context: Context) -> None:
         """Draw and store the images, without those that cannot be decoded."""
-        place = context.config.data.place("train")
-        source, picked = open_source(*place), []
+        source, picked = self.opened, []
         for position, label in enumerate(context.classes.source_labels):
             indices = np.flatnonzero(source.labels == label)
             drawn = torch.randperm(len(indices), generator=generator_for(0, "validation", position))
             picked.append(indices[drawn[: self.params["per_class"]].numpy()].tolist())
-        pick(context, self, context.config.data, place, picked)
+        pick(context, self, context.config.data, source, picked)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ims3_ray import plugins
 from ims3_ray.config import DataConfig, RunConfig
-from ims3_ray.data.sources import open_source
+from ims3_ray.data.sources import Source
 from ims3_ray.data.transforms import opaque
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.sets import RealSplit
@@ -35,13 +35,15 @@ class Needed:
     inputs: dict[str, Stage] = field(default_factory=dict)
     weights: dict[str, Weights] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
+    data_source: Source | None = None
+    """The real images, where the method reads their files."""
     forward: dict[Need, float] = field(default_factory=dict)
     """Floating-point operations of a forward pass of one image through each network."""
 
 
 def plan_needs(planner: Planner, needs: Collection[Need], config: RunConfig, start: Stage | None = None) -> Needed:
     """Plan what a method needs. ``start`` is the set that it starts from, which ``generator`` needs."""
-    found = Needed()
+    found = Needed(data_source=planner.data.train if "originals" in needs else None)
     if "real" in needs:
         found.inputs["real"] = Encode.plan(planner, "train", config.data)
     if "originals" in needs:
@@ -95,8 +97,8 @@ class MethodInputs:
     seed: int
     threads: int
     real: RealSplit | None = None
-    originals: tuple[DataConfig, tuple[int, ...]] | None = None
-    """The data, and the source's label of each class."""
+    originals: tuple[DataConfig, Source, tuple[int, ...]] | None = None
+    """The data, its training split, and the split's label of each class."""
     statistics: Artifact | None = None
     teacher: Weights | Artifact | None = None
 
@@ -109,7 +111,7 @@ class MethodInputs:
             context.classes.names, (data.channels, data.size, data.size), tuple(context.classes.counts), config.seed,
             context.config.actors.threads,
             real=RealSplit.of(cast(Encode, real), storage) if real and "real" in needs else None,
-            originals=(data, context.classes.source_labels) if "originals" in needs else None,
+            originals=(data, stage.opened, context.classes.source_labels) if "originals" in needs else None,
             statistics=statistics.artifact(storage) if statistics else None,
             teacher=teacher_of(stage, context) if "teacher" in needs else None,
         )  # fmt: skip
@@ -135,8 +137,8 @@ def _no_real_images(position: int) -> Tensor:
 class SourceOriginals:
     """The :class:`ims3_ray.synthesis.base.Originals` of a data source."""
 
-    def __init__(self, data: DataConfig, labels: tuple[int, ...]) -> None:
-        self.data, self.source = data, open_source(*data.place("train"))
+    def __init__(self, data: DataConfig, source: Source, labels: tuple[int, ...]) -> None:
+        self.data, self.source = data, source
         self.indices = [np.flatnonzero(self.source.labels == label) for label in labels]
 
     def count(self, position: int) -> int:

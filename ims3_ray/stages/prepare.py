@@ -41,7 +41,7 @@ class Prepare(Stage):
             cls(
                 f"prepare {method.name}", params, needed.inputs, units=tuple(unit_of(piece) for piece in pieces),
                 flops=method.preparation_flops(settings, costs), stored=method.preparation_bytes(settings, costs),
-                label=method.name, weights=needed.weights, config=config,
+                label=method.name, weights=needed.weights, data_source=needed.data_source, config=config,
             )
         )  # fmt: skip
 

@@ -67,7 +67,7 @@ class Synthesise(Stage):
             cls(
                 f"synthesise ({title}, {method.name})", params, inputs, units=planner.class_units(), images=count,
                 flops=method.flops(settings, costs), label=label, has_logits=None,
-                weights=needed.weights, config=config, stored=2 * pixel_bytes(count, config),
+                weights=needed.weights, data_source=needed.data_source, config=config, stored=2 * pixel_bytes(count, config),
             )
         )  # fmt: skip
 

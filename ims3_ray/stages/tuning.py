@@ -14,7 +14,6 @@ import ray
 from ims3_ray.cluster.capacity import Bundle, Request, holds, wait_for_capacity
 from ims3_ray.cluster.joining import here, results
 from ims3_ray.config import ClusterConfig, FinetuneConfig, TrainerConfig, WorkConfig, canonical
-from ims3_ray.data.sources import open_source
 from ims3_ray.engine.board import new_board
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.shards import parse_unit
@@ -236,8 +235,7 @@ def _bundles(trainer: TrainerConfig) -> list[Bundle]:
 
 def image_names(context: Context, encode: Encode, group: Group) -> list[str]:
     """Names of the group's images in the source, in the order in which fine-tuning reads them, without broken images."""
-    source = open_source(*encode.place)
-    decoded = decoded_indices(encode, source, context.storage)
+    source, decoded = encode.opened, decoded_indices(encode, context.storage)
     return [source.identify(index) for name in group.names for index in decoded[source.class_names.index(name)]]
 
 

@@ -105,7 +105,7 @@ def test_images_that_cannot_be_decoded_leave_no_gap_in_the_captions(tmp_path: Pa
     file.write_text("".join(json.dumps({"file_name": name, "text": f"of {name}"}) + "\n" for name in names))
     units = {"c0000-u00000": {"broken": ["cat/2: two.png: cannot identify image file"]}, "c0001-u00000": {"broken": []}}
     images = SimpleNamespace(
-        place=(str(tmp_path), "train", None), labels=(0, 1), units=tuple(units), manifest=lambda storage: {"units": units}
+        opened=open_source(str(tmp_path), "train"), labels=(0, 1), units=tuple(units), manifest=lambda _: {"units": units}
     )
     config = RunConfig.model_validate({"data": {"captions": str(file)}})
     found = captions_by_class(images, config, Storage.at(str(tmp_path / "runs")))  # type: ignore[arg-type]

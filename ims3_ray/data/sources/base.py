@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +22,21 @@ from ims3_ray.component import Component, Registry
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place, check_bucket, concurrently, is_remote
 from ims3_ray.io.hub import fetch, is_hub_id
+from ims3_ray.io.listing import Listing
 
 LONGEST_NAME = 200
 """Largest length of a class name in bytes; class names become folder names."""
 SPLIT_NAMES = ("train", "test", "val", "valid", "validation")
 """Names of folders that are splits if they hold folders, and classes if they hold images."""
 HASH_WHOLE_BELOW = 256 * 2**20  # bytes; files that are larger in total are fingerprinted by name and size
+
+
+PARQUET = ".parquet"
+
+
+def parquet_files(folder: Place) -> list[Place]:
+    """Folders and Parquet files in a folder."""
+    return folder.children(PARQUET)
 
 
 class Source(Component, ABC):
@@ -42,6 +51,8 @@ class Source(Component, ABC):
 
     location: str
     """The path that was given."""
+    asked: tuple[str, str] = ("", "")
+    """Path and split with which :func:`open_source` opened the set."""
     class_names: tuple[str, ...]
     labels: NDArray[np.int64]
     files: Sequence[Place] = ()
@@ -59,6 +70,10 @@ class Source(Component, ABC):
     def image(self, index: int) -> Image.Image:
         """The decoded image; raises ``OSError`` for one that cannot be decoded."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process that is sent the source opens it again."""
+        return open_source, self.asked
+
     @property
     def unlimited(self) -> Source:
         """The image set with all its images."""
@@ -69,11 +84,11 @@ class Source(Component, ABC):
         """A hash that changes when classes, labels or files change. It covers the bytes of the files, but only names and sizes
         for large sets and for sets on object storage."""
         digest = hashlib.sha256(json.dumps(self.class_names).encode() + self.labels.tobytes())
-        whole = hashed_whole(self)
-        for file in self.files:
-            digest.update(f"{file.name} {file.size}\n".encode())
+        files, whole = Listing.of(self.files), hashed_whole(self)
+        for index, (path, size) in enumerate(files.rows()):
+            digest.update(f"{path.rpartition('/')[2]} {size}\n".encode())
             if whole:
-                digest.update(file.read())
+                digest.update(files[index].read())
         return digest.hexdigest()[:16]
 
     @abstractmethod
@@ -95,7 +110,7 @@ class Limited(Source):
 
     def __init__(self, whole: Source, limit: int) -> None:
         chosen = [np.flatnonzero(whole.labels == label)[:limit] for label in range(len(whole.class_names))]
-        self.whole, self.indices = whole, np.sort(np.concatenate(chosen))
+        self.whole, self.limit, self.indices = whole, limit, np.sort(np.concatenate(chosen))
         self.location, self.class_names, self.labels = whole.location, whole.class_names, whole.labels[self.indices]
         self.files = whole.files
         used = f"{len(self.labels)} of {len(whole.labels)} images of '{whole.location}' are used, at most {limit} a class"
@@ -104,6 +119,9 @@ class Limited(Source):
     @classmethod
     def find(cls, place: Location) -> Source | None:
         return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Limited, (self.whole, self.limit)
 
     @property
     def unlimited(self) -> Source:
@@ -155,9 +173,10 @@ class Location:
 
     @cached_property
     def nearby(self) -> list[Place]:
-        """Files and folders in the folder and one level below."""
+        """Folders and Parquet files in the folder and one level below."""
         folders = [child for child in self.children if child.is_folder]
-        return [*self.children, *itertools.chain(*concurrently(Place.children, folders))]
+        files = [child for child in self.children if child.name.endswith(PARQUET)]
+        return [*folders, *files, *itertools.chain(*concurrently(parquet_files, folders))]
 
 
 def open_source(path: str, split: str, limit: int | None = None) -> Source:
@@ -169,6 +188,7 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
     place = Location(path, split)
     for kind in sorted(Source.registry.values(), key=lambda kind: kind.order):
         if (source := kind.find(place)) is not None:
+            source.asked = path, split
             if len(source.labels) == 0:
                 raise UserError(f"data source '{path}' (split '{split}') holds no image; check the path and data.*_split")
             if limit is None or np.bincount(source.labels).max() <= limit:
@@ -187,16 +207,14 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
 
 def hashed_whole(source: Source) -> bool:
     """Whether the fingerprint covers the bytes of the source's files."""
-    return sum(file.size for file in source.files) < HASH_WHOLE_BELOW and not is_remote(source.location)
+    return int(Listing.of(source.files).sizes.sum()) < HASH_WHOLE_BELOW and not is_remote(source.location)
 
 
 def shared_file(train: Source, test: Source) -> str | None:
     """A file that two splits share, or whose content they share because one split is a copy of the other; None if they are
     different, as far as their files show."""
-    paths = {(file.filesystem.type_name, file.path) for file in train.files}
-    shared = [file.path for file in test.files if (file.filesystem.type_name, file.path) in paths]
-    if shared:
-        return shared[0]
+    if (shared := Listing.of(test.files).first_shared(Listing.of(train.files))) is not None:
+        return shared.path
     known = bool(train.files) and hashed_whole(train) and hashed_whole(test)
     return test.files[0].path if known and train.unlimited.fingerprint == test.unlimited.fingerprint else None
 

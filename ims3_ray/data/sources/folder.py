@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
+from pyarrow import fs
 
 from ims3_ray.data.decoding import decode
 from ims3_ray.data.sources.base import SPLIT_NAMES, Location, Source, check_names
 from ims3_ray.errors import UserError
-from ims3_ray.io.files import Place, concurrently, natural
+from ims3_ray.io.files import Place, concurrently, natural, open_filesystem
+from ims3_ray.io.listing import Listing
 
 IMAGE_SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -29,6 +34,8 @@ class FolderSource(Source):
     images whose classes are listed in a file: see :func:`listed_labels`."""
 
     name, order, version = "folder", 30, 2
+
+    files: Listing
 
     @classmethod
     def find(cls, place: Location) -> Source | None:
@@ -71,10 +78,15 @@ class FolderSource(Source):
             )
         if not classes:
             return None
-        found = concurrently(lambda folder: folder.children(recursive=True), classes)
-        full = [any(is_image(file) for file in files) for files in found]
+        found = concurrently(_class_files, classes)
+        full = [len(images) > 0 for images, _ in found]
         chosen = [number for number, some in enumerate(full) if some or not any(full)]
-        source = cls(place.path, folder, [classes[number].name for number in chosen], [found[number] for number in chosen])
+        files = Listing.joined(folder.filesystem, folder.path, [(classes[number].name, found[number][0]) for number in chosen])
+        counts = [len(found[number][0]) for number in chosen]
+        source = cls(place.path, folder, [classes[number].name for number in chosen], files, counts)
+        if others := sum((found[number][1] for number in chosen), Counter[str]()):
+            kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
+            source.notices = [f"'{folder.path}' holds {others.total()} files that are not read as images ({kinds})"]
         if empty := [child.name for child, some in zip(classes, full, strict=True) if not some]:
             which = f"{len(empty)} folders without images ({', '.join(empty[:5])})" if len(empty) > 1 else ""
             which = which or f"a folder without images ({empty[0]})"
@@ -87,19 +99,26 @@ class FolderSource(Source):
             source.notices = [*source.notices, f"'{folder.path}' holds {which}, which are not read"]
         return source
 
-    def __init__(self, location: str, folder: Place, classes: Sequence[str], found: Sequence[Sequence[Place]]) -> None:
-        """``found`` holds all files of each class; those that are no images are left out."""
+    def __init__(self, location: str, folder: Place, classes: Sequence[str], files: Listing, counts: Sequence[int]) -> None:
+        """``files`` holds the images of each class in turn, and ``counts`` how many there are of each."""
         self.location, self._folder = location, folder
-        self.class_names = tuple(classes)
-        images = [[file for file in files if is_image(file)] for files in found]
-        self.files = [file for files in images for file in files]
-        self.labels = np.repeat(np.arange(len(classes)), [len(files) for files in images]).astype(np.int64)
-        others = [file for files in found for file in files if file.is_file and not is_image(file)]
-        if others:
-            suffixes = Counter(Path(file.name).suffix.lower() or "no ending" for file in others)
-            kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
-            self.notices = [f"'{folder.path}' holds {len(others)} files that are not read as images ({kinds})"]
+        self.class_names, self.files = tuple(classes), files
+        self.labels = np.repeat(np.arange(len(classes)), counts).astype(np.int64)
         check_names(location, self.class_names)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process is sent the list of files, since listing a million of them takes long."""
+        counts = np.bincount(self.labels, minlength=len(self.class_names)).tolist()
+        files = self.files.paths, self.files.sizes
+        return FolderSource._sent, (self.location, self._folder.path, self.class_names, *files, counts)
+
+    @classmethod
+    def _sent(
+        cls, location: str, folder: str, classes: Sequence[str], paths: Any, sizes: NDArray[np.int64], counts: Sequence[int]
+    ) -> FolderSource:  # fmt: skip
+        filesystem, _ = open_filesystem(location)
+        place = Place(filesystem, folder, fs.FileType.Directory)
+        return cls(location, place, classes, Listing(filesystem, folder, paths, sizes), counts)
 
     def image(self, index: int) -> Image.Image:
         return decode(self.files[index].read())
@@ -108,8 +127,22 @@ class FolderSource(Source):
         return self.files[index].path[len(self._folder.path) + 1 :]
 
 
+def _class_files(folder: Place) -> tuple[Listing, Counter[str]]:
+    """The images in the folder of a class, and how many other files there are of each ending."""
+    files = Listing.below(folder)
+    endings = [ending_of(path) for path, _ in files.rows()]
+    image = np.array([ending in IMAGE_SUFFIXES for ending in endings], bool)
+    others = Counter(ending or "no ending" for ending in endings if ending not in IMAGE_SUFFIXES)
+    return files if image.all() else files.chosen(np.flatnonzero(image)), others
+
+
+def ending_of(name: str) -> str:
+    """The ending of a file's name in lower case, with its dot; empty if it has none."""
+    return os.path.splitext(name)[1].lower()
+
+
 def is_image(place: Place) -> bool:
-    return place.is_file and Path(place.name).suffix.lower() in IMAGE_SUFFIXES
+    return place.is_file and ending_of(place.name) in IMAGE_SUFFIXES
 
 
 def is_split(inside: Sequence[Place]) -> bool:
@@ -151,12 +184,18 @@ def listed_labels(split: Place, inside: Sequence[Place], around: Sequence[Place]
     )
 
 
-def _grouped(split: Place, labels: Mapping[str, str]) -> tuple[list[str], list[list[Place]]]:
-    """Classes of a flat split, and the images of each. Raises :class:`UserError` for an image that is not listed."""
-    by_class: dict[str, list[Place]] = {}
-    for image in filter(is_image, split.children(recursive=True)):
-        if image.name not in labels:
-            raise UserError(f"'{split.path}' holds '{image.name}', whose class is not listed; fetch the list again")
-        by_class.setdefault(labels[image.name], []).append(image)
+def _grouped(split: Place, labels: Mapping[str, str]) -> tuple[list[str], Listing, list[int]]:
+    """Classes of a flat split, its images class by class, and their number of each. Raises :class:`UserError` for an image that
+    is not listed."""
+    by_class: dict[str, list[int]] = {}
+    files = Listing.below(split)
+    for index, (path, _) in enumerate(files.rows()):
+        name = path.rpartition("/")[2]
+        if ending_of(name) not in IMAGE_SUFFIXES:
+            continue
+        if name not in labels:
+            raise UserError(f"'{split.path}' holds '{name}', whose class is not listed; fetch the list again")
+        by_class.setdefault(labels[name], []).append(index)
     classes = sorted(by_class, key=natural)
-    return classes, [by_class[name] for name in classes]
+    order = np.array([index for name in classes for index in by_class[name]], np.int64)
+    return classes, files.chosen(order), [len(by_class[name]) for name in classes]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +18,16 @@ from PIL import Image
 from pyarrow import fs
 
 from ims3_ray.data.decoding import decode
-from ims3_ray.data.sources.base import Location, Source, check_labels, numbered
+from ims3_ray.data.sources.base import Location, Source, check_labels, numbered, parquet_files
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place, concurrently
+from ims3_ray.io.node_cache import cached
 from ims3_ray.io.parquet import EXTRAS
+
+KEPT_BYTES = 2**28
+"""Encoded images of this many bytes in total are kept in memory, in every process that reads them."""
+ROWS_AT_A_TIME = 256
+"""Number of images in memory while a file is copied to the cache."""
 
 
 class ParquetSource(Source):
@@ -32,38 +41,49 @@ class ParquetSource(Source):
         if place.root.is_file:
             return cls(place.path, [place.root])
         below = [folder for folder in place.nearby if folder.is_folder and folder.name == place.split]
-        deeper = itertools.chain(*concurrently(Place.children, [folder for folder in below if folder not in place.children]))
-        there = [file for file in (*place.nearby, *deeper) if file.is_file and file.name.endswith(".parquet")]
+        deeper = itertools.chain(*concurrently(parquet_files, [folder for folder in below if folder not in place.children]))
+        there = [file for file in (*place.nearby, *deeper) if file.is_file]
         files = [file for file in there if is_part_of(file, place.split, place.root)]
         check_one_configuration(place.path, files)
         return cls(place.path, files) if files else None
 
     def __init__(self, location: str, files: Sequence[Place]) -> None:
+        """Reads labels, class names and the numbers of a set (:data:`EXTRAS`); images are read when they are asked for."""
         self.location, self.files = location, list(files)
         try:
-            opened = [_open_parquet(file) for file in self.files]
-            image = _image_column(opened[0].schema_arrow)
-            names = [image, "label", *(column for column in EXTRAS.values() if column in opened[0].schema_arrow.names)]
-            tables = [file.read(columns=names).select(names) for file in opened]
+            opened = concurrently(_open_parquet, self.files)
+            self._image = _image_column(opened[0].schema_arrow)
+            extras = [column for column in EXTRAS.values() if column in opened[0].schema_arrow.names]
+            columns = ["label", *extras]
+            for file, table in zip(self.files, opened, strict=True):
+                self._check_columns(file, table.schema_arrow)
+            tables = concurrently(lambda table: table.read(columns=columns).select(columns), opened)
+        except UserError:
+            raise
         except Exception as error:  # pyarrow raises many kinds of error; all mean the same to the user
             raise UserError(f"Parquet data source '{location}' cannot be read: {str(error).splitlines()[0]}") from error
         for file, table in zip(self.files, tables, strict=True):
-            held, label = (table.schema.field(name).type for name in (image, "label"))
-            if not (_holds_images(held) and pa.types.is_integer(label)):
-                raise UserError(
-                    f"Parquet file '{file.path}' holds {image}: {held}, label: {label}; what is read is the Hub's image "
-                    "layout, image: struct<bytes, path> and label: an integer"
-                )
             if table["label"].null_count:
                 raise UserError(f"Parquet file '{file.path}' has {table['label'].null_count} rows without a label; remove them")
         self.labels = np.concatenate([t["label"].to_numpy().astype(np.int64) for t in tables])
         self._extras = {
-            name: np.concatenate([_rows(t[column]) for t in tables]) for name, column in EXTRAS.items() if column in names
+            name: np.concatenate([_rows(t[column]) for t in tables]) for name, column in EXTRAS.items() if column in extras
         }
-        self._bytes = [t[image].combine_chunks().field("bytes") for t in tables]
         self._starts = np.cumsum([0, *(t.num_rows for t in tables)])
-        self.class_names = self._common_names([class_names_of(table.schema.metadata) for table in tables])
+        self._kept = sum(_encoded_bytes(file, self._image) for file in opened) <= KEPT_BYTES
+        self._parts: dict[int, pa.ChunkedArray] = {}
+        self._reading = threading.Lock()
+        self.class_names = self._common_names([class_names_of(file.schema_arrow.metadata) for file in opened])
         check_labels(location, self.labels, self.class_names)
+
+    def _check_columns(self, file: Place, schema: pa.Schema) -> None:
+        """Raise :class:`UserError` for a file whose columns are not those of labelled images."""
+        held, label = (schema.field(name).type for name in (self._image, "label"))
+        if not (_holds_images(held) and pa.types.is_integer(label)):
+            raise UserError(
+                f"Parquet file '{file.path}' holds {self._image}: {held}, label: {label}; what is read is the Hub's image "
+                "layout, image: struct<bytes, path> and label: an integer"
+            )
 
     def _common_names(self, names: Sequence[tuple[str, ...] | None]) -> tuple[str, ...]:
         """The class names that all files give. Raises :class:`UserError` if they disagree, since the same label would then
@@ -80,11 +100,28 @@ class ParquetSource(Source):
         return names[0] or numbered(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return decode(self._bytes[part][index - int(self._starts[part])].as_py())
+        part = self._part(index)
+        return decode(self._encoded(part)[index - int(self._starts[part])].as_py())
+
+    def _part(self, index: int) -> int:
+        """The number of the file that holds an image."""
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
+
+    def _encoded(self, part: int) -> pa.ChunkedArray:
+        """The encoded images of a file. Those of a small data set are kept in memory; those of a large one are mapped from this
+        machine's cache, where they can be read in any order and all processes share them."""
+        with self._reading:
+            if part not in self._parts:
+                file = self.files[part]
+                if self._kept:
+                    column = _open_parquet(file).read(columns=[f"{self._image}.bytes"])[self._image]
+                else:
+                    column = _mapped(file, self._image)
+                self._parts[part] = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks], pa.binary())
+            return self._parts[part]
 
     def identify(self, index: int) -> str:
-        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        part = self._part(index)
         return f"{self.files[part].name} row {index - int(self._starts[part])}"
 
     def texts(self, column: str) -> list[str | None] | None:
@@ -125,9 +162,32 @@ def check_one_configuration(location: str, files: Sequence[Place]) -> None:
         )
 
 
+def _mapped(file: Place, image: str) -> pa.ChunkedArray:
+    """The column ``image`` of a Parquet file, mapped from an uncompressed copy in this machine's cache."""
+    opened, column = _open_parquet(file), f"{image}.bytes"
+    size = _encoded_bytes(opened, image)
+
+    def copy(target: Path) -> None:
+        schema = pa.schema([(image, pa.struct([("bytes", pa.binary())]))])
+        with pa.OSFile(str(target), "wb") as out, pa.ipc.new_file(out, schema) as written:
+            for batch in opened.iter_batches(batch_size=ROWS_AT_A_TIME, columns=[column]):
+                written.write_batch(batch.cast(schema))
+
+    described = repr([file.filesystem.type_name, file.path, file.size, file.mtime_ns, column])
+    name = f"{hashlib.sha256(described.encode()).hexdigest()[:16]}.arrow"
+    path = cached(name, copy, size, f"an uncompressed copy of the images in '{file.path}'")
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()[image]
+
+
+def _encoded_bytes(file: pq.ParquetFile, image: str) -> int:
+    """Bytes of the encoded images of a Parquet file."""
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    columns = [group.column(position) for group in groups for position in range(group.num_columns)]
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == f"{image}.bytes")
+
+
 def _open_parquet(file: Place) -> pq.ParquetFile:
-    """Open a Parquet file. A local file is memory-mapped, so that only the parts in use are read; a remote file is read into
-    memory."""
+    """Open a Parquet file, of which only the parts in use are read. A local one is mapped to memory."""
     if isinstance(file.filesystem, fs.LocalFileSystem):
         return pq.ParquetFile(file.path, memory_map=True)
     return pq.ParquetFile(file.path, filesystem=file.filesystem)
