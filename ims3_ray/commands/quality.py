@@ -17,7 +17,7 @@ from ims3_ray.engine.shards import units_of
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.stages.adapters import Pretrained
 from ims3_ray.stages.candidates import Candidates
-from ims3_ray.training.accuracy import Labelled, accuracy_of
+from ims3_ray.training.accuracy import Labelled, accuracy_of, resident
 from ims3_ray.training.students import train_student
 
 SHOWN = 10
@@ -70,7 +70,9 @@ def judge_generator(config: PretrainConfig, weights: Path, splits: Splits, devic
     if q.judge is None:
         return Quality(["no judge has looked at the samples (quality.judge=null)"], samples=shown)
     judge = q.judge.students[0]
-    student, accuracy = train_student(judge, train, test, len(names), q.judge, 0, device=device)
+    size = q.judge.size or train[0].shape[-1]
+    tested = resident(test[0], size, q.judge.test_crop), test[1]
+    student, accuracy = train_student(judge, train, tested, len(names), q.judge, 0, device=device)
     agreed = [
         accuracy_of(student, (of_class, torch.full((len(of_class),), label)), len(names), device)
         for label, of_class in enumerate(samples)

@@ -159,6 +159,10 @@ class TeacherConfig(Section):
     trainer: TrainerConfig = TrainerConfig(num_workers=1)
 
 
+HELD_OUT_PER_CLASS, HELD_OUT = 50, 10_000
+"""Numbers of training images of each class, and of all, that are held out unless the config says another number."""
+
+
 class EvaluationConfig(Section):
     """How sets are scored. Every combination of a set, a protocol, a student and a seed is one Ray task."""
 
@@ -170,13 +174,19 @@ class EvaluationConfig(Section):
     )
     """Protocols by name; the results table shows these names. `null` removes a protocol."""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
-    val_per_class: int = Field(default=50, ge=0)
+    val_per_class: int | None = Field(default=None, ge=0)
     """Number of real training images of each class that choose the epoch of `val`; images of the set are left out. 0 means that
-    there is no `val`."""
+    there is no `val`. When unset, 50, or fewer for more than 200 classes, so that there are at most 10,000 images."""
     teacher: TeacherConfig = TeacherConfig()
     cpus_per_task: float = Field(default=1, gt=0)
     gpus_per_task: float = Field(default=0, ge=0)
     threads_per_task: int = Field(default=1, ge=1)
+
+    def held_out(self, classes: int) -> int:
+        """Number of training images of each of so many classes that are held out."""
+        if self.val_per_class is not None:
+            return self.val_per_class
+        return max(1, min(HELD_OUT_PER_CLASS, HELD_OUT // classes))
 
     @property
     def rows(self) -> dict[str, tuple[str, str]]:

@@ -158,7 +158,7 @@ class SweepConfig(RunConfig):
             raise ValueError("stages run beside the arms of a distillation or a comparison; leave them out of a sweep")
         if search.row is not None and search.row not in self.evaluation.rows:
             raise ValueError(f"search.row='{search.row}' is no row; there is: {', '.join(self.evaluation.rows)}")
-        if search.trains_students and not self.evaluation.val_per_class:
+        if search.trains_students and self.evaluation.val_per_class == 0:
             raise ValueError(f"search.by={search.by} decides on held-out training images; set evaluation.val_per_class")
         if self.cluster.wait_s and search.concurrent is None:
             raise ValueError("with cluster.wait_s the cluster does not say yet how many trials it holds; set search.concurrent")

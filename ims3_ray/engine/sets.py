@@ -4,7 +4,7 @@ per set."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from ims3_ray.engine.mapped import joined
 from ims3_ray.engine.pool import ImagePool
 from ims3_ray.engine.shards import by_class, commit_units, pack_tensors, read_class, read_many
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.files import natural
 from ims3_ray.io.storage import Storage
-from ims3_ray.training.accuracy import Labelled
+from ims3_ray.training.accuracy import Labelled, resident
 from ims3_ray.training.students import LabelledSet
 
 EXTRAS = {"logits": torch.float16, "weights": torch.float32}
@@ -55,13 +56,51 @@ def commit_set(artifact: Artifact, entries: Mapping[str, dict[str, Any]], second
     commit_units(artifact, entries, seconds, content=content, **extra)
 
 
-def read_set(images: Artifact, classes: int | None = None) -> LabelledSet:
-    """A committed set, class by class; only its first ``classes`` classes if that is not None."""
-    units = sorted((images.manifest() or {})["units"], key=natural)[:classes]
-    parts = [load(shard) for _, shard in read_many(images, units, "safetensors")]
-    labels = torch.cat([torch.full((len(part["pixels"]),), position) for position, part in enumerate(parts)])
-    extras = {name: torch.cat([part[name] for part in parts]) for name in EXTRAS if all(name in part for part in parts)}
-    return LabelledSet(torch.cat([part["pixels"] for part in parts]), labels, **extras)
+def read_set(images: Artifact, classes: int | None = None, size: int | None = None) -> LabelledSet:
+    """A committed set, class by class; only its first ``classes`` classes if that is not None. Its images are scaled to
+    ``size`` if that is given. Those of a large set are mapped from the machine's cache."""
+    entries = (images.manifest() or {})["units"]
+    units = sorted(entries, key=natural)[:classes]
+
+    def parts(numbers: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+        for _, shard in read_many(images, [units[number] for number in numbers], "safetensors"):
+            tensors = load(shard)
+            extras = {name: tensors[name] for name in EXTRAS if name in tensors}
+            yield {"pixels": resident(tensors["pixels"], size or tensors["pixels"].shape[-1]), **extras}
+
+    count, made_of = sum(entries[unit]["images"] for unit in units), [content_of(images), len(units), size]
+    found = joined(parts, len(units), count, made_of, f"the set in {images.address}")
+    return LabelledSet(found["pixels"], found["part"], **{name: found[name] for name in EXTRAS if name in found})
+
+
+def held_out(val: Artifact, train: Artifact, size: int, keep: float) -> Labelled:
+    """The images of ``val`` that are not in the set ``train``, cropped to the share ``keep`` of each side and scaled to
+    ``size``. Many of them are mapped from the machine's cache."""
+    entries = (val.manifest() or {})["units"]
+    units, known = sorted(entries, key=natural), set[bytes]()
+
+    def parts(numbers: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+        if not known:
+            of_train = sorted((train.manifest() or {})["units"], key=natural)
+            for _, shard in read_many(train, of_train, "safetensors"):
+                known.update(map(_digest, load(shard)["pixels"]))
+        for _, shard in read_many(val, [units[number] for number in numbers], "safetensors"):
+            pixels = load(shard)["pixels"]
+            left = torch.tensor([_digest(image) not in known for image in pixels], dtype=torch.bool)
+            yield {"pixels": resident(pixels[left], size, keep)}
+
+    count = sum(entries[unit]["images"] for unit in units)
+    found = joined(parts, len(units), count, [content_of(val), content_of(train), size, keep], "the held-out images")
+    return found["pixels"], found["part"]
+
+
+def content_of(images: Artifact) -> str:
+    """The hash of a committed set's images."""
+    return str((images.manifest() or {})["content"])
+
+
+def _digest(image: Tensor) -> bytes:
+    return hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -76,10 +115,20 @@ class RealSplit:
         units = by_class(encode.units)
         return cls(encode.artifact(storage), tuple(tuple(units[label]) for label in encode.labels))
 
-    def read(self) -> Labelled:
-        """uint8 pixels [N, C, H, W] and the positions of their classes [N]."""
-        parts = [self.read_class(position) for position in range(len(self.units))]
-        return torch.cat(parts), torch.cat([torch.full((len(part),), position) for position, part in enumerate(parts)])
+    def read(self, size: int | None = None, keep: float = 1.0) -> Labelled:
+        """uint8 pixels [N, C, H, W] and the positions of their classes [N], cropped to the share ``keep`` of each side and
+        scaled to ``size`` if that is given. Many images are mapped from the machine's cache."""
+
+        def parts(numbers: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+            for number in numbers:
+                pixels = self.read_class(number)
+                yield {"pixels": resident(pixels, size or pixels.shape[-1], keep)}
+
+        entries = (self.artifact.manifest() or {})["units"]
+        count = sum(entries[unit]["images"] for units in self.units for unit in units)
+        made_of = [self.artifact.key, self.units, size, keep]
+        found = joined(parts, len(self.units), count, made_of, f"the images of {self.artifact.address}")
+        return found["pixels"], found["part"]
 
     def read_class(self, position: int) -> Tensor:
         """uint8 pixels of one class."""

@@ -26,7 +26,7 @@ def gather_sweep(plan: SweepPlan, trials: Sequence[Tried], storage: Storage) -> 
     return {
         "name": config.name,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "metric": metric(config),
+        "metric": metric(plan),
         "provenance": provenance_of(plan, storage),
         "keys": [stage.key(storage) for stage in plan.stages],
         "planned": planned(plan),
@@ -41,13 +41,15 @@ def gather_sweep(plan: SweepPlan, trials: Sequence[Tried], storage: Storage) -> 
     }  # fmt: skip
 
 
-def metric(config: SweepConfig) -> str:
+def metric(plan: SweepPlan) -> str:
     """A phrase that describes the measure by which the search decides."""
+    config = plan.config
     draws = f", run seeds {', '.join(map(str, config.draws))}" if len(config.draws) > 1 else ""
     if not config.search.trains_students:
         return f"the terms of Eq. 10 at the run's own α : β and encoder decide{draws}; no student was trained"
+    held_out = config.evaluation.held_out(len(plan.classes.names))
     return (
-        f"final top-1 accuracy in % on {config.evaluation.val_per_class} held-out training images a class decides "
+        f"final top-1 accuracy in % on {held_out} held-out training images a class decides "
         f"({config.row}), mean over student seeds {', '.join(map(str, config.evaluation.seeds))}{draws}; the test split is "
         "only reported"
     )
@@ -133,7 +135,7 @@ def describe_sweep(plan: SweepPlan) -> str:
             f"distinct selections: at most {p['most_selections']:,}, {students}",
             f"{p['flops'] / 1e9:,.4g} GFLOP, with all students {p['most_flops'] / 1e9:,.4g}: "
             + hours_between(config, p["flops"], p["most_flops"]),
-            f"{metric(config)}",
+            metric(plan),
             f"results: {storage.address(config.name)}",
         ]
     )

@@ -14,27 +14,27 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ims3_ray import plugins
-from ims3_ray.cluster.capacity import wait_for_capacity
+from ims3_ray.cluster.capacity import largest_memory, wait_for_capacity
 from ims3_ray.cluster.joining import own_device, placed, results
 from ims3_ray.config import ProtocolConfig, WorkConfig, differing, reserved
 from ims3_ray.config.evaluation import for_ipc
+from ims3_ray.engine.mapped import MAPPED_ABOVE
 from ims3_ray.engine.planner import Planner
-from ims3_ray.engine.sets import RealSplit, read_set
+from ims3_ray.engine.sets import RealSplit, held_out, read_set
 from ims3_ray.engine.shards import commit_units, note, pack_tensors, read_notes
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.unfinished import Shares, Unfinished
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import Damaged, IncompletePool, UserError
 from ims3_ray.io.artifacts import Artifact
-from ims3_ray.models.students import check_student, forward_flops, student_builder
+from ims3_ray.models.students import check_student, forward_flops, student_builder, training_bytes
 from ims3_ray.progress import Progress
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.held_out import HoldOut
 from ims3_ray.stages.label_batches import LabelBatches, StoredBatchLabels
 from ims3_ray.stages.statistics import plan_statistics, read_statistics
 from ims3_ray.stages.teacher import TeacherInput, load_teacher, plan_teacher, teacher_of
-from ims3_ray.training.accuracy import Labelled
-from ims3_ray.training.students import LabelledSet, train_student
+from ims3_ray.training.students import train_student
 
 
 @dataclass(eq=False)
@@ -46,6 +46,8 @@ class Evaluate(Stage):
 
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     """The protocol for the one student of the row."""
+    shape: tuple[int, int] = (1, 28)
+    """Channels, and height and width, of the images of the data set."""
 
     @classmethod
     def plan(cls, planner: Planner, title: str, images: Stage, ipc: int, row: str) -> Evaluate:
@@ -61,7 +63,7 @@ class Evaluate(Stage):
                 "labels: soft for its arm, or score a set that has them"
             )
         inputs: dict[str, Stage] = {"set": images, "test": plan_test(planner, protocol), **plan_statistics(planner, protocol)}
-        if config.val_per_class:
+        if config.val_per_class != 0:
             inputs["val"] = HoldOut.plan(planner)
         if protocol.labels == "stored_batches":
             inputs["labels"] = LabelBatches.plan(planner, title, images, ipc, protocol)
@@ -72,7 +74,7 @@ class Evaluate(Stage):
             **teacher.params, **plugins.hashes(student_builder(student)),
         }  # fmt: skip
         size, classes = network_size(protocol, data.size), len(names)
-        tested = inputs["test"].images + classes * config.val_per_class
+        tested = sum(inputs[name].images for name in ("test", "val") if name in inputs)
         trained = for_ipc(protocol.epochs, ipc) * ipc * classes
         flops = evaluation_flops(protocol, student, data.channels, size, classes, trained, tested)
         return planner.add(
@@ -80,7 +82,7 @@ class Evaluate(Stage):
                 f"evaluate ({title}; {row})", params, {**inputs, **teacher.inputs},
                 units=tuple(f"seed-{seed}" for seed in config.seeds), images=ipc * classes * len(config.seeds),
                 flops=flops * len(config.seeds), label=row, weights=teacher.weights,
-                protocol=protocol.model_copy(update={"students": (student,)}),
+                protocol=protocol.model_copy(update={"students": (student,)}), shape=(data.channels, data.size),
             )
         )  # fmt: skip
 
@@ -153,6 +155,28 @@ def evaluation_flops(
     return forward * (passes * trained + protocol.validations * tested)
 
 
+PROCESS_BYTES = {"cpu": 0.7e9, "gpu": 2.5e9}
+"""Host memory of a student's process beside images and training: Python, PyTorch, Ray, and CUDA's context where there is one.
+That of a CPU was measured (benchmarks/scale.py); that of a GPU is usual for CUDA 12."""
+
+
+def host_bytes(stage: Evaluate, gpus: float) -> float:
+    """Memory in bytes that a student of ``stage`` takes of its host. Images that are mapped from the machine's cache are not
+    counted, since the system takes their memory back where it is short."""
+    protocol, images = stage.protocol, stage.inputs["set"].images
+    student = protocol.students[0]
+    (channels, size), classes = stage.shape, len(stage.params["classes"])
+    per_image = channels * (protocol.size or size) ** 2
+    held = [inputs.images * per_image for name, inputs in stage.inputs.items() if name in ("set", "test", "val")]
+    needed = PROCESS_BYTES["gpu" if gpus else "cpu"] + sum(bytes for bytes in held if bytes <= MAPPED_ABOVE)
+    if gpus:
+        return needed
+    weights, kept = training_bytes(student, channels, network_size(protocol, size), classes, protocol.norm, protocol.width)
+    ipc = -(-images // classes)
+    # Weights, gradients and the optimiser's two moments; activations, and their gradients on the way back.
+    return needed + 4 * weights + 2 * kept * min(for_ipc(protocol.batch_size, ipc), images)
+
+
 @dataclass(frozen=True)
 class Task:
     """What a task needs to train and test students of one set."""
@@ -178,14 +202,15 @@ def train_and_test(task: Task, seed: int, found: Artifact) -> dict[str, Any]:
     that the protocol asks for.
     """
     torch.set_num_threads(task.threads)
-    began, device, train = time.monotonic(), own_device(), read_set(task.images)
+    began, device, train = time.monotonic(), own_device(), read_set(task.images, size=task.protocol.size)
     if task.protocol.labels == "stored" and train.logits is None:
         raise UserError("labels: stored needs a set with soft labels; this one has none (arms.NAME.labels=soft stores them)")
-    val = held_out(read_set(task.val)[:2], train) if task.val else None
+    size, keep = train.pixels.shape[-1], task.protocol.test_crop
+    test, val = task.test.read(size, keep), held_out(task.val, task.images, size, keep) if task.val else None
     classes, unit = len(task.class_names), unit_of(seed)
     unfinished = Unfinished(found, unit)
     _, accuracy = train_student(
-        task.protocol.students[0], train, task.test.read(), classes, task.protocol, seed, device=device, val=val,
+        task.protocol.students[0], train, test, classes, task.protocol, seed, device=device, val=val,
         teacher=load_teacher(task.teacher, task.class_names, device) if task.teacher is not None else None,
         resume=unfinished.state(), save=unfinished.save,
         batch_labels=StoredBatchLabels(task.labels) if task.labels is not None else None,
@@ -201,13 +226,6 @@ def train_and_test(task: Task, seed: int, found: Artifact) -> dict[str, Any]:
     return outcome
 
 
-def held_out(val: Labelled, train: LabelledSet | Labelled) -> Labelled:
-    """``val`` without the images that are in the set itself."""
-    known = {image.numpy().tobytes() for image in train[0]}
-    kept = torch.tensor([image.numpy().tobytes() not in known for image in val[0]])
-    return val[0][kept], val[1][kept]
-
-
 def unit_of(seed: int) -> str:
     """Name of the unit of a student's seed."""
     return f"seed-{seed}"
@@ -221,7 +239,7 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
     """
     config, cluster, storage = context.config.evaluation, context.config.cluster, context.storage
     options = {"num_cpus": config.cpus_per_task, "num_gpus": config.gpus_per_task, **placed(cluster, "evaluate")}
-    remote = ray.remote(train_and_test).options(max_retries=3, **options)
+    remote, largest = ray.remote(train_and_test), largest_memory(cluster, "evaluate")
     waiting: list[tuple[Evaluate, Task, Artifact, int]] = []
     for stage in {stage.key(storage): stage for stage in stages}.values():
         task, artifact, missing = _task(context, stage), stage.artifact(storage), stage.missing(storage)
@@ -239,7 +257,9 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
         while running or waiting:
             while waiting and (context.most_tasks is None or len(running) < context.most_tasks):
                 stage, task, artifact, seed = waiting.pop(0)
-                running[remote.remote(task, seed, artifact)] = (stage, artifact, unit_of(seed))
+                memory = min(host_bytes(stage, config.gpus_per_task), largest)
+                ref = remote.options(max_retries=3, memory=memory, **options).remote(task, seed, artifact)
+                running[ref] = (stage, artifact, unit_of(seed))
             begun = [Unfinished(artifact, unit) for _, artifact, unit in running.values()]
             ref = watch.first_done(list(running), partial(shares.look, begun))
             stage, artifact, unit = running.pop(ref)

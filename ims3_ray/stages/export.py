@@ -55,7 +55,7 @@ class Export(Stage):
 
         Raises :class:`UserError` if no images are held out.
         """
-        if not config.evaluation.val_per_class:
+        if config.evaluation.val_per_class == 0:
             raise UserError(
                 "export=best chooses by held-out training images, of which evaluation.val_per_class=0 leaves none; name an "
                 f"arm, as in export={next(iter(sets))}, or set export=null"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ims3_ray.engine.planner import Planner
+from ims3_ray.engine.planner import Planner, pixel_bytes
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.seeds import generator_for
 from ims3_ray.stages.given import pick
@@ -21,14 +21,21 @@ class HoldOut(Stage):
 
     @classmethod
     def plan(cls, planner: Planner) -> HoldOut:
-        data, per_class = planner.work.data, planner.work.evaluation.val_per_class
+        data, per_class = planner.work.data, planner.work.evaluation.held_out(len(planner.classes.names))
         params = {
             **planner.data.params("train"), "split": data.train_split, "size": data.size, "channels": data.channels,
             "classes": list(planner.classes.names), "per_class": per_class, **data.background_params,
         }  # fmt: skip
         images = per_class * len(planner.classes.names)
         return planner.add(
-            cls("hold out train images", params, units=planner.class_units(), images=images, data_source=planner.data.train)
+            cls(
+                "hold out train images",
+                params,
+                units=planner.class_units(),
+                images=images,
+                stored=pixel_bytes(images, planner.work),
+                data_source=planner.data.train,
+            )
         )
 
     def run(self, context: Context) -> None:

@@ -24,7 +24,7 @@ from ims3_ray.io.artifacts import Artifact
 from ims3_ray.stages.method_inputs import teacher_flops
 from ims3_ray.stages.statistics import plan_statistics, read_statistics
 from ims3_ray.stages.teacher import load_teacher, plan_teacher, teacher_of
-from ims3_ray.training.accuracy import resident
+from ims3_ray.training.accuracy import on_device
 from ims3_ray.training.augmented import AugmentedBatches, epochs_and_batch_size, scale_of
 
 EPOCHS_PER_UNIT = 10
@@ -99,8 +99,9 @@ def label_epochs(task: TaskInputs, units: Sequence[tuple[str, list[int]]]) -> No
     """Label the batches of some epochs and store their logits."""
     torch.set_num_threads(task.threads)
     device = own_device()
-    teacher, (pixels, labels, *_) = load_teacher(task.teacher, task.class_names, device), read_set(task.images)
-    images = resident(pixels, task.protocol.size or pixels.shape[-1])
+    teacher = load_teacher(task.teacher, task.class_names, device)
+    pixels, labels, *_ = read_set(task.images, size=task.protocol.size)
+    images = on_device(pixels, device)
     _, batch_size = epochs_and_batch_size(task.protocol, labels)
     scale = scale_of(images, task.protocol, read_statistics(task.statistics))
     batches = AugmentedBatches(images, task.protocol, batch_size, scale, 0, device, shared=True)

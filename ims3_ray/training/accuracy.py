@@ -11,7 +11,7 @@ from ims3_ray.data.augment import resize
 from ims3_ray.errors import Diverged
 
 RESIDENT_BYTES = 2**32
-"""Size in bytes; test images that exceed it stay on the host and are sent to the device in batches."""
+"""Size in bytes; images that exceed it stay on the host and are sent to the device in batches."""
 TEST_PIXELS, TEST_BATCH = 2**23, 500
 """The most pixels (of one channel) and the most images in a batch of test images."""
 
@@ -58,13 +58,15 @@ def resident(pixels: Tensor, size: int, keep: float = 1.0) -> Tensor:
     pixels = pixels[..., start : start + side, start : start + side]
     if side == size:
         return pixels.contiguous()
+    if not len(pixels):
+        return pixels.new_empty((0, pixels.shape[1], size, size))
     parts = [(resize(part.float() / 255, size) * 255).round().clamp(0, 255).to(torch.uint8) for part in pixels.split(1000)]
     return torch.cat(parts)
 
 
-def test_images(data: Labelled, size: int, keep: float, device: str) -> Labelled:
-    pixels = resident(data[0], size, keep)
-    return (pixels.to(device) if pixels.numel() <= RESIDENT_BYTES else pixels), data[1]
+def on_device(pixels: Tensor, device: str) -> Tensor:
+    """Images on a device, or where they are if they exceed :data:`RESIDENT_BYTES`."""
+    return pixels.to(device) if pixels.numel() <= RESIDENT_BYTES else pixels
 
 
 @torch.inference_mode()

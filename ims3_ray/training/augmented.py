@@ -15,6 +15,9 @@ from ims3_ray.errors import UserError
 from ims3_ray.seeds import generator_for, seed_for
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+COUNTED_ABOVE = 2**26
+"""Number of values; of more, mean and standard deviation are computed from the counts of the 256 values, since the values as
+floating-point numbers would take four times the memory. They agree to seven digits."""
 SHARED_SEED = 42
 """Seed of the batches that all students share because their labels are stored; it is that of SRe2L's code."""
 
@@ -51,11 +54,22 @@ def scale_of(pixels: Tensor, protocol: ProtocolConfig, real: tuple[Tensor, Tenso
         return Scale(*real)
     if protocol.normalise == "imagenet":
         return Scale(*(torch.tensor(values).reshape(-1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)))
-    scaled = pixels.float() / 255
-    mean, std = scaled.mean().reshape(1, 1, 1), scaled.std().reshape(1, 1, 1)
+    mean, std = (value.reshape(1, 1, 1) for value in mean_and_std(pixels))
     if not std > 0:
         raise UserError("all pixels of the set have the same value, so students learn nothing from it; look at its images")
     return Scale(mean, std)
+
+
+def mean_and_std(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of all values of uint8 images, as values in [0, 1]."""
+    if pixels.numel() <= COUNTED_ABOVE:
+        scaled = pixels.float() / 255
+        return scaled.mean(), scaled.std()
+    counts = sum(part.flatten().int().bincount(minlength=256) for part in pixels.split(1000)).double()
+    values = torch.arange(256, device=pixels.device, dtype=torch.float64) / 255
+    mean = (counts * values).sum() / counts.sum()
+    variance = (counts * (values - mean) ** 2).sum() / (counts.sum() - 1)
+    return mean.float(), variance.sqrt().float()
 
 
 class AugmentedBatches:
@@ -70,9 +84,9 @@ class AugmentedBatches:
         self, pixels: Tensor, protocol: ProtocolConfig, batch_size: int, scale: Scale, seed: int, device: str,
         shared: bool = False,
     ) -> None:  # fmt: skip
-        """``pixels`` uint8 [N, C, H, W] of the size at which students take images."""
+        """``pixels`` uint8 [N, C, H, W] of the size at which students take images, on the device or on the host."""
         self.protocol, self.batch_size, self.shared = protocol, batch_size, shared
-        self.pixels, self.scale = pixels.to(device), Scale(scale.mean.to(device), scale.std.to(device))
+        self.pixels, self.device, self.scale = pixels, device, Scale(scale.mean.to(device), scale.std.to(device))
         self.cpu_rng = generator_for(seed, "student")
         self.rng = torch.Generator(device).manual_seed(seed_for(seed, "student-augment"))
 
@@ -86,10 +100,11 @@ class AugmentedBatches:
 
     def _batch(self, index: Tensor) -> Batch:
         p, cpu_rng, size = self.protocol, self.cpu_rng, self.pixels.shape[-1]
-        index = index.to(self.pixels.device, non_blocking=True)
-        images = self.pixels[index].float() / 255
+        members = index.to(self.device, non_blocking=True)
+        chosen = self.pixels[index.to(self.pixels.device, non_blocking=True)]
+        images = chosen.to(self.device, non_blocking=True).float() / 255
         unmixed = augment(images, size, self.rng, cpu_rng=cpu_rng, scale=self.scale, **dict(p.augment))
         images, order, share = unmixed, None, 1.0
         if p.cutmix == 1 or (p.cutmix and torch.rand((), generator=cpu_rng).item() < p.cutmix):
             images, order, share = cutmix(unmixed, cpu_rng)
-        return Batch(images, index, unmixed, order, share)
+        return Batch(images, members, unmixed, order, share)

@@ -20,7 +20,7 @@ from ims3_ray.errors import Diverged, UserError
 from ims3_ray.models.students import batch_of_one, build_student, has_batch_norm
 from ims3_ray.saving import Save, Saver, unpack_state
 from ims3_ray.seeds import seed_for
-from ims3_ray.training.accuracy import Accuracy, Check, Labelled, confusion_of, resident, test_images, validation_epochs
+from ims3_ray.training.accuracy import Accuracy, Check, Labelled, confusion_of, on_device, resident, validation_epochs
 from ims3_ray.training.augmented import AugmentedBatches, Batch, epochs_and_batch_size, scale_of
 
 
@@ -97,7 +97,7 @@ class Training:
         self.logits = train.logits.to(device).float() if protocol.labels == "stored" and train.logits is not None else None
         self.weights = (train.weights / train.weights.mean()).to(device) if train.weights is not None else None
         torch.manual_seed(seed_for(seed, "student-init"))
-        images, self.labels = resident(train.pixels, self.size).to(device), train.labels.to(device)
+        images, self.labels = on_device(resident(train.pixels, self.size), device), train.labels.to(device)
         self.student = Student(name, images, num_classes, protocol, statistics).to(device)
         if device != "cpu":
             self.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -186,22 +186,25 @@ def train_student(
     *, device: str = "cpu", val: Labelled | None = None, teacher: Teacher | None = None, resume: bytes | None = None,
     save: Save | None = None, batch_labels: BatchLabels | None = None, statistics: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Student, Accuracy]:  # fmt: skip
-    """Train student ``name`` from scratch on ``train`` by ``protocol``, test it on ``test`` and, if given, ``val``.
+    """Train student ``name`` from scratch on ``train`` by ``protocol``, test it on ``test`` and, if given, ``val``, which hold
+    images of the size that students take, cropped as the protocol says (:func:`ims3_ray.training.accuracy.resident`).
 
     Where the protocol's epochs or batch size depend on the images per class, the size of the largest class counts. The same
     seed on the same kind of device yields the same student. ``statistics`` are the mean and standard deviation of the real
-    training pixels in [0, 1], [C, 1, 1] each. Raises ``ValueError`` for soft labels without a ``teacher``, stored labels of
-    batches without ``batch_labels``, and ``normalise: real`` without ``statistics``.
+    training pixels in [0, 1], [C, 1, 1] each. Raises ``ValueError`` for test images of another size, for soft labels without a
+    ``teacher``, stored labels of batches without ``batch_labels``, and ``normalise: real`` without ``statistics``.
 
     ``save`` is called with the state of the training after a validation, at most every :data:`ims3_ray.saving.SAVE_EVERY_S`
     seconds. With such a state as ``resume`` the training continues from there and yields the same student.
     """
     teacher = teacher if protocol.labels == "soft" else None
     training = Training(name, train, num_classes, protocol, seed, device, teacher, batch_labels, statistics)
-    student, keep = training.student, protocol.test_crop
-    tests = {"test": test_images(test, training.size, keep, device)}
+    student, tests = training.student, {"test": test}
     if val is not None and len(val[1]):
-        tests["val"] = test_images(val, training.size, keep, device)
+        tests["val"] = val
+    if wrong := next((key for key, data in tests.items() if data[0].shape[-1] != training.size), None):
+        raise ValueError(f"{wrong} holds images of {tests[wrong][0].shape[-1]} pixels, and students take {training.size}")
+    tests = {key: (on_device(pixels, device), labels) for key, (pixels, labels) in tests.items()}
     checks = validation_epochs(training.epochs, protocol.validations, protocol.validate_from)
     curve, losses, confusions = [], [], {}
     if resume is not None:

@@ -204,7 +204,10 @@ def test_the_whole_of_the_published_protocols_runs_on_colour_images():
         normalise="imagenet", augment=everything, cutmix=True, decay="steps", size=16, batch_size={1: 2, 10: 4},
         test_crop=0.875, epochs=3, norm="batch", precision="bf16",
     )  # fmt: skip
-    accuracy = train_student("resnetap-10", colour, colour, 3, protocol, 0)[1]
+    tested = resident(colour[0], 16, 0.875), colour[1]
+    accuracy = train_student("resnetap-10", colour, tested, 3, protocol, 0)[1]
+    with pytest.raises(ValueError, match="test holds images of 8 pixels, and students take 16"):
+        train_student("resnetap-10", colour, colour, 3, protocol, 0)
     assert all(math.isfinite(check.loss) for check in accuracy.curve)
 
 
