@@ -38,7 +38,7 @@ def publish(context: Context, plan: Plan[RunConfig], results: Results, tracker: 
     sheets = {arm: _sheet(context, scored, k) for arm, scored in plan.sets.items()}
     files = {}
     if plan.export is not None:
-        unpack(context, plan.export.artifact(storage), f"{name}/distilled")
+        unpack(context, plan.export, f"{name}/distilled")
         files["README.md"] = dataset_card(config, plan.classes, results).encode()
         storage.write(f"{name}/distilled/README.md", files["README.md"])
         storage.write(f"{name}/contact_sheet.png", sheets[results["exported"]["arm"]])

@@ -1,28 +1,37 @@
-"""Export of a set, of a named arm or of the best one, as a Parquet file in the layout of the Hugging Face Hub."""
+"""Export of a set, of a named arm or of the best one, as Parquet files in the layout of the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import io
 import statistics
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from safetensors.torch import load
 
-from ims3_ray.config import RunConfig
+from ims3_ray.config import RunConfig, WorkConfig
 from ims3_ray.data.classes import folder_names
 from ims3_ray.data.transforms import to_pil
+from ims3_ray.engine.images import ImageStore
+from ims3_ray.engine.per_class import each_unit
 from ims3_ray.engine.planner import PNG_SHARE, Planner, pixel_bytes
-from ims3_ray.engine.sets import EXTRAS, read_set
-from ims3_ray.engine.shards import commit_units
-from ims3_ray.engine.stage import Context, Stage
+from ims3_ray.engine.pool import ClassUnits
+from ims3_ray.engine.sets import EXTRAS
+from ims3_ray.engine.shards import commit_units, note, read_many, read_notes
+from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import Artifact
-from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
+from ims3_ray.io.files import concurrently, natural
+from ims3_ray.io.parquet import encode_png, image_table
 from ims3_ray.io.storage import Storage
+from ims3_ray.stages.select import Select, within_units
 
 
 class Scored(Protocol):
@@ -35,14 +44,17 @@ class Scored(Protocol):
     def rows(self) -> dict[str, Stage]: ...
 
 
-PARQUET = "train-00000-of-00001.parquet"
+FILE_BYTES = 5e8
+"""Approximate size of a Parquet file; larger sets are divided into several, as on the Hub."""
+ROW_GROUP = 100
+"""The least number of images in a row group of a file, unless the file has fewer."""
 
 
 @dataclass(eq=False)
 class Export(Stage):
-    """Exports a set. The only shard is the file :data:`PARQUET`."""
+    """Exports a set. Each unit is a Parquet file ``train-00000-of-00001`` with some of the classes, in order."""
 
-    name, version, of_arm = "export", 2, True
+    name, version, of_arm = "export", 3, True
 
     @classmethod
     def plan(cls, planner: Planner, images: Stage, config: RunConfig, label: str) -> Export:
@@ -72,8 +84,18 @@ class Export(Stage):
         cls, planner: Planner, params: Mapping[str, Any], inputs: Mapping[str, Stage], images: int, config: RunConfig,
         label: str,
     ) -> Export:  # fmt: skip
-        params, stored = {"classes": list(planner.classes.names), **params}, 2 * PNG_SHARE * pixel_bytes(images, config)
-        return planner.add(cls("export", params, inputs, images=images, label=label, config=config, stored=stored))
+        size, names = PNG_SHARE * pixel_bytes(images, config), planner.classes.names
+        count = min(len(names), 1 + int(size / FILE_BYTES))
+        params = {"classes": list(names), **params, **({"files": count} if count > 1 else {})}
+        return planner.add(
+            cls(
+                "export", params, inputs, images=images, label=label, config=config, stored=2 * size,
+                units=tuple(f"train-{number:05d}-of-{count:05d}" for number in range(count)),
+            )
+        )  # fmt: skip
+
+    def worker(self, config: WorkConfig) -> Worker:
+        return Worker("pool", config.actors.cpus)
 
     def choice(self, storage: Storage) -> dict[str, Any]:
         """The exported ``arm``, and what chose it: ``held_out``, the accuracy of each arm, in per cent (empty for a named
@@ -97,22 +119,84 @@ class Export(Stage):
     def results(self, storage: Storage) -> dict[str, Any]:
         return {"exported": self.choice(storage)}
 
-    @classmethod
-    def stem(cls, unit: str) -> str:
-        return PARQUET.rpartition(".")[0]
-
     def run(self, context: Context) -> None:
-        began, names = time.monotonic(), context.classes.names
-        images = self.inputs.get("select") or self.inputs[f"set {self.choice(context.storage)['arm']}"]
-        found = read_set(images.artifact(context.storage))
-        rows, counts, folders = [], Counter[int](), folder_names(names)
-        for image, label in zip(found.pixels, found.labels.tolist(), strict=True):
-            rows.append((encode_png(to_pil(image)), f"{folders[label]}/{counts[label]:05d}.png", label))
-            counts[label] += 1
-        more = {name: tensor.float().numpy() for name in EXTRAS if (tensor := getattr(found, name)) is not None}
-        artifact = self.artifact(context.storage)
-        digest = artifact.write(PARQUET, parquet_bytes(image_table(rows, names, more)))
-        commit_units(artifact, {"result": {"sha256": digest, "images": len(rows)}}, time.monotonic() - began)
+        began, storage, names = time.monotonic(), context.storage, context.classes.names
+        images = self.inputs.get("select") or self.inputs[f"set {self.choice(storage)['arm']}"]
+        shared = _Exporting(
+            images.artifact(storage), self.artifact(storage), names, context.config.actors.encoders,
+            StoredPngs.of(images, context),
+        )  # fmt: skip
+        rows = dict(zip(self.units, np.array_split(np.arange(len(names)), len(self.units)), strict=True))
+        if len(rows) == 1:
+            write_files(shared, list(rows.items()))
+            entries = read_notes(shared.exported, self.units)
+        else:
+            entries = each_unit(context, self, write_files, shared, rows, what="files")
+        commit_units(shared.exported, entries, time.monotonic() - began)
+
+
+@dataclass(frozen=True)
+class StoredPngs:
+    """The PNG images of the pool from which a set was chosen."""
+
+    store: ImageStore
+    units: Sequence[ClassUnits]
+
+    @classmethod
+    def of(cls, images: Stage, context: Context) -> StoredPngs | None:
+        """Those of ``images``; None if its images were not stored as PNG or are not as they were stored."""
+        if not isinstance(images, Select) or (store := images.pool.store(context.storage)).form != "png":
+            return None
+        return cls(store, images.pool.class_units(context.storage))
+
+    def __call__(self, position: int, indices: NDArray[np.int64]) -> list[bytes]:
+        """The images ``indices``, in ascending order, of the class at ``position``."""
+        within = within_units(self.units[position], indices)
+        found = []
+        for unit, shard in read_many(self.store.artifact, list(within), self.store.suffix):
+            rows = pq.read_table(io.BytesIO(shard), columns=["image"]).column("image")
+            found += [rows[offset].as_py()["bytes"] for offset in within[unit]]
+        return found
+
+
+@dataclass(frozen=True)
+class _Exporting:
+    """What a task needs to write some of the files."""
+
+    images: Artifact
+    exported: Artifact
+    class_names: tuple[str, ...]
+    encoders: int
+    """Number of threads that encode images."""
+    stored: StoredPngs | None
+
+
+def write_files(task: _Exporting, files: Sequence[tuple[str, NDArray[np.int64]]]) -> None:
+    """Write some files, each with the classes at some positions, class by class."""
+    folders = folder_names(task.class_names)
+    units = sorted((task.images.manifest() or {})["units"], key=natural)
+    with ThreadPoolExecutor(task.encoders) as encoders:
+        for file, positions in files:
+            sink, waiting, count = io.BytesIO(), list[pa.Table](), 0
+            writer: pq.ParquetWriter | None = None
+            for position in positions.tolist():
+                tensors = load(task.images.read(f"{units[position]}.safetensors"))
+                if task.stored is not None:
+                    encoded = task.stored(position, tensors["indices"].numpy())
+                else:
+                    encoded = list(encoders.map(lambda image: encode_png(to_pil(image)), tensors["pixels"]))
+                rows = [(png, f"{folders[position]}/{i:05d}.png", position) for i, png in enumerate(encoded)]
+                extras = {name: tensors[name].float().numpy() for name in EXTRAS if name in tensors}
+                waiting.append(image_table(rows, task.class_names, extras))
+                count += len(rows)
+                writer = writer or pq.ParquetWriter(sink, waiting[0].schema, compression="zstd")
+                if sum(len(table) for table in waiting) >= ROW_GROUP or position == positions[-1]:
+                    writer.write_table(pa.concat_tables(waiting))
+                    waiting = []
+            assert writer is not None
+            writer.close()
+            digest = task.exported.write(f"{file}.parquet", sink.getvalue())
+            note(task.exported, file, {"sha256": digest, "images": count})
 
 
 def _held_out_accuracy(row: Stage, storage: Storage) -> float | None:
@@ -123,9 +207,15 @@ def _held_out_accuracy(row: Stage, storage: Storage) -> float | None:
     return None if None in found else statistics.fmean(found)
 
 
-def unpack(context: Context, artifact: Artifact, folder: str) -> None:
+def unpack(context: Context, export: Stage, folder: str) -> None:
     """Write the exported set to ``folder`` of the storage, as ``data/*.parquet`` and as one folder of images per class."""
-    parquet = artifact.read(PARQUET, "result")
-    for row in pq.read_table(io.BytesIO(parquet)).column("image").to_pylist():
-        context.storage.write(f"{folder}/images/{row['path']}", row["bytes"])
-    context.storage.write(f"{folder}/data/{PARQUET}", parquet)
+    artifact = export.artifact(context.storage)
+
+    def write(image: dict[str, Any]) -> None:
+        context.storage.write(f"{folder}/images/{image['path']}", image["bytes"])
+
+    for unit in export.units:
+        parquet = artifact.read(f"{unit}.parquet")
+        for batch in pq.ParquetFile(io.BytesIO(parquet)).iter_batches(ROW_GROUP, columns=["image"]):
+            concurrently(write, batch.column("image").to_pylist())
+        context.storage.write(f"{folder}/data/{unit}.parquet", parquet)

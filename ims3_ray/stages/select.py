@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import ray
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -278,15 +279,19 @@ def gather_classes(gathering: _Gathering, classes: list[tuple[str, ClassUnits, T
         decoder = gathering.store.decoder(device)
     entries = []
     for name, units, indices in classes:
-        firsts = np.array(list(units.first.values()))
-        inside = np.searchsorted(firsts, indices.numpy(), side="right") - 1
-        offsets = {unit: (indices.numpy()[inside == i] - firsts[i]).tolist() for i, unit in enumerate(units.first)}
-        shards = read_many(
-            gathering.store.artifact, [unit for unit, within in offsets.items() if within], gathering.store.suffix
-        )
+        offsets = within_units(units, indices.numpy())
+        shards = read_many(gathering.store.artifact, list(offsets), gathering.store.suffix)
         images = torch.cat([gathering.store.unpack(shard, decoder, offsets[unit]) for unit, shard in shards])
         entries.append(write_class(gathering.selected, name, images, indices=indices))
     return entries
+
+
+def within_units(units: ClassUnits, indices: NDArray[np.int64]) -> dict[str, list[int]]:
+    """Unit → the offsets in it of those images of a class that are at ``indices``; only units that hold some of them."""
+    firsts = np.array(list(units.first.values()))
+    inside = np.searchsorted(firsts, indices, side="right") - 1
+    offsets = {unit: (indices[inside == number] - firsts[number]).tolist() for number, unit in enumerate(units.first)}
+    return {unit: within for unit, within in offsets.items() if within}
 
 
 def commit_chosen(context: Context, stage: Select, chosen: Sequence[Tensor], table: dict[str, Any], began: float) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -15,6 +16,8 @@ from ims3_ray.config.loading import load_config
 from ims3_ray.data.sources import open_source
 from ims3_ray.errors import UserError
 from ims3_ray.plan import make_plan
+from ims3_ray.report.results import RunResult
+from ims3_ray.stages import export
 from tests.conftest import tiny_values
 from tests.ray.conftest import Run
 
@@ -36,6 +39,35 @@ def test_a_pool_that_is_not_recognised_ends_the_run_until_the_limit_is_lowered(t
     pools = found.results["recognised"]
     assert set(pools) == {"generate (pretrained)", "generate (fine-tuned)"}
     assert all(0 <= share <= 1 for pool in pools.values() for shares in pool.values() for share in shares.values())
+
+
+def exported(found: RunResult) -> list[tuple[str, bytes, int]]:
+    """Path, PNG and label of each exported image, in order."""
+    files = sorted((Path(found.folder) / "distilled" / "data").iterdir())
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    return [(row["image"]["path"], row["image"]["bytes"], row["label"]) for row in rows]
+
+
+def test_a_large_set_is_exported_as_several_files(tiny_world: Path, tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(export, "FILE_BYTES", 100)
+    found = distill(of_the_tiny_run(tiny_world, tiny_run, name="files"))
+    folder = Path(found.folder) / "distilled"
+    assert sorted(file.name for file in (folder / "data").iterdir()) == [f"train-0000{i}-of-00003.parquet" for i in range(3)]
+    whole = RunResult(str(tiny_run.folder), {})
+    assert exported(found) == exported(whole)
+    assert {file.name for file in (folder / "images").rglob("*.png")} == {Path(path).name for path, _, _ in exported(whole)}
+    assert open_source(str(folder), "train").class_names == open_source(str(tiny_run.folder / "distilled"), "train").class_names
+
+
+def test_images_that_the_pool_has_as_png_are_exported_as_they_are(
+    tiny_world: Path, tiny_run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    before = exported(RunResult(str(tiny_run.folder), {}))
+    monkeypatch.setattr(export, "encode_png", None)
+    monkeypatch.setattr(export.Export, "version", 1000)
+    assert exported(distill(of_the_tiny_run(tiny_world, tiny_run, name="again"))) == before
+    with pytest.raises(TypeError, match="not callable"):
+        distill(of_the_tiny_run(tiny_world, tiny_run, name="decoded", export="random_real"))
 
 
 def test_the_set_that_is_best_on_held_out_images_is_exported(tiny_world: Path, tiny_run: Run):
