@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +17,12 @@ from ims3_ray.data.sources import Source
 from ims3_ray.data.transforms import WHITE, Colour, to_pixels
 from ims3_ray.seeds import generator_for
 
+T = TypeVar("T")
+
 MOST_THREADS = 16
 """Largest number of threads that decode images; there is at most one for each CPU."""
-CHUNK = 64
-"""Number of images that a thread decodes at a time."""
+TRIED = 8
+"""Number of images whose decoding is timed before threads are started."""
 SMALL_IMAGE_S = 0.001
 """Images that take less than this many seconds each are decoded by one thread. Most of this time is spent in Python, where
 threads only wait for each other."""
@@ -42,19 +44,22 @@ def load_pixels(
         except OSError:
             return None
 
-    def decoded_chunk(start: int) -> list[NDArray[np.uint8] | None]:
-        return [decoded(index) for index in wanted[start : start + CHUNK].tolist()]
-
-    began = time.perf_counter()
-    chunks = [decoded_chunk(0)]
-    small = time.perf_counter() - began < SMALL_IMAGE_S * len(chunks[0])
-    with ThreadPoolExecutor(1 if small else min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-        images = list(chain(*chunks, *pool.map(decoded_chunk, range(CHUNK, len(wanted), CHUNK))))
+    images = in_threads(decoded, wanted.tolist(), min(MOST_THREADS, os.cpu_count() or 1))
     whole = [int(index) for index, image in zip(wanted, images, strict=True) if image is not None]
     pixels = [image for image in images if image is not None]
     stacked = np.stack(pixels) if pixels else np.zeros((0, channels, size, size), np.uint8)
     broken = [source.identify(int(index)) for index, image in zip(wanted, images, strict=True) if image is None]
     return torch.from_numpy(stacked), torch.from_numpy(positions[source.labels[whole]].astype(np.int64)), broken
+
+
+def in_threads(decode: Callable[[int], T], indices: Sequence[int], threads: int) -> list[T]:
+    """``decode(index)`` for all ``indices``, in order, by at most so many threads; by one if the images are small."""
+    began = time.perf_counter()
+    found = [decode(index) for index in indices[:TRIED]]
+    if threads == 1 or time.perf_counter() - began < SMALL_IMAGE_S * len(found):
+        return found + [decode(index) for index in indices[TRIED:]]
+    with ThreadPoolExecutor(threads) as pool:
+        return found + list(pool.map(decode, indices[TRIED:]))
 
 
 def batch_indices(count: int, batch_size: int, rank: int, world: int, seed: int, first_step: int = 0) -> Iterator[Tensor]:

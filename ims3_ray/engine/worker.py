@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import threading
@@ -10,13 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from numpy.typing import NDArray
 
 from ims3_ray.cluster.hardware import hardware
-from ims3_ray.engine.images import Derive, Derived, ImageStore, Produced, Producer
+from ims3_ray.engine.images import Derive, ImageStore, Producer
 from ims3_ray.engine.shards import note
 from ims3_ray.io.artifacts import Artifact
 
@@ -54,7 +54,8 @@ class Work:
 
 class UnitWorker:
     """Produces a unit's images, derives features or latents from them, stores everything and writes the unit's note. Two calls
-    run concurrently, of which one at a time uses the device."""
+    run concurrently, of which one at a time uses the device. Where that is a GPU, a producer that says ``on_host = True``, such
+    as one that decodes files, makes the next unit's images meanwhile."""
 
     def __init__(self, works: Sequence[Work], threads: int, encoders: int, own_device: Callable[[], str]) -> None:
         self.works, self.threads, self.device = works, threads, own_device()
@@ -80,8 +81,17 @@ class UnitWorker:
         corresponding values of each derived shard."""
         work = self.works[task]
         torch.set_num_threads(self.threads)  # the setting is per thread, and calls run on several threads
+        produce, derivers = self.built.get(task) or self._build(task)
+        beside = self.device != "cpu" and getattr(produce, "on_host", False)
+        early = timed(partial(produce, unit)) if beside else None
         with self.busy:
-            produced, derived, seconds = self._compute(task, unit)
+            self._check_device()
+            produced, took = early or timed(partial(produce, unit), self.device)
+            derived, seconds = [], [took]
+            for derive in derivers:
+                shard, took = timed(partial(derive, unit, produced), self.device)
+                derived.append(shard)
+                seconds.append(took)
         common = {"images": len(produced.pixels), "hardware": hardware(self.device)}
         entry = {**common, "broken": produced.broken, "seconds": seconds[0]}
         if produced.transparent:
@@ -102,23 +112,30 @@ class UnitWorker:
                 listener.tell(unit, shard.data)
         return entry
 
-    def _compute(self, task: int, unit: str) -> tuple[Produced, list[Derived], list[float]]:
-        """The steps that need the device. Returns the images, the derived shards and the seconds of each step."""
+    def _build(self, task: int) -> tuple[Producer, list[Derive]]:
+        """The producer and the derivations of a task, with their models."""
+        with self.busy:
+            self._check_device()
+            if task not in self.built:
+                self.built.clear()
+                work = self.works[task]
+                derivers = [derivation.build(self.device) for derivation in work.derivations]
+                self.built[task] = work.producer(self.device), derivers
+            return self.built[task]
+
+    def _check_device(self) -> None:
         if self.unusable:
             time.sleep(GRACE_S)
             os._exit(1)  # not a failure of this unit: Ray starts another actor, which tries the unit again
-        if task not in self.built:
-            self.built.clear()
-            work = self.works[task]
-            self.built[task] = work.producer(self.device), [derivation.build(self.device) for derivation in work.derivations]
-        produce, derivers = self.built[task]
-        times = [time.monotonic()]
-        produced = produce(unit)
-        if produced.pixels.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.monotonic())
-        derived = []
-        for derive in derivers:
-            derived.append(derive(unit, produced))
-            times.append(time.monotonic())
-        return produced, derived, [after - before for before, after in itertools.pairwise(times)]
+
+
+R = TypeVar("R")
+
+
+def timed(compute: Callable[[], R], device: str = "cpu") -> tuple[R, float]:
+    """The result of ``compute``, and the seconds until the device had made it."""
+    began = time.monotonic()
+    result = compute()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return result, time.monotonic() - began

@@ -8,9 +8,11 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ims3_ray.config import DataConfig
 from ims3_ray.config.work import Split
+from ims3_ray.data.batches import in_threads
 from ims3_ray.data.sources import Source
 from ims3_ray.data.transforms import Filter, is_transparent, to_pixels
 from ims3_ray.engine.images import ImageStore, Produced, Producer
@@ -75,7 +77,8 @@ class Encode(ImagePool):
         return ImageStore(self.artifact(storage), "pixels")
 
     def producer(self, context: Context) -> Callable[[str], Producer]:
-        return partial(_real_images, self.data, self.opened, self.filter)
+        threads = max(1, int(context.config.actors.cpus))
+        return partial(_real_images, self.data, self.opened, self.filter, threads)
 
     def counts(self, storage: Storage) -> Mapping[str, int]:
         """Number of decoded images in each unit, without broken ones."""
@@ -120,25 +123,37 @@ def decoded_indices(encode: Encode, storage: Storage) -> dict[int, list[int]]:
 class RealImages:
     """Decodes a data source. Unit u of a class is its images u·unit_size … in the source's order."""
 
-    def __init__(self, data: DataConfig, source: Source, filter: Filter) -> None:
-        self.data, self.source, self.filter = data, source, filter
+    on_host = True
+
+    def __init__(self, data: DataConfig, source: Source, filter: Filter, threads: int = 1) -> None:
+        self.data, self.source, self.filter, self.threads = data, source, filter, threads
 
     def __call__(self, unit: str) -> Produced:
         label, number = parse_unit(unit)
         size = self.data.unit_size
         indices = np.flatnonzero(self.source.labels == label)[number * size : (number + 1) * size]
         pixels, names, broken, transparent = [], [], [], 0
-        for index in indices.tolist():
-            try:
-                image = self.source.image(index)
-                pixels.append(to_pixels(image, self.data.size, self.data.channels, self.filter, self.data.colour))
-                transparent += is_transparent(image)
-                names.append(self.source.identify(index))
-            except OSError as error:
-                broken.append(f"{self.source.identify(index)}: {str(error).splitlines()[0]}")
+        decoded = in_threads(self._decoded, indices.tolist(), self.threads)
+        for index, found in zip(indices.tolist(), decoded, strict=True):
+            name = self.source.identify(index)
+            if isinstance(found, OSError):
+                broken.append(f"{name}: {str(found).splitlines()[0]}")
+            else:
+                pixels.append(found[0])
+                transparent += found[1]
+                names.append(name)
         empty = np.zeros((0, self.data.channels, self.data.size, self.data.size), np.uint8)
         return Produced(torch.from_numpy(np.stack(pixels) if pixels else empty), names, broken, transparent=transparent)
 
+    def _decoded(self, index: int) -> tuple[NDArray[np.uint8], bool] | OSError:
+        """The pixels of an image, and whether it is transparent; the error if it cannot be decoded."""
+        try:
+            image = self.source.image(index)
+            pixels = to_pixels(image, self.data.size, self.data.channels, self.filter, self.data.colour)
+            return pixels, is_transparent(image)
+        except OSError as error:
+            return error
 
-def _real_images(data: DataConfig, source: Source, filter: Filter, device: str) -> RealImages:
-    return RealImages(data, source, filter)
+
+def _real_images(data: DataConfig, source: Source, filter: Filter, threads: int, device: str) -> RealImages:
+    return RealImages(data, source, filter, threads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ from safetensors.torch import load
 from ims3_ray.cluster.hardware import hardware, kind
 from ims3_ray.config import ActorsConfig, ClusterConfig, SamplingConfig
 from ims3_ray.engine import pool
-from ims3_ray.engine.images import ImageStore, Produced
+from ims3_ray.engine.images import Derived, ImageStore, Produced
 from ims3_ray.engine.pool import pool_price
-from ims3_ray.engine.worker import UnitWorker, Work
+from ims3_ray.engine.worker import Derivation, UnitWorker, Work
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage
@@ -204,6 +206,39 @@ def test_after_its_device_has_failed_an_actor_leaves_the_next_unit_to_a_new_proc
     assert "illegal memory access" in worker(row)["entry"][0]
     with pytest.raises(Left):
         worker(row)
+
+
+def test_files_are_decoded_while_the_gpu_has_the_unit_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ims3_ray.engine.worker.hardware", lambda _: "a GPU")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    events, second_decoded = list[str](), threading.Event()
+
+    class Decode:
+        on_host = True
+
+        def __call__(self, unit: str) -> Produced:
+            events.append(f"decoded {unit}")
+            if unit == "c0000-u00001":
+                second_decoded.set()
+            return Produced(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), ["a", "b"])
+
+    def embed(unit: str, produced: Produced) -> Derived:
+        assert unit != "c0000-u00000" or second_decoded.wait(30), "the second unit waits for the first"
+        events.append(f"embedded {unit}")
+        return Derived("bin", b"x")
+
+    storage = Storage.at(str(tmp_path))
+    noted, embedded = Artifact(storage, "encode", "k"), Artifact(storage, "embed", "k")
+    work = Work(lambda _: Decode(), None, (Derivation(lambda _: embed, embedded),), noted)
+    worker = UnitWorker([work], 1, 1, lambda: "cuda:0")
+    rows: list[Any] = [{"task": [0], "unit": [f"c0000-u0000{number}"]} for number in range(2)]
+    with ThreadPoolExecutor(2) as calls:
+        first = calls.submit(worker, rows[0])
+        while not events:
+            time.sleep(0.01)
+        second = calls.submit(worker, rows[1])
+        assert ["error" in call.result()["entry"][0] for call in (first, second)] == [False, False], first.result()
+    assert events == ["decoded c0000-u00000", "decoded c0000-u00001", "embedded c0000-u00000", "embedded c0000-u00001"]
 
 
 def test_samples_that_were_refused_are_refused_again_before_others_are_made(monkeypatch: pytest.MonkeyPatch):
