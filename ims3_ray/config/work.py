@@ -43,6 +43,9 @@ class DataConfig(Section):
     files."""
     unit_size: int = Field(default=500, ge=1)
     """Number of images per shard of the encoded data set."""
+    keep: bool | None = None
+    """Whether the decoded images are stored, so that later stages read them. Otherwise each stage that needs them decodes the
+    files again. When unset, those of a split that takes more than 50 GB are not stored."""
 
     @field_validator("background")
     @classmethod

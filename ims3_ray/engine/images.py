@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ims3_ray.data.transforms import scaled, to_pil, to_uint8
-from ims3_ray.engine.shards import pack_tensors, parse_unit
+from ims3_ray.engine.shards import pack_tensors, parse_unit, read_class, read_many
 from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
@@ -79,9 +80,18 @@ class Decoder:
         return torch.cat([to_uint8(scaled(each, self.size) if self.size else each) for each in images]).contiguous()
 
 
+class Again(Protocol):
+    """Makes the images of units that are not stored."""
+
+    def __call__(self, unit: str) -> Produced: ...
+
+    def at(self, unit: str, offsets: Sequence[int]) -> Tensor:
+        """uint8 pixels of the images at ``offsets`` of a unit of which no image is broken."""
+
+
 @dataclass(frozen=True)
 class ImageStore:
-    """The shards of a stage that makes images, one per unit."""
+    """The images of a stage that makes them, one shard per unit."""
 
     artifact: Artifact
     form: Literal["pixels", "png", "latents"]
@@ -89,6 +99,17 @@ class ImageStore:
     precision: str = "fp32"
     size: int | None = None
     """Height and width to which decoded latents are scaled; None if they have that of the images."""
+    again: Callable[[], Again] | None = None
+    """Builds what makes the images again of units that were made but not stored; None if all are stored."""
+
+    def is_stored(self, unit: str) -> bool:
+        """Whether a committed unit has a shard."""
+        return self.again is None or self.artifact.digest(unit) is not None
+
+    @cached_property
+    def _again(self) -> Again:
+        assert self.again is not None
+        return self.again()
 
     def write(self, unit: str, produced: Produced, encoders: Executor) -> str:
         """Store a unit; returns the SHA-256 of its shard."""
@@ -115,7 +136,27 @@ class ImageStore:
 
     def read(self, unit: str, decoder: Decoder | None = None) -> Tensor:
         """uint8 pixels of a unit."""
+        if not self.is_stored(unit):
+            return self._again(unit).pixels
         return self.unpack(self.artifact.read(f"{unit}.{self.suffix}"), decoder)
+
+    def read_units(self, units: Sequence[str]) -> Tensor:
+        """uint8 pixels of several units, such as those of a class, in order."""
+        if self.form == "pixels" and all(map(self.is_stored, units)):
+            return read_class(self.artifact, units, "pixels")
+        return torch.cat([self.read(unit) for unit in units])
+
+    def read_some(self, within: Mapping[str, Sequence[int]], decoder: Decoder | None = None) -> Tensor:
+        """uint8 pixels of the images at some offsets of some units, in order."""
+        if all(map(self.is_stored, within)):
+            shards = read_many(self.artifact, list(within), self.suffix)
+            return torch.cat([self.unpack(shard, decoder, within[unit]) for unit, shard in shards])
+        return torch.cat([self._some(unit, offsets) for unit, offsets in within.items()])
+
+    def _some(self, unit: str, offsets: Sequence[int]) -> Tensor:
+        if self.is_stored(unit) or self.artifact.units[unit]["broken"]:
+            return self.read(unit)[list(offsets)]
+        return self._again.at(unit, offsets)
 
     def unpack(self, shard: bytes, decoder: Decoder | None = None, within: Sequence[int] | None = None) -> Tensor:
         """uint8 pixels of a shard, or of its images at the offsets ``within``."""
@@ -142,6 +183,7 @@ class Stored:
 
     def __init__(self, store: ImageStore, device: str) -> None:
         self.store, self.decoder = store, store.decoder(device)
+        self.on_host = self.decoder is None
 
     def __call__(self, unit: str) -> Produced:
         pixels = self.store.read(unit, self.decoder)

@@ -62,6 +62,11 @@ class ImagePool(OnActors):
     unit_size: int = 1
     """Number of images per unit; the last unit of a class may hold fewer."""
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the images are stored, or made again by each stage that reads them."""
+        return True
+
     @abstractmethod
     def store(self, storage: Storage) -> ImageStore:
         """The shards in which the images are stored."""
@@ -225,7 +230,7 @@ def _work(context: Context, task: Task) -> Work:
     storage = context.storage
     listeners = {stage: tuple(context.listeners.get(stage, ())) for stage in task.derived}
     derivations = tuple(Derivation(stage.derive(storage), stage.artifact(storage), heard) for stage, heard in listeners.items())
-    store = task.source.store(storage) if task.source else None
+    store = task.source.store(storage) if task.source and task.source.keeps else None
     return Work(task.producer, store, derivations, task.stage.artifact(storage))
 
 

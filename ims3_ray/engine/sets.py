@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from ims3_ray.engine.images import ImageStore
 from ims3_ray.engine.mapped import joined
 from ims3_ray.engine.pool import ImagePool
-from ims3_ray.engine.shards import by_class, commit_units, pack_tensors, read_class, read_many
+from ims3_ray.engine.shards import by_class, commit_units, pack_tensors, read_many
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.files import natural
 from ims3_ray.io.storage import Storage
@@ -107,13 +108,13 @@ def _digest(image: Tensor) -> bytes:
 class RealSplit:
     """Decoded real images. ``units`` holds the units of each class, in order."""
 
-    artifact: Artifact
+    store: ImageStore
     units: tuple[tuple[str, ...], ...]
 
     @classmethod
     def of(cls, encode: ImagePool, storage: Storage) -> RealSplit:
         units = by_class(encode.units)
-        return cls(encode.artifact(storage), tuple(tuple(units[label]) for label in encode.labels))
+        return cls(encode.store(storage), tuple(tuple(units[label]) for label in encode.labels))
 
     def read(self, size: int | None = None, keep: float = 1.0) -> Labelled:
         """uint8 pixels [N, C, H, W] and the positions of their classes [N], cropped to the share ``keep`` of each side and
@@ -124,12 +125,13 @@ class RealSplit:
                 pixels = self.read_class(number)
                 yield {"pixels": resident(pixels, size or pixels.shape[-1], keep)}
 
-        entries = (self.artifact.manifest() or {})["units"]
+        artifact = self.store.artifact
+        entries = (artifact.manifest() or {})["units"]
         count = sum(entries[unit]["images"] for units in self.units for unit in units)
-        made_of = [self.artifact.key, self.units, size, keep]
-        found = joined(parts, len(self.units), count, made_of, f"the images of {self.artifact.address}")
+        made_of = [artifact.key, self.units, size, keep]
+        found = joined(parts, len(self.units), count, made_of, f"the images of {artifact.address}")
         return found["pixels"], found["part"]
 
     def read_class(self, position: int) -> Tensor:
         """uint8 pixels of one class."""
-        return read_class(self.artifact, self.units[position], "pixels")
+        return self.store.read_units(self.units[position])

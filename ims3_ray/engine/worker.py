@@ -46,7 +46,7 @@ class Work:
 
     producer: Callable[[str], Producer]
     store: ImageStore | None
-    """Where the images are stored; None if they are stored already."""
+    """Where the images are stored; None if they are stored already, or are not to be stored."""
     derivations: tuple[Derivation, ...]
     noted: Artifact
     """Artifact to which a unit's note is written, after all its shards: the note's presence shows that they are complete."""

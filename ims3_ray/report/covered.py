@@ -90,8 +90,7 @@ def _real_image(context: Context, real: Encode, position: int, index: int) -> Te
     entries = (real.manifest(context.storage) or {})["units"]
     for unit in real.units_of_class(position):
         if index < entries[unit]["images"]:
-            pixels: Tensor = load(real.artifact(context.storage).read(f"{unit}.safetensors"))["pixels"]
-            return pixels[index]
+            return real.store(context.storage).read_some({unit: [index]})[0]
         index -= entries[unit]["images"]
     raise ValueError(f"class {position} has fewer real images than the features say")
 

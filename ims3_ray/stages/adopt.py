@@ -15,12 +15,12 @@ from ims3_ray import plugins
 from ims3_ray.cluster.joining import own_device, placed, results
 from ims3_ray.config import AdoptConfig, RunConfig, differing
 from ims3_ray.data.transforms import to_signed
+from ims3_ray.engine.images import ImageStore
 from ims3_ray.engine.planner import Planner
-from ims3_ray.engine.shards import parse_unit, read_class
+from ims3_ray.engine.shards import parse_unit
 from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
-from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage, as_json
 from ims3_ray.models.encoder import encoder_path, known_classes, load_encoder
 from ims3_ray.models.generator import open_generator
@@ -123,7 +123,7 @@ class Adopt(Tuning):
         task = ray.remote(nearest_classes).options(
             max_retries=3, num_cpus=actors.cpus, num_gpus=actors.gpus, **placed(context.config.cluster, "pool")
         )
-        where = encode.artifact(context.storage)
+        where = encode.store(context.storage)
         found: dict[str, str] = results(task.remote(self.weights["encoder"], where, wanted, list(known)))
         return found
 
@@ -165,7 +165,7 @@ def _check_like(like: dict[str, str], added: Sequence[str], known: Sequence[str]
 
 
 @torch.inference_mode()
-def nearest_classes(encoder: Weights, images: Artifact, classes: dict[str, list[str]], known: list[str]) -> dict[str, str]:
+def nearest_classes(encoder: Weights, images: ImageStore, classes: dict[str, list[str]], known: list[str]) -> dict[str, str]:
     """For each class, given by the units of its images, one of the ``known`` classes: of all ways to give each class another
     one, that with the highest sum of the mean log-probabilities of φ's own classifier. If there are more classes than known
     ones, each known one is given equally often, but for one."""
@@ -174,7 +174,7 @@ def nearest_classes(encoder: Weights, images: Artifact, classes: dict[str, list[
     there = [name for name in known if name in names]
     rows = []
     for units in classes.values():
-        pixels = read_class(images, units, "pixels")[:SEEN_PER_CLASS].to(device)
+        pixels = images.read_units(units)[:SEEN_PER_CLASS].to(device)
         scores = torch.cat([phi.logits(to_signed(part)) for part in pixels.split(50)]).log_softmax(dim=1).mean(dim=0)
         rows.append(scores[[names.index(name) for name in there]].cpu())
     return dict(zip(classes, assigned(torch.stack(rows), there), strict=True))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ims3_ray.config import DataConfig
 from ims3_ray.config.work import Split
@@ -23,6 +24,8 @@ from ims3_ray.engine.stage import Context
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
 
+KEPT_BYTES = 5e10
+"""Decoded images of a split that take more than this are not stored unless the config says so."""
 DECODE_S_PER_VALUE = 4e-8
 """Seconds that a core takes to decode one value (one channel of one pixel) of a scaled image: some 8 ms for a photograph at
 256 pixels."""
@@ -60,21 +63,30 @@ class Encode(ImagePool):
             cls(
                 f"encode {split} images{at}", params, units=tuple(units), images=images, label=split, data=data,
                 labels=planner.classes.source_labels, unit_size=data.unit_size, filter=filter, data_source=source,
-                stored=float(images * data.channels * data.size**2),
             )
         )  # fmt: skip
-        found.needed = max(found.needed, needed)
+        found.needed, found.stored = max(found.needed, needed), found.pixel_bytes if found.keeps else 0.0
         return found
 
     @property
     def batch(self) -> Hashable:
         return "real images"
 
+    @property
+    def pixel_bytes(self) -> float:
+        """Bytes of the decoded images."""
+        return float(self.images * self.data.channels * self.data.size**2)
+
+    @property
+    def keeps(self) -> bool:
+        return self.pixel_bytes <= KEPT_BYTES if self.data.keep is None else self.data.keep
+
     def seconds_beside_flops(self) -> float:
-        return self.stored * DECODE_S_PER_VALUE
+        return self.pixel_bytes * DECODE_S_PER_VALUE
 
     def store(self, storage: Storage) -> ImageStore:
-        return ImageStore(self.artifact(storage), "pixels")
+        again = partial(RealImages, self.data, self.opened, self.filter)
+        return ImageStore(self.artifact(storage), "pixels", again=again)
 
     def producer(self, context: Context) -> Callable[[str], Producer]:
         threads = max(1, int(context.config.actors.cpus))
@@ -128,10 +140,22 @@ class RealImages:
     def __init__(self, data: DataConfig, source: Source, filter: Filter, threads: int = 1) -> None:
         self.data, self.source, self.filter, self.threads = data, source, filter, threads
 
+    def at(self, unit: str, offsets: Sequence[int]) -> Tensor:
+        """uint8 pixels of the images at ``offsets`` of a unit of which no image is broken. Raises ``OSError`` if one is broken
+        by now."""
+        pixels = []
+        for index in self._indices(unit)[list(offsets)].tolist():
+            if isinstance(found := self._decoded(index), OSError):
+                raise found
+            pixels.append(found[0])
+        return torch.from_numpy(np.stack(pixels))
+
+    def _indices(self, unit: str) -> NDArray[np.int64]:
+        (label, number), size = parse_unit(unit), self.data.unit_size
+        return np.flatnonzero(self.source.labels == label)[number * size : (number + 1) * size]
+
     def __call__(self, unit: str) -> Produced:
-        label, number = parse_unit(unit)
-        size = self.data.unit_size
-        indices = np.flatnonzero(self.source.labels == label)[number * size : (number + 1) * size]
+        indices = self._indices(unit)
         pixels, names, broken, transparent = [], [], [], 0
         decoded = in_threads(self._decoded, indices.tolist(), self.threads)
         for index, found in zip(indices.tolist(), decoded, strict=True):

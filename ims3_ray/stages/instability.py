@@ -73,7 +73,7 @@ class MeasureInstability(Stage):
         with Progress(self.title, config.images, "images") as progress:
             task = measure.remote(
                 config, self.run_config.seed, Pretrained.of(tuned, storage), Adapters.of(tuned, storage),
-                encode.artifact(storage), latents.artifact(storage) if latents else None, classes, actors.threads,
+                encode.store(storage), latents.artifact(storage) if latents else None, classes, actors.threads,
             )  # fmt: skip
             result = results(watch.first_done([task]))
             progress.done = config.images

@@ -17,10 +17,9 @@ from torch import Tensor
 from ims3_ray.config import RunConfig
 from ims3_ray.data.clean_images import CleanImages
 from ims3_ray.data.transforms import to_signed
-from ims3_ray.engine.images import Derive, Derived, Produced, batches
+from ims3_ray.engine.images import Derive, Derived, ImageStore, Produced, batches
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.pool import DerivedStage
-from ims3_ray.engine.shards import read_class
 from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.parquet import parquet_bytes
@@ -97,13 +96,13 @@ def read_latents(artifact: Artifact, units: list[str]) -> dict[str, Tensor]:
 
 
 def read_images(
-    pixels: Artifact, latents: Artifact | None, classes: list[tuple[int, list[str]]], flip: bool,
+    pixels: ImageStore, latents: Artifact | None, classes: list[tuple[int, list[str]]], flip: bool,
     captions: list[str] | None = None,
 ) -> CleanImages:  # fmt: skip
     """The images of some classes, each given as (label of the generator, units), from their latents if there are any, with
     their ``captions`` in the same order."""
     if latents is None:
-        parts = [{"pixels": read_class(pixels, units, "pixels")} for _, units in classes]
+        parts = [{"pixels": pixels.read_units(units)} for _, units in classes]
     else:
         parts = [read_latents(latents, units) for _, units in classes]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

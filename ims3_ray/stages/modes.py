@@ -16,9 +16,10 @@ from ims3_ray.data.captions import caption_of_clusters
 from ims3_ray.data.prompts import words_of_name
 from ims3_ray.data.transforms import to_signed
 from ims3_ray.diffusion.steering.modes import ByModes, Clustering, find_modes
+from ims3_ray.engine.images import ImageStore
 from ims3_ray.engine.per_class import each_unit
 from ims3_ray.engine.planner import Planner
-from ims3_ray.engine.shards import by_class, commit_units, note, pack_tensors, read_class
+from ims3_ray.engine.shards import by_class, commit_units, note, pack_tensors
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.seeds import seed_for
@@ -29,7 +30,7 @@ from ims3_ray.stages.latents import EncodeLatents, read_latents
 
 @dataclass(frozen=True)
 class _Search:
-    pixels: Artifact
+    pixels: ImageStore
     latents: Artifact | None
     modes: Artifact
     k: int
@@ -86,7 +87,7 @@ class FindModes(Stage):
         began, latents, storage = time.monotonic(), self.inputs.get("latents"), context.storage
         images = cast(Encode, self.inputs["images"])
         search = _Search(
-            images.artifact(storage), latents.artifact(storage) if latents else None, self.artifact(storage), self.params["k"],
+            images.store(storage), latents.artifact(storage) if latents else None, self.artifact(storage), self.params["k"],
             self.params["seed"], context.config.actors.threads, clustering_of(self.run_config),
             common_words_of(self.run_config),
         )  # fmt: skip
@@ -116,7 +117,7 @@ def find_in_classes(search: _Search, classes: Sequence[tuple[str, _Class]]) -> N
     torch.set_num_threads(search.threads)
     for unit, each in classes:
         if search.latents is None:
-            latents = to_signed(read_class(search.pixels, each.units, "pixels"))
+            latents = to_signed(search.pixels.read_units(each.units))
         else:
             latents = read_latents(search.latents, each.units)["mean"][:, 0].float()
         found = find_modes(latents, search.k, seed_for(search.seed, "modes", each.label), search.how)

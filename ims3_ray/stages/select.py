@@ -279,9 +279,7 @@ def gather_classes(gathering: _Gathering, classes: list[tuple[str, ClassUnits, T
         decoder = gathering.store.decoder(device)
     entries = []
     for name, units, indices in classes:
-        offsets = within_units(units, indices.numpy())
-        shards = read_many(gathering.store.artifact, list(offsets), gathering.store.suffix)
-        images = torch.cat([gathering.store.unpack(shard, decoder, offsets[unit]) for unit, shard in shards])
+        images = gathering.store.read_some(within_units(units, indices.numpy()), decoder)
         entries.append(write_class(gathering.selected, name, images, indices=indices))
     return entries
 

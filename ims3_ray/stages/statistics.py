@@ -14,6 +14,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ims3_ray.config import ProtocolConfig
+from ims3_ray.engine.images import ImageStore
 from ims3_ray.engine.per_class import map_classes
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.shards import commit_units, pack_tensors
@@ -42,7 +43,7 @@ class Statistics(Stage):
         count = len(context.classes.names)
         chosen = [count * number // min(count, MOST_CLASSES) for number in range(min(count, MOST_CLASSES))]
         units = [real.units_of_class(position)[0] for position in chosen]
-        moments = torch.stack(map_classes(moments_of, real.artifact(storage), units)).sum(dim=0)
+        moments = torch.stack(map_classes(moments_of, real.store(storage), units)).sum(dim=0)
         values, total, squares = moments
         mean = total / values
         std = (squares / values - mean.square()).clamp(min=1e-8).sqrt()
@@ -57,11 +58,11 @@ def plan_statistics(planner: Planner, protocol: ProtocolConfig) -> dict[str, Sta
     return {"statistics": Statistics.plan(planner)} if protocol.normalise == "real" else {}
 
 
-def moments_of(real: Artifact, units: list[str]) -> list[Tensor]:
+def moments_of(real: ImageStore, units: list[str]) -> list[Tensor]:
     """For each unit, float64 [3, C]: number, sum, and sum of squares of its pixels in [0, 1]."""
     found = []
     for unit in units:
-        pixels = load(real.read(f"{unit}.safetensors"))["pixels"].double() / 255
+        pixels = real.read(unit).double() / 255
         each = pixels.transpose(0, 1).flatten(1)
         found.append(torch.stack([torch.full((len(each),), each.shape[1]).double(), each.sum(dim=1), each.square().sum(dim=1)]))
     return found

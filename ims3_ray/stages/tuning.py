@@ -139,7 +139,7 @@ def groups_of(context: Context, stage: Tuning) -> list[Group]:
     for number, labels in enumerate(stage.params["groups"]):
         arguments = {
             "config": canonical(stage.run_config.finetune), "seed": stage.run_config.seed, "group": number,
-            "images": encode.artifact(context.storage),
+            "images": encode.store(context.storage),
             "pretrained": stage.pretrained(context.storage),
             "latents": latents.artifact(context.storage) if latents else None,
             "classes": [(label, units[table[label][1]]) for label in labels],

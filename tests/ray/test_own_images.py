@@ -41,6 +41,20 @@ def test_a_pool_that_is_not_recognised_ends_the_run_until_the_limit_is_lowered(t
     assert all(0 <= share <= 1 for pool in pools.values() for shares in pool.values() for share in shares.values())
 
 
+def test_images_that_are_not_kept_are_decoded_again_by_all_who_need_them(tiny_world: Path, tiny_run: Run, tmp_path: Path):
+    """Fine-tuning, selection among real images and among samples, and students: all is as if the images had been stored."""
+    values = tiny_values(tiny_world, tmp_path, export="ims3")
+    values["data"] = {**values["data"], "keep": False}
+    found = distill(RunConfig.model_validate(values))
+    assert not list(tmp_path.glob("artifacts/encode/*/shards/*.safetensors"))
+    for name, value in (("content", str), ("rows", dict)):
+        sets, before = (
+            {arm: row[name] for arm, row in each["sets"].items()} for each in (found.results, tiny_run.result.results)
+        )
+        assert sets == before
+        assert all(isinstance(each, value) for each in sets.values())
+
+
 def exported(found: RunResult) -> list[tuple[str, bytes, int]]:
     """Path, PNG and label of each exported image, in order."""
     files = sorted((Path(found.folder) / "distilled" / "data").iterdir())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ims3_ray.config import EvaluationConfig
 from ims3_ray.engine import mapped
+from ims3_ray.engine.images import ImageStore
 from ims3_ray.engine.planner import class_units
 from ims3_ray.engine.sets import RealSplit, commit_set, held_out, read_set, write_class
 from ims3_ray.engine.shards import commit_units, pack_tensors
@@ -85,7 +86,7 @@ def test_test_images_are_cropped_and_scaled_as_the_protocol_says(tmp_path: Path,
         for unit, pixels in units.items()
     }
     commit_units(artifact, entries, 0.0)
-    split = RealSplit(artifact, (("c0007-u00000",), ("c0000-u00000", "c0000-u00001")))
+    split = RealSplit(ImageStore(artifact, "pixels"), (("c0007-u00000",), ("c0000-u00000", "c0000-u00001")))
     pixels, labels = split.read(4, 0.75)
     assert labels.tolist() == [0] * 4 + [1] * 3
     whole = torch.cat([units["c0007-u00000"], units["c0000-u00000"], units["c0000-u00001"]])

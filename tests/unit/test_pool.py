@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,24 +12,31 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load
 
 from ims3_ray.cluster.hardware import hardware, kind
-from ims3_ray.config import ActorsConfig, ClusterConfig, SamplingConfig
+from ims3_ray.config import ActorsConfig, ClusterConfig, DataConfig, SamplingConfig, WorkConfig
 from ims3_ray.engine import pool
-from ims3_ray.engine.images import Derived, ImageStore, Produced
+from ims3_ray.engine.images import Derived, ImageStore, Produced, Stored
+from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.pool import pool_price
+from ims3_ray.engine.sets import RealSplit
+from ims3_ray.engine.shards import commit_units
 from ims3_ray.engine.worker import Derivation, UnitWorker, Work
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import Artifact
+from ims3_ray.io.parquet import encode_png
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.dit import DiT
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.models.generator import load_generator
 from ims3_ray.stages.adapters import Pretrained
 from ims3_ray.stages.candidates import Candidates
+from ims3_ray.stages.encode import Encode, RealImages
 from ims3_ray.stages.features import Features
 from tests.conftest import write_latent_world
 
@@ -208,6 +218,54 @@ def test_after_its_device_has_failed_an_actor_leaves_the_next_unit_to_a_new_proc
         worker(row)
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_images_that_are_not_stored_are_decoded_again(tmp_path: Path, broken: bool):
+    source = tmp_path / "photos"
+    for split, (label, name), number in itertools.product(("train", "test"), enumerate(("cat", "dog")), range(5)):
+        file = source / split / name / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode_png(Image.fromarray(np.full((4, 4), 100 * label + number + 50 * (split == "test"), np.uint8))))
+    if broken:
+        (source / "train" / "dog" / "1.png").write_bytes(b"none")
+    data = DataConfig(path=str(source), size=4, unit_size=3, keep=False)
+    encode = Encode.plan(Planner(WorkConfig(data=data)), "train", data)
+    assert not encode.keeps
+    assert encode.stored == 0
+    storage = Storage.at(str(tmp_path / "runs"))
+    noted, made = encode.artifact(storage), RealImages(data, encode.opened, "area")
+    kept = UnitWorker([Work(lambda _: made, encode.store(storage), (), noted)], 1, 1, lambda: "cpu")
+    passing = UnitWorker([Work(lambda _: made, None, (), noted)], 1, 1, lambda: "cpu")
+    entries = {}
+    for number, unit in enumerate(encode.units):
+        (entry,) = (kept if number == 0 else passing)({"task": [0], "unit": [unit]})["entry"]  # type: ignore[dict-item]
+        entries[unit] = json.loads(entry)
+    commit_units(noted, entries, 0.0)
+    assert {name for name in noted.shards() if not name.endswith(".json")} == {f"{encode.units[0]}.safetensors"}
+    store = pickle.loads(pickle.dumps(encode.store(storage)))
+    dogs = [100, 102, 103, 104] if broken else [100, 101, 102, 103, 104]
+    assert store.read_units(encode.units)[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, *dogs]
+    assert store.read(encode.units[2])[:, 0, 0, 0].tolist() == dogs[: 2 if broken else 3]
+    some = {encode.units[0]: [2], encode.units[2]: [0, 1], encode.units[3]: [1]}
+    assert store.read_some(some)[:, 0, 0, 0].tolist() == [2, *dogs[:2], 104]
+    assert encode.lost(noted) == []
+    split = RealSplit.of(encode, storage)
+    assert split.read()[1].tolist() == [0] * 5 + [1] * len(dogs)
+    again = Stored(store, "cpu")(encode.units[3])
+    assert again.pixels[:, 0, 0, 0].tolist() == [103, 104]
+
+
+def test_splits_of_more_than_fifty_gigabytes_are_not_stored_unless_the_config_says_so(monkeypatch: pytest.MonkeyPatch):
+    def planned(**changes: Any) -> bool:
+        data = DataConfig.model_validate({"path": "embedded:fashion-mnist", **changes})
+        return Encode.plan(Planner(WorkConfig(data=data)), "train", data).keeps
+
+    assert planned()
+    assert not planned(keep=False)
+    monkeypatch.setattr("ims3_ray.stages.encode.KEPT_BYTES", 1000)
+    assert not planned()
+    assert planned(keep=True)
+
+
 def test_files_are_decoded_while_the_gpu_has_the_unit_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ims3_ray.engine.worker.hardware", lambda _: "a GPU")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -238,7 +296,8 @@ def test_files_are_decoded_while_the_gpu_has_the_unit_before(tmp_path: Path, mon
             time.sleep(0.01)
         second = calls.submit(worker, rows[1])
         assert ["error" in call.result()["entry"][0] for call in (first, second)] == [False, False], first.result()
-    assert events == ["decoded c0000-u00000", "decoded c0000-u00001", "embedded c0000-u00000", "embedded c0000-u00001"]
+    assert events.index("decoded c0000-u00001") < events.index("embedded c0000-u00000")
+    assert len(events) == 4
 
 
 def test_samples_that_were_refused_are_refused_again_before_others_are_made(monkeypatch: pytest.MonkeyPatch):
