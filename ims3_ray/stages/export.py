@@ -122,7 +122,7 @@ class Export(Stage):
     def run(self, context: Context) -> None:
         began, storage, names = time.monotonic(), context.storage, context.classes.names
         images = self.inputs.get("select") or self.inputs[f"set {self.choice(storage)['arm']}"]
-        shared = _Exporting(
+        shared = Exporting(
             images.artifact(storage), self.artifact(storage), names, context.config.actors.encoders,
             StoredPngs.of(images, context),
         )  # fmt: skip
@@ -160,7 +160,7 @@ class StoredPngs:
 
 
 @dataclass(frozen=True)
-class _Exporting:
+class Exporting:
     """What a task needs to write some of the files."""
 
     images: Artifact
@@ -171,7 +171,7 @@ class _Exporting:
     stored: StoredPngs | None
 
 
-def write_files(task: _Exporting, files: Sequence[tuple[str, NDArray[np.int64]]]) -> None:
+def write_files(task: Exporting, files: Sequence[tuple[str, NDArray[np.int64]]]) -> None:
     """Write some files, each with the classes at some positions, class by class."""
     folders = folder_names(task.class_names)
     units = sorted((task.images.manifest() or {})["units"], key=natural)

@@ -12,6 +12,8 @@ from ims3_ray.errors import Diverged
 
 RESIDENT_BYTES = 2**32
 """Size in bytes; images that exceed it stay on the host and are sent to the device in batches."""
+SCALED_VALUES = 2**24
+"""Number of values of images that are scaled at a time, as floating-point numbers."""
 TEST_PIXELS, TEST_BATCH = 2**23, 500
 """The most pixels (of one channel) and the most images in a batch of test images."""
 
@@ -60,7 +62,8 @@ def resident(pixels: Tensor, size: int, keep: float = 1.0) -> Tensor:
         return pixels.contiguous()
     if not len(pixels):
         return pixels.new_empty((0, pixels.shape[1], size, size))
-    parts = [(resize(part.float() / 255, size) * 255).round().clamp(0, 255).to(torch.uint8) for part in pixels.split(1000)]
+    at_once = max(1, SCALED_VALUES // pixels[0].numel())
+    parts = [(resize(part.float() / 255, size) * 255).round().clamp(0, 255).to(torch.uint8) for part in pixels.split(at_once)]
     return torch.cat(parts)
 
 

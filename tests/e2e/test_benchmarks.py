@@ -57,6 +57,20 @@ def test_random_kills_over_a_whole_run_change_nothing(tiny_world: Path, tmp_path
     assert sum(found["by_kind"].values()) == 4
 
 
+def test_the_parts_that_grow_with_the_data_are_measured(tmp_path: Path):
+    sizes = ["classes=4", "per_class=3", "groups=2", "images=60", "rows=50", "size=32", "features=16", "units=30"]
+    found = report("scale", *sizes, f"folder={tmp_path}", env=environment())
+    assert set(found["config"]["parts"]) == {"plan", "parquet", "s3", "export", "student", "driver"} <= set(found)
+    assert found["plan"]["plan"]["units"] > 4
+    assert found["export"]["one file"] | {"images": 12, "files": 1} == found["export"]["one file"]
+    assert found["student"]["cached"]["images"] == 4 * (3 + 50 + 50)
+    assert found["driver"]["units"]["units"] == 30
+    parts = [row for name in found["config"]["parts"] for row in found[name].values() if isinstance(row, dict)]
+    assert len(parts) == 11
+    assert all(row["seconds"] >= 0 and row["peak_gb"] >= 0 for row in parts)
+    assert not list(tmp_path.iterdir()), "the stand-ins are removed"
+
+
 def test_fine_tuning_is_measured_on_a_machine_without_ray(without_ray: dict[str, str], tmp_path: Path):
     (tmp_path / "diffusers.py").write_text("raise ImportError(__name__)\n")
     cases = "cases=[ZeRO 2, L_Diff alone]"

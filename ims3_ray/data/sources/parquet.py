@@ -100,8 +100,13 @@ class ParquetSource(Source):
         return names[0] or numbered(self.labels)
 
     def image(self, index: int) -> Image.Image:
+        return decode(self.encoded(index))
+
+    def encoded(self, index: int) -> bytes:
+        """An image as the file has it, as PNG or JPEG."""
         part = self._part(index)
-        return decode(self._encoded(part)[index - int(self._starts[part])].as_py())
+        data: bytes = self._encoded(part)[index - int(self._starts[part])].as_py()
+        return data
 
     def _part(self, index: int) -> int:
         """The number of the file that holds an image."""
