@@ -75,7 +75,7 @@ class BenchmarkConfig(Section):
     """Height and width of the stored images; students take seven eighths of it."""
     features: int = Field(default=512, ge=2)
     units: int = Field(default=20_000, ge=1)
-    """Number of units that the driver passes."""
+    """Number of units that the driver passes: once as for two actors, one by one, and once as for 500, ten at a time."""
     folder: str | None = None
     """Folder for the stand-ins, on a disk with enough space; a temporary one when unset."""
 
@@ -275,7 +275,7 @@ def student(config: BenchmarkConfig, folder: Path, meter: Meter) -> None:
 
 def driver(config: BenchmarkConfig, folder: Path, meter: Meter) -> None:
     from ims3_ray.cluster.joining import connected
-    from ims3_ray.engine.actors import run_units
+    from ims3_ray.engine.actors import MOST_AT_ONCE, run_units
 
     def empty(unit: str) -> Produced:
         return Produced(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), [unit])
@@ -284,15 +284,16 @@ def driver(config: BenchmarkConfig, folder: Path, meter: Meter) -> None:
     work = Work(lambda device: empty, None, (), artifact(folder, "encode", "nothing"))
     with connected(cluster, {}), redirect_stdout(sys.stderr):
         list(run_units([(0, unit_name(0, number)) for number in range(4)], [work], actors, cluster))
-        units = [(0, unit_name(1, number)) for number in range(config.units)]
-        with meter.measured("units") as row:
-            began, done = time.perf_counter(), iter(run_units(units, [work], actors, cluster))
-            next(done)
-            row["first_unit_s"] = round(time.perf_counter() - began, 2)
-            row["units"] = 1 + sum(1 for _ in done)
-        of_units = meter.rows["units"]
-        of_units["units_per_s"] = round(config.units / of_units["seconds"], 1)
-        of_units["cpu_ms_per_unit"] = round(1000 * of_units["cpu_s"] / config.units, 2)
+        for number, (name, at_once) in enumerate((("one by one", 1), ("ten at a time", MOST_AT_ONCE)), 1):
+            units = [(0, unit_name(number, unit)) for unit in range(config.units)]
+            with meter.measured(name) as row:
+                began, done = time.perf_counter(), iter(run_units(units, [work], actors, cluster, at_once))
+                next(done)
+                row["first_unit_s"] = round(time.perf_counter() - began, 2)
+                row["units"] = 1 + sum(1 for _ in done)
+            of_units = meter.rows[name]
+            of_units["units_per_s"] = round(config.units / of_units["seconds"], 1)
+            of_units["cpu_ms_per_unit"] = round(1000 * of_units["cpu_s"] / config.units, 2)
 
 
 def nothing(config: BenchmarkConfig, folder: Path) -> None:

@@ -16,15 +16,24 @@ from ims3_ray.errors import UserError
 
 CALLS = 2
 """Calls that run concurrently in an actor: one uses the device while the other encodes and writes its images."""
+ACTORS_PER_UNIT, ROWS_PER_ACTOR, MOST_AT_ONCE = 50, 20, 10
+"""An actor is given one more unit at a time for every so many actors, up to a largest number, and as long as each actor gets so
+many rows, for all to end at about the same time. A row costs the driver 3 ms of a core, however many units it has
+(benchmarks/scale.py), and a lost actor loses the units of its rows."""
 NO_PROGRESS_S = 1800.0
 """Seconds without a finished unit after which Ray Data gives up."""
 
 
 def run_units(
-    units: Sequence[tuple[int, str]], works: Sequence[Work], actors: ActorsConfig, cluster: ClusterConfig
+    units: Sequence[tuple[int, str]],
+    works: Sequence[Work],
+    actors: ActorsConfig,
+    cluster: ClusterConfig,
+    at_once: int | None = None,
 ) -> Iterable[tuple[int, str, dict[str, Any]]]:
-    """Process the pairs (task number, unit) on the actor pool. Yields (task number, unit, entry) as each unit finishes; the
-    entry of a failed unit holds ``error``."""
+    """Process the pairs (task number, unit) on the actor pool. Yields (task number, unit, entry) as the units finish; the
+    entry of a failed unit holds ``error``. ``at_once`` is the number of units in a row; by default it follows from the number
+    of actors."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -34,8 +43,10 @@ def run_units(
     for handler in logging.getLogger("ray.data").handlers:  # only errors reach the terminal; Ray's log file keeps everything
         if not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.ERROR)
-    rows = (
-        ray.data.from_items([{"task": task, "unit": unit} for task, unit in units], override_num_blocks=len(units))
+    at_once = at_once or units_at_once(len(units), actors.count)
+    rows = [list(units[start : start + at_once]) for start in range(0, len(units), at_once)]
+    found = (
+        ray.data.from_items([{"units": json.dumps(row)} for row in rows], override_num_blocks=len(rows))
         .map_batches(
             UnitWorker,
             fn_constructor_kwargs={
@@ -49,7 +60,7 @@ def run_units(
             num_gpus=actors.gpus or None,
             **placed(cluster, "pool"),
             compute=ray.data.ActorPoolStrategy(
-                size=min(actors.count, len(units)),
+                size=min(actors.count, len(rows)),
                 max_tasks_in_flight_per_actor=CALLS + 1,
                 max_concurrent_calls_per_actor=CALLS,
                 enable_true_multi_threading=True,
@@ -58,10 +69,15 @@ def run_units(
         .iter_rows()
     )
     try:
-        for row in rows:
-            yield row["task"], row["unit"], json.loads(row["entry"])
+        for row in found:
+            yield from json.loads(row["entries"])
     except ray.data.exceptions.ExecutionTimeoutError as error:
         raise UserError(
             f"the pool has finished no unit for {context.execution_no_progress_timeout_s:.0f} s: are there nodes for it? See "
             "`ray status`; run the same command again to continue"
         ) from error
+
+
+def units_at_once(units: int, actors: int) -> int:
+    """Number of units that an actor is given at a time."""
+    return max(1, min(MOST_AT_ONCE, actors // ACTORS_PER_UNIT, units // (ROWS_PER_ACTOR * actors)))

@@ -67,14 +67,18 @@ class UnitWorker:
         """Whether the device has failed. It then fails for every unit until a new process uses it."""
         self.encoders = ThreadPoolExecutor(encoders)
 
-    def __call__(self, row: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
-        task, unit = int(row["task"][0]), str(row["unit"][0])
+    def __call__(self, row: dict[str, NDArray[Any]]) -> dict[str, list[str]]:
+        """Make the units of a row, given as the JSON of pairs (task, unit); returns their entries as JSON."""
+        units: list[tuple[int, str]] = json.loads(str(row["units"][0]))
+        return {"entries": [json.dumps([(task, unit, self._entry(task, unit)) for task, unit in units])]}
+
+    def _entry(self, task: int, unit: str) -> dict[str, Any]:
+        """The entry of a unit that is made now; that of a failed one holds ``error``."""
         try:
-            entry = self._make(task, unit)
+            return self._make(task, unit)
         except Exception as error:  # one bad unit must not end the job; the driver decides what to do
             self.unusable |= isinstance(error, torch.AcceleratorError)
-            entry = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-        return {"task": [task], "unit": [unit], "entry": [json.dumps(entry)]}
+            return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
     def _make(self, task: int, unit: str) -> dict[str, Any]:
         """Make and store a unit. Returns its note: number of images, names of broken ones, hardware, seconds and hash, and the

@@ -64,9 +64,9 @@ def test_the_parts_that_grow_with_the_data_are_measured(tmp_path: Path):
     assert found["plan"]["plan"]["units"] > 4
     assert found["export"]["one file"] | {"images": 12, "files": 1} == found["export"]["one file"]
     assert found["student"]["cached"]["images"] == 4 * (3 + 50 + 50)
-    assert found["driver"]["units"]["units"] == 30
+    assert found["driver"]["one by one"]["units"] == found["driver"]["ten at a time"]["units"] == 30
     parts = [row for name in found["config"]["parts"] for row in found[name].values() if isinstance(row, dict)]
-    assert len(parts) == 11
+    assert len(parts) == 12
     assert all(row["seconds"] >= 0 and row["peak_gb"] >= 0 for row in parts)
     assert not list(tmp_path.iterdir()), "the stand-ins are removed"
 

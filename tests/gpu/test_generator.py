@@ -100,8 +100,8 @@ def test_the_pools_worker_stores_and_notes_what_the_cpu_would(tiny_world: Path, 
         derived = Derivation(lambda on: Features(load_encoder(tiny_world / "phi.safetensors"), on), embedded)
         work = Work(lambda on: candidates(tiny_world, on), ImageStore(images, "png"), (derived,), images)
         worker = UnitWorker([work], 1, 2, lambda own=own: own)  # type: ignore[misc]
-        row: Any = {"task": [0], "unit": ["c0002-u00000"]}
-        notes.append(json.loads(worker(row)["entry"][0]))
+        row: Any = {"units": [json.dumps([(0, "c0002-u00000")])]}
+        notes.append(json.loads(worker(row)["entries"][0])[0][2])
         assert json.loads(images.read("c0002-u00000.json")) == notes[-1]
         features.append(load(embedded.read("c0002-u00000.safetensors"))["features"])
     assert [note["images"] for note in notes] == [8, 8]

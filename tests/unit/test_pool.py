@@ -21,6 +21,7 @@ from safetensors.torch import load
 from ims3_ray.cluster.hardware import hardware, kind
 from ims3_ray.config import ActorsConfig, ClusterConfig, DataConfig, SamplingConfig, WorkConfig
 from ims3_ray.engine import pool
+from ims3_ray.engine.actors import units_at_once
 from ims3_ray.engine.images import Derived, ImageStore, Produced, Stored
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.pool import pool_price
@@ -44,6 +45,35 @@ from tests.conftest import write_latent_world
 def candidates(world: Path, autoencoder: Path | None = None, **changes: Any) -> Candidates:
     sampling = SamplingConfig.model_validate({"steps": 4, "unit_size": 6, "clip": autoencoder is None, **changes})
     return Candidates(sampling, Pretrained.of_file(world / "dit.safetensors"), None, autoencoder, 0, "cpu")
+
+
+def made_by(worker: UnitWorker, unit: str) -> dict[str, Any]:
+    """The entry of a unit of the worker's only task."""
+    row: Any = {"units": [json.dumps([(0, unit)])]}
+    ((task, named, entry),) = json.loads(worker(row)["entries"][0])
+    assert (task, named) == (0, unit)
+    found: dict[str, Any] = entry
+    return found
+
+
+def test_a_row_of_units_is_made_one_after_another_and_one_that_fails_stops_no_other(tmp_path: Path):
+    def produce(unit: str) -> Produced:
+        if unit == "c0000-u00001":
+            raise ValueError("a bad one")
+        return Produced(torch.zeros(int(unit[-1]) + 1, 1, 4, 4, dtype=torch.uint8), [])
+
+    works = [Work(lambda _: produce, None, (), Artifact(Storage.at(str(tmp_path)), "encode", str(task))) for task in range(2)]
+    pairs = [(0, "c0000-u00000"), (0, "c0000-u00001"), (1, "c0000-u00002")]
+    row: Any = {"units": [json.dumps(pairs)]}
+    found = json.loads(UnitWorker(works, 1, 1, lambda: "cpu")(row)["entries"][0])
+    assert [(task, unit) for task, unit, _ in found] == pairs
+    assert [entry.get("images", entry.get("error")) for _, _, entry in found] == [1, "ValueError: a bad one", 3]
+
+
+def test_units_go_out_singly_to_few_actors_and_by_the_ten_to_many():
+    assert [units_at_once(20_000, actors) for actors in (1, 8, 99, 100, 250, 500, 1000)] == [1, 1, 1, 2, 4, 2, 1]
+    assert [units_at_once(10**6, actors) for actors in (8, 100, 500, 1000, 5000)] == [1, 2, 10, 10, 10]
+    assert units_at_once(1, 1000) == 1
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++2m"])
@@ -212,10 +242,9 @@ def test_after_its_device_has_failed_an_actor_leaves_the_next_unit_to_a_new_proc
     monkeypatch.setattr("ims3_ray.engine.worker.GRACE_S", 0.0)
     work = Work(lambda device: broken, None, (), Artifact(Storage.at(str(tmp_path)), "generate", "k"))
     worker = UnitWorker([work], 1, 1, lambda: "cpu")
-    row: Any = {"task": [0], "unit": ["c0000-u00000"]}
-    assert "illegal memory access" in worker(row)["entry"][0]
+    assert "illegal memory access" in made_by(worker, "c0000-u00000")["error"]
     with pytest.raises(Left):
-        worker(row)
+        made_by(worker, "c0000-u00000")
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -237,8 +266,7 @@ def test_images_that_are_not_stored_are_decoded_again(tmp_path: Path, broken: bo
     passing = UnitWorker([Work(lambda _: made, None, (), noted)], 1, 1, lambda: "cpu")
     entries = {}
     for number, unit in enumerate(encode.units):
-        (entry,) = (kept if number == 0 else passing)({"task": [0], "unit": [unit]})["entry"]  # type: ignore[dict-item]
-        entries[unit] = json.loads(entry)
+        entries[unit] = made_by(kept if number == 0 else passing, unit)
     commit_units(noted, entries, 0.0)
     assert {name for name in noted.shards() if not name.endswith(".json")} == {f"{encode.units[0]}.safetensors"}
     store = pickle.loads(pickle.dumps(encode.store(storage)))
@@ -289,13 +317,12 @@ def test_files_are_decoded_while_the_gpu_has_the_unit_before(tmp_path: Path, mon
     noted, embedded = Artifact(storage, "encode", "k"), Artifact(storage, "embed", "k")
     work = Work(lambda _: Decode(), None, (Derivation(lambda _: embed, embedded),), noted)
     worker = UnitWorker([work], 1, 1, lambda: "cuda:0")
-    rows: list[Any] = [{"task": [0], "unit": [f"c0000-u0000{number}"]} for number in range(2)]
     with ThreadPoolExecutor(2) as calls:
-        first = calls.submit(worker, rows[0])
+        first = calls.submit(made_by, worker, "c0000-u00000")
         while not events:
             time.sleep(0.01)
-        second = calls.submit(worker, rows[1])
-        assert ["error" in call.result()["entry"][0] for call in (first, second)] == [False, False], first.result()
+        second = calls.submit(made_by, worker, "c0000-u00001")
+        assert ["error" in call.result() for call in (first, second)] == [False, False], first.result()
     assert events.index("decoded c0000-u00001") < events.index("embedded c0000-u00000")
     assert len(events) == 4
 
