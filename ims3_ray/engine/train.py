@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -67,7 +68,9 @@ def fit(
 @ray.remote(num_cpus=0)
 def fit_task(*arguments: Any) -> dict[str, Any]:
     """:func:`fit` as a task, which leaves the driver free to show progress and to be interrupted."""
-    return fit(*arguments)
+    outcome = fit(*arguments)
+    gc.collect()  # ends Ray Train's own actors, of which objects hold handles that refer to each other
+    return outcome
 
 
 def watched_fit(

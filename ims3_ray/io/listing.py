@@ -38,17 +38,12 @@ class Listing(Sequence[Place]):
         if isinstance(files, Listing):
             return files
         filesystem = files[0].filesystem if files else fs.LocalFileSystem()
-        return cls._from(filesystem, "", [(file.path, file.size) for file in files])
+        return cls.from_rows(filesystem, "", [(file.path, file.size) for file in files])
 
     @classmethod
     def below(cls, folder: Place) -> Listing:
-        """All files below a folder in the order of :func:`natural`, without hidden ones. Links to folders are not followed."""
-        if isinstance(folder.filesystem, fs.LocalFileSystem):
-            found = sorted(_local_files(folder.path, ""), key=lambda each: natural(each[0]))
-        else:
-            start = len(folder.path.rstrip("/")) + 1
-            found = [(info.path[start:], info.size or 0) for info in remote_files(folder)]
-        return cls._from(folder.filesystem, folder.path, found)
+        """All files below a folder: see :func:`files_below`."""
+        return cls.from_rows(folder.filesystem, folder.path, files_below(folder))
 
     @classmethod
     def joined(cls, filesystem: fs.FileSystem, root: str, parts: Sequence[tuple[str, Listing]]) -> Listing:
@@ -57,7 +52,8 @@ class Listing(Sequence[Place]):
         return cls(filesystem, root, paths, np.concatenate([np.zeros(0, np.int64), *(part.sizes for _, part in parts)]))
 
     @classmethod
-    def _from(cls, filesystem: fs.FileSystem, root: str, found: Sequence[tuple[str, int]]) -> Listing:
+    def from_rows(cls, filesystem: fs.FileSystem, root: str, found: Sequence[tuple[str, int]]) -> Listing:
+        """The files with these paths below ``root``, and sizes."""
         paths, sizes = [path for path, _ in found], np.array([size for _, size in found], np.int64)
         return cls(filesystem, root, _column(paths), sizes)
 
@@ -107,6 +103,15 @@ def _column(texts: Sequence[str]) -> pa.LargeStringArray:
 def _in_folder(folder: str, paths: pa.LargeStringArray) -> pa.LargeStringArray:
     """``paths`` with ``folder/`` before each."""
     return compute.binary_join_element_wise(pa.scalar(folder, pa.large_string()), paths, pa.scalar("/", pa.large_string()))
+
+
+def files_below(folder: Place) -> list[tuple[str, int]]:
+    """Path below the folder, and size, of all files in and below it in the order of :func:`natural`, without hidden ones. Links
+    to folders are not followed."""
+    if isinstance(folder.filesystem, fs.LocalFileSystem):
+        return sorted(_local_files(folder.path, ""), key=lambda each: natural(each[0]))
+    start = len(folder.path.rstrip("/")) + 1
+    return [(info.path[start:], info.size or 0) for info in remote_files(folder)]
 
 
 def _local_files(folder: str, within: str) -> Iterator[tuple[str, int]]:

@@ -17,6 +17,7 @@ from safetensors.torch import load
 from ims3_ray import UserError
 from ims3_ray.cli import main
 from ims3_ray.config import RunConfig
+from ims3_ray.data.sources import open_source
 from ims3_ray.engine import per_class
 from ims3_ray.engine.images import Produced
 from ims3_ray.engine.noted import check_alike
@@ -58,7 +59,8 @@ class FailsAtFirst:
 
 
 def encode_of(units: Sequence[str]) -> Encode:
-    return Encode("encode", {}, units=tuple(units), images=3, labels=(0, 1, 2), unit_size=12)
+    source = open_source("embedded:fashion-mnist", "test")
+    return Encode("encode", {}, units=tuple(units), images=3, labels=(0, 1, 2), unit_size=12, data_source=source)
 
 
 def make(world: Path, folder: Path, failures: int) -> Artifact:

@@ -28,7 +28,6 @@ from ims3_ray.models.encoder import load_encoder
 from ims3_ray.models.generator import load_generator
 from ims3_ray.plan import Plan, make_comparison, make_evaluation
 from ims3_ray.seeds import seed_for
-from ims3_ray.stages.evaluate import held_out
 from ims3_ray.stages.teacher import load_teacher
 from tests.conftest import CLASSES, tiny_values
 from tests.e2e.conftest import ROOT, write_config
@@ -86,12 +85,6 @@ def test_soft_labels_come_from_a_teacher_that_the_project_trains(tiny_run: Run):
     with torch.no_grad():
         expected = load_encoder(Path(tiny_run.config.encoder)).logits(2 * images - 1).flip(1)
         torch.testing.assert_close(load_teacher(weights, CLASSES[::-1], "cpu")(images), expected)
-
-
-def test_images_of_the_set_do_not_choose_its_epoch():
-    pixels = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1)
-    kept, labels = held_out((pixels, torch.arange(5)), (pixels[[1, 3]], torch.tensor([0, 0])))
-    assert kept.flatten().tolist() == labels.tolist() == [0, 2, 4]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from ims3_ray.data.decoding import decode
 from ims3_ray.data.sources.base import SPLIT_NAMES, Location, Source, check_names
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place, concurrently, natural, open_filesystem
-from ims3_ray.io.listing import Listing
+from ims3_ray.io.listing import Listing, files_below
 
 IMAGE_SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -129,11 +129,14 @@ class FolderSource(Source):
 
 def _class_files(folder: Place) -> tuple[Listing, Counter[str]]:
     """The images in the folder of a class, and how many other files there are of each ending."""
-    files = Listing.below(folder)
-    endings = [ending_of(path) for path, _ in files.rows()]
-    image = np.array([ending in IMAGE_SUFFIXES for ending in endings], bool)
-    others = Counter(ending or "no ending" for ending in endings if ending not in IMAGE_SUFFIXES)
-    return files if image.all() else files.chosen(np.flatnonzero(image)), others
+    images: list[tuple[str, int]] = []
+    others = Counter[str]()
+    for path, size in files_below(folder):
+        if (ending := ending_of(path)) in IMAGE_SUFFIXES:
+            images.append((path, size))
+        else:
+            others[ending or "no ending"] += 1
+    return Listing.from_rows(folder.filesystem, folder.path, images), others
 
 
 def ending_of(name: str) -> str:
