@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -68,9 +69,14 @@ def fit(
 @ray.remote(num_cpus=0)
 def fit_task(*arguments: Any) -> dict[str, Any]:
     """:func:`fit` as a task, which leaves the driver free to show progress and to be interrupted."""
-    outcome = fit(*arguments)
-    gc.collect()  # ends Ray Train's own actors, of which objects hold handles that refer to each other
-    return outcome
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        return fit(*arguments)
+    finally:
+        signal.signal(
+            signal.SIGINT, on_interrupt
+        )  # Ray Train's handler keeps its controller alive, a process, until the next fit
+        gc.collect()
 
 
 def watched_fit(
