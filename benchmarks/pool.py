@@ -9,24 +9,29 @@ Weights are random and guidance is on: speed does not depend on the images. A un
 a time: drawing samples, decoding them with Stable Diffusion's autoencoder, computing features with ResNet-18 (φ) and encoding
 PNG, the last on threads while the device works on. `share` is the rate of the generator's, the autoencoder's and φ's own
 operations, divided by the rate at which the same device multiplies large matrices of the same type. `cold_s` is the time of the
-first unit in seconds, compilation included. `speedup` is relative to `baseline`: one guided image at a time in float32 (TF32 on
-a GPU), as in the published scripts. `generator alone` leaves out what follows sampling. `launches alone` uses a DiT of the same
-depth but width 64: it shows the time for launching the kernels, which does not depend on the width. Each case runs in a process
-of its own.
+first unit in seconds, compilation included. `speedup` is relative to `baseline`: batches of ten guided images in float32 (TF32
+on a GPU), as IMS3's own script samples; those of DiT and Minimax sample one image at a time (`one image at a time, fp32`).
+`generator alone` leaves out what follows sampling. `launches alone` uses a DiT of the same depth but width 64: it shows the
+time for launching the kernels, which does not depend on the width. Each case has a process. The processes take turns
+with a unit each, and the fastest of each counts, since other load on the machine can only make them slower; the matmul rate is
+measured before every unit, and its best counts too.
 
 Needs torch, diffusers, timm, pydantic, pyarrow, pyyaml, pillow and safetensors; Ray for `pool` alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import resource
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +40,7 @@ from pydantic import Field
 
 from ims3_ray.cli import main
 from ims3_ray.cluster.hardware import hardware
-from ims3_ray.cluster.speed import matmul_rate
+from ims3_ray.cluster.speed import measured_rate
 from ims3_ray.config import SamplingConfig, Section, canonical
 from ims3_ray.errors import UserError
 from ims3_ray.models.autoencoder import decoding_flops
@@ -59,7 +64,7 @@ class BenchmarkConfig(Section):
     units: int = Field(default=4, ge=1)
     """Timed units of a case, after one unit that is not timed; fewer if `seconds` have passed."""
     seconds: float = Field(default=60, gt=0)
-    """Time after which no further unit of a case is started, in seconds."""
+    """Time for each case, in seconds, after which no further units are started."""
     actors: int = Field(default=1, ge=1)
     """Number of actors of the case `pool`, each with a GPU or one CPU thread."""
     cases: tuple[str, ...] = ()
@@ -80,7 +85,8 @@ class Case:
 
 def cases(config: BenchmarkConfig) -> dict[str, Case]:
     return {
-        "baseline": Case({"precision": "fp32", "unit_size": 1}),
+        "baseline": Case({"precision": "fp32", "unit_size": 10}),
+        "one image at a time, fp32": Case({"precision": "fp32", "unit_size": 1}),
         "one image at a time": Case({"unit_size": 1}),
         "unit": Case(),
         "unit, compiled": Case({"compile": True}),
@@ -89,7 +95,8 @@ def cases(config: BenchmarkConfig) -> dict[str, Case]:
         "unit, DPM-Solver++ in 20 steps": Case({"sampler": "dpm++2m", "steps": 20}),
         "unit, guidance on half of the steps": Case({"cfg_interval": (0.25, 0.75)}),
         "unit, without guidance": Case({"cfg_scale": 1.0}),
-        "generator alone, baseline": Case({"precision": "fp32", "unit_size": 1}, whole=False),
+        "generator alone, baseline": Case({"precision": "fp32", "unit_size": 10}, whole=False),
+        "generator alone, one image at a time, fp32": Case({"precision": "fp32", "unit_size": 1}, whole=False),
         "generator alone": Case(whole=False),
         "generator alone, compiled": Case({"compile": True}, whole=False),
         "launches alone": Case({"unit_size": 1}, whole=False, width=64),
@@ -141,8 +148,10 @@ def flops_of(config: BenchmarkConfig, case: Case, folder: Path) -> float:
     return flops
 
 
-def measure(config: BenchmarkConfig, name: str) -> dict[str, Any]:
-    """Make units with the code of one actor, without Ray; images are encoded while the device works on the next unit."""
+def turns(config: BenchmarkConfig, name: str) -> Iterator[dict[str, Any]]:
+    """Make units with the code of one actor, without Ray; images are encoded while the device works on the next unit. Gives
+    first the time of a unit that includes reading the weights, and then, for each further unit, its `seconds` and the matmul
+    `rate` before it."""
     from ims3_ray.data.transforms import to_pil
     from ims3_ray.io.parquet import encode_png
     from ims3_ray.models.autoencoder import autoencoder_path
@@ -153,7 +162,7 @@ def measure(config: BenchmarkConfig, name: str) -> dict[str, Any]:
 
     case, device = cases(config)[name], "cuda" if GPU else "cpu"
     sampling = sampling_of(config, case)
-    behind, waiting = ThreadPoolExecutor(2), []
+    behind, waiting = ThreadPoolExecutor(2), list[Future[int]]()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_models(config, case, folder)
@@ -163,30 +172,32 @@ def measure(config: BenchmarkConfig, name: str) -> dict[str, Any]:
         features = Features(load_encoder(folder / "phi.safetensors"), device) if case.whole else None
 
         def one_unit(number: int) -> None:
-            produced = produce(f"c0000-u{number:05d}")
+            produced, before = produce(f"c0000-u{number:05d}"), list(waiting)
+            waiting.clear()
             if features is not None:
                 features("c0000-u00000", produced)
                 pixels = produced.pixels.cpu()
                 waiting.extend(behind.submit(lambda image: len(encode_png(to_pil(image))), image) for image in pixels)
             if GPU:
                 torch.cuda.synchronize()
+            for encoding in before:  # those of the unit before
+                encoding.result()
 
         began = time.perf_counter()
         one_unit(0)  # includes reading the weights, and compilation where the case has it
         cold = time.perf_counter() - began
-    waiting.clear()
-    began, done = time.perf_counter(), 0
-    while done < config.units and (done == 0 or time.perf_counter() - began < config.seconds):
-        done += 1
-        one_unit(done)
-    for job in waiting:
-        job.result()
-    seconds = (time.perf_counter() - began) / done
     peak = torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     row = {"case": name, "cold_s": round(cold, 2), "peak_gb": round(peak / 1e9, 2)}
     if produce.batch < sampling.unit_size:
         row["batch"] = produce.batch  # the largest batch that fitted into memory
-    return row | rates(sampling, seconds, sampling.unit_size, flops)
+    yield {"row": row, "images": sampling.unit_size, "flops": flops}
+    for number in itertools.count(1):
+        if GPU:
+            torch.cuda.empty_cache()  # the other processes need the memory meanwhile
+        rate = measured_rate(*device_of(sampling))
+        began = time.perf_counter()
+        one_unit(number)
+        yield {"seconds": time.perf_counter() - began, "rate": rate}
 
 
 def measure_pool(config: BenchmarkConfig, name: str) -> dict[str, Any]:
@@ -234,15 +245,15 @@ def measure_pool(config: BenchmarkConfig, name: str) -> dict[str, Any]:
     steady = ends[config.actors - 1 :]  # without the first units, in which each actor warms up
     seconds = (steady[-1] - steady[0]) / (len(steady) - 1)
     row = {"case": name, "actors": config.actors}
-    return row | rates(sampling, seconds, sampling.unit_size, flops, config.actors if GPU else 1)
+    possible = measured_rate(*device_of(sampling)) * (config.actors if GPU else 1)
+    return row | rates(seconds, sampling.unit_size, flops, possible)
 
 
 def device_of(sampling: SamplingConfig) -> tuple[str, torch.dtype]:
     return "cuda" if GPU else "cpu", torch.bfloat16 if sampling.precision == "bf16" else torch.float32
 
 
-def rates(sampling: SamplingConfig, seconds: float, images: int, flops: float, devices: int = 1) -> dict[str, Any]:
-    possible = matmul_rate(*device_of(sampling)) * devices
+def rates(seconds: float, images: int, flops: float, possible: float) -> dict[str, Any]:
     achieved = images / seconds * flops
     return {
         "images_per_s": round(images / seconds, 3), "s_per_unit": round(seconds, 3), "tflop_per_image": round(flops / 1e12, 3),
@@ -251,33 +262,82 @@ def rates(sampling: SamplingConfig, seconds: float, images: int, flops: float, d
     }  # fmt: skip
 
 
-def run_case(config: BenchmarkConfig, name: str, results: Any) -> None:
+def take_turns(config: BenchmarkConfig, name: str, ours: Connection) -> None:
+    """The process of a case: answers every message with its next turn."""
     sys.stdout = sys.stderr
     torch.backends.cuda.matmul.allow_tf32 = "baseline" in name  # as in the published scripts
-    matmul_rate(*device_of(sampling_of(config, cases(config)[name])))  # measured once per process, while nothing else runs
     try:
-        results.put((measure_pool if cases(config)[name].ray else measure)(config, name))
+        if cases(config)[name].ray:
+            ours.send({"row": measure_pool(config, name)})
+            return
+        for turn in turns(config, name):
+            ours.send(turn)
+            ours.recv()
+    except EOFError:  # the other side has closed: all turns are taken
+        pass
     except (torch.OutOfMemoryError, UserError) as error:
-        results.put({"case": name, "error": str(error).splitlines()[0]})
+        ours.send({"row": {"case": name, "error": str(error).splitlines()[0]}})
+
+
+class Competitor:
+    """A case whose process takes turns with those of the others."""
+
+    def __init__(self, config: BenchmarkConfig, name: str) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.name = name
+        self._theirs, ours = spawn.Pipe()
+        self._process = spawn.Process(target=take_turns, args=(config, name, ours))
+        self._process.start()
+        ours.close()
+        self.seconds, self.rate = float("inf"), 0.0
+        first = self._answer()
+        self.row: dict[str, Any] = first["row"]
+        self.images, self.flops = first.get("images", 0), first.get("flops", 0.0)
+
+    def turn(self) -> None:
+        """Make a unit; nothing happens for a case that has failed or has no turns."""
+        if not self.images:
+            return
+        self._theirs.send("next")
+        turn = self._answer()
+        if "row" in turn:
+            self.row, self.images = turn["row"], 0
+        else:
+            self.seconds, self.rate = min(self.seconds, turn["seconds"]), max(self.rate, turn["rate"])
+
+    def result(self) -> dict[str, Any]:
+        """The row of the case, from its fastest unit."""
+        self._theirs.close()
+        self._process.join()
+        return self.row | (rates(self.seconds, self.images, self.flops, self.rate) if self.images else {})
+
+    def _answer(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = self._theirs.recv()
+        except EOFError:
+            self._process.join()
+            found = {"row": {"case": self.name, "error": f"exit code {self._process.exitcode}"}}
+        return found
 
 
 def benchmark(config: BenchmarkConfig) -> None:
     known = cases(config)
     if unknown := set(config.cases) - known.keys():
         raise UserError(f"there is no case '{min(unknown)}'; choose from: {'; '.join(known)}")
-    spawn = multiprocessing.get_context("spawn")
-    rows: list[dict[str, Any]] = []
-    for name in config.cases or [name for name, case in known.items() if not case.ray]:
-        results = spawn.SimpleQueue()
-        process = spawn.Process(target=run_case, args=(config, name, results))
-        process.start()
-        process.join()
-        row = {"case": name, "error": f"exit code {process.exitcode}"} if results.empty() else results.get()
-        rows.append(row)
-        published = "baseline" if known[name].whole else "generator alone, baseline"
-        for other in rows:
-            if other["case"] == published and "images_per_s" in row.keys() & other.keys():
-                row["speedup"] = round(row["images_per_s"] / other["images_per_s"], 2)
+    names = config.cases or [name for name, case in known.items() if not case.ray]
+    there = [Competitor(config, name) for name in names]
+    began = time.perf_counter()
+    for _ in range(config.units):
+        if time.perf_counter() - began > config.seconds * len(there):
+            break
+        for competitor in there:
+            competitor.turn()
+    rows = [competitor.result() for competitor in there]
+    for row in rows:
+        published = "baseline" if known[row["case"]].whole else "generator alone, baseline"
+        base = next((other for other in rows if other["case"] == published), {})
+        if "images_per_s" in row.keys() & base.keys():
+            row["speedup"] = round(row["images_per_s"] / base["images_per_s"], 2)
         print(json.dumps(row), file=sys.stderr, flush=True)
     machine: dict[str, Any] = hardware("cuda" if GPU else "cpu") | ({} if GPU else {"threads": torch.get_num_threads()})
     print(json.dumps({"machine": machine, "model": f"DiT-{config.model}/{config.patch}", "cases": rows}, indent=1))

@@ -18,9 +18,14 @@ slower."""
 
 @cache
 def matmul_rate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """As :func:`measured_rate`, taken once per process."""
+    return measured_rate(device, dtype)
+
+
+def measured_rate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     """FLOP/s (2 per multiply-add) at which ``device`` multiplies large square matrices, with the threads it is given.
 
-    It is the best of three measurements, taken once per process: other load on the machine can only make them slower.
+    It is the best of three measurements: other load on the machine can only make them slower.
     """
     device = torch.device(device)
     largest = LARGE["cuda" if device.type == "cuda" else "cpu"]
