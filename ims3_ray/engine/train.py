@@ -73,9 +73,7 @@ def fit_task(*arguments: Any) -> dict[str, Any]:
     try:
         return fit(*arguments)
     finally:
-        signal.signal(
-            signal.SIGINT, on_interrupt
-        )  # Ray Train's handler keeps its controller alive, a process, until the next fit
+        signal.signal(signal.SIGINT, on_interrupt)  # Ray Train's own handler would keep three of its processes alive
         gc.collect()
 
 

@@ -110,7 +110,7 @@ class FolderSource(Source):
         """Another process is sent the list of files, since listing a million of them takes long."""
         counts = np.bincount(self.labels, minlength=len(self.class_names)).tolist()
         files = self.files.paths, self.files.sizes
-        return FolderSource._sent, (self.location, self._folder.path, self.class_names, *files, counts)
+        return type(self)._sent, (self.location, self._folder.path, self.class_names, *files, counts)
 
     @classmethod
     def _sent(

@@ -122,7 +122,8 @@ class ParquetSource(Source):
                     column = _open_parquet(file).read(columns=[f"{self._image}.bytes"])[self._image]
                 else:
                     column = _mapped(file, self._image)
-                self._parts[part] = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks], pa.binary())
+                kind = column.type.field("bytes").type
+                self._parts[part] = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks], kind)
             return self._parts[part]
 
     def identify(self, index: int) -> str:
@@ -173,7 +174,7 @@ def _mapped(file: Place, image: str) -> pa.ChunkedArray:
     size = _encoded_bytes(opened, image)
 
     def copy(target: Path) -> None:
-        schema = pa.schema([(image, pa.struct([("bytes", pa.binary())]))])
+        schema = pa.schema([(image, pa.struct([("bytes", pa.large_binary())]))])
         with pa.OSFile(str(target), "wb") as out, pa.ipc.new_file(out, schema) as written:
             for batch in opened.iter_batches(batch_size=ROWS_AT_A_TIME, columns=[column]):
                 written.write_batch(batch.cast(schema))
