@@ -34,7 +34,7 @@ from ims3_ray.config import ProtocolConfig, Section
 from ims3_ray.data.augment import EIGENVALUES, EIGENVECTORS, cutmix
 from ims3_ray.data.transforms import to_pil
 from ims3_ray.errors import UserError
-from ims3_ray.models.students import forward_flops
+from ims3_ray.models.student_costs import forward_flops
 from ims3_ray.training.augmented import IMAGENET_MEAN, IMAGENET_STD
 from ims3_ray.training.students import Training
 

@@ -136,15 +136,17 @@ def wait_for_capacity(
 def largest_memory(config: ClusterConfig, role: Role) -> float:
     """The most memory, in bytes, that a node for this kind of work lends to tasks. A task that reserves more could never
     run; it is better tried there than refused, since what a task needs is an estimate."""
-    labels = config.place.get(role, {}).items()
-    nodes = [node for node in ray.nodes() if node["Alive"] and all(node["Labels"].get(key) == value for key, value in labels)]
+    nodes = _nodes(config.place.get(role, {}))
     return max((node["Resources"].get("memory", 0.0) for node in nodes), default=0.0)
 
 
 def holds(bundle: Mapping[str, float], labels: Mapping[str, str]) -> int:
     """Number of workers of size ``bundle`` that the current nodes with these ``labels`` can hold at once."""
-    return sum(
-        int(min(node["Resources"].get(kind, 0.0) / need for kind, need in bundle.items()))
-        for node in ray.nodes()
-        if node["Alive"] and all(node["Labels"].get(key) == value for key, value in labels.items())
-    )
+    return sum(int(min(node["Resources"].get(kind, 0.0) / need for kind, need in bundle.items())) for node in _nodes(labels))
+
+
+def _nodes(labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The nodes that are alive and have these ``labels``."""
+    return [
+        node for node in ray.nodes() if node["Alive"] and all(node["Labels"].get(key) == value for key, value in labels.items())
+    ]

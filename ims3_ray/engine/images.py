@@ -161,9 +161,7 @@ class ImageStore:
     def unpack(self, shard: bytes, decoder: Decoder | None = None, within: Sequence[int] | None = None) -> Tensor:
         """uint8 pixels of a shard, or of its images at the offsets ``within``."""
         if self.form == "png":
-            rows = pq.read_table(io.BytesIO(shard), columns=["image"]).column("image")
-            chosen = range(len(rows)) if within is None else within
-            return torch.stack([_pixels(rows[offset].as_py()["bytes"]) for offset in chosen])
+            return torch.stack([_pixels(png) for png in pngs_of(shard, within)])
         tensors = load(shard)
         if decoder is None:
             return tensors["pixels"] if within is None else tensors["pixels"][list(within)]
@@ -171,6 +169,12 @@ class ImageStore:
         chosen = range(len(tensors["latents"])) if within is None else within
         decoded = {number: decoder(chunks[number]) for number in sorted({offset // DECODED_AT_ONCE for offset in chosen})}
         return torch.stack([decoded[offset // DECODED_AT_ONCE][offset % DECODED_AT_ONCE] for offset in chosen]).cpu()
+
+
+def pngs_of(shard: bytes, within: Sequence[int] | None = None) -> list[bytes]:
+    """The PNG images of a shard of the form ``png``, or those at the offsets ``within``."""
+    rows = pq.read_table(io.BytesIO(shard), columns=["image"]).column("image")
+    return [rows[offset].as_py()["bytes"] for offset in (range(len(rows)) if within is None else within)]
 
 
 def _pixels(png: bytes) -> Tensor:

@@ -60,8 +60,7 @@ def commit_set(artifact: Artifact, entries: Mapping[str, dict[str, Any]], second
 def read_set(images: Artifact, classes: int | None = None, size: int | None = None) -> LabelledSet:
     """A committed set, class by class; only its first ``classes`` classes if that is not None. Its images are scaled to
     ``size`` if that is given. Those of a large set are mapped from the machine's cache."""
-    entries = (images.manifest() or {})["units"]
-    units = sorted(entries, key=natural)[:classes]
+    entries, units = images.units, class_shards(images)[:classes]
 
     def parts(numbers: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         for _, shard in read_many(images, [units[number] for number in numbers], "safetensors"):
@@ -77,13 +76,11 @@ def read_set(images: Artifact, classes: int | None = None, size: int | None = No
 def held_out(val: Artifact, train: Artifact, size: int, keep: float) -> Labelled:
     """The images of ``val`` that are not in the set ``train``, cropped to the share ``keep`` of each side and scaled to
     ``size``. Many of them are mapped from the machine's cache."""
-    entries = (val.manifest() or {})["units"]
-    units, known = sorted(entries, key=natural), set[bytes]()
+    entries, units, known = val.units, class_shards(val), set[bytes]()
 
     def parts(numbers: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         if not known:
-            of_train = sorted((train.manifest() or {})["units"], key=natural)
-            for _, shard in read_many(train, of_train, "safetensors"):
+            for _, shard in read_many(train, class_shards(train), "safetensors"):
                 known.update(map(_digest, load(shard)["pixels"]))
         for _, shard in read_many(val, [units[number] for number in numbers], "safetensors"):
             pixels = load(shard)["pixels"]
@@ -93,6 +90,11 @@ def held_out(val: Artifact, train: Artifact, size: int, keep: float) -> Labelled
     count = sum(entries[unit]["images"] for unit in units)
     found = joined(parts, len(units), count, [content_of(val), content_of(train), size, keep], "the held-out images")
     return found["pixels"], found["part"]
+
+
+def class_shards(images: Artifact) -> list[str]:
+    """The units of a committed set, in the order of its classes."""
+    return sorted(images.units, key=natural)
 
 
 def content_of(images: Artifact) -> str:
@@ -126,8 +128,7 @@ class RealSplit:
                 yield {"pixels": resident(pixels, size or pixels.shape[-1], keep)}
 
         artifact = self.store.artifact
-        entries = (artifact.manifest() or {})["units"]
-        count = sum(entries[unit]["images"] for units in self.units for unit in units)
+        count = sum(artifact.units[unit]["images"] for units in self.units for unit in units)
         made_of = [artifact.key, self.units, size, keep]
         found = joined(parts, len(self.units), count, made_of, f"the images of {artifact.address}")
         return found["pixels"], found["part"]

@@ -11,7 +11,7 @@ from ims3_ray.engine.stage import Worker
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import embedding_cost
 from ims3_ray.models.generators.dit import DiTGenerator
-from ims3_ray.models.students import forward_flops
+from ims3_ray.models.student_costs import forward_flops
 from ims3_ray.plan.estimate import hours_text, money_text, scaled
 from ims3_ray.stages.candidates import sampling_flops
 from ims3_ray.stages.teacher import shape_in_training

@@ -27,7 +27,8 @@ from ims3_ray.engine.unfinished import Shares, Unfinished
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import Damaged, IncompletePool, UserError
 from ims3_ray.io.artifacts import Artifact
-from ims3_ray.models.students import check_student, forward_flops, student_builder, training_bytes
+from ims3_ray.models.student_costs import forward_flops, training_bytes
+from ims3_ray.models.students import check_student, student_builder
 from ims3_ray.progress import Progress
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.held_out import HoldOut

@@ -19,16 +19,16 @@ from safetensors.torch import load
 from ims3_ray.config import RunConfig, WorkConfig
 from ims3_ray.data.classes import folder_names
 from ims3_ray.data.transforms import to_pil
-from ims3_ray.engine.images import ImageStore
+from ims3_ray.engine.images import ImageStore, pngs_of
 from ims3_ray.engine.per_class import each_unit
 from ims3_ray.engine.planner import PNG_SHARE, Planner, pixel_bytes
 from ims3_ray.engine.pool import ClassUnits
-from ims3_ray.engine.sets import EXTRAS
+from ims3_ray.engine.sets import EXTRAS, class_shards
 from ims3_ray.engine.shards import commit_units, note, read_many, read_notes
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import Artifact
-from ims3_ray.io.files import concurrently, natural
+from ims3_ray.io.files import concurrently
 from ims3_ray.io.parquet import encode_png, image_table
 from ims3_ray.io.storage import Storage
 from ims3_ray.stages.select import Select, within_units
@@ -152,11 +152,8 @@ class StoredPngs:
     def __call__(self, position: int, indices: NDArray[np.int64]) -> list[bytes]:
         """The images ``indices``, in ascending order, of the class at ``position``."""
         within = within_units(self.units[position], indices)
-        found = []
-        for unit, shard in read_many(self.store.artifact, list(within), self.store.suffix):
-            rows = pq.read_table(io.BytesIO(shard), columns=["image"]).column("image")
-            found += [rows[offset].as_py()["bytes"] for offset in within[unit]]
-        return found
+        shards = read_many(self.store.artifact, list(within), self.store.suffix)
+        return [png for unit, shard in shards for png in pngs_of(shard, within[unit])]
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,7 @@ class Exporting:
 def write_files(task: Exporting, files: Sequence[tuple[str, NDArray[np.int64]]]) -> None:
     """Write some files, each with the classes at some positions, class by class."""
     folders = folder_names(task.class_names)
-    units = sorted((task.images.manifest() or {})["units"], key=natural)
+    units = class_shards(task.images)
     with ThreadPoolExecutor(task.encoders) as encoders:
         for file, positions in files:
             sink, waiting, count = io.BytesIO(), list[pa.Table](), 0

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from ims3_ray.component import Section
 from ims3_ray.data.augment import padded
 from ims3_ray.data.siamese import Family, drawn_families, siamese
-from ims3_ray.models.students import forward_flops
+from ims3_ray.models.student_costs import forward_flops
 from ims3_ray.saving import Save, Saver, unpack_state
 from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.synthesis.base import Costs, Given, Inputs, Piece, Synthesis

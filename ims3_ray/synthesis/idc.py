@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ims3_ray.component import Section
 from ims3_ray.data.augment import cutmix, padded
 from ims3_ray.data.siamese import Family, siamese
-from ims3_ray.models.students import forward_flops
+from ims3_ray.models.student_costs import forward_flops
 from ims3_ray.saving import Save, Saver, unpack_state
 from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.synthesis.base import Costs, Given, Part, Synthesis

@@ -15,7 +15,8 @@ from ims3_ray.config import AugmentConfig, ProtocolConfig
 from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.data.augment import padded
 from ims3_ray.errors import Diverged, UserError
-from ims3_ray.models.students import build_student, constant_norms, forward_flops, student_builder
+from ims3_ray.models.student_costs import forward_flops
+from ims3_ray.models.students import build_student, constant_norms, student_builder
 from ims3_ray.training import augmented
 from ims3_ray.training.accuracy import accuracy_of, confusion_of, resident, validation_epochs
 from ims3_ray.training.augmented import AugmentedBatches, scale_of

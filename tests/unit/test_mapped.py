@@ -18,7 +18,8 @@ from ims3_ray.engine.shards import commit_units, pack_tensors
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.node_cache import cache_folder
 from ims3_ray.io.storage import Storage
-from ims3_ray.models.students import build_student, training_bytes
+from ims3_ray.models.student_costs import training_bytes
+from ims3_ray.models.students import build_student
 from ims3_ray.training.accuracy import resident
 from ims3_ray.training.augmented import mean_and_std
 

@@ -29,8 +29,6 @@ LONGEST_NAME = 200
 SPLIT_NAMES = ("train", "test", "val", "valid", "validation")
 """Names of folders that are splits if they hold folders, and classes if they hold images."""
 HASH_WHOLE_BELOW = 256 * 2**20  # bytes; files that are larger in total are fingerprinted by name and size
-
-
 PARQUET = ".parquet"
 
 
@@ -175,7 +173,7 @@ class Location:
     def nearby(self) -> list[Place]:
         """Folders and Parquet files in the folder and one level below."""
         folders = [child for child in self.children if child.is_folder]
-        files = [child for child in self.children if child.name.endswith(PARQUET)]
+        files = [child for child in self.children if child.is_file and child.name.endswith(PARQUET)]
         return [*folders, *files, *itertools.chain(*concurrently(parquet_files, folders))]
 
 

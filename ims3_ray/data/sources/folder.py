@@ -124,7 +124,7 @@ class FolderSource(Source):
         return decode(self.files[index].read())
 
     def identify(self, index: int) -> str:
-        return self.files[index].path[len(self._folder.path) + 1 :]
+        return self.files.path(index)
 
 
 def _class_files(folder: Place) -> tuple[Listing, Counter[str]]:
