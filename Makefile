@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 .PHONY: demo test soak lint unit clean
 
 demo: $(INSTALLED)
-	$(BIN)/python jobs/distill.py --config configs/demo.yaml
+	$(BIN)/ims3 distill --config demo
 
 # One pytest per floor: the Ray of tests/ray is gone before tests/e2e starts its own. One thread for each process: several
 # processes run at once, and threads that wait for a core that another process has would stall all others of their process.

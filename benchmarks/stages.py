@@ -1,7 +1,7 @@
 """Seconds and images/s of every stage of a run, as JSON.
 
     python benchmarks/stages.py                         the default run on the embedded data, in a temporary folder
-    python benchmarks/stages.py sampling.steps=50       with overrides, as in jobs/distill.py
+    python benchmarks/stages.py sampling.steps=50       with overrides, as in ims3 distill
     python benchmarks/stages.py --config FILE
 
 `share` is the floating-point rate of a stage, start-up included, divided by the rate at which this machine multiplies two large

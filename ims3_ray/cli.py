@@ -1,130 +1,184 @@
-"""What all jobs share: arguments, one-line errors, exit codes."""
+"""The command line: ``ims3 NAME …``, and ``python jobs/NAME.py …``, which does the same.
+
+A command takes YAML files and ``key=value`` words. Its help and the error for a misspelt key need no other part of this
+package, so that both appear at once; the config and the work are imported after that.
+"""
 
 from __future__ import annotations
 
-import argparse
-import io
-import os
-import select
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from ims3_ray.config.files import read_values
-from ims3_ray.config.keys import check_keys
-from ims3_ray.errors import IncompletePool, UserError
-from ims3_ray.provenance import record_command
+import click
+from click.shell_completion import CompletionItem
+
+from ims3_ray.commands.table import COMMANDS, Command
+from ims3_ray.config.files import config_names, read_values
+from ims3_ray.config.keys import check_keys, described_keys
+from ims3_ray.ending import guarded
+from ims3_ray.errors import UserError
+from ims3_ray.provenance import record_command, version
 
 if TYPE_CHECKING:
     from ims3_ray.config.loading import Tree
 
+PROGRAM = "ims3"
+Work = Callable[[], None]
+"""What is left to do after the words of a command are understood."""
 
-INTERRUPTED, TERMINATED, CLOSED = 130, 143, 141
-"""Exit codes after Ctrl-C (SIGINT), after SIGTERM, and when the reader of the output has gone (SIGPIPE)."""
+
+def ims3(arguments: Sequence[str] | None = None) -> int:
+    """The program ``ims3``. Returns the exit code (:func:`~ims3_ray.ending.guarded`)."""
+    return _invoked(program(), PROGRAM, arguments)
+
+
+def job(name: str) -> int:
+    """The script ``jobs/NAME.py``, which does what ``ims3 NAME`` does. Returns the exit code."""
+    return _invoked(command_of(name, COMMANDS[name]), f"python jobs/{name}.py", None)
 
 
 def main(
     doc: str,
-    tree: type[Tree] | str,
-    run: Callable[[Tree], None] | str,
-    plan: Callable[[Tree], str] | str | None = None,
-    arguments: list[str] | None = None,
+    tree: type[Tree],
+    run: Callable[[Tree], None],
+    arguments: Sequence[str] | None = None,
 ) -> int:
-    """Parse, load the config, call ``run`` (or print ``plan`` for ``--dry-run``).
-
-    ``tree``, ``run`` and ``plan`` may be given as ``module:name``. They are then imported only when needed, so that ``--help``
-    and the error for a misspelt key appear at once.
-
-    Exit codes: 0 success, 1 work that failed on every attempt (one line on stderr), 2 an error that the user can correct (one
-    line on stderr), 130 interrupted, 143 terminated (SIGTERM), 141 if nobody reads the output any more. Any other error gives
-    a traceback and 1.
-    """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, e.g. selection.alpha=0.4")
-    parser.add_argument(
-        "--config", metavar="FILE", action="append", help="YAML config (may name others under 'extends'); several add up"
+    """A script of its own, such as a benchmark: parse its arguments, load the config ``tree``, call ``run``. Returns the exit
+    code."""
+    script = Path(sys.argv[0])
+    return _invoked(
+        command_of(script.stem, Command("", doc, tree, run)), f"python {script.parent.name}/{script.name}", arguments
     )
-    if plan is not None:
-        parser.add_argument("--dry-run", action="store_true", help="print the plan and stop: nothing is computed or written")
+
+
+def program() -> click.Group:
+    """The program ``ims3`` with all its commands."""
+    group = click.Group(
+        PROGRAM, context_settings=SETTINGS, help="Dataset distillation with IMS3, and with what it is compared."
+    )
+    click.version_option(version(), prog_name="ims3-ray")(group)
+    for name, command in COMMANDS.items():
+        group.add_command(command_of(name, command))
+    return group
+
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+
+
+def command_of(name: str, command: Command) -> click.Command:
+    """What click knows of a command. Invoked, it returns the :data:`Work` that its words ask for."""
+    files = click.Option(
+        ["--config"], multiple=True, metavar="FILE", shell_complete=_complete_config,
+        help="YAML config, by path or by its name in configs/ (such as demo); several add up",
+    )  # fmt: skip
+    words = click.Argument(["words"], nargs=-1, metavar="[key=value]...", shell_complete=_complete_key)
+    flags = [click.Option([f"--{flag}"], is_flag=True, help=text) for flag, text in command.flags.items()]
+    if command.plan is not None:
+        text = "print the plan and stop: nothing is computed or written"
+        flags.append(click.Option(["--dry-run"], is_flag=True, help=text))
+    return _Described(
+        name, short_help=command.title, context_settings=SETTINGS, callback=lambda **given: _understood(name, command, **given),
+        params=[words, *([] if command.takes_words_alone else [files]), *flags], help=command.text, command=command,
+    )  # fmt: skip
+
+
+def _understood(
+    name: str, command: Command, words: Sequence[str], config: Sequence[str] = (), dry_run: bool = False, **flags: bool
+) -> Work:
+    """The work that the words of a command ask for."""
 
     def work() -> None:
-        args = parser.parse_intermixed_args(arguments)
-        values = read_values(args.config, args.overrides)
-        names = [word for file in args.config or () for word in ("--config", Path(file).name)]
-        record_command([f"jobs/{Path(sys.argv[0]).name}", *names, *args.overrides])
-        if isinstance(tree, str):
-            check_keys(tree.partition(":")[2], values)
+        if command.takes_words_alone:
+            given = [f"--{flag}" for flag, is_set in flags.items() if is_set]
+            record_command([PROGRAM, name, *given, *words])
+            _found(command.run)(list(words), dry_run=dry_run, **flags)
+            return
+        overrides = [f"{command.words[word]}={word}" if word in command.words else word for word in words]
+        values = read_values(config, overrides)
+        names = [part for file in config for part in ("--config", Path(file).name)]
+        record_command([PROGRAM, name, *names, *words])
+        if isinstance(command.tree, str):
+            check_keys(command.tree.partition(":")[2], values)
         from ims3_ray.config.loading import build
 
-        config: Any = build(_found(tree), values)
-        if plan is not None and args.dry_run:
-            print(_found(plan)(config))
+        built: Any = build(_found(command.tree), values)
+        if dry_run:
+            print(_found(command.plan)(built))
         else:
-            _run(_found(run), config)
+            _run(_found(command.run), built)
+
+    return work
+
+
+def _invoked(command: click.Command, name: str, arguments: Sequence[str] | None) -> int:
+    """Parse the arguments (by default those of this process) and do the work. Returns the exit code."""
+
+    def work() -> None:
+        try:
+            found = command.main(arguments, prog_name=name, standalone_mode=False)
+        except click.exceptions.NoArgsIsHelpError as error:
+            print(error.format_message())
+            return
+        except click.ClickException as error:
+            message = " ".join(error.format_message().split()).rstrip(".").replace(". Did you mean", "; did you mean")
+            place = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else name
+            see = " See" if message.endswith("?") else "; see"
+            raise UserError(f"{message[:1].lower()}{message[1:]}{see} {place} --help") from error
+        if callable(found):  # help and completion leave nothing to do
+            found()
 
     return guarded(work)
 
 
-def guarded(work: Callable[[], None]) -> int:
-    """Call ``work`` and return the exit code of :func:`main`, after one line on stderr where it is not 0."""
-    prepare_streams()
-    asked = threading.Event()
-    try:
-        with ended_by_sigterm(asked):
-            work()
-            sys.stdout.flush()
-    except (UserError, IncompletePool) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print(f"{'terminated' if asked.is_set() else 'interrupted'}; the same command continues", file=sys.stderr)
-        return TERMINATED if asked.is_set() else INTERRUPTED
-    except BrokenPipeError:
-        if not _closed(sys.stdout):
-            raise  # a connection of another kind was lost
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
-        return CLOSED
-    return 0
+class _Described(click.Command):
+    """A command whose help ends with all its keys, by section, with default and meaning."""
+
+    def __init__(self, *arguments: Any, command: Command, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.command = command
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write("\n" + self.command.text.strip() + "\n")  # its lines are laid out already
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for key, default, meaning in keys_of(self.command):
+            section, dot, _ = key.partition(".")
+            sections.setdefault(section if dot else "", []).append((f"{key}={default}", meaning.replace("`", "")))
+        for section, rows in sections.items():
+            with formatter.section(f"Keys of {section}" if section else "Keys, with their defaults"):
+                formatter.write_dl(rows, col_max=32)
 
 
-def _closed(stream: TextIO) -> bool:
-    """Whether ``stream`` is a pipe that nobody reads any more."""
-    poll = select.poll()
-    poll.register(stream.fileno(), 0)
-    return any(events & select.POLLERR for _, events in poll.poll(0))
+def keys_of(command: Command) -> Iterable[tuple[str, str, str]]:
+    """Key, default and meaning of every setting that a command takes."""
+    if isinstance(command.tree, str):
+        return described_keys(command.tree.partition(":")[2])
+    if command.tree is None:
+        return ()
+    from ims3_ray.config.reference import rows_of  # a class that is at hand
+
+    return rows_of(command.tree())
 
 
-def prepare_streams() -> None:
-    """Let output to a terminal that lacks a character, such as λ in ASCII, show a question mark in its place."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+def _complete_config(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The names of configs for the shell, which completes files itself."""
+    names = [CompletionItem(name) for name in config_names() if name.startswith(incomplete)]
+    return [*names, CompletionItem(incomplete, type="file")]
 
 
-@contextmanager
-def ended_by_sigterm(asked: threading.Event) -> Iterator[None]:
-    """While it lasts, SIGTERM, by which Slurm, Kubernetes and spot machines end a process, sets ``asked`` and raises
-    ``KeyboardInterrupt`` in the main thread."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: the run is ending
-        asked.set()
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _complete_key(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The keys, and the words that a command takes, for the shell."""
+    described = ctx.command
+    if not isinstance(described, _Described) or "=" in incomplete:
+        return []
+    command = described.command
+    found = [CompletionItem(f"{key}=", help=meaning) for key, _, meaning in keys_of(command)]
+    found += [CompletionItem(word) for word in command.words]
+    return [item for item in found if item.value.startswith(incomplete)]
 
 
 def _found(named: Any) -> Any:

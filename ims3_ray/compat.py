@@ -57,11 +57,20 @@ def declare_torchvision_operators() -> None:
 
 
 def prepare_deepspeed() -> None:
-    """Keep DeepSpeed from compiling its shared-memory collective on CPUs (80 s, needs ninja and a C++ compiler).
+    """Import DeepSpeed without MLflow, and keep it from compiling its shared-memory collective on CPUs (80 s, needs ninja and
+    a C++ compiler).
 
-    gloo is used instead. Call before ``deepspeed.initialize``; on GPUs the op does not exist and nothing changes.
+    DeepSpeed imports MLflow where it is installed, which takes every worker a second of a core, and uses it in its autotuner
+    alone. gloo stands in for the collective. Call before ``deepspeed.initialize``; on GPUs the op does not exist.
     """
-    import deepspeed.ops
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import of it fails, as if it were not installed
+    try:
+        import deepspeed.ops
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

@@ -105,7 +105,7 @@ def tiny_values(world: Path, storage: Path, **changes: Any) -> dict[str, Any]:
         "data": {"path": str(world / "data"), "size": 8, "unit_size": 12},
         "generator": str(world / "dit.safetensors"),
         "encoder": str(world / "phi.safetensors"),
-        "finetune": {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "trainer": {"num_workers": 2}},
+        "finetune": {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "trainer": {"num_workers": 1}},
         "sampling": {"steps": 3, "unit_size": 4},
         "actors": {"count": 1},
         "selection": {"images_per_class": 2, "groups": 3},

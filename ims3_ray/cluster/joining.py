@@ -33,6 +33,7 @@ WORKER_ENV = {
     "DS_BUILD_OPS": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # nodes have to boot
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # seconds until Ray Train sees that its workers have ended
     # Otherwise Ray Data requests nodes of any kind whenever utilisation is high, but only the pool's actors need nodes.
     **{f"RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_{what}_UTIL_THRESHOLD": "1e9" for what in SCALED},
 }
@@ -107,9 +108,13 @@ def _start(address: str | None) -> None:
         check_temporary_folder()
     # Hides Ray's message that it has created a token for a new cluster, which needs no action by the user.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    # Processes of a local Ray inherit this one's environment. Given to Ray as a runtime environment instead, the same variables
+    # would make it start new processes in place of those that it holds ready.
     # The dashboard serves Ray Train's state queries. Without it they go to any process that listens on the default port,
     # and the answer of another cluster on the machine ("no such controller") makes Ray Train remove its own workers.
     local = {} if address else {"num_cpus": local_cpus(), "include_dashboard": True}
+    if not address:  # nobody announces that this machine will be taken away, so nothing has to look out for it
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     listening: AbstractContextManager[dict[str, Any]] = nullcontext({}) if address else loopback_only()
     with listening as more, only_fatal_messages():
@@ -118,7 +123,7 @@ def _start(address: str | None) -> None:
                 address=address or "local",  # not another cluster that was started on this machine
                 logging_level=logging.WARNING,
                 log_to_driver=os.environ.get("IMS3_WORKER_LOGS") == "1",
-                runtime_env=_runtime_env(),
+                runtime_env=_runtime_env() if address else plugins.runtime_env(),
                 **local,
                 **more,
             )
@@ -133,7 +138,7 @@ def _start(address: str | None) -> None:
 
 
 def _runtime_env() -> dict[str, Any]:
-    """Ray's runtime environment for every process of the job."""
+    """Ray's runtime environment for every process of a job that joins a cluster."""
     mine = plugins.runtime_env()
     return {**mine, "env_vars": {**{name: os.environ[name] for name in WORKER_ENV}, **mine.get("env_vars", {})}}
 

@@ -1,1 +1,1 @@
-"""The commands that the scripts of ``jobs/`` run."""
+"""The commands of ``ims3``."""

@@ -1,4 +1,4 @@
-"""The command of `jobs/artifacts.py`: lists, verifies, repairs and prunes the artifacts of a storage."""
+"""The command of `ims3 artifacts`: lists, verifies, repairs and prunes the artifacts of a storage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DAY_S = 86_400.0
 
 
 class ArtifactsConfig(Section):
-    """What `jobs/artifacts.py` does with a storage."""
+    """What `ims3 artifacts` does with a storage."""
 
     action: Literal["list", "verify", "repair", "prune"] = "list"
     """`list` shows every artifact with its size, its age and the runs that use it. `verify` compares every shard with its
@@ -136,7 +136,7 @@ def verify(config: ArtifactsConfig, storage: Storage) -> None:
     found = [unit for _, units in _damaged(storage) for unit in units]
     if found:
         raise IncompletePool(
-            f"{len(found)} units are damaged or lost; python jobs/artifacts.py repair storage={config.storage} lets them count "
+            f"{len(found)} units are damaged or lost; ims3 artifacts repair storage={config.storage} lets them count "
             "as missing, and the command that made them makes them again"
         )
 

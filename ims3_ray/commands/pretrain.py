@@ -1,4 +1,4 @@
-"""The command of `jobs/pretrain.py`: trains the generator or φ, evaluates it, and writes a weights file with its card."""
+"""The command of `ims3 pretrain`: trains the generator or φ, evaluates it, and writes a weights file with its card."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def weights_card(config: PretrainConfig, outcome: dict[str, Any], path: Path, qu
     return "\n".join(
         [
             f"# {config.name}", "",
-            f"The {config.target} trained by `jobs/pretrain.py` on the training split alone.", "",
+            f"The {config.target} trained by `ims3 pretrain` on the training split alone.", "",
             f"- data: {Path(config.data.path).name}, split {config.data.train_split}, {outcome['images']} images"
             + (f"; {len(quality.broken)} images of both splits cannot be decoded and were left out" if quality.broken else ""),
             f"- steps: {outcome['steps']} of {batch} images, mean loss at the end {sum(recent) / len(recent):.4f}",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from ims3_ray.commands.distill import compare
 from ims3_ray.config import CompareConfig, SweepConfig, WorkConfig
-from ims3_ray.config.paper import Reproduction
+from ims3_ray.config.paper import Reproduction, described_names, read_reproduction
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
 from ims3_ray.plan import make_comparison
-from ims3_ray.plan.reproduction import plan_of, share_of
+from ims3_ray.plan.reproduction import described, plan_of, share_of
 from ims3_ray.report.reproduction import Minutes, figures_of, markdown_of, minutes_of
 from ims3_ray.report.results import Results, RunResult
 from ims3_ray.report.terminal import print_comparison, print_sweep
@@ -82,3 +83,15 @@ def run_reproduction(reproduction: Reproduction) -> None:
 def _reproduce_and_print(reproduction: Reproduction, config: WorkConfig) -> None:
     place = reproduce(reproduction)
     print(f"beside the printed figures: {place}", flush=True)
+
+
+def run_words(words: Sequence[str], small: bool = False, dry_run: bool = False) -> None:
+    """``ims3 reproduce``: the name of a table or figure and overrides for all of its runs; without words, print the names."""
+    if not words:
+        print(described_names())
+        return
+    reproduction = read_reproduction(words[0], words[1:], small)
+    if dry_run:
+        print(described(reproduction))
+    else:
+        run_reproduction(reproduction)

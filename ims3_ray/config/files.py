@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,28 @@ from ims3_ray.config.base import ALTERNATIVES, is_given, merge
 from ims3_ray.config.written import Loader, Written, read_override, typed
 from ims3_ray.errors import UserError
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+"""The configs that come with the package; in a checkout a link to the folder ``configs``."""
+
+
+def config_names() -> list[str]:
+    """Names of the configs that come with the package, such as ``demo`` and ``compare/cifar10``."""
+    return sorted(str(file.relative_to(CONFIGS).with_suffix("")) for file in CONFIGS.rglob("*.yaml"))
+
+
+def config_path(name: str | Path) -> Path:
+    """The file that ``name`` is the path of, or that comes with the package under this name. Raises :class:`UserError` with
+    the nearest name for one that does not exist."""
+    path = Path(name)
+    if path.exists():
+        return path
+    known = config_names()
+    if (named := str(name).removesuffix(".yaml").removeprefix("configs/")) in known:
+        return CONFIGS / f"{named}.yaml"
+    near = difflib.get_close_matches(named, known, n=1)
+    meant = f"; did you mean '{near[0]}'?" if near else ", and none that comes with the package is called so"
+    raise UserError(f"config '{name}' cannot be read: there is no such file{meant}")
+
 
 def read_values(file: str | Path | Sequence[str] | None = None, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """The values of YAML files and of ``dotted.key=value`` overrides as nested mappings, each merged over those before it. What
@@ -24,7 +47,7 @@ def read_values(file: str | Path | Sequence[str] | None = None, overrides: Itera
     files: Sequence[str | Path] = [file] if isinstance(file, str | Path) else file or []
     values: dict[str, Any] = {}
     for each in files:
-        values = merge(values, _read_yaml(Path(each), ()))
+        values = merge(values, _read_yaml(config_path(each), ()))
     return with_overrides(values, overrides)
 
 

@@ -1,8 +1,7 @@
-"""A quick check of the keys that a user has written. It runs before anything slow is loaded, so that a misspelt key is reported
-at once.
+"""What is known of the keys before anything slow is loaded, so that help and the error for a misspelt key appear at once.
 
-``known_keys.json`` holds the known keys; ``python -m ims3_ray.config.loading`` writes it from the classes. Values, and the keys
-of plugins, are checked when the config is built.
+``known_keys.json`` and ``described_keys.json`` hold it; ``python -m ims3_ray.config.reference`` writes them from the classes.
+Values, and the keys of plugins, are checked when the config is built.
 """
 
 from __future__ import annotations
@@ -15,16 +14,25 @@ from typing import Any
 
 from ims3_ray.errors import UserError
 
-KNOWN_KEYS = "known_keys.json"
+KNOWN_KEYS, DESCRIBED_KEYS = "known_keys.json", "described_keys.json"
+
+
+def described_keys(tree: str) -> list[tuple[str, str, str]]:
+    """Key, default and meaning of every setting of the config class ``tree``; an empty list for a class that is not on
+    record."""
+    found = json.loads(Path(__file__).with_name(DESCRIBED_KEYS).read_text("utf-8"))
+    main = next(iter(found.values()))
+    return [tuple(main[row] if isinstance(row, int) else row) for row in found.get(tree, ())]
 
 
 def check_keys(tree: str, values: Mapping[str, Any]) -> None:
     """Raises :class:`UserError` for a key of ``values`` that the config class ``tree`` does not have.
 
-    Nothing is checked if ``values`` name plugins, because their components may have keys of their own.
+    Nothing is checked if ``values`` name plugins, because their components may have keys of their own, nor for a class that is
+    not on record.
     """
-    known = json.loads(Path(__file__).with_name(KNOWN_KEYS).read_text("utf-8"))[tree]
-    if not values.get("plugins"):
+    known = json.loads(Path(__file__).with_name(KNOWN_KEYS).read_text("utf-8")).get(tree)
+    if known is not None and not values.get("plugins"):
         _check(known, known, values, "")
 
 

@@ -1,21 +1,20 @@
-"""Builds a config from what a user writes, the defaults and the settings of plugins, with errors of one line that name the fix.
-Run as a program, it writes the reference of all keys."""
+"""Builds a config from what a user writes, the defaults and the settings of plugins, with errors of one line that name the
+fix."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from ims3_ray import plugins
-from ims3_ray.component import descriptions_of, first_error
-from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, Section, SweepConfig, canonical, merge
+from ims3_ray.component import first_error
+from ims3_ray.config import Section, canonical, merge
 from ims3_ray.config.files import check_moved, read_values
-from ims3_ray.config.keys import KNOWN_KEYS, unknown_key
+from ims3_ray.config.keys import unknown_key
 from ims3_ray.config.written import typed
 from ims3_ray.errors import UserError, masked
 
@@ -120,103 +119,3 @@ def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
         yield prefix + key
         if isinstance(value, Mapping):
             yield from _keys(value, f"{prefix}{key}.")
-
-
-def reference() -> str:
-    """The text of ``docs/configuration.md``: every key of every config class, its default and its meaning."""
-    main = list(_rows(RunConfig(), ""))
-    trees: tuple[tuple[str, str, list[str]], ...] = (
-        ("distill", "", main),
-        ("sweep", "The keys of jobs/distill.py, and these.", [row for row in _rows(SweepConfig(), "") if row not in main]),
-        ("compare", "The keys of jobs/distill.py, and these.", [row for row in _rows(CompareConfig(), "") if row not in main]),
-        (
-            "evaluate",
-            "Of the keys of jobs/distill.py `storage`, `data`, `actors`, `evaluation`, `tracking` and `cluster`, and these.",
-            [row for row in _rows(EvaluateConfig(), "") if row not in main],
-        ),
-        ("pretrain", "", list(_rows(PretrainConfig(), ""))),
-    )
-    parts = [REFERENCE_HEAD]
-    for job, note, rows in trees:
-        parts += [
-            f"## jobs/{job}.py",
-            "",
-            *([note, ""] if note else []),
-            "| key | default | meaning |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
-    return "\n".join(parts)
-
-
-def _rows(section: BaseModel, prefix: str) -> Iterable[str]:
-    for name, description in descriptions_of(section).items():
-        value, key = getattr(section, name), prefix + name
-        if isinstance(value, BaseModel):
-            yield from _rows(value, f"{key}.")
-        elif isinstance(value, dict) and value and all(isinstance(inner, Section) for inner in value.values()):
-            names = ", ".join(f"`{inner}`" for inner in value)
-            yield f"| `{key}.NAME` | {names} | {description} |"
-            yield from _rows(_typical(next(iter(value.values()))), f"{key}.NAME.")
-        else:
-            shown = yaml.safe_dump(canonical(section)[name], default_flow_style=True, width=10**6).removesuffix("...\n").strip()
-            yield f"| `{key}` | `{shown}` | {description} |"
-            if value is None and (optional := _optional(section, name)) is not None:
-                yield from _rows(optional, f"{key}.")
-
-
-def _optional(section: BaseModel, name: str) -> Section | None:
-    """The section, with its defaults, that the field may have in place of None; None if it is of another kind."""
-    kinds = [kind for kind in get_args(type(section).model_fields[name].annotation) if isinstance(kind, type)]
-    sections = [kind for kind in kinds if issubclass(kind, Section)]
-    try:
-        return sections[0]() if sections else None
-    except ValidationError:  # some of its fields have no defaults
-        return None
-
-
-def _typical(section: Section) -> Section:
-    """A section of the same class with default values, or ``section`` itself if some field has no default."""
-    try:
-        return type(section)()
-    except ValidationError:
-        return section
-
-
-REFERENCE_HEAD = """# Configuration
-
-A config is YAML; what it does not say has the default. `extends: FILE` (or a list) lays it on other files, `key.key=value`
-on the command line comes last, as in `python jobs/distill.py --config configs/demo.yaml selection.alpha=0.4`. A misspelt key
-or an impossible value is an error of one line before anything starts. `--dry-run` shows the plan.
-
-This page is written by `python -m ims3_ray.config.loading` from the classes in `ims3_ray/config/`.
-"""
-
-
-def known_keys() -> str:
-    """The text of ``ims3_ray/config/known_keys.json``: the tree of keys of each config class, by the name of the class."""
-    trees: tuple[type[Section], ...] = (RunConfig, SweepConfig, CompareConfig, EvaluateConfig, PretrainConfig)
-    return json.dumps({tree.__name__: _key_tree(tree()) for tree in trees}, indent=0, sort_keys=True) + "\n"
-
-
-def _key_tree(section: BaseModel) -> dict[str, Any]:
-    """Key → the keys below it, where ``*`` stands for names that a config chooses; None if the value is not checked for
-    keys."""
-    found: dict[str, Any] = {}
-    for name in descriptions_of(section):
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            found[name] = _key_tree(value)
-        elif value is None and (optional := _optional(section, name)) is not None:
-            found[name] = _key_tree(optional)
-        elif isinstance(value, dict) and value and all(isinstance(inner, Section) for inner in value.values()):
-            found[name] = {"*": _key_tree(next(iter(value.values())))}
-        else:
-            found[name] = None
-    return found
-
-
-if __name__ == "__main__":
-    Path(__file__).with_name(KNOWN_KEYS).write_text(known_keys(), "utf-8")
-    print(reference(), end="")

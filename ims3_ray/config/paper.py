@@ -10,12 +10,12 @@ from typing import Any
 
 from ims3_ray.config import CompareConfig, SweepConfig
 from ims3_ray.config.base import is_given, merge
-from ims3_ray.config.files import read_runs, read_values, with_overrides
+from ims3_ray.config.files import CONFIGS, read_runs, read_values, with_overrides
 from ims3_ray.config.loading import build
 from ims3_ray.config.written import typed
 from ims3_ray.errors import UserError
 
-FOLDER = Path("configs/paper")
+FOLDER = CONFIGS / "paper"
 SMALL = "small.yaml"
 """File with the stand-ins for data, weights and GPUs."""
 JOBS: dict[str, type[CompareConfig] | type[SweepConfig]] = {
@@ -42,10 +42,7 @@ class Reproduction:
 
 
 def names(folder: Path = FOLDER) -> list[str]:
-    """The tables and figures that can be reproduced, in the order of the paper. Raises :class:`UserError` if the folder is not
-    there."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder '{folder}' here; run this command in the root of the repository")
+    """The tables and figures that can be reproduced, in the order of the paper."""
     found = [file.stem for file in folder.glob("*-*.yaml") if file.stem.rpartition("-")[2].isdigit()]
     return sorted(found, key=lambda name: (name.startswith("figure"), int(name.rpartition("-")[2])))
 

@@ -86,7 +86,7 @@ class QualityConfig(Section):
 
 
 class PretrainConfig(Section):
-    """Training of the weights that a distillation starts from (`jobs/pretrain.py`)."""
+    """Training of the weights that a distillation starts from (`ims3 pretrain`)."""
 
     name: str = Field(default="fashion-mnist-dit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     storage: str = "runs/pretrain"

@@ -224,7 +224,7 @@ class RunConfig(WorkConfig):
 
 
 class CompareConfig(RunConfig):
-    """A comparison of arms at several numbers of images per class (`jobs/compare.py`)."""
+    """A comparison of arms at several numbers of images per class (`ims3 compare`)."""
 
     job: ClassVar[str] = "compare"
     name: str = Field(default="compare", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

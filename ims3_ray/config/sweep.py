@@ -105,7 +105,7 @@ class SearchConfig(Section):
 
 
 class SweepConfig(RunConfig):
-    """A search for the best settings of one arm (`jobs/sweep.py`)."""
+    """A search for the best settings of one arm (`ims3 sweep`)."""
 
     job: ClassVar[str] = "sweep"
     name: str = Field(default="sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

@@ -169,7 +169,7 @@ class WorkConfig(Section):
 
 
 class EvaluateConfig(WorkConfig):
-    """Scoring of existing sets of images (`jobs/evaluate.py`)."""
+    """Scoring of existing sets of images (`ims3 evaluate`)."""
 
     job: ClassVar[str] = "evaluate"
     name: str = Field(default="evaluate", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

@@ -1,14 +1,17 @@
-"""What the workers of a training tell the driver while Ray Train runs: losses and speed, and sheets of samples."""
+"""What the workers of a training tell the driver while Ray Train runs: losses and speed, and sheets of samples.
+
+Its imports are few, since the actor has a process of its own, which would take two seconds of a core to import PyTorch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from ims3_ray.cluster.joining import here
-from ims3_ray.training.finetuning import Row
+if TYPE_CHECKING:
+    from ims3_ray.training.finetuning import Row
 
 RESUMED = "resumed"
 """Key that marks the row of losses after which an interrupted training goes on."""
@@ -41,4 +44,6 @@ class Board:
 
 def new_board() -> Any:
     """A handle of a :class:`Board` on the driver's node, for the arguments of the workers."""
+    from ims3_ray.cluster.joining import here
+
     return ray.remote(num_cpus=0, scheduling_strategy=here())(Board).remote()

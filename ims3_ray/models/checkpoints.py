@@ -34,7 +34,7 @@ def weights_path(reference: str) -> Path:
         path = local_copy(reference)
     if not path.is_file():
         raise UserError(
-            f"weights '{reference}' do not exist; give a weights file or embedded:NAME, or make them with jobs/pretrain.py "
+            f"weights '{reference}' do not exist; give a weights file or embedded:NAME, or make them with ims3 pretrain "
             "(docs/own-images.md)"
         )
     return path

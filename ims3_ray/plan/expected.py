@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from ims3_ray.config import DataConfig, PretrainConfig, RunConfig, canonical
+from ims3_ray.config.files import CONFIGS
 from ims3_ray.config.loading import load_config
 from ims3_ray.engine.inputs import Data
 from ims3_ray.errors import UserError
@@ -24,8 +25,8 @@ from ims3_ray.stages.teacher import shape_in_training
 from ims3_ray.training.generator import dit_config, packed
 
 Run = TypeVar("Run", bound=RunConfig)
-CONFIGS = Path("configs/pretrain")
-"""Folder with the configs of pretraining."""
+RECIPES = (Path("configs/pretrain"), CONFIGS / "pretrain")
+"""Folders with configs of pretraining: one of the working folder, and what comes with the package."""
 OF_DATA = ("path", "size", "channels")
 """Keys of `data` that are the same for the weights and for a run that uses them."""
 
@@ -36,17 +37,17 @@ class Maker:
 
     config: PretrainConfig
     file: Path | None
-    """The config that is given to `jobs/pretrain.py`; None for a training that has begun in the folder of the weights."""
+    """The config that is given to `ims3 pretrain`; None for a training that has begun in the folder of the weights."""
 
     @classmethod
     def of(cls, reference: str) -> Maker | None:
         """The pretraining that writes the weights file ``reference``: one that has begun in the file's folder, or one of the
-        configs in :data:`CONFIGS`; None if there is none."""
+        configs in :data:`RECIPES`; None if there is none."""
         wanted = Path(reference).expanduser().resolve()
         begun = wanted.parent / "config.yaml"
         if begun.is_file() and (found := _stored(begun)) is not None and weights_file(found) == wanted:
             return cls(found, None)
-        for file in sorted(CONFIGS.glob("*.yaml")):
+        for file in (file for folder in RECIPES for file in sorted(folder.glob("*.yaml"))):
             with suppress(UserError):  # a config that cannot be read makes nothing
                 found = load_config(PretrainConfig, file)
                 if weights_file(found) == wanted:
@@ -58,9 +59,9 @@ class Maker:
         if self.file is None:
             return "repeat the command that began its training"
         changed = {key: getattr(data, key) for key in OF_DATA if getattr(data, key) != getattr(self.config.data, key)}
-        return shlex.join(
-            ["python", "jobs/pretrain.py", "--config", str(self.file), *(f"data.{k}={v}" for k, v in changed.items())]
-        )
+        ours = self.file.is_relative_to(CONFIGS)
+        name = str(self.file.relative_to(CONFIGS).with_suffix("") if ours else self.file)
+        return shlex.join(["ims3", "pretrain", "--config", name, *(f"data.{k}={v}" for k, v in changed.items())])
 
     def write(self, data: DataConfig, names: tuple[str, ...], file: Path) -> None:
         """Write untrained weights of the shapes that the pretraining gives: one that has begun for its own data, another one

@@ -60,21 +60,21 @@ def render_report(
 def render_evaluation(
     config: EvaluateConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes], confusions: dict[str, Table]
 ) -> str:  # fmt: skip
-    """The HTML of the report of ``jobs/evaluate.py``."""
+    """The HTML of the report of ``ims3 evaluate``."""
     return _render("evaluation.html", config, classes, results, sheets=sheets, curves=_curves(results), confusions=confusions)
 
 
 def render_comparison(
     config: CompareConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes], covered: Covered | None = None
 ) -> str:  # fmt: skip
-    """The HTML of the report of ``jobs/compare.py``."""
+    """The HTML of the report of ``ims3 compare``."""
     return _render("comparison.html", config, classes, results, sheets=sheets, explained=explained(config), covered=covered)
 
 
 def render_sweep(
     config: SweepConfig, classes: ClassTable, results: Results, figures: Mapping[str, Mapping[str, bytes]]
 ) -> str:  # fmt: skip
-    """The HTML of the report of ``jobs/sweep.py``; ``figures`` are by name and format."""
+    """The HTML of the report of ``ims3 sweep``; ``figures`` are by name and format."""
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # points that choose the same images
     for point in results["points"]:
         if point["objective"] is not None:

@@ -73,7 +73,7 @@ def metrics_of(point: Point) -> dict[str, float]:
 
 
 def best_yaml(config: SweepConfig, results: Results) -> str:
-    """The best point as a config that ``jobs/distill.py`` takes."""
+    """The best point as a config that ``ims3 distill`` takes."""
     best = results["best"]
     found = config.at(best["settings"], config.draws[0])
     alone = {"name": f"{config.name}-best", "arms": {config.arm: found.arms[config.arm]}}

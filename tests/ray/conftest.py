@@ -43,10 +43,13 @@ class Run:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Run:
-    """A finished run of all four arms, by two actors."""
+    """A finished run of all four arms, by two actors and two training workers."""
     config = RunConfig.model_validate(
-        tiny_values(tiny_world, tmp_path_factory.mktemp("runs"), actors={"count": 2}, export="ims3")
-    )
+        tiny_values(
+            tiny_world, tmp_path_factory.mktemp("runs"), actors={"count": 2}, finetune={"trainer": {"num_workers": 2}},
+            export="ims3",
+        )
+    )  # fmt: skip
     result = distill(config)
     return Run(config, result, make_plan(config), Storage.at(config.storage))
 

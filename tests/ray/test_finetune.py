@@ -206,7 +206,8 @@ def test_class_groups_are_tuned_apart_and_each_class_is_sampled_with_its_own(
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_good(tiny_world: Path, tmp_path: Path, encoded: Path):
     objectives = {"diffusion": {"weight": 1e38}}  # the gradient overflows float32 on the first steps
-    context, stages = prepare(tiny_world, tmp_path, encoded, finetune={"objectives": objectives})
+    tuning = {"objectives": objectives, "trainer": {"num_workers": 2}}
+    context, stages = prepare(tiny_world, tmp_path, encoded, finetune=tuning)
     stage = stages["finetune", ""]
     order = next(batch_indices(90, 8, 0, 1, seed_for(context.config.seed, "finetune-order", 0) % 2**31)).tolist()
     names = ", ".join(f"train-images-idx3-ubyte[{index}]" for index in order)  # classes lie one after the other in the file

@@ -46,8 +46,8 @@ def test_a_killed_training_worker_changes_nothing(tiny_world: Path, tmp_path: Pa
     outcomes = []
     objectives = {"minimax": {"representativeness": 0.1, "diversity": 0.1, "memory": 8}}  # its memories must survive too
     for name in ("killed", "whole"):
-        changes = {"finetune": {"steps": 60, "batch_size": 8, "checkpoint_every": 15, "objectives": objectives}}
-        context, stages = prepare(tiny_world, tmp_path / name, encoded, **changes)
+        tuning = {"steps": 60, "checkpoint_every": 15, "objectives": objectives, "trainer": {"num_workers": 2}}
+        context, stages = prepare(tiny_world, tmp_path / name, encoded, finetune=tuning)
         stage = stages["finetune", ""]
         if name == "killed":
             with killing("RayTrainWorker", "artifacts/finetune/*/train-0/*/checkpoint_*/*", tmp_path / name):

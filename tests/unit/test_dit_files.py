@@ -144,7 +144,7 @@ def test_a_generator_of_a_thousand_classes_knows_them_by_wnid(tmp_path: Path):
 
 def test_a_generator_that_does_not_name_its_classes_is_refused(model: DiT, tmp_path: Path):
     write_dit(model, (), tmp_path / "dit.pt")
-    with pytest.raises(UserError, match=r"does not name its classes; convert it with jobs/convert\.py"):
+    with pytest.raises(UserError, match=r"does not name its classes; convert it with ims3 convert"):
         open_generator(tmp_path / "dit.pt").labels(["a"])
 
 

@@ -44,7 +44,7 @@ def test_a_plan_is_made_with_what_a_pretraining_will_make(tiny_world: Path, proj
     text = plan_distill(config)
     for reference, file in ((DIT, "own-dit.yaml"), (PHI, "own-phi.yaml")):
         line = next(line for line in text.splitlines() if line.startswith("note:") and reference in line)
-        command = f"python jobs/pretrain.py --config configs/pretrain/{file} data.path={tiny_world / 'data'} data.size=8"
+        command = f"ims3 pretrain --config configs/pretrain/{file} data.path={tiny_world / 'data'} data.size=8"
         assert line.endswith(command)
     with with_expected_weights(config) as expected:
         generate = next(stage for stage in make_plan(expected.config).stages if stage.name == "generate")
@@ -52,7 +52,7 @@ def test_a_plan_is_made_with_what_a_pretraining_will_make(tiny_world: Path, proj
         assert path.is_file()
     assert not path.exists()
     assert sorted(each.name for each in project.iterdir()) == ["configs"]
-    with pytest.raises(UserError, match=r"own-dit.safetensors' do not exist; .*jobs/pretrain.py"):
+    with pytest.raises(UserError, match=r"own-dit.safetensors' do not exist; .*ims3 pretrain"):
         make_plan(config)
 
 

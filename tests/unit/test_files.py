@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, SweepConfig
-from ims3_ray.config.loading import load_config, reference
+from ims3_ray.config.files import config_names
+from ims3_ray.config.loading import load_config
+from ims3_ray.config.reference import reference
 from ims3_ray.data.sources import open_source
 from ims3_ray.models.checkpoints import check_fit, weights_path
 from ims3_ray.models.dit import DiT
@@ -51,7 +53,7 @@ def test_the_demonstration_takes_what_is_embedded_and_little_work():
 
 
 def test_the_configuration_page_names_every_key():
-    """Written by ``python -m ims3_ray.config.loading > docs/configuration.md``."""
+    """Written by ``python -m ims3_ray.config.reference > docs/configuration.md``."""
     assert (ROOT / "docs" / "configuration.md").read_text() == reference()
 
 
@@ -62,6 +64,8 @@ def test_files_and_links_that_the_pages_name_exist(page: str):
     links = set(re.findall(r"\]\(((?!http)[^)#]+)\)", text))
     missing = [name for name in named if not (ROOT / name).exists()]
     missing += [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+    configs = {name for name in re.findall(r"--config ([\w/.-]+)", text) if not name.endswith(".yaml") and name != "FILE"}
+    missing += sorted(configs - set(config_names()))
     assert not missing
 
 

@@ -79,7 +79,7 @@ class DiTGenerator(Generator):
         known = dict(zip(self.names, range(len(self.names)), strict=True))
         known |= {name: self.config.rows + number for number, name in enumerate(self.added)}
         if not known:
-            raise UserError(f"generator '{self.title}' does not name its classes; convert it with jobs/convert.py classes=FILE")
+            raise UserError(f"generator '{self.title}' does not name its classes; convert it with ims3 convert classes=FILE")
         indices = []
         for name in class_names:
             if name not in known:

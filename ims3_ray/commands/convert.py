@@ -1,0 +1,83 @@
+"""The command `ims3 convert`: the weights of a generator in another file format, adapters merged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from ims3_ray.config import Section
+from ims3_ray.errors import UserError
+from ims3_ray.io.artifacts import file_hash
+from ims3_ray.io.files import Place
+from ims3_ray.models.checkpoints import read_metadata, weights_path
+from ims3_ray.models.dit_files import open_dit, with_classes, write_dit
+from ims3_ray.models.generator import generator_path
+from ims3_ray.models.generators.dit import DiTGenerator
+
+
+class ConvertConfig(Section):
+    """What `ims3 convert` reads and writes."""
+
+    generator: str = "embedded:fashion-mnist-dit"
+    """The generator to convert: a file, a diffusers folder or a hub id."""
+    adapter: str | tuple[str, ...] = ()
+    """Adapter to merge into the weights: `adapter-0.safetensors` of a fine-tuning. Of several, each is merged over those before
+    it; that of adopted classes comes first, and its classes become classes of the generator."""
+    classes: str | None = None
+    """Text file with one class name per line, in the order of the labels, for weights without class names."""
+    out: str = "generator.safetensors"
+    """Output: `*.safetensors`, `*.pt`, or a folder that is created in diffusers' layout."""
+
+
+def _about(adapter: Path) -> dict[str, Any]:
+    """What an adapter says of itself; nothing for one that was not made by this project."""
+    found: dict[str, Any] = json.loads(read_metadata(adapter).get("adapter", "{}"))
+    return found
+
+
+def _added_by(adapters: list[Path], generator: Path) -> tuple[str, ...]:
+    """Names of the classes that the adapters add to the generator. Raises :class:`UserError` for adapters that were trained
+    from another generator, or from other adopted classes than those of the adapter before them."""
+    added: tuple[str, ...] = ()
+    before: list[str] = []
+    for adapter, about in ((adapter, _about(adapter)) for adapter in adapters):
+        if about.get("generator", file_hash(generator)) != file_hash(generator):
+            raise UserError(
+                f"adapter '{adapter}' was trained from other weights than '{generator}'; give the generator of its run (a "
+                "converted file has other bytes: merge first, then convert)"
+            )
+        if "adopted" in about and about["adopted"][:16] not in before:
+            raise UserError(
+                f"adapter '{adapter}' was trained after an adoption of classes; give the adapter of that adoption before it "
+                "(adapter=[adopted.safetensors, fine-tuned.safetensors])"
+            )
+        mine = tuple(about.get("added", ()))
+        if added and mine and mine != added:
+            raise UserError(f"adapter '{adapter}' adds other classes than the one before it; merge one of them alone")
+        added, before = added or mine, [*before, file_hash(adapter)]
+    return added
+
+
+def convert(config: ConvertConfig) -> None:
+    """Write the converted weights. Raises :class:`UserError` for weights or adapters that do not fit."""
+    path, out = generator_path(config.generator), Path(config.out)
+    if out.exists():
+        raise UserError(f"'{out}' exists; choose another out= or remove it")
+    file = open_dit(path)
+    if config.classes is not None:
+        if not (listed := Path(config.classes)).is_file():
+            raise UserError(f"classes='{listed}' does not exist")
+        file = with_classes(file, tuple(Place.at(str(listed)).lines()))
+    adapters = [weights_path(each) for each in ((config.adapter,) if isinstance(config.adapter, str) else config.adapter)]
+    generator = DiTGenerator(file)
+    if added := _added_by(adapters, path):
+        generator = generator.adopting(added)
+    network = generator.load()
+    for adapter in adapters:
+        generator.merge(network, load_file(adapter))
+    model, classes = generator.with_its_classes(network), (*file.classes, *added)
+    write_dit(model, classes, out)
+    print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(classes)} class names")

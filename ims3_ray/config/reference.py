@@ -1,0 +1,136 @@
+"""The reference of all keys: ``docs/configuration.md``, and what the command line shows of them.
+
+    python -m ims3_ray.config.reference > docs/configuration.md
+
+writes the page, and beside this file ``known_keys.json`` and ``described_keys.json``, from which a command checks keys and
+prints its help without importing the classes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ims3_ray.component import descriptions_of
+from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, Section, SweepConfig, canonical
+from ims3_ray.config.keys import DESCRIBED_KEYS, KNOWN_KEYS
+
+TREES: tuple[type[Section], ...] = (RunConfig, SweepConfig, CompareConfig, EvaluateConfig, PretrainConfig)
+"""The config classes of the commands that compute."""
+
+
+def reference() -> str:
+    """The text of ``docs/configuration.md``: every key of every config class, its default and its meaning."""
+    main = list(rows_of(RunConfig()))
+    these = "The keys of `ims3 distill`, and these."
+    parts: tuple[tuple[str, str, type[Section]], ...] = (
+        ("distill", "", RunConfig),
+        ("sweep", these, SweepConfig),
+        ("compare", these, CompareConfig),
+        (
+            "evaluate",
+            "Of the keys of `ims3 distill` `storage`, `data`, `actors`, `evaluation`, `tracking` and `cluster`, and these.",
+            EvaluateConfig,
+        ),
+        ("pretrain", "", PretrainConfig),
+    )
+    lines = [REFERENCE_HEAD]
+    for command, note, tree in parts:
+        rows = main if tree is RunConfig else [row for row in rows_of(tree()) if tree is PretrainConfig or row not in main]
+        lines += [f"## ims3 {command}", "", *([note, ""] if note else []), "| key | default | meaning |", "|---|---|---|"]
+        lines += [f"| `{key}` | {_cell(key, default)} | {meaning} |" for key, default, meaning in rows]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _cell(key: str, default: str) -> str:
+    """A default in the table: code, or several pieces of it where it is a list of names."""
+    return ", ".join(f"`{name}`" for name in default.split(", ")) if key.endswith(".NAME") else f"`{default}`"
+
+
+def rows_of(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Key, default (as YAML) and meaning of every setting of a section; ``NAME`` stands for names that a config chooses."""
+    for name, description in descriptions_of(section).items():
+        value, key = getattr(section, name), prefix + name
+        if isinstance(value, BaseModel):
+            yield from rows_of(value, f"{key}.")
+        elif isinstance(value, dict) and value and all(isinstance(inner, Section) for inner in value.values()):
+            yield f"{key}.NAME", ", ".join(value), description
+            yield from rows_of(_typical(next(iter(value.values()))), f"{key}.NAME.")
+        else:
+            shown = yaml.safe_dump(canonical(section)[name], default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+            yield key, shown, description
+            if value is None and (optional := _optional(section, name)) is not None:
+                yield from rows_of(optional, f"{key}.")
+
+
+def _optional(section: BaseModel, name: str) -> Section | None:
+    """The section, with its defaults, that the field may have in place of None; None if it is of another kind."""
+    kinds = [kind for kind in get_args(type(section).model_fields[name].annotation) if isinstance(kind, type)]
+    sections = [kind for kind in kinds if issubclass(kind, Section)]
+    try:
+        return sections[0]() if sections else None
+    except ValidationError:  # some of its fields have no defaults
+        return None
+
+
+def _typical(section: Section) -> Section:
+    """A section of the same class with default values, or ``section`` itself if some field has no default."""
+    try:
+        return type(section)()
+    except ValidationError:
+        return section
+
+
+REFERENCE_HEAD = """# Configuration
+
+A config is YAML; what it does not say has the default. `extends: FILE` (or a list) lays it on other files, `key.key=value`
+on the command line comes last, as in `ims3 distill --config demo selection.alpha=0.4`. A misspelt key
+or an impossible value is an error of one line before anything starts. `--dry-run` shows the plan.
+
+This page is written by `python -m ims3_ray.config.reference` from the classes in `ims3_ray/config/`.
+"""
+
+
+def known_keys() -> str:
+    """The text of ``known_keys.json``: the tree of keys of each config class, by the name of the class."""
+    return json.dumps({tree.__name__: _key_tree(tree()) for tree in TREES}, indent=0, sort_keys=True) + "\n"
+
+
+def described_keys() -> str:
+    """The text of ``described_keys.json``: the rows of :func:`rows_of` for each config class. A class has only those that the
+    first class lacks, and the numbers of those that it shares with it."""
+    main = list(rows_of(TREES[0]()))
+    found: dict[str, list[Any]] = {}
+    for tree in TREES:
+        rows = rows_of(tree())
+        found[tree.__name__] = [main.index(row) if tree is not TREES[0] and row in main else row for row in rows]
+    return json.dumps(found, indent=0, ensure_ascii=False) + "\n"
+
+
+def _key_tree(section: BaseModel) -> dict[str, Any]:
+    """Key → the keys below it, where ``*`` stands for names that a config chooses; None if the value is not checked for
+    keys."""
+    found: dict[str, Any] = {}
+    for name in descriptions_of(section):
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            found[name] = _key_tree(value)
+        elif value is None and (optional := _optional(section, name)) is not None:
+            found[name] = _key_tree(optional)
+        elif isinstance(value, dict) and value and all(isinstance(inner, Section) for inner in value.values()):
+            found[name] = {"*": _key_tree(next(iter(value.values())))}
+        else:
+            found[name] = None
+    return found
+
+
+if __name__ == "__main__":
+    for file, text in ((KNOWN_KEYS, known_keys()), (DESCRIBED_KEYS, described_keys())):
+        Path(__file__).with_name(file).write_text(text, "utf-8")
+    print(reference(), end="")
