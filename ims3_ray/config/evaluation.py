@@ -95,7 +95,9 @@ class ProtocolConfig(Section):
     batch_size: ByIpc = 64
     """Number of images per batch, or a table by images per class as in `epochs`. A batch never has more images than the set."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimiser of the students: SGD with momentum, or AdamW."""
     lr: float = Field(default=0.01, gt=0)
+    """Learning rate at the start."""
     momentum: Fraction = 0.9
     """Momentum of SGD."""
     weight_decay: float = Field(default=5e-4, ge=0)
@@ -132,12 +134,15 @@ class EncoderTraining(Section):
     """Arguments with which timm builds the network. A given value replaces the default as a whole, and a given `model` without
     arguments is built as it is published: the default makes a ResNet-18 of a ninth of its size."""
     epochs: int = Field(default=6, ge=1)
+    """Number of passes over the real training images."""
     batch_size: int = Field(default=256, ge=1)
     """Number of images in the global batch, over all workers."""
     lr: float = Field(default=2e-3, gt=0)
     """Largest learning rate of AdamW, which rises to it over 30 % of the steps and then falls (one cycle)."""
     weight_decay: float = Field(default=0.05, ge=0)
+    """Weight decay of AdamW."""
     label_smoothing: Fraction = 0.1
+    """Share of the label that is spread evenly over all classes."""
     augment: AugmentConfig = AugmentConfig(max_shift=2)
 
     @model_validator(mode="before")
@@ -174,13 +179,17 @@ class EvaluationConfig(Section):
     )
     """Protocols by name; the results table shows these names. `null` removes a protocol."""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    """Seeds of the students: each set trains one student for each seed."""
     val_per_class: int | None = Field(default=None, ge=0)
     """Number of real training images of each class that choose the epoch of `val`; images of the set are left out. 0 means that
     there is no `val`. When unset, 50, or fewer for more than 200 classes, so that there are at most 10,000 images."""
     teacher: TeacherConfig = TeacherConfig()
     cpus_per_task: float = Field(default=1, gt=0)
+    """CPUs reserved for the training of a student."""
     gpus_per_task: float = Field(default=0, ge=0)
+    """GPUs reserved for the training of a student; a fraction lets several share one."""
     threads_per_task: int = Field(default=1, ge=1)
+    """Number of PyTorch threads of the training of a student."""
 
     def held_out(self, classes: int) -> int:
         """Number of training images of each of so many classes that are held out."""

@@ -16,12 +16,16 @@ class TrainerConfig(Section):
     """The workers of Ray Train: their number and the resources of each."""
 
     num_workers: int = Field(default=2, ge=1)
+    """Number of training workers."""
     max_workers: int | None = Field(default=None, ge=1)
     """Largest number of workers of elastic training. Ray Train then uses as many workers as the cluster has room for, at least
     num_workers, and changes their number during training. When unset, there are always num_workers."""
     cpus_per_worker: float = Field(default=1, gt=0)
+    """CPUs reserved for each worker."""
     gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs reserved for each worker."""
     threads_per_worker: int = Field(default=1, ge=1)
+    """Number of PyTorch threads of each worker."""
     max_failures: int = Field(default=3, ge=0)
     """Number of times that Ray Train restarts the workers from the last checkpoint after a failure."""
 
@@ -89,6 +93,7 @@ class FinetuneConfig(Section):
     """Fine-tuning of the generator (section 4.1, Algorithm 1)."""
 
     steps: int | None = Field(default=120, ge=1)
+    """Number of steps. It is an alternative to `epochs`."""
     epochs: float | None = Field(default=None, gt=0)
     """Number of passes over the images. It is an alternative to `steps`, which is then null."""
     batch_size: int = Field(default=32, ge=1)
@@ -97,9 +102,11 @@ class FinetuneConfig(Section):
     """Number of pieces into which each worker divides its part of a batch; their gradients are added. More pieces need less
     memory, and the step stays the same."""
     lr: float = Field(default=1e-3, gt=0)
+    """Learning rate of AdamW."""
     table_lr: float = Field(default=1.0, gt=0)
     """Learning rate of the table of labels, as a multiple of `lr`."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of AdamW."""
     parameters: Literal["difffit", "lora", "all"] = "difffit"
     """Parameters that are trained: biases, norms, the label table and scale vectors (`difffit`, of a DiT), low-rank additions
     to the attention's weights (`lora`, of Stable Diffusion), or everything (`all`)."""
@@ -184,6 +191,7 @@ class AdoptConfig(FinetuneConfig):
     table_lr: float = Field(default=10.0, gt=0)
     """Learning rate of the table of labels, as a multiple of `lr`."""
     steps: int | None = Field(default=1000, ge=1)
+    """Number of steps. It is an alternative to `epochs`."""
     batch_size: int = Field(default=64, ge=1)
     """Number of images in the global batch, over all workers."""
     objectives: ObjectivesConfig = ObjectivesConfig.model_validate({"inversion_matching": {"weight": 0.0}})

@@ -23,8 +23,11 @@ class GeneratorTraining(Section):
     """Side of the square patches in pixels; it divides the side of the images. When unset, it is the smallest side from 2 on
     that gives at most 64 patches: 4 for images of 28 or 32 pixels."""
     hidden_size: int = Field(default=224, gt=0)
+    """Width of the transformer."""
     depth: int = Field(default=4, gt=0)
+    """Number of transformer blocks."""
     num_heads: int = Field(default=4, gt=0)
+    """Number of attention heads of each block; it divides the width."""
     prediction: Literal["epsilon", "v"] = "epsilon"
     """Quantity that the generator learns to predict: the noise ε (`epsilon`) or the velocity (`v`)."""
     min_snr: float | None = Field(default=None, gt=0)
@@ -35,15 +38,21 @@ class GeneratorTraining(Section):
     """Time for as many steps as fit into it, used when `steps` is not set. The number of steps then depends on the machine, so
     that a second training does not give the same weights."""
     batch_size: int = Field(default=128, ge=1)
+    """Number of images per step, over all workers."""
     lr: float = Field(default=6e-4, gt=0)
+    """Learning rate of AdamW."""
     warmup: Fraction = 0.05
     """Share of the training, at its start, over which the learning rate rises linearly from zero."""
     cooldown: Fraction = 0.25
     """Share of the training, at its end, over which the learning rate falls linearly to zero."""
     label_dropout: Fraction = 0.1
+    """Share of the images whose label is replaced by "no class", which guidance needs."""
     ema_decay: Fraction = 0.999
+    """Decay per step of the moving average of the weights, which is what is written."""
     flip: bool = False
+    """Whether each image is mirrored with probability one half."""
     checkpoint_every: int = Field(default=250, ge=1)
+    """Number of steps between two checkpoints."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the arithmetic; `auto` is bf16 on devices that compute it natively, and fp32 on others, on which bf16
     is several times slower."""
@@ -78,20 +87,26 @@ class QualityConfig(Section):
     """Minutes between two sheets of samples while a generator is trained."""
 
     images_per_class: int = Field(default=100, ge=1)
+    """Number of samples of each class that are judged."""
     sampling: SamplingConfig = SamplingConfig()
     judge: ProtocolConfig | None = ProtocolConfig(width=64, epochs=8, batch_size=128, validations=1)
     """Protocol of the judge; the first of its students is trained on the real training split. With null there is no judge, and
     the card shows samples alone."""
     threads: int = Field(default=2, ge=1)
+    """Number of PyTorch threads of the judge."""
 
 
 class PretrainConfig(Section):
     """Training of the weights that a distillation starts from (`ims3 pretrain`)."""
 
     name: str = Field(default="fashion-mnist-dit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The weights go to {storage}/{name}/{name}.safetensors."""
     storage: str = "runs/pretrain"
+    """Folder or URI that holds the weights and the state of the training."""
     seed: int = Field(default=0, ge=0)
+    """Seed of all random numbers of the training."""
     target: Literal["generator", "encoder"] = "generator"
+    """What is trained: the generator, or the encoder φ."""
     data: DataConfig = DataConfig()
     generator: GeneratorTraining = GeneratorTraining()
     encoder: EncoderTraining = EncoderTraining()

@@ -41,6 +41,7 @@ class ArmConfig(Section):
     that they have in common."""
 
     title: str
+    """Name of the arm in tables and reports."""
     images: Literal["real", "generated", "given", "none"]
     """Source of the images: training images (`real`), samples of the generator (`generated`), an existing set at `path`
     (`given`), or none, when `synthesise` makes images from nothing (`none`)."""

@@ -19,12 +19,15 @@ class DataConfig(Section):
     """The data set: `embedded:NAME`, a folder (IDX files, Parquet files, or `train/` and `test/` with one folder per class), a
     Parquet file or a hub id (`uoft-cs/cifar10`): docs/data.md."""
     train_split: str = "train"
+    """Name of the split that is distilled."""
     test_path: str | None = None
     """Path of the test split, in the same forms as `path`; `path` when unset."""
     test_split: str = "test"
+    """Name of the split on which students are tested."""
     size: int = Field(default=28, gt=0)
     """Height and width to which images are scaled and cropped, in pixels."""
     channels: Literal[1, 3] = 1
+    """Number of channels of the images: 1 for grey, 3 for RGB."""
     background: str = "white"
     """Colour on which transparent images are laid: a name (`white`, `black`, `lightgrey`) or `#rrggbb`."""
     classes: tuple[str, ...] | None = Field(default=None, min_length=2)
@@ -75,9 +78,11 @@ class ActorsConfig(Section):
     """The Ray Data actor pool that decodes, generates and embeds images."""
 
     count: int = Field(default=2, ge=1)
+    """Number of actors."""
     cpus: float = Field(default=1, gt=0)
     """CPUs reserved for each actor."""
     gpus: float = Field(default=0, ge=0)
+    """GPUs reserved for each actor; a fraction lets several share one."""
     threads: int = Field(default=1, ge=1)
     """Number of PyTorch threads of each actor."""
     encoders: int = Field(default=2, ge=1)
@@ -95,6 +100,7 @@ class TrackingConfig(Section):
     uri: str | None = None
     """Tracking URI of MLflow. When unset, that of `MLFLOW_TRACKING_URI`, or else a SQLite file in the run folder."""
     experiment: str = "ims3-ray"
+    """Name of the MLflow experiment."""
 
     @field_validator("uri")
     @classmethod
