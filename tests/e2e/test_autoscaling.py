@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e.conftest import DISTILL, ROOT, environment, outcome, whole_values, write_config
 from tests.local_nodes import DRIVER, ON_DEMAND, SPOT, GrowingCluster, growing_cluster, kill_tree
 
@@ -45,6 +47,7 @@ def kill_one(cluster: GrowingCluster, kind: str) -> None:
     kill_tree(cluster.alive(kind)[0])
 
 
+@pytest.mark.slow
 def test_nodes_come_for_stages_are_killed_in_each_and_are_gone_afterwards(
     tiny_world: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ):  # fmt: skip

@@ -46,9 +46,9 @@ def counted_flop(shape: DiTConfig) -> float:
     return float(counter.get_total_flops())
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_random_kills_over_a_whole_run_change_nothing(tiny_world: Path, tmp_path: Path):
-    """The short form of the soak."""
+    """The short form of benchmarks/chaos.py."""
     run = whole_values(tiny_world, tmp_path)
     run = {key: value for key, value in run.items() if key not in ("name", "storage")}
     file = write_config(tmp_path / "chaos.yaml", {"run": run})
@@ -57,6 +57,7 @@ def test_random_kills_over_a_whole_run_change_nothing(tiny_world: Path, tmp_path
     assert sum(found["by_kind"].values()) == 4
 
 
+@pytest.mark.slow
 def test_the_parts_that_grow_with_the_data_are_measured(tmp_path: Path):
     sizes = ["classes=4", "per_class=3", "groups=2", "images=60", "rows=50", "size=32", "features=16", "units=30"]
     found = report("scale", *sizes, f"folder={tmp_path}", env=environment())
@@ -71,6 +72,7 @@ def test_the_parts_that_grow_with_the_data_are_measured(tmp_path: Path):
     assert not list(tmp_path.iterdir()), "the stand-ins are removed"
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_measured_on_a_machine_without_ray(without_ray: dict[str, str], tmp_path: Path):
     (tmp_path / "diffusers.py").write_text("raise ImportError(__name__)\n")
     cases = "cases=[ZeRO 2, L_Diff alone]"
@@ -86,6 +88,7 @@ def test_fine_tuning_is_measured_on_a_machine_without_ray(without_ray: dict[str,
         assert 0.1 < row["peak_gb"] < 8
 
 
+@pytest.mark.slow
 def test_making_candidates_is_measured_on_a_machine_without_ray(without_ray: dict[str, str]):
     small = ("model=S", "patch=8", "image_size=64", "batch=2", "units=1", "steps=2")
     found = report("pool", *small, "cases=[baseline, 'unit, fp32']", env=without_ray)
@@ -175,6 +178,7 @@ def test_the_choice_of_s3_is_measured_on_a_machine_without_ray(
     assert (tmp_path / "found.svg").read_text().count("<use") > 4
 
 
+@pytest.mark.slow
 def test_what_inversion_matching_does_to_samples_is_measured_on_a_machine_without_ray(
     without_ray: dict[str, str], tiny_world: Path, tmp_path: Path
 ):  # fmt: skip

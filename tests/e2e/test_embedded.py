@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from tests.e2e.conftest import run_job, run_script
 
@@ -14,6 +15,7 @@ QUICK = ("finetune.steps=2", "finetune.batch_size=4", "sampling.steps=2", "selec
          "instability={images: 1, steps: 2, lanczos_steps: 2}")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_arguments_but_less_work(tmp_path: Path):
     done = run_job(f"storage={tmp_path}", *QUICK)
     assert done.returncode == 0, done.stderr

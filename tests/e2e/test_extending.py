@@ -38,6 +38,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=400)
 
 
+@pytest.mark.slow
 def test_plugins_of_every_kind_take_part_in_a_run(tmp_path: Path):
     for name, content in blocks().items():
         (tmp_path / name).write_text(content)

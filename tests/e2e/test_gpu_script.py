@@ -42,6 +42,7 @@ def steps_of(out: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_step_that_is_killed_loses_itself_alone_and_training_goes_on_from_what_it_left(tmp_path: Path):
     env, out = bare(tmp_path), tmp_path / "out"
     names = "--only=machine,students,training"
@@ -87,6 +88,7 @@ def test_a_step_that_is_killed_loses_itself_alone_and_training_goes_on_from_what
     assert page.read_text() == text, "written twice it is the same"
 
 
+@pytest.mark.slow
 def test_the_other_steps_measure_too(tmp_path: Path):
     out, names = tmp_path / "out", ["tests", "sampling", "finetune"]
     done = subprocess.run(

@@ -86,6 +86,7 @@ def test_a_job_with_bad_input_fails_with_its_one_line(head: Head, tmp_path: Path
     assert "exit code 2" in done.stdout + done.stderr + head.status(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_search_runs_as_a_job_too_and_results_that_would_be_lost_with_it_are_warned_of(
     head: Head, tiny_world: Path, tmp_path: Path
 ):  # fmt: skip

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 from ray.cluster_utils import Cluster
 
 from tests.conftest import tiny_values
@@ -95,6 +96,7 @@ def run_on_a_small_disk(file: str, storage: Path, kept: Path) -> subprocess.Comp
     return subprocess.run(namespace, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_one_fault_after_another_in_the_middle_of_generate(tiny_world: Path, tmp_path: Path):
     storage, kept, whole = tmp_path / "disturbed", tmp_path / "kept", tmp_path / "whole"
     storage.mkdir()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 from pyarrow import fs
 
 from tests.e2e.conftest import outcome, run_job, whole_values, write_config
@@ -20,6 +21,7 @@ def everything(root: Path) -> bytes:
     return b"".join(file.read_bytes() for file in root.rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 def test_a_run_on_object_storage_makes_the_same_set_and_writes_no_credentials(
     tiny_world: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ):  # fmt: skip

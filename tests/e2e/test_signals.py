@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from mlflow import MlflowClient
 
 from tests.conftest import tiny_values
@@ -48,6 +49,7 @@ def listening(job: subprocess.Popen[str]) -> set[str]:
     return {address for address in found if address.removeprefix("::ffff:") != "127.0.0.1"}
 
 
+@pytest.mark.slow
 def test_a_command_that_is_ended_says_so_and_goes_on(tiny_world: Path, tmp_path: Path):
     values = tiny_values(
         tiny_world, tmp_path / "runs", arms={"random_real": None, "dit": None, "dit_s3": None}, instability={"images": 0},
@@ -80,6 +82,7 @@ def test_a_command_that_is_ended_says_so_and_goes_on(tiny_world: Path, tmp_path:
     assert status(tmp_path / "runs") == "KILLED"
 
 
+@pytest.mark.slow
 def test_a_pretraining_that_is_interrupted_ends_at_once_and_goes_on(tiny_world: Path, tmp_path: Path):
     values = {
         "name": "tiny", "storage": str(tmp_path / "runs"), "data": {"path": str(tiny_world / "data"), "size": 8},

@@ -73,6 +73,7 @@ def wait_for(storage: Path, files: str, driver: subprocess.Popen[str]) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_search_outlives_its_driver_and_its_tracking_server(server: Server, tmp_path: Path):
     storage = tmp_path / "runs"
     values = {

@@ -24,6 +24,8 @@ from ims3_ray.stages.adapters import Adapters, GroupModels, Pretrained
 from tests.conftest import CLASSES, tiny_values, write_tiny_weights
 from tests.imagenet import places, write_images, write_weights
 
+pytestmark = pytest.mark.slow
+
 TABLE = "y_embedder.embedding_table.weight"
 CONFIGS = Path(__file__).parents[2] / "configs"
 UNUSED = ("random_real", "herding", "dit_s3", "ims3")

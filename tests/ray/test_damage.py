@@ -73,6 +73,7 @@ def test_damaged_shards_of_what_is_published_are_made_again(
     artifacts(ArtifactsConfig(action="verify", storage=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_altered_shards_that_a_later_stage_needs_are_made_again(tiny_run: Run, tmp_path: Path):
     """The selection is new (another alpha), so it reads embeddings and candidates again."""
     config = copy_of(tiny_run, tmp_path)
@@ -95,6 +96,7 @@ def test_altered_shards_that_a_later_stage_needs_are_made_again(tiny_run: Run, t
     assert [shard.read_bytes() for shard in shards] == whole
 
 
+@pytest.mark.slow
 def test_altered_real_images_are_decoded_again(tiny_run: Run, tmp_path: Path):
     config = copy_of(tiny_run, tmp_path)
     shards = sorted((artifact(config, "encode", "train") / "shards").glob("*.safetensors"))

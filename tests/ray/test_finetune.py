@@ -115,6 +115,7 @@ def change(adapter: bytes, world: Path) -> torch.Tensor:
     return torch.cat([(after[name] - before.get(name, torch.ones(()))).flatten() for name in sorted(after)])
 
 
+@pytest.mark.slow
 def test_however_it_is_spread_and_stored_the_same_is_learnt(tiny_world: Path, tmp_path: Path, encoded: Path):
     outcomes = {}
     for workers in (1, 2):
@@ -164,6 +165,7 @@ def test_all_objectives_run_together_and_add_up_on_as_many_workers_as_there_is_r
     assert rows[-1]["loss_diversity"] != 0
 
 
+@pytest.mark.slow
 def test_class_groups_are_tuned_apart_and_each_class_is_sampled_with_its_own(
     tiny_world: Path, tmp_path: Path, encoded: Path, monkeypatch: pytest.MonkeyPatch
 ):

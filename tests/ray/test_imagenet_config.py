@@ -31,6 +31,8 @@ from ims3_ray.stages.adapters import Adapters
 from ims3_ray.stages.latents import read_latents
 from tests.imagenet import places, write_images, write_weights
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 

@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 
 from ims3_ray.stages.finetune import Finetune
 from tests.ray.conftest import prepare
+
+pytestmark = pytest.mark.slow
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load
 
@@ -22,6 +23,8 @@ from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.synthesis.cao2 import refine as refine_latents
 from tests.conftest import write_latent_world
 from tests.ray.conftest import prepare
+
+pytestmark = pytest.mark.slow
 
 K = 2
 ARMS = {

@@ -41,6 +41,7 @@ def test_a_pool_that_is_not_recognised_ends_the_run_until_the_limit_is_lowered(t
     assert all(0 <= share <= 1 for pool in pools.values() for shares in pool.values() for share in shares.values())
 
 
+@pytest.mark.slow
 def test_images_that_are_not_kept_are_decoded_again_by_all_who_need_them(tiny_world: Path, tiny_run: Run, tmp_path: Path):
     """Fine-tuning, selection among real images and among samples, and students: all is as if the images had been stored."""
     values = tiny_values(tiny_world, tmp_path, export="ims3")

@@ -164,6 +164,7 @@ def test_sets_of_another_size_share_the_preparations(
     assert set(sets) == set(contents)
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_make_the_same_bytes(
     tiny_world: Path, tmp_path: Path, arms: dict[str, Any], contents: dict[str, str]
 ):

@@ -33,7 +33,7 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("target", ["generator", "encoder"])
+@pytest.mark.parametrize("target", ["generator", pytest.param("encoder", marks=pytest.mark.slow)])
 def test_trained_weights_come_with_a_card_and_a_distillation_takes_them(
     target: str, tiny_world: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
@@ -65,6 +65,7 @@ def losses_of(folder: Path) -> int:
     return len(torch.load(state, weights_only=True)["losses"])
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_with_its_own_data_alone(tiny_world: Path, tmp_path: Path, cluster: None):
     """A second training under the same name: the same one goes on, also for more epochs; any other is refused."""
     world = tmp_path / "world"
@@ -89,6 +90,7 @@ def test_a_training_goes_on_with_its_own_data_alone(tiny_world: Path, tmp_path: 
         pretrain(mine(world, tmp_path, encoder={"epochs": 3}))
 
 
+@pytest.mark.slow
 def test_a_training_takes_the_chosen_classes_and_leaves_out_broken_images(
     tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture[str]
 ):  # fmt: skip

@@ -12,6 +12,8 @@ from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
 from ims3_ray.plan.reproduction import plan_of, share_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -31,6 +31,8 @@ from tests.pipelines import write_pipeline
 from tests.ray.conftest import Run
 from tests.ray.test_kills import killing
 
+pytestmark = pytest.mark.slow
+
 K = 2
 WORDS = ("a dark bar, wide", "a bright bar in the middle of noise", "noise " * 60)
 """Captions; the last one is longer than the 77 tokens that CLIP reads at once."""

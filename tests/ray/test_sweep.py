@@ -188,6 +188,7 @@ def halved(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, encoded: 
     return Swept(config, storage, result.results)
 
 
+@pytest.mark.slow
 def test_optuna_and_early_stopping_spend_draws_on_what_is_ahead(halved: Swept):
     trials = halved.results["trials"]
     assert len(trials) == 2
@@ -203,6 +204,7 @@ def test_optuna_and_early_stopping_spend_draws_on_what_is_ahead(halved: Swept):
     assert counts["evaluated"] <= draws  # one selection of each
 
 
+@pytest.mark.slow
 def test_a_search_that_has_ended_ends_at_once_and_one_that_has_not_makes_nothing_twice(halved: Swept):
     before = {path: path.stat().st_mtime_ns for path in halved.storage.glob("artifacts/*/*/shards/*")}
     again = sweep(halved.config)
@@ -214,6 +216,7 @@ def test_a_search_that_has_ended_ends_at_once_and_one_that_has_not_makes_nothing
     assert {path: path.stat().st_mtime_ns for path in halved.storage.glob("artifacts/*/*/shards/*")} == before
 
 
+@pytest.mark.slow
 def test_another_search_in_the_same_folder_is_refused(halved: Swept):
     plain = yaml.safe_load((halved.folder / "config.yaml").read_text())
     plain["search"]["trials"] = 4
