@@ -1,13 +1,14 @@
 # make demo   install, distil the embedded Fashion-MNIST, show the table and the report's path
 # make test   install, lint, types, the tests that need no GPU and not minutes each
 # make soak   the tests that take minutes: killed processes, growing clusters, whole comparisons and searches
+# make docs   the pages of docs/ as a site, in site/
 # make clean  forget the demo's results (keeps .venv)
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test soak lint unit clean
+.PHONY: demo test soak lint unit docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/ims3 distill --config demo
@@ -31,6 +32,11 @@ lint: $(INSTALLED)
 
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/mkdocs build --quiet
 
 # torch goes first: with it in place, whichever build it is, no requirement below fetches another.
 $(INSTALLED): pyproject.toml
