@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ims3_ray.cli import main
+from ims3_ray.cli import ims3
 from ims3_ray.config import RunConfig
 from tests.conftest import CLASSES, tiny_values
 from tests.e2e.conftest import run_job, write_config
@@ -24,10 +24,7 @@ def job(tiny_world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     config = write_config(tmp_path / "config.yaml", tiny_values(tiny_world, tmp_path / "runs"))
 
     def call(*arguments: str) -> tuple[int, str]:
-        jobs = "ims3_ray.commands.jobs"
-        named = ("ims3_ray.config:RunConfig", f"{jobs}:run_distill", f"{jobs}:plan_distill")
-        code = main("", *named, ["--config", config, *arguments])
-        return code, capfd.readouterr().err
+        return ims3(["distill", "--config", config, *arguments]), capfd.readouterr().err
 
     return call
 
@@ -50,7 +47,7 @@ def refused(job: Job, tmp_path: Path, *arguments: str) -> str:
         ("pool.per_class=5", ["per_class=5", "2 = 6 images", "raise it"]),
         ("selection={alpha: 0, beta: 0}", ["alpha and beta are both 0", "raise one"]),
         ("selection.groups=0", ["selection.groups=0", "greater than or equal to 1"]),
-        ("finetune.batch_size=1", ["batch_size=1", "2 workers"]),
+        ("finetune={batch_size: 1, trainer: {num_workers: 2}}", ["batch_size=1", "2 workers"]),
         ("arms=[1", ["arms=[1"]),
         ("selection.alpha", ["key=value"]),
         ("data.path=/no/such/folder", ["'/no/such/folder' does not exist", "set data.path"]),
@@ -141,7 +138,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     job: Job, tmp_path: Path, capfd: pytest.CaptureFixture[str], tiny_world: Path
 ):
     config = write_config(tmp_path / "again.yaml", tiny_values(tiny_world, tmp_path / "runs"))
-    done = run_job("--config", config, "--dry-run")
+    done = run_job("--config", config, "--dry-run", "finetune.trainer.num_workers=2")
     assert done.returncode == 0
     for text in (
         "encode train images", "fine-tune", "generate (fine-tuned)", "0/6 units", "FLOP, ", "core-hours at",

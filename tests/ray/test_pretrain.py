@@ -1,4 +1,4 @@
-"""`jobs/pretrain.py` and `jobs/pack.py`: from images to weights that a distillation takes."""
+"""`ims3 pretrain` and `ims3 pack`: from images to weights that a distillation takes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ims3_ray import RunConfig, UserError
+from ims3_ray.commands.pack import PackConfig, pack
 from ims3_ray.commands.pretrain import pretrain
 from ims3_ray.config import PretrainConfig, merge
 from ims3_ray.data.sources import open_source
@@ -121,14 +122,9 @@ def test_a_training_that_diverges_is_one_line_and_leaves_no_weights(tiny_world: 
 
 
 def test_pack_writes_parquet_that_opens_as_the_same_images(tiny_world: Path, tmp_path: Path):
-    import runpy
-
-    from tests.e2e.conftest import ROOT
-
-    pack = runpy.run_path(str(ROOT / "jobs" / "pack.py"))
     out = tmp_path / "packed.parquet"
     data = {"path": str(tiny_world / "data")}
-    pack["run"](pack["PackConfig"].model_validate({"data": data, "per_class": 4, "out": str(out)}))
+    pack(PackConfig.model_validate({"data": data, "per_class": 4, "out": str(out)}))
     packed, original = open_source(str(out), "train"), open_source(data["path"], "train")
     assert packed.class_names == CLASSES
     assert np.bincount(packed.labels).tolist() == [4, 4, 4]
