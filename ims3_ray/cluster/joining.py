@@ -100,6 +100,19 @@ def local_cpus() -> int:
     return max(LOCAL_CPUS, os.cpu_count() or 1)
 
 
+def cpus_of_a_task(config: ClusterConfig, cpus: float) -> float:
+    """Number of CPUs that Ray is asked for by a task that computes on ``cpus`` CPUs.
+
+    A cluster that a job has started on a machine with fewer than :data:`LOCAL_CPUS` cores counts more CPUs than there are
+    cores. A task then asks for proportionally more, so that there are no more tasks than cores: each is a process, which takes
+    seconds of a core to start.
+    """
+    counted = float(ray.cluster_resources().get("CPU", 0))
+    if joins(config) is not None or counted > LOCAL_CPUS:
+        return cpus
+    return min(cpus * max(1.0, counted / (os.cpu_count() or 1)), max(cpus, counted))
+
+
 def _start(address: str | None) -> None:
     """Join the cluster at ``address``, or start one that listens on 127.0.0.1 alone."""
     if address:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ims3_ray import plugins
 from ims3_ray.cluster.capacity import largest_memory, wait_for_capacity
-from ims3_ray.cluster.joining import own_device, placed, results
+from ims3_ray.cluster.joining import cpus_of_a_task, own_device, placed, results
 from ims3_ray.config import ProtocolConfig, WorkConfig, differing, reserved
 from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.engine.mapped import MAPPED_ABOVE
@@ -239,7 +239,8 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
     every attempt does not stop the others; :class:`IncompletePool` is raised at the end.
     """
     config, cluster, storage = context.config.evaluation, context.config.cluster, context.storage
-    options = {"num_cpus": config.cpus_per_task, "num_gpus": config.gpus_per_task, **placed(cluster, "evaluate")}
+    cpus = cpus_of_a_task(cluster, config.cpus_per_task)
+    options = {"num_cpus": cpus, "num_gpus": config.gpus_per_task, **placed(cluster, "evaluate")}
     remote, largest = ray.remote(train_and_test), largest_memory(cluster, "evaluate")
     waiting: list[tuple[Evaluate, Task, Artifact, int]] = []
     for stage in {stage.key(storage): stage for stage in stages}.values():

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load
 
 from ims3_ray import RunConfig, UserError, distill
+from ims3_ray.cluster.joining import cpus_of_a_task
 from ims3_ray.commands import distill as command
 from ims3_ray.config import canonical
 from ims3_ray.data.sources import open_source
@@ -338,3 +339,13 @@ def test_workers_keep_freed_memory_for_their_next_tensors(cluster: None):
 
     faults = ray.get(ray.remote(num_cpus=0)(faults_of_tensors).remote(64))
     assert max(faults[-5:]) < 64 * 2**20 / 4096 / 10
+
+
+def test_a_small_machine_trains_no_more_students_at_once_than_it_has_cores(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert ray.cluster_resources()["CPU"] == 4  # of a cluster that the tests have started
+    cluster = tiny_run.config.cluster
+    assert [cpus_of_a_task(cluster, cpus) for cpus in (0.5, 1, 2, 3, 8)] == [1, 2, 4, 4, 8]
+    assert cpus_of_a_task(cluster.model_copy(update={"address": "auto"}), 1) == 1
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert cpus_of_a_task(cluster, 1) == 1
