@@ -15,7 +15,7 @@ from ims3_ray.data.contact_sheet import contact_sheet
 from ims3_ray.engine.shards import read_class
 from ims3_ray.engine.stage import Context
 from ims3_ray.plan.layout import Config, Plan
-from ims3_ray.report.figures import curve_chart
+from ims3_ray.report.figures import curve_chart, for_page
 from ims3_ray.report.results import Results
 from ims3_ray.stages.coverage import MeasureCoverage
 from ims3_ray.stages.embed import Embed
@@ -63,8 +63,9 @@ def covered(context: Context, plan: Plan[Config], results: Results, shown: Mappi
     }
     lines = {title: points for title, points in lines.items() if points}
     pairs = {shown[title]: _sheet(_pairs(context, stage)) for title, stage in stages.items()}
+    chart = curve_chart(lines, "Coverage as a set grows", "images a class") if lines else ""
     return Covered(
-        curve_chart(lines, "images a class") if lines else "", {title: sheet for title, sheet in pairs.items() if sheet[1]},
+        chart, {title: sheet for title, sheet in pairs.items() if sheet[1]},
         _map(context, stages, shown) if any(stage.mapped for stage in stages.values()) else "",
     )  # fmt: skip
 
@@ -131,4 +132,4 @@ def _map(context: Context, stages: Mapping[str, MeasureCoverage], shown: Mapping
     drawn = maps(
         {shown[title]: of_class for title, of_class in by_set.items()}, background, context.classes.names[: len(classes)]
     )
-    return "<svg" + drawn["svg"].decode().partition("<svg")[2]
+    return for_page(drawn["svg"].decode(), "Map of the features of real images and of each set")

@@ -1,70 +1,97 @@
-"""Small figures as SVG text."""
+"""Charts of the reports as SVG text, which takes the colours of the page and shrinks to its width."""
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING, Any
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 420, 150, 52, 22
-COLOURS = ("#0b6e99", "#d1730f", "#3a8a3a", "#a83232", "#7a5aa6", "#7a5230", "#c05a9e", "#5d6d77", "#9a9a1f", "#1f9a9a")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK = "#123456"
+"""Colour of text and axes, in whose place the SVG names the colour of the page's text."""
+COLOURS = ("#1f83b4", "#d1730f", "#3a9a4a", "#c94f4f", "#8a6cc0", "#9a6a40", "#c05a9e", "#7d8d97", "#9a9a1f", "#1f9a9a")
+"""Colours of lines, with enough contrast on light and on dark pages."""
+DASHES = ("-", "--", ":", "-.")
+"""Styles of lines, which can be told apart without colour."""
+STYLE = {
+    "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "ims3-ray", "text.parse_math": False, "figure.facecolor": "none",
+    "axes.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.edgecolor": INK,
+    "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "font.family": "sans-serif",
+}  # fmt: skip
+
+Point = tuple[float, float]
 
 
-def line_chart(points: Sequence[tuple[float, float]], window: int = 10) -> str:
-    """A chart of points (x, y): a grey line through every point, a coloured line of their running mean over ``window`` points,
-    and axes whose ends are labelled."""
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    low, high = min(ys), max(ys)
-    span_x, span_y = (xs[-1] - xs[0]) or 1, (high - low) or 1
+def accuracy_chart(rows: Sequence[tuple[str, float, float]], marked: str | None, about: str) -> str:
+    """A dot for each (name, mean, standard deviation) with a bar of one standard deviation to both sides, on an axis that spans
+    what is drawn; ``marked`` is the name of the set that is recommended. ``about`` says what is shown."""
+    figure, axes = _figure(5.6, 0.55 + 0.27 * len(rows))
+    for place, (name, mean, std) in enumerate(rows):
+        colour = COLOURS[0] if name == marked else COLOURS[7]
+        axes.errorbar([mean], [place], xerr=[std], fmt="o", color=colour, capsize=3, markersize=6 if name == marked else 5)
+    axes.set_yticks(range(len(rows)), [f"{name} ◂" if name == marked else name for name, _, _ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", color=INK, alpha=0.15)
+    axes.set_xlabel("accuracy in %")
+    return _svg(figure, about)
 
-    def place(x: float, y: float) -> str:
-        px = LEFT + (x - xs[0]) / span_x * (WIDTH - LEFT - 8)
-        py = 8 + (high - y) / span_y * (HEIGHT - BOTTOM - 8)
-        return f"{px:.1f},{py:.1f}"
 
+def loss_chart(points: Sequence[Point], about: str, window: int = 10) -> str:
+    """Points (step, value) as a faint line, and the mean of the last ``window`` points as a strong one."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
     means = [sum(ys[max(0, i - window + 1) : i + 1]) / len(ys[max(0, i - window + 1) : i + 1]) for i in range(len(ys))]
-    raw = " ".join(place(x, y) for x, y in points)
-    smooth = " ".join(place(x, y) for x, y in zip(xs, means, strict=True))
-    floor = HEIGHT - BOTTOM
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img">'
-        f'<path d="M{LEFT} 8V{floor}H{WIDTH - 8}" fill="none" stroke="#888"/>'
-        f'<polyline points="{raw}" fill="none" stroke="#ccc"/>'
-        f'<polyline points="{smooth}" fill="none" stroke="#0b6e99" stroke-width="2"/>'
-        f'<text x="{LEFT - 6}" y="14" text-anchor="end">{high:.3g}</text>'
-        f'<text x="{LEFT - 6}" y="{floor}" text-anchor="end">{low:.3g}</text>'
-        f'<text x="{LEFT}" y="{HEIGHT - 6}">{xs[0]:g}</text>'
-        f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {xs[-1]:g}</text></svg>'
-    )
+    figure, axes = _figure(4.2, 1.9)
+    axes.plot(xs, ys, color=COLOURS[7], alpha=0.5, linewidth=0.8)
+    axes.plot(xs, means, color=COLOURS[0], linewidth=1.6, marker="o" if len(xs) == 1 else None)
+    axes.set_xlabel("step")
+    return _svg(figure, about)
 
 
-def curve_chart(lines: Mapping[str, Sequence[tuple[float, float]]], across: str = "epoch") -> str:
-    """A chart with a line of points (x, value) for each name, and a legend; ``across`` says what x is."""
-    xs = [x for points in lines.values() for x, _ in points]
-    ys = [y for points in lines.values() for _, y in points]
-    low, high, first, last = min(ys), max(ys), min(xs), max(xs)
-    height = HEIGHT + 14 * len(lines)
-    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img">']
-    floor = HEIGHT - BOTTOM
-    parts.append(f'<path d="M{LEFT} 8V{floor}H{WIDTH - 8}" fill="none" stroke="#888"/>')
+def curve_chart(
+    lines: Mapping[str, Sequence[Point]], about: str, across: str = "epoch", bands: Mapping[str, Sequence[float]] | None = None
+) -> str:  # fmt: skip
+    """A line of points (x, value) for each name; ``across`` says what x is. ``bands`` are standard deviations at the points of
+    a line, drawn to both sides."""
+    figure, axes = _figure(5.2, 2.6)
     for number, (name, points) in enumerate(lines.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        placed = [
-            (
-                LEFT + (x - first) / ((last - first) or 1) * (WIDTH - LEFT - 8),
-                8 + (high - y) / ((high - low) or 1) * (floor - 8),
-            )
-            for x, y in points
-        ]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}"/>' for x, y in placed]
-        y = HEIGHT + 14 * number + 10
-        parts.append(f'<rect x="{LEFT}" y="{y - 8}" width="10" height="8" fill="{colour}"/>')
-        parts.append(f'<text x="{LEFT + 16}" y="{y}">{escape(name)}</text>')
-    parts += [
-        f'<text x="{LEFT - 6}" y="14" text-anchor="end">{high:.1f}</text>',
-        f'<text x="{LEFT - 6}" y="{floor}" text-anchor="end">{low:.1f}</text>',
-        f'<text x="{LEFT}" y="{HEIGHT - 8}">{first:g}</text>',
-        f'<text x="{WIDTH - 8}" y="{HEIGHT - 8}" text-anchor="end">{across} {last:g}</text></svg>',
-    ]
-    return "".join(parts)
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "marker": "o"}
+        axes.plot(xs, ys, label=name, markersize=3, linewidth=1.3, **style)
+        if bands and (band := bands.get(name)):
+            low, high = zip(*((y - std, y + std) for y, std in zip(ys, band, strict=True)), strict=True)
+            axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.set_xlabel(across)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, labelcolor=INK)
+    return _svg(figure, about)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of so many inches and its axes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots()
+
+
+def _svg(figure: Figure, about: str) -> str:
+    """The figure as an SVG element with a name for those who do not see it."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return for_page(buffer.getvalue(), about)
+
+
+def for_page(svg: str, about: str) -> str:
+    """An SVG file of matplotlib as an element of a page: with the page's colour of text, and without the names of groups, which
+    would occur several times in a page."""
+    text = re.sub(r'<g id="[^"]*"', "<g", "<svg" + svg.partition("<svg")[2])
+    text = text.replace(INK, "currentColor").replace("#000000", "currentColor").replace("stroke: #000", "stroke: currentColor")
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(about, quote=True)}"', 1)

@@ -17,7 +17,7 @@ from ims3_ray.objectives.base import Objective
 from ims3_ray.provenance import described
 from ims3_ray.report.comparison import accuracy_text, difference_text, explained, significant
 from ims3_ray.report.covered import Covered
-from ims3_ray.report.figures import curve_chart, line_chart
+from ims3_ray.report.figures import accuracy_chart, curve_chart, for_page, loss_chart
 from ims3_ray.report.results import Results, summary_text
 
 SHEET_CLASSES = 50
@@ -39,9 +39,10 @@ def render_report(
     """The HTML of a distillation's report: ``sheets`` are PNGs by arm, ``losses`` the rows of ``losses.json`` by fine-tuning,
     ``tables`` the terms of S3 by arm."""
     charts = {
-        f"{title}: {term}" if len(losses) > 1 else term: line_chart([(int(row["step"]), row[key]) for row in rows])
+        name: loss_chart([(int(row["step"]), row[key]) for row in rows], f"{name} over the steps of fine-tuning")
         for title, rows in losses.items()
         for key, term in _terms_of(rows)
+        for name in [f"{title}: {term}" if len(losses) > 1 else term]
     }
     return _render(
         "report.html",
@@ -49,10 +50,11 @@ def render_report(
         classes,
         results,
         sheets=sheets,
+        accuracies=_accuracies(results),
         curves=_curves(results),
         confusions=confusions,
         charts=charts,
-        tables=tables,
+        tables=_by_titles(tables, results),
         covered=covered,
     )
 
@@ -61,7 +63,10 @@ def render_evaluation(
     config: EvaluateConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes], confusions: dict[str, Table]
 ) -> str:  # fmt: skip
     """The HTML of the report of ``ims3 evaluate``."""
-    return _render("evaluation.html", config, classes, results, sheets=sheets, curves=_curves(results), confusions=confusions)
+    return _render(
+        "evaluation.html", config, classes, results, sheets=sheets, accuracies=_accuracies(results), curves=_curves(results),
+        confusions=confusions,
+    )  # fmt: skip
 
 
 def render_comparison(
@@ -80,10 +85,9 @@ def render_sweep(
         if point["objective"] is not None:
             alike.setdefault((point["trial"], point["objective"], point["score"], *point["content"]), []).append(point)
     ranked = sorted(alike.values(), key=lambda points: -points[0]["objective"])
-    svgs = {name: forms["svg"].decode().partition("<svg")[2] for name, forms in figures.items()}
+    svgs = {name: for_page(forms["svg"].decode(), f"{name} of the search") for name, forms in figures.items()}
     return _render(
-        "sweep.html", config, classes, results, figures={name: f"<svg{text}" for name, text in svgs.items()}, title=title_of,
-        ranked=ranked[:SHOWN_SELECTIONS],
+        "sweep.html", config, classes, results, figures=svgs, title=title_of, ranked=ranked[:SHOWN_SELECTIONS]
     )  # fmt: skip
 
 
@@ -102,21 +106,44 @@ def _render(template: str, config: WorkConfig, classes: ClassTable, results: Res
     environment.filters |= {"exp": math.exp, "significant": significant, "difference": difference_text, "spread": summary_text}
     environment.filters["accuracy"] = accuracy_text
     environment.filters["provenance"] = described
-    rows = [row for found in results["sets"].values() for row in found["rows"].values()]
     return environment.get_template(template).render(
         config=config, classes=classes, shown=classes.names[:SHEET_CLASSES], results=results,
         longest=max(stage["seconds"] for stage in results["stages"]) or 1,
-        total=sum(stage["seconds"] for stage in results["stages"]),
         yaml=yaml.safe_dump(canonical(config), sort_keys=False),
-        scores=max((row["last"]["mean"] for row in rows), default=1) or 1, **more,
+        held_out=config.evaluation.held_out(len(classes.names)), **more,
     )  # fmt: skip
 
 
-def _curves(results: Results) -> dict[str, str]:
-    """Row → chart of the test accuracy of every set."""
-    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+def _by_titles(tables: Mapping[str, dict[str, Any]], results: Results) -> dict[str, dict[str, Any]]:
+    """The terms of S3 by the titles of the arms; arms of which the selection is the same share an entry."""
+    shared: list[tuple[list[str], dict[str, Any]]] = []
+    for arm, table in tables.items():
+        same = next((names for names, other in shared if other == table), None)
+        if same is None:
+            shared.append((same := [], table))
+        same.append(results["sets"][arm]["title"])
+    return {", ".join(names): table for names, table in shared}
+
+
+def _accuracies(results: Results) -> dict[str, str]:
+    """Row → chart of the accuracy of every set after the last epoch."""
+    exported = (results.get("exported") or {}).get("arm")
+    rows: dict[str, list[tuple[str, float, float]]] = {}
     for found in results["sets"].values():
         for row, values in found["rows"].items():
-            points = [(float(check["epoch"]), float(check["test"])) for check in values["curve"]]
-            lines.setdefault(row, {})[found["title"]] = points
-    return {row: curve_chart(sets) for row, sets in lines.items()}
+            rows.setdefault(row, []).append((found["title"], values["last"]["mean"], values["last"]["std"]))
+    marked = results["sets"][exported]["title"] if exported in results["sets"] else None
+    return {row: accuracy_chart(sets, marked, f"Accuracy of each set with {row}") for row, sets in rows.items()}
+
+
+def _curves(results: Results) -> dict[str, str]:
+    """Row → chart of the test accuracy of every set over the epochs; none where students were tested only at their end."""
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    bands: dict[str, dict[str, list[float]]] = {}
+    for found in results["sets"].values():
+        for row, values in found["rows"].items():
+            if len(values["curve"]) > 1:
+                points = [(float(check["epoch"]), float(check["test"])) for check in values["curve"]]
+                lines.setdefault(row, {})[found["title"]] = points
+                bands.setdefault(row, {})[found["title"]] = [float(check.get("std", 0.0)) for check in values["curve"]]
+    return {row: curve_chart(sets, f"Test accuracy over epochs with {row}", bands=bands[row]) for row, sets in lines.items()}

@@ -56,7 +56,7 @@ def test_every_set_is_compared_with_the_real_images_of_its_classes(tiny_run: Run
     assert all(math.isfinite(value) for value in nearest["distance"].tolist())
 
     report = (Path(result.folder) / "report.html").read_text()
-    for text in ("<h2>What the sets cover</h2>", "Map of the features", "closest to real ones", "images a class 2"):
+    for text in ("<h2>What the sets cover</h2>", "Map of the features", "closest to real ones", "Coverage as a set grows"):
         assert text in report
     assert report.count("images above their nearest real images") == len(config.arms)
     client = MlflowClient(f"sqlite:///{result.folder}/mlflow.db")

@@ -3,51 +3,83 @@
 from __future__ import annotations
 
 import io
+import re
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ims3_ray.report.figures import BOTTOM, HEIGHT, LEFT, WIDTH, curve_chart, line_chart
+from ims3_ray.report.figures import COLOURS, INK, accuracy_chart, curve_chart, loss_chart
 from ims3_ray.report.plots import curves, heat_map, scatter
 
-FLOOR = HEIGHT - BOTTOM
 
-
-def lines_of(svg: str) -> list[list[tuple[float, float]]]:
-    """Points of every polyline, in pixels."""
-    found = ElementTree.fromstring(svg).iter("polyline")
-    return [[tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()] for line in found]  # type: ignore[misc]
+def paths_of(svg: str, colour: str) -> list[list[tuple[float, float]]]:
+    """Points of every line of a colour, in the units of the SVG."""
+    found = []
+    for path in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}path"):
+        if f"stroke: {colour}" in path.attrib.get("style", "") and path.attrib["d"].count("L") >= 1:
+            numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", path.attrib["d"])]
+            found.append(list(zip(numbers[::2], numbers[1::2], strict=True)))
+    return found
 
 
 def texts_of(svg: str) -> list[str]:
-    return [text.text or "" for text in ElementTree.fromstring(svg).iter("text")]
+    return [text.text or "" for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_a_line_chart_spans_its_axes_and_shows_the_running_mean():
-    svg = line_chart([(1, 4.0), (2, 2.0), (3, 0.0)], window=2)
-    raw, smooth = lines_of(svg)
-    assert raw == [(LEFT, 8.0), (LEFT + (WIDTH - LEFT - 8) / 2, 8 + (FLOOR - 8) / 2), (WIDTH - 8, FLOOR)]
-    height = (FLOOR - 8) / 4
-    assert [y for _, y in smooth] == pytest.approx([8, 8 + height, 8 + 3 * height], abs=0.05)  # means 4, 3, 1
-    assert texts_of(svg) == ["4", "0", "1", "step 3"]
+def ratio(points: list[tuple[float, float]], axis: int) -> list[float]:
+    """Where points lie between the first and the last along an axis."""
+    places = [point[axis] for point in points]
+    return [(place - places[0]) / (places[-1] - places[0]) for place in places]
 
 
-def test_a_line_of_one_or_of_equal_values_is_drawn():
+def test_losses_are_drawn_where_they_are_and_so_is_their_running_mean():
+    svg = loss_chart([(1, 4.0), (2, 2.0), (3, 0.0)], "L_IM", window=2)
+    (raw,) = paths_of(svg, COLOURS[7])
+    (means,) = paths_of(svg, COLOURS[0])
+    assert ratio(raw, 0) == ratio(means, 0) == pytest.approx([0, 0.5, 1])
+    assert ratio(raw, 1) == pytest.approx([0, 0.5, 1])
+    assert ratio(means, 1) == pytest.approx([0, 1 / 3, 1])  # means 4, 3, 1
+    assert raw[0] == pytest.approx(means[0])
+    assert "step" in texts_of(svg)
+
+
+def test_losses_of_one_step_and_equal_ones_are_drawn():
     for points in ([(5, 1.0)], [(1, 2.0), (2, 2.0)]):
-        for line in lines_of(line_chart(points)):
-            assert all(LEFT <= x <= WIDTH - 8 and 8 <= y <= FLOOR for x, y in line)
+        assert "step" in texts_of(loss_chart(points, "L_Diff"))
 
 
 def test_curves_share_their_axes_and_names_are_text():
-    svg = curve_chart({"a<b> & c": [(1, 10.0), (3, 30.0)], "other": [(2, 20.0)]})
-    first, second = lines_of(svg)
-    assert first == [(LEFT, FLOOR), (WIDTH - 8, 8.0)]
-    assert second == [(LEFT + (WIDTH - LEFT - 8) / 2, 8 + (FLOOR - 8) / 2)]
-    assert texts_of(svg) == ["a<b> & c", "other", "30.0", "10.0", "1", "epoch 3"]
-    colours = {line.attrib["stroke"] for line in ElementTree.fromstring(svg).iter("polyline")}
-    assert len(colours) == 2
+    svg = curve_chart({"a<b> & c": [(1, 10.0), (3, 30.0)], "other": [(2, 20.0), (3, 20.0)]}, "accuracies", "images")
+    (first,), (second,) = paths_of(svg, COLOURS[0])[:1], paths_of(svg, COLOURS[1])[:1]
+    assert second[0][0] == pytest.approx((first[0][0] + first[1][0]) / 2, abs=0.01)
+    assert second[0][1] == pytest.approx((first[0][1] + first[1][1]) / 2, abs=0.01)
+    assert {"a<b> & c", "other", "images"} <= set(texts_of(svg))
+
+
+def test_accuracies_have_bars_of_their_deviation_on_an_axis_that_shows_differences():
+    svg = accuracy_chart([("mine", 71.0, 0.5), ("theirs", 70.0, 0.25), ("one", 70.5, 0.0)], "mine", 'the "accuracies"')
+    (mine,) = [path for path in paths_of(svg, COLOURS[0]) if path[0][1] == path[1][1]]
+    theirs, one = [path for path in paths_of(svg, COLOURS[7]) if path[0][1] == path[1][1]]
+    width = theirs[1][0] - theirs[0][0]
+    assert mine[1][0] - mine[0][0] == pytest.approx(2 * width, rel=1e-3)
+    assert mine[0][0] + mine[1][0] - theirs[0][0] - theirs[1][0] == pytest.approx(4 * width, rel=1e-3)  # 1.0 is twice 2 × 0.25
+    assert one[0][0] == one[1][0]
+    assert mine[0][1] < theirs[0][1] < one[0][1], "the first is on top"
+    root = ElementTree.fromstring(svg)
+    assert (root.attrib["role"], root.attrib["aria-label"]) == ("img", 'the "accuracies"')
+    assert "mine ◂" in texts_of(svg)
+    whole = float(root.attrib["viewBox"].split()[2])
+    assert mine[1][0] - theirs[0][0] > whole / 2, "the axis spans what is drawn"
+
+
+def test_charts_take_the_colour_of_the_page_and_repeat_no_names():
+    svg = accuracy_chart([("mine", 71.0, 0.5)], None, "x") + loss_chart([(1, 2.0), (2, 1.0)], "y")
+    assert "currentColor" in svg
+    assert INK not in svg
+    assert "#000000" not in svg
+    assert '<g id="' not in svg
 
 
 def picture(forms: dict[str, bytes]) -> np.ndarray:
