@@ -155,13 +155,13 @@ class _Described(click.Command):
 
 def keys_of(command: Command) -> Iterable[tuple[str, str, str]]:
     """Key, default and meaning of every setting that a command takes."""
-    if isinstance(command.tree, str):
-        return described_keys(command.tree.partition(":")[2])
     if command.tree is None:
         return ()
-    from ims3_ray.config.reference import rows_of  # a class that is at hand
+    if isinstance(command.tree, str) and (known := described_keys(command.tree.partition(":")[2])):
+        return known
+    from ims3_ray.config.reference import rows_of  # a class that is not on record
 
-    return rows_of(command.tree())
+    return rows_of(_found(command.tree)())
 
 
 def _complete_config(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

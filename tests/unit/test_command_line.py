@@ -36,7 +36,7 @@ def test_help_says_what_a_command_does_and_every_key_with_its_meaning(name: str,
             assert f"\n  {key}" in said
         assert "Seed of all random numbers" in said
     if name == "convert":
-        assert "adapter=" in said
+        assert "\n  out=generator.safetensors" in said
 
 
 @pytest.mark.parametrize(
