@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from html import escape
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,11 +74,20 @@ def curve_chart(
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
     """A figure of so many inches and its axes."""
     from matplotlib import rc_context
-    from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = new_figure(width, height)
         return figure, figure.subplots()
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches. IPython is imported first, where it is installed: MLflow imports it in the thread that
+    it logs from, and matplotlib fails if it finds it half imported."""
+    with suppress(ImportError):
+        import_module("IPython")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _svg(figure: Figure, about: str) -> str:

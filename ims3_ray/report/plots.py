@@ -10,9 +10,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ims3_ray.report.figures import DASHES, new_figure
+
 FORMATS = ("png", "svg")
-DASHES = ("-", "--", ":", "-.")
-"""Styles of the lines of a figure, which can be told apart without colour."""
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -29,7 +29,7 @@ def heat_map(
     """A heat map of ``values`` by row and column (NaN for none), with a frame around the best; ``titles`` are those of rows,
     columns and values."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(1.6 + 0.55 * len(columns), 1.1 + 0.42 * len(rows)), layout="constrained")
+        figure = new_figure(1.6 + 0.55 * len(columns), 1.1 + 0.42 * len(rows))
         axes = figure.subplots()
         image = axes.imshow(values, cmap="viridis", aspect="auto")
         axes.set_xticks(range(len(columns)), columns)
@@ -58,7 +58,7 @@ def curves(
     """Lines of (name, means, deviations) over evenly spaced ``places``; the band is one standard deviation, and an upright line
     marks the place ``best``."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+        figure = new_figure(4.2, 2.8)
         axes = figure.subplots()
         for number, (name, means, deviations) in enumerate(lines):
             style = DASHES[number % len(DASHES)]
@@ -77,7 +77,7 @@ def curves(
 def scatter(points: Sequence[tuple[float, float]], x_title: str, y_title: str, log: bool) -> dict[str, bytes]:
     """A scatter plot of points (value of a setting, best objective of the trial), for settings that are drawn from a range."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+        figure = new_figure(4.2, 2.8)
         axes = figure.subplots()
         axes.plot(*zip(*points, strict=True), marker="o", linestyle="", color="#0b6e99")
         if log:
@@ -98,7 +98,7 @@ def maps(
     across = min(3, len(panels))
     with rc_context(STYLE):
         down = -(-len(panels) // across)
-        figure = Figure(figsize=(3.2 * across + 1.2, 3.0 * down), layout="constrained")
+        figure = new_figure(3.2 * across + 1.2, 3.0 * down)
         grid = figure.subplots(down, across, squeeze=False)
         for axes in grid.flat:
             axes.set_axis_off()

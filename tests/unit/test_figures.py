@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import numpy as np
@@ -72,6 +74,32 @@ def test_accuracies_have_bars_of_their_deviation_on_an_axis_that_shows_differenc
     assert "mine ◂" in texts_of(svg)
     whole = float(root.attrib["viewBox"].split()[2])
     assert mine[1][0] - theirs[0][0] > whole / 2, "the axis spans what is drawn"
+
+
+def test_a_figure_waits_for_a_thread_that_is_importing_ipython():
+    """In a process of its own, since an import happens once."""
+    code = (
+        "import builtins, sys, threading, time, types\n"
+        "begun = threading.Event()\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'IPython':\n"
+        "            from importlib.machinery import ModuleSpec\n"
+        "            return ModuleSpec(name, self)\n"
+        "    def create_module(self, spec):\n"
+        "        return None\n"
+        "    def exec_module(self, module):\n"
+        "        begun.set()\n"
+        "        time.sleep(1)\n"
+        "        module.version_info = (9, 0)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "threading.Thread(target=lambda: __import__('IPython')).start()\n"
+        "begun.wait()\n"
+        "from ims3_ray.report.plots import scatter\n"
+        "print(len(scatter([(1, 2), (2, 3)], 'x', 'y', log=False)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
 def test_charts_take_the_colour_of_the_page_and_repeat_no_names():
