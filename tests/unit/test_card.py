@@ -95,7 +95,7 @@ def test_the_report_shows_every_set_its_curve_and_what_was_left_out(results: dic
         "bad.png",
         "encode train images",
         "L_Diff",
-        "epoch 4",
+        "Test accuracy over epochs",
         "abcdef0123456789",
     ):
         assert text in page, text
