@@ -98,7 +98,7 @@ def _understood(
             return
         overrides = [f"{command.words[word]}={word}" if word in command.words else word for word in words]
         values = read_values(config, overrides)
-        names = [part for file in config for part in ("--config", Path(file).name)]
+        names = [part for file in config for part in ("--config", Path(file).name if Path(file).is_file() else file)]
         record_command([PROGRAM, name, *names, *words])
         if isinstance(command.tree, str):
             check_keys(command.tree.partition(":")[2], values)
@@ -122,6 +122,8 @@ def _invoked(command: click.Command, name: str, arguments: Sequence[str] | None)
         except click.exceptions.NoArgsIsHelpError as error:
             print(error.format_message())
             return
+        except click.Abort as error:  # click's name for Ctrl-C
+            raise KeyboardInterrupt from error
         except click.ClickException as error:
             message = " ".join(error.format_message().split()).rstrip(".").replace(". Did you mean", "; did you mean")
             place = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else name

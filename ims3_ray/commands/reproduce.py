@@ -88,6 +88,8 @@ def _reproduce_and_print(reproduction: Reproduction, config: WorkConfig) -> None
 def run_words(words: Sequence[str], small: bool = False, dry_run: bool = False) -> None:
     """``ims3 reproduce``: the name of a table or figure and overrides for all of its runs; without words, print the names."""
     if not words:
+        if small or dry_run:
+            raise UserError("name the table or figure, as in ims3 reproduce table-4 --dry-run; ims3 reproduce lists them")
         print(described_names())
         return
     reproduction = read_reproduction(words[0], words[1:], small)

@@ -28,11 +28,13 @@ def config_path(name: str | Path) -> Path:
     """The file that ``name`` is the path of, or that comes with the package under this name. Raises :class:`UserError` with
     the nearest name for one that does not exist."""
     path = Path(name)
-    if path.exists():
+    if path.is_file():
         return path
     known = config_names()
     if (named := str(name).removesuffix(".yaml").removeprefix("configs/")) in known:
         return CONFIGS / f"{named}.yaml"
+    if path.exists():
+        return path  # reading it says what is wrong with it
     near = difflib.get_close_matches(named, known, n=1)
     meant = f"; did you mean '{near[0]}'?" if near else ", and none that comes with the package is called so"
     raise UserError(f"config '{name}' cannot be read: there is no such file{meant}")

@@ -104,5 +104,5 @@ def for_page(svg: str, about: str) -> str:
     """An SVG file of matplotlib as an element of a page: with the page's colour of text, and without the names of groups, which
     would occur several times in a page."""
     text = re.sub(r'<g id="[^"]*"', "<g", "<svg" + svg.partition("<svg")[2])
-    text = text.replace(INK, "currentColor").replace("#000000", "currentColor").replace("stroke: #000", "stroke: currentColor")
+    text = text.replace(INK, "currentColor").replace("#000000", "currentColor")
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(about, quote=True)}"', 1)

@@ -51,6 +51,7 @@ def test_help_says_what_a_command_does_and_every_key_with_its_meaning(name: str,
         (["convert", "ot=x"], "unknown config key 'ot'; did you mean 'out'?"),
         (["schema", "sweeps"], "no command with a config is called 'sweeps'; did you mean 'sweep'? there is: "),
         (["reproduce", "table-99"], "there is no 'table-99'"),
+        (["reproduce", "--small"], "name the table or figure"),
     ],
 )
 def test_wrong_words_are_one_line_and_exit_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
@@ -80,6 +81,8 @@ def test_configs_come_with_the_package_and_are_found_by_name(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     assert load_config(RunConfig, "demo") == load_config(RunConfig, ROOT / "configs" / "demo.yaml")
     assert load_config(CompareConfig, "configs/compare/ablation.yaml").budgets == (1, 10, 50)
+    Path("imagewoof").mkdir()  # data may be called like a config
+    assert load_config(RunConfig, "imagewoof") == load_config(RunConfig, ROOT / "configs" / "imagewoof.yaml")
     Path("demo").write_text("name: mine")  # a file of one's own comes first
     assert load_config(RunConfig, "demo").name == "mine"
     with pytest.raises(UserError, match="none that comes with the package is called so"):
