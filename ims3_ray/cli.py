@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from ims3_ray.commands.table import COMMANDS, Command
+from ims3_ray.commands.table import COMMANDS, DRY_RUN, Command, named
 from ims3_ray.config.files import config_names, read_values
 from ims3_ray.config.keys import check_keys, described_keys
 from ims3_ray.ending import guarded
@@ -77,24 +76,21 @@ def command_of(name: str, command: Command) -> click.Command:
     words = click.Argument(["words"], nargs=-1, metavar="[key=value]...", shell_complete=_complete_key)
     flags = [click.Option([f"--{flag}"], is_flag=True, help=text) for flag, text in command.flags.items()]
     if command.plan is not None:
-        text = "print the plan and stop: nothing is computed or written"
-        flags.append(click.Option(["--dry-run"], is_flag=True, help=text))
+        flags.append(click.Option(["--dry-run"], is_flag=True, help=DRY_RUN))
     return _Described(
         name, short_help=command.title, context_settings=SETTINGS, callback=lambda **given: _understood(name, command, **given),
         params=[words, *([] if command.takes_words_alone else [files]), *flags], help=command.text, command=command,
     )  # fmt: skip
 
 
-def _understood(
-    name: str, command: Command, words: Sequence[str], config: Sequence[str] = (), dry_run: bool = False, **flags: bool
-) -> Work:
+def _understood(name: str, command: Command, words: Sequence[str], config: Sequence[str] = (), **flags: bool) -> Work:
     """The work that the words of a command ask for."""
 
     def work() -> None:
         if command.takes_words_alone:
-            given = [f"--{flag}" for flag, is_set in flags.items() if is_set]
+            given = [f"--{flag.replace('_', '-')}" for flag, is_set in flags.items() if is_set]
             record_command([PROGRAM, name, *given, *words])
-            _found(command.run)(list(words), dry_run=dry_run, **flags)
+            named(command.run)(list(words), **flags)
             return
         overrides = [f"{command.words[word]}={word}" if word in command.words else word for word in words]
         values = read_values(config, overrides)
@@ -104,11 +100,11 @@ def _understood(
             check_keys(command.tree.partition(":")[2], values)
         from ims3_ray.config.loading import build
 
-        built: Any = build(_found(command.tree), values)
-        if dry_run:
-            print(_found(command.plan)(built))
+        built: Any = build(named(command.tree), values)
+        if flags.get("dry_run"):
+            print(named(command.plan)(built))
         else:
-            _run(_found(command.run), built)
+            _run(named(command.run), built)
 
     return work
 
@@ -163,7 +159,7 @@ def keys_of(command: Command) -> Iterable[tuple[str, str, str]]:
         return known
     from ims3_ray.config.reference import rows_of  # a class that is not on record
 
-    return rows_of(_found(command.tree)())
+    return rows_of(named(command.tree)())
 
 
 def _complete_config(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -181,14 +177,6 @@ def _complete_key(ctx: click.Context, parameter: click.Parameter, incomplete: st
     found = [CompletionItem(f"{key}=", help=meaning) for key, _, meaning in keys_of(command)]
     found += [CompletionItem(word) for word in command.words]
     return [item for item in found if item.value.startswith(incomplete)]
-
-
-def _found(named: Any) -> Any:
-    """The object that a string ``module:name`` names; any other value is returned unchanged."""
-    if not isinstance(named, str):
-        return named
-    module, _, name = named.partition(":")
-    return getattr(import_module(module), name)
 
 
 def _run(run: Callable[[Any], None], config: Any) -> None:

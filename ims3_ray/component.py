@@ -7,7 +7,6 @@ each kind.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, not_there
 
 
 class Section(BaseModel):
@@ -75,9 +74,7 @@ class Registry(Mapping[str, T]):
 
     def unknown(self, name: str) -> str:
         """Error message for a name that is not registered."""
-        near = difflib.get_close_matches(name, list(self), n=1)
-        meant = f"did you mean '{near[0]}'? " if near else ""
-        return f"no {self.what} is called '{name}'; {meant}there is: {', '.join(self)}"
+        return not_there(self.what, name, self)
 
     def _look(self) -> None:
         if self._looked:

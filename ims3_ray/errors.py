@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -30,3 +32,11 @@ class IncompletePool(Exception):
 def masked(text: str) -> str:
     """``text`` without the user and password that a URI in it may carry."""
     return re.sub(r"//[^/@\s]+@", "//…@", text)
+
+
+def not_there(what: str, name: str, known: Iterable[str]) -> str:
+    """The message for a ``name`` that no ``what`` has: the nearest of the ``known`` names, and all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    meant = f"did you mean '{near[0]}'? " if near else ""
+    return f"no {what} is called '{name}'; {meant}there is: {', '.join(names)}"

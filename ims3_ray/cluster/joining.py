@@ -100,17 +100,16 @@ def local_cpus() -> int:
     return max(LOCAL_CPUS, os.cpu_count() or 1)
 
 
-def cpus_of_a_task(config: ClusterConfig, cpus: float) -> float:
-    """Number of CPUs that Ray is asked for by a task that computes on ``cpus`` CPUs.
+def most_at_once(config: ClusterConfig, cpus: float) -> int | None:
+    """Largest number of tasks of ``cpus`` CPUs that are worth running side by side; None where Ray's own count says it.
 
     A cluster that a job has started on a machine with fewer than :data:`LOCAL_CPUS` cores counts more CPUs than there are
-    cores. A task then asks for proportionally more, so that there are no more tasks than cores: each is a process, which takes
-    seconds of a core to start.
+    cores. Each task is a process, which takes seconds of a core to start.
     """
-    counted = float(ray.cluster_resources().get("CPU", 0))
-    if joins(config) is not None or counted > LOCAL_CPUS:
-        return cpus
-    return min(cpus * max(1.0, counted / (os.cpu_count() or 1)), max(cpus, counted))
+    counted, cores = ray.cluster_resources().get("CPU", 0), os.cpu_count() or 1
+    if joins(config) is not None or counted > LOCAL_CPUS or counted <= cores:
+        return None
+    return max(1, int(cores / cpus))
 
 
 def _start(address: str | None) -> None:
@@ -121,8 +120,6 @@ def _start(address: str | None) -> None:
         check_temporary_folder()
     # Hides Ray's message that it has created a token for a new cluster, which needs no action by the user.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    # Processes of a local Ray inherit this one's environment. Given to Ray as a runtime environment instead, the same variables
-    # would make it start new processes in place of those that it holds ready.
     # The dashboard serves Ray Train's state queries. Without it they go to any process that listens on the default port,
     # and the answer of another cluster on the machine ("no such controller") makes Ray Train remove its own workers.
     local = {} if address else {"num_cpus": local_cpus(), "include_dashboard": True}
@@ -136,6 +133,8 @@ def _start(address: str | None) -> None:
                 address=address or "local",  # not another cluster that was started on this machine
                 logging_level=logging.WARNING,
                 log_to_driver=os.environ.get("IMS3_WORKER_LOGS") == "1",
+                # Processes of a local Ray inherit this one's environment. As a runtime environment, the same variables would
+                # make it start new processes in place of those that it holds ready.
                 runtime_env=_runtime_env() if address else plugins.runtime_env(),
                 **local,
                 **more,

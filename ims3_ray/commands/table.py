@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 JOBS, CONFIGS = "ims3_ray.commands.jobs", "ims3_ray.config"
@@ -26,12 +27,22 @@ class Command:
     words: Mapping[str, str] = field(default_factory=dict)
     """Words that stand for ``KEY=WORD`` → that key."""
     flags: Mapping[str, str] = field(default_factory=dict)
-    """Further flags → their help, for a command that takes words alone."""
+    """Flags → their help, for a command that takes words alone."""
 
     @property
     def takes_words_alone(self) -> bool:
         return self.tree is None
 
+
+def named(what: Any) -> Any:
+    """The object that a string ``module:name`` names; any other value is returned unchanged."""
+    if not isinstance(what, str):
+        return what
+    module, _, name = what.partition(":")
+    return getattr(import_module(module), name)
+
+
+DRY_RUN = "print the plan and stop: nothing is computed or written"
 
 COMMANDS: dict[str, Command] = {
     "distill": Command(
@@ -116,8 +127,8 @@ Make a table or a figure of the paper, and print it beside the printed figures.
 Overrides such as storage=s3://bucket/runs apply to all runs of the table. Tables share the artifacts of one storage, so
 a second table costs only what is new. Each run has a folder and a report of its own; {storage}/paper/NAME/table.md has
 all accuracies beside the printed ones. After an interruption the same command continues where it stopped.""",
-        None, "ims3_ray.commands.reproduce:run_words", plan="ims3_ray.commands.reproduce:run_words",
-        flags={"small": "stand-ins in place of data, weights and GPUs"},
+        None, "ims3_ray.commands.reproduce:run_words",
+        flags={"small": "stand-ins in place of data, weights and GPUs", "dry-run": DRY_RUN},
     ),
     "convert": Command(
         "Convert the weights of a generator.",

@@ -99,9 +99,8 @@ def _row(stage: Stage, storage: Storage) -> dict[str, Any]:
     found: dict[str, Any] = {kind: summary([s[kind] for s in students]) for kind in KINDS if students[0][kind] is not None}
     curve = []
     for checks in zip(*(s["curve"] for s in students), strict=True):
-        values = {key: statistics.fmean(check[key] for check in checks) for key in ("loss", "test")}
-        std = statistics.stdev(check["test"] for check in checks) if len(checks) > 1 else 0.0
-        curve.append({"epoch": checks[0]["epoch"], **values, "std": std})
+        loss, test = (summary([check[key] for check in checks]) for key in ("loss", "test"))
+        curve.append({"epoch": checks[0]["epoch"], "loss": loss["mean"], "test": test["mean"], "std": test["std"]})
     shares = 100 * table.diagonal() / table.sum(dim=1)
     return {**found, "per_class": [round(share, 2) for share in shares.tolist()], "curve": curve}
 

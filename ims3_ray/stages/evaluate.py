@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ims3_ray import plugins
 from ims3_ray.cluster.capacity import largest_memory, wait_for_capacity
-from ims3_ray.cluster.joining import cpus_of_a_task, own_device, placed, results
+from ims3_ray.cluster.joining import most_at_once, own_device, placed, results
 from ims3_ray.config import ProtocolConfig, WorkConfig, differing, reserved
 from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.engine.mapped import MAPPED_ABOVE
@@ -233,14 +233,13 @@ def unit_of(seed: int) -> str:
 
 
 def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
-    """Train the student of every missing (stage, seed), all at once or ``context.most_tasks`` at a time.
+    """Train the student of every missing (stage, seed), as many at a time as ``context`` and a small machine allow.
 
     Each task stores its own results, so the students that have finished are kept if the driver dies. A student that fails on
     every attempt does not stop the others; :class:`IncompletePool` is raised at the end.
     """
     config, cluster, storage = context.config.evaluation, context.config.cluster, context.storage
-    cpus = cpus_of_a_task(cluster, config.cpus_per_task)
-    options = {"num_cpus": cpus, "num_gpus": config.gpus_per_task, **placed(cluster, "evaluate")}
+    options = {"num_cpus": config.cpus_per_task, "num_gpus": config.gpus_per_task, **placed(cluster, "evaluate")}
     remote, largest = ray.remote(train_and_test), largest_memory(cluster, "evaluate")
     waiting: list[tuple[Evaluate, Task, Artifact, int]] = []
     for stage in {stage.key(storage): stage for stage in stages}.values():
@@ -254,10 +253,12 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
     failed: list[str] = []
     student = reserved(config.cpus_per_task, config.gpus_per_task)
     watch = wait_for_capacity(cluster, "evaluate", "evaluate", [student] if waiting else [])
+    limits = (context.most_tasks, most_at_once(cluster, config.cpus_per_task))
+    at_once = min((limit for limit in limits if limit is not None), default=len(waiting))
     with Progress("evaluate", len(waiting), "students") as progress:
         shares = Shares(progress)
         while running or waiting:
-            while waiting and (context.most_tasks is None or len(running) < context.most_tasks):
+            while waiting and len(running) < at_once:
                 stage, task, artifact, seed = waiting.pop(0)
                 memory = min(host_bytes(stage, config.gpus_per_task), largest)
                 ref = remote.options(max_retries=3, memory=memory, **options).remote(task, seed, artifact)

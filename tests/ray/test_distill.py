@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load
 
 from ims3_ray import RunConfig, UserError, distill
-from ims3_ray.cluster.joining import cpus_of_a_task
+from ims3_ray.cluster.joining import most_at_once
 from ims3_ray.commands import distill as command
 from ims3_ray.config import canonical
 from ims3_ray.data.sources import open_source
@@ -345,7 +345,7 @@ def test_a_small_machine_trains_no_more_students_at_once_than_it_has_cores(tiny_
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert ray.cluster_resources()["CPU"] == 4  # of a cluster that the tests have started
     cluster = tiny_run.config.cluster
-    assert [cpus_of_a_task(cluster, cpus) for cpus in (0.5, 1, 2, 3, 8)] == [1, 2, 4, 4, 8]
-    assert cpus_of_a_task(cluster.model_copy(update={"address": "auto"}), 1) == 1
+    assert [most_at_once(cluster, cpus) for cpus in (0.5, 1, 2, 3, 8)] == [4, 2, 1, 1, 1]
+    assert most_at_once(cluster.model_copy(update={"address": "auto"}), 1) is None
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    assert cpus_of_a_task(cluster, 1) == 1
+    assert most_at_once(cluster, 1) is None

@@ -45,6 +45,7 @@ def test_the_page_has_a_language_names_for_pictures_headings_in_order_and_no_nam
     assert len(set(names)) == len(names)
 
 
+# A browser is a program of the system that no Python package brings; the test above looks at the page without one.
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
 def test_the_page_is_no_wider_than_a_phone(tiny_run: Run, tmp_path: Path):
     assert BROWSER is not None

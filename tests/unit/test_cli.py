@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import yaml
 
 from ims3_ray import config as package
 from ims3_ray.cli import keys_of
-from ims3_ray.commands.table import COMMANDS, Command
+from ims3_ray.commands.table import COMMANDS, Command, named
 from ims3_ray.config import CompareConfig, RunConfig
 from ims3_ray.config.keys import DESCRIBED_KEYS, KNOWN_KEYS, check_keys
 from ims3_ray.config.reference import described_keys, known_keys
@@ -31,15 +30,10 @@ def test_the_keys_on_record_are_those_of_the_classes():
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_every_key_has_a_meaning(command: Command):
-    keys = list(keys_of(Command(command.title, command.text, _class(command.tree), None)))
+    keys = list(keys_of(Command(command.title, command.text, named(command.tree), None)))
     assert [key for key, _, meaning in keys if not meaning.strip()] == []
     if isinstance(command.tree, str) and command.tree.startswith("ims3_ray.config:"):
         assert keys == list(keys_of(command))
-
-
-def _class(tree: str | None) -> Any:
-    module, _, name = (tree or "").partition(":")
-    return getattr(import_module(module), name) if tree else None
 
 
 @pytest.mark.parametrize("job", ["distill", "evaluate", "compare", "sweep", "pretrain"])
