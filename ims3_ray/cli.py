@@ -92,8 +92,7 @@ def _understood(name: str, command: Command, words: Sequence[str], config: Seque
             record_command([PROGRAM, name, *given, *words])
             named(command.run)(list(words), **flags)
             return
-        overrides = [f"{command.words[word]}={word}" if word in command.words else word for word in words]
-        values = read_values(config, overrides)
+        values = read_values(config, _with_keys(command, words))
         names = [part for file in config for part in ("--config", Path(file).name if Path(file).is_file() else file)]
         record_command([PROGRAM, name, *names, *words])
         if isinstance(command.tree, str):
@@ -107,6 +106,12 @@ def _understood(name: str, command: Command, words: Sequence[str], config: Seque
             _run(named(command.run), built)
 
     return work
+
+
+def _with_keys(command: Command, words: Sequence[str]) -> list[str]:
+    """The words with the keys that those without one stand for, by their order."""
+    keys = iter(command.positions)
+    return [word if "=" in word or (key := next(keys, None)) is None else f"{key}={word}" for word in words]
 
 
 def _invoked(command: click.Command, name: str, arguments: Sequence[str] | None) -> int:
@@ -175,7 +180,7 @@ def _complete_key(ctx: click.Context, parameter: click.Parameter, incomplete: st
         return []
     command = described.command
     found = [CompletionItem(f"{key}=", help=meaning) for key, _, meaning in keys_of(command)]
-    found += [CompletionItem(word) for word in command.words]
+    found += [CompletionItem(word) for offered in command.positions.values() for word in offered]
     return [item for item in found if item.value.startswith(incomplete)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -24,8 +24,8 @@ class Command:
     """Function that does the work: of the config, or of the list of words and the flags."""
     plan: Any = None
     """Function of the config that returns what ``--dry-run`` prints; None for a command without ``--dry-run``."""
-    words: Mapping[str, str] = field(default_factory=dict)
-    """Words that stand for ``KEY=WORD`` → that key."""
+    positions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The keys whose values may be given as words without a key, in this order → the words that are offered for completion."""
     flags: Mapping[str, str] = field(default_factory=dict)
     """Flags → their help, for a command that takes words alone."""
 
@@ -161,7 +161,23 @@ List, verify, repair or prune the artifacts that all runs of a storage share.
     ims3 artifacts repair storage=runs        lets damaged and lost units count as missing
     ims3 artifacts prune storage=runs         deletes artifacts that no run uses (dry_run=true only shows them)""",
         "ims3_ray.commands.artifacts:ArtifactsConfig", "ims3_ray.commands.artifacts:run",
-        words=dict.fromkeys(("list", "verify", "repair", "prune"), "action"),
+        positions={"action": ("list", "verify", "repair", "prune")},
+    ),
+    "push": Command(
+        "Upload a set or weights to the Hugging Face hub.",
+        """\
+Upload a distilled set, weights or adapters, with their card, as a repository of the Hugging Face hub. Log in first, with
+`hf auth login` or a token in HF_TOKEN.
+
+    ims3 push runs/demo user/fashion-10 license=mit      the distilled set of a run
+    ims3 push runs/my-dit user/my-dit                    weights of ims3 pretrain
+    ims3 push runs/artifacts/finetune/KEY user/adapter   adapters of a fine-tuning; `ims3 artifacts list` shows the keys
+    ims3 push runs/demo user/fashion-10 --dry-run        the files and the card
+
+Others read the set with `data.path=user/fashion-10` or sets.theirs=user/fashion-10, and the weights with
+generator=user/my-dit. A second upload replaces the first in one commit.""",
+        "ims3_ray.commands.push:PushConfig", "ims3_ray.commands.push:push", "ims3_ray.commands.push:plan_push",
+        positions={"source": (), "to": ()},
     ),
     "schema": Command(
         "Print the JSON schema of a config.",

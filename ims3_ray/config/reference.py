@@ -16,12 +16,15 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ims3_ray.commands.table import COMMANDS, named
 from ims3_ray.component import descriptions_of
 from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, Section, SweepConfig, canonical
 from ims3_ray.config.keys import DESCRIBED_KEYS, KNOWN_KEYS
 
-TREES: tuple[type[Section], ...] = (RunConfig, SweepConfig, CompareConfig, EvaluateConfig, PretrainConfig)
-"""The config classes of the commands that compute."""
+
+def trees() -> tuple[type[Section], ...]:
+    """The config classes of all commands, that of ``ims3 distill`` first."""
+    return tuple(named(command.tree) for command in COMMANDS.values() if command.tree is not None)
 
 
 def reference() -> str:
@@ -38,10 +41,11 @@ def reference() -> str:
             EvaluateConfig,
         ),
         ("pretrain", "", PretrainConfig),
+        *((name, "", named(COMMANDS[name].tree)) for name in ("convert", "pack", "artifacts", "push")),
     )
     lines = [REFERENCE_HEAD]
     for command, note, tree in parts:
-        rows = main if tree is RunConfig else [row for row in rows_of(tree()) if tree is PretrainConfig or row not in main]
+        rows = main if tree is RunConfig else [row for row in rows_of(tree()) if not note or row not in main]
         lines += [f"## ims3 {command}", "", *([note, ""] if note else []), "| key | default | meaning |", "|---|---|---|"]
         lines += [f"| `{key}` | {_cell(key, default)} | {meaning} |" for key, default, meaning in rows]
         lines += [""]
@@ -99,17 +103,18 @@ This page is written by `python -m ims3_ray.config.reference` from the classes i
 
 def known_keys() -> str:
     """The text of ``known_keys.json``: the tree of keys of each config class, by the name of the class."""
-    return json.dumps({tree.__name__: _key_tree(tree()) for tree in TREES}, indent=0, sort_keys=True) + "\n"
+    return json.dumps({tree.__name__: _key_tree(tree()) for tree in trees()}, indent=0, sort_keys=True) + "\n"
 
 
 def described_keys() -> str:
     """The text of ``described_keys.json``: the rows of :func:`rows_of` for each config class. A class has only those that the
     first class lacks, and the numbers of those that it shares with it."""
-    main = list(rows_of(TREES[0]()))
+    first, *_ = every = trees()
+    main = list(rows_of(first()))
     found: dict[str, list[Any]] = {}
-    for tree in TREES:
+    for tree in every:
         rows = rows_of(tree())
-        found[tree.__name__] = [main.index(row) if tree is not TREES[0] and row in main else row for row in rows]
+        found[tree.__name__] = [main.index(row) if tree is not first and row in main else row for row in rows]
     return json.dumps(found, indent=0, ensure_ascii=False) + "\n"
 
 

@@ -22,6 +22,8 @@ from ims3_ray.models.checkpoints import check_fit, load_into, read_metadata, wei
 from ims3_ray.models.students import has_batch_norm
 
 TIMM_WEIGHTS = "model.safetensors"
+OWN_ENCODER = "encoder.safetensors"
+"""Name of the file of this project in a folder or on the hub."""
 FETCHING = {"checkpoint_path", "cache_dir", "features_only"}
 """Arguments of ``timm.create_model`` that concern files or another kind of network."""
 
@@ -105,11 +107,15 @@ def encoder_path(reference: str) -> Path:
     the hub's cache)."""
     folder = local_copy(reference)
     if not folder.exists() and is_hub_id(reference):
-        folder = fetch(reference, ["config.json", TIMM_WEIGHTS], "encoder")
+        folder = fetch(reference, ["config.json", TIMM_WEIGHTS, OWN_ENCODER], "encoder")
     if not folder.is_dir():
         return weights_path(reference)
+    if (folder / OWN_ENCODER).is_file():
+        return folder / OWN_ENCODER
     if not ((folder / TIMM_WEIGHTS).is_file() and (folder / "config.json").is_file()):
-        raise UserError(f"encoder '{reference}' is a folder without timm's config.json and {TIMM_WEIGHTS}")
+        raise UserError(
+            f"encoder '{reference}' is a folder without {OWN_ENCODER}, and without timm's config.json and {TIMM_WEIGHTS}"
+        )
     return folder / TIMM_WEIGHTS
 
 

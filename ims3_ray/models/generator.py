@@ -12,6 +12,7 @@ from ims3_ray.io.files import local_copy
 from ims3_ray.io.hub import fetch, is_hub_id
 from ims3_ray.models.checkpoints import weights_path
 from ims3_ray.models.generators.base import Generator
+from ims3_ray.models.generators.dit import OWN_GENERATOR
 from ims3_ray.models.generators.stable_diffusion import INDEX, StableDiffusion
 
 
@@ -24,7 +25,7 @@ def generator_path(reference: str) -> Path:
     families = list(Generator.registry.values())
     folder = local_copy(reference)
     if not folder.exists() and is_hub_id(reference):
-        folder = fetch(reference, [INDEX], "generator")
+        folder = fetch(reference, [INDEX, OWN_GENERATOR], "generator")
         chosen = [family for family in families if family.find(folder)] or [each for each in families if not each.takes_words]
         folder = fetch(reference, [pattern for family in chosen for pattern in family.hub_files], "generator")
     if not folder.is_dir():
@@ -33,8 +34,8 @@ def generator_path(reference: str) -> Path:
         if (path := family.find(folder)) is not None:
             return path
     raise UserError(
-        f"generator '{reference}' is a folder with neither a diffusers DiT (transformer/config.json and its weights) nor a "
-        f"pipeline of Stable Diffusion 1 or 2{StableDiffusion.describe(folder)}"
+        f"generator '{reference}' is a folder without {OWN_GENERATOR}, a diffusers DiT (transformer/config.json and its "
+        f"weights) and a pipeline of Stable Diffusion 1 or 2{StableDiffusion.describe(folder)}"
     )
 
 

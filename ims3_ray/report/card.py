@@ -11,6 +11,22 @@ from ims3_ray.data.classes import ClassTable
 from ims3_ray.provenance import PRIVATE, described
 from ims3_ray.report.results import KINDS, Results, summary_text
 
+CITATION = """\
+## Citation
+
+```bibtex
+@article{wang2026ims3,
+  title = {IMS3: Breaking Distributional Aggregation in Diffusion-Based Dataset Distillation},
+  author = {Wang, Chenru and Chen, Yunyi and Yang, Zijun and Zhou, Joey Tianyi and Zhang, Chi},
+  journal = {arXiv preprint arXiv:2603.13960},
+  year = {2026}
+}
+```
+"""
+"""Section of a card that says what to cite."""
+SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+"""The hub's categories of the number of rows, each with the number below which it applies."""
+
 
 def accuracy_rows(results: Results) -> list[str]:
     """Markdown rows: arm and protocol with accuracies as mean ± std."""
@@ -42,7 +58,9 @@ def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> st
     arm, k = results["sets"][results["exported"]["arm"]], config.selection.images_per_class
     names = ", ".join(map(plain, classes.names))
     shown = {key: value for key, value in canonical(config).items() if key not in PRIVATE}
+    title, count = f"{config.data.path}, distilled: {k} images a class", k * len(classes.names)
     header = {
+        "pretty_name": title,
         # The datasets library caches by folder and config name, and every set lies in a folder called "distilled".
         "configs": [
             {
@@ -51,15 +69,16 @@ def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> st
             }
         ],
         "task_categories": ["image-classification"],
+        "size_categories": [next((category for limit, category in SIZES if count < limit), "1M<n<10M")],
         "tags": ["dataset-distillation", "synthetic"],
     }
     return "\n".join(
         [
             "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "",
-            f"# {plain(config.data.path)}, distilled: {k} images a class", "",
-            f"{k * len(classes.names)} images in {len(classes.names)} classes ({names}), made by ims3-ray "
-            f"(arm {plain(arm['title'])}{plain(chosen_text(results))}), content hash `{arm['content']}`. `data/` holds "
-            "Parquet, `images/` the same as PNG files.",
+            f"# {plain(title)}", "",
+            f"{count} images in {len(classes.names)} classes ({names}), made by ims3-ray "
+            f"(arm {plain(arm['title'])}{plain(chosen_text(results))}), content hash `{arm['content']}`. The images "
+            "are in Parquet files in `data/`; `images/`, where it is, holds the same as PNG files.",
             "",
             f"{results['metric'].capitalize()}; students are trained from scratch on each set. *last*: final epoch; *best*: "
             "best epoch on the test split itself; *val*: best epoch on held-out training images. The config has the protocols.",
@@ -67,6 +86,6 @@ def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> st
             *accuracy_rows(results), "",
             "## Provenance", "", *(f"- {name}: {plain(value)}" for name, value in described(results["provenance"])), "",
             "The licence of the source images and of the generator's weights applies.", "",
-            "## Config", "", "```yaml", yaml.safe_dump(shown, sort_keys=False).strip(), "```", "",
+            "## Config", "", "```yaml", yaml.safe_dump(shown, sort_keys=False).strip(), "```", "", CITATION,
         ]
     )  # fmt: skip

@@ -17,12 +17,15 @@ from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.models.dit_files import DiTFile, find_diffusers, open_dit
 from ims3_ray.models.generators.base import Generator, labels_as_conditions
 
+OWN_GENERATOR = "generator.safetensors"
+"""Name of the file of this project in a folder or on the hub."""
+
 
 class DiTGenerator(Generator):
     """A class-conditional DiT in one of the layouts of :mod:`ims3_ray.models.dit_files`."""
 
     name = "dit"
-    hub_files = ("model_index.json", "transformer/*")
+    hub_files = ("model_index.json", "transformer/*", OWN_GENERATOR)
 
     def __init__(self, file: DiTFile, added: Mapping[str, int] | None = None) -> None:
         """``added`` are classes beside those of the file, each with the label whose row of the table it starts from."""
@@ -40,7 +43,8 @@ class DiTGenerator(Generator):
 
     @classmethod
     def find(cls, folder: Path) -> Path | None:
-        return find_diffusers(folder)
+        own = folder / OWN_GENERATOR
+        return own if own.is_file() else find_diffusers(folder)
 
     @classmethod
     def open(cls, path: Path) -> DiTGenerator:
