@@ -9,6 +9,7 @@ from typing import Any
 
 from ims3_ray.config import CompareConfig
 from ims3_ray.plan.layout import Plan
+from ims3_ray.report.ranking import rank, ranking_note
 from ims3_ray.report.results import KINDS, Results, summary, summary_text
 
 LEVEL = 0.05
@@ -28,6 +29,7 @@ def comparison_tables(plan: Plan[CompareConfig], results: Results) -> list[dict[
             published = any(line["published"] for line in lines)
             tables.append({"images_per_class": k, "row": row, "published": published, "lines": lines})
         tables += [_higher(config, k, student, tables) for student in _read_as_higher(config)]
+    rank(config, tables)
     found: list[dict[str, Any]] = [line["difference"] for table in tables for line in table["lines"] if line["difference"]]
     for each, p in zip(found, holm([each["p"] for each in found]), strict=True):
         each["p_holm"] = p
@@ -114,8 +116,8 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
     order = sorted((value, i) for i, value in enumerate(p) if value is not None)
     adjusted: list[float | None] = [None] * len(p)
     highest = 0.0
-    for rank, (value, i) in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - rank) * value))
+    for place, (value, i) in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - place) * value))
         adjusted[i] = highest
     return adjusted
 
@@ -160,21 +162,28 @@ def markdown(config: CompareConfig, tables: Sequence[dict[str, Any]]) -> str:
         f"Top-1 accuracy in % on the real test split of {config.data.path}; student seeds {_listed(config.evaluation.seeds)}, "
         f"run seed{several} {_listed(config.draws)}. *last*: final epoch; *best*: best epoch on the test split itself; *val*: "
         f"best epoch on held-out training images. {explained(config)} The mark is bold type.",
-        "",
+        *([note] if (note := ranking_note(tables)) else []), "",
     ]  # fmt: skip
     for table in tables:
         parts += [f"## {table['images_per_class']} a class, {table['row']}", ""]
         if "note" in table:
             parts += [table["note"], ""]
         published = ["published"] if table["published"] else []
-        head = ["method", *KINDS, f"− {config.arms[config.base].title}", *published, "sets"]
+        ranked = ["HLR", "IOR", "LRS"] if any(line["ranking"] for line in table["lines"]) else []
+        head = ["method", *KINDS, f"− {config.arms[config.base].title}", *published, *ranked, "sets"]
         parts += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for line in table["lines"]:
             cells = [line["title"], *(accuracy_text(line.get(kind)) for kind in KINDS), _difference(line["difference"])]
             cells += [line["published"] or ""] if table["published"] else []
+            cells += ranking_cells(line["ranking"]) if ranked else []
             parts.append(f"| {' | '.join([*cells, ' '.join(f'`{content}`' for content in line['content'])])} |")
         parts.append("")
     return "\n".join(parts)
+
+
+def ranking_cells(scores: dict[str, float] | None) -> list[str]:
+    """HLR, IOR and LRS of a line as text."""
+    return ["", "", ""] if scores is None else [f"{scores['hlr']:.1f}", f"{scores['ior']:+.1f}", f"{scores['lrs']:.1f}"]
 
 
 def _listed(seeds: Sequence[int]) -> str:

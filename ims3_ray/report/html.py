@@ -15,9 +15,10 @@ from ims3_ray.config.sweep import title_of
 from ims3_ray.data.classes import ClassTable
 from ims3_ray.objectives.base import Objective
 from ims3_ray.provenance import described
-from ims3_ray.report.comparison import accuracy_text, difference_text, explained, significant
+from ims3_ray.report.comparison import accuracy_text, difference_text, explained, ranking_cells, significant
 from ims3_ray.report.covered import Covered
 from ims3_ray.report.figures import accuracy_chart, curve_chart, for_page, loss_chart
+from ims3_ray.report.ranking import ranking_note
 from ims3_ray.report.results import Results, summary_text
 
 SHEET_CLASSES = 50
@@ -73,7 +74,10 @@ def render_comparison(
     config: CompareConfig, classes: ClassTable, results: Results, *, sheets: dict[str, bytes], covered: Covered | None = None
 ) -> str:  # fmt: skip
     """The HTML of the report of ``ims3 compare``."""
-    return _render("comparison.html", config, classes, results, sheets=sheets, explained=explained(config), covered=covered)
+    return _render(
+        "comparison.html", config, classes, results, sheets=sheets, explained=explained(config), covered=covered,
+        ranking_note=ranking_note(results["tables"]),
+    )  # fmt: skip
 
 
 def render_sweep(
@@ -104,7 +108,7 @@ def _render(template: str, config: WorkConfig, classes: ClassTable, results: Res
     )
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
     environment.filters |= {"exp": math.exp, "significant": significant, "difference": difference_text, "spread": summary_text}
-    environment.filters["accuracy"] = accuracy_text
+    environment.filters |= {"accuracy": accuracy_text, "ranking": ranking_cells}
     environment.filters["provenance"] = described
     return environment.get_template(template).render(
         config=config, classes=classes, shown=classes.names[:SHEET_CLASSES], results=results,

@@ -27,6 +27,7 @@ from ims3_ray.report.comparison import (
     pooled,
     significant,
 )
+from ims3_ray.report.ranking import label_robust_score
 from ims3_ray.report.results import summary, summary_text
 from ims3_ray.synthesis.base import Costs
 from ims3_ray.synthesis.dm import DM
@@ -134,6 +135,33 @@ def test_the_table_marks_differences_that_are_sure():
     assert line["content"] == ["the same"]
     assert line["last"] == {**summary(herding), "count": 3}
     assert "student seeds 0, 1, 2" in text
+
+
+def test_methods_have_the_scores_of_dd_ranking():
+    """Against the formulas of the paper (arXiv:2505.13300), with shares that are written down here."""
+    config = load_config(
+        CompareConfig, CONFIGS / "compare" / "ablation.yaml", ["budgets=[10]", "draws=[0]", "against=random_real"]
+    )
+    arms = ("ims3", "full", "random_real")
+    config = config.model_copy(update={"arms": {name: config.arms[name] for name in arms}})
+    accuracy = {("ims3", 10, 0): [70.0, 70.52], ("full", 10, 0): [87.89], ("random_real", 10, 0): [52.0, 52.52]}
+    (table,) = comparison_tables(*results_of(config, accuracy))
+    scores = {line["arm"]: line["ranking"] for line in table["lines"]}
+    assert scores["full"] is scores["random_real"] is None
+    assert scores["ims3"]["hlr"] == pytest.approx(17.63)
+    assert scores["ims3"]["ior"] == pytest.approx(18.0)
+    alpha = 0.5 * 0.18 - 0.5 * 0.1763
+    assert scores["ims3"]["lrs"] == pytest.approx(100 * (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1)))
+    text = markdown(config, [table])
+    assert "| 17.6 | +18.0 | 27.0 |" in text
+    assert "HLR is what the method's set lacks" in text
+    assert [label_robust_score(1, -1), label_robust_score(-1, 1)] == pytest.approx([0, 1])
+
+    alone = config.model_copy(update={"arms": {name: config.arms[name] for name in ("ims3", "random_real")}})
+    del accuracy["full", 10, 0]
+    (table,) = comparison_tables(*results_of(alone, accuracy))  # nothing is said without the whole data
+    assert not any(line["ranking"] for line in table["lines"])
+    assert "HLR" not in markdown(alone, [table])
 
 
 def test_draws_are_runs_of_other_seeds_and_budgets_share_pools(tiny_world: Path, tmp_path: Path):

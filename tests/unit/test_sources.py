@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import json
 import shutil
 import struct
 from collections.abc import Callable
@@ -495,3 +496,53 @@ def test_the_test_split_may_have_a_limit_of_its_own():
     assert DataConfig(limit=3, test_limit=2).place("test")[2] == 2
     assert DataConfig(limit=3, test_limit=2).place("train")[2] == 3
     assert DataConfig(test_limit=2).place("train")[2] is None
+
+
+def write_tensors(folder: Path, images: torch.Tensor, labels: object, names: str | None = "bird\ncat\ndog\n") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(images, folder / "images.pt")
+    torch.save(labels, folder / "labels.pt")
+    if names is not None:
+        (folder / "classes.txt").write_text(names)
+    return folder
+
+
+def test_tensors_as_other_projects_save_sets_are_read(tmp_path: Path):
+    pixels = torch.from_numpy(np.stack([PIXELS, 255 - PIXELS, PIXELS // 2], axis=1))
+    shares, hard = pixels / 255, torch.tensor(LABELS)
+    expected = [np.asarray(to_pil(image)) for image in pixels]
+
+    def same(path: Path) -> bool:
+        source = open_source(str(path), "train")
+        return all(np.array_equal(np.asarray(source.image(i)), expected[i]) for i in range(len(expected)))
+
+    plain = write_tensors(tmp_path / "plain", shares, hard)
+    source = open_source(str(plain), "train")
+    assert (source.class_names, source.labels.tolist(), source.extras([0])) == (("bird", "cat", "dog"), LABELS, {})
+    assert source.identify(2) == "images.pt[2]"
+    assert same(plain)
+    assert same(write_tensors(tmp_path / "bytes", pixels, hard))
+    assert open_source(str(write_tensors(tmp_path / "numbered", pixels, hard, None)), "train").class_names == ("0", "1", "2")
+
+    normalised = write_tensors(tmp_path / "normalised", (shares - 0.4) / 0.2, hard)
+    assert "it is normalised, write the mean" in refused(normalised)
+    (normalised / "normalisation.json").write_text(json.dumps({"mean": [0.4] * 3, "std": [0.2] * 3}))
+    assert same(normalised)
+    (normalised / "normalisation.json").write_text('{"mean": "grey"}')
+    assert "with a number for each channel" in refused(normalised)
+
+    logits = torch.nn.functional.one_hot(hard, 3) * 4.0 - 1
+    soft = open_source(str(write_tensors(tmp_path / "soft", shares, logits)), "train")
+    assert soft.labels.tolist() == LABELS
+    assert np.array_equal(soft.extras([1, 0])["logits"], logits[[1, 0]].numpy())
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path: Path):
+    images, labels = torch.zeros(2, 3, 4, 4), torch.tensor([0, 2])
+    assert "for 2 images" in refused(write_tensors(tmp_path / "a", images, labels[:1]))
+    assert "is not [N, 1 or 3, H, W]" in refused(write_tensors(tmp_path / "b", images[:, 0], labels))
+    assert "holds a dict" in refused(write_tensors(tmp_path / "c", images, {"labels": labels}))
+    assert "images labelled 2" in refused(write_tensors(tmp_path / "d", images, labels, "bird\ncat\n"))
+    assert "values from nan" in refused(write_tensors(tmp_path / "e", images.fill_(float("nan")), labels))
+    (tmp_path / "d" / "images.pt").write_bytes(b"no tensor")
+    assert "is not a readable PyTorch file" in refused(tmp_path / "d")
