@@ -23,11 +23,14 @@ from ims3_ray.report.html import CONFUSED_CLASSES, SHEET_CLASSES, Table, render_
 from ims3_ray.report.results import KINDS, Results
 from ims3_ray.stages.evaluate import confusion
 from ims3_ray.stages.export import unpack
-from ims3_ray.tracking import Tracker
+from ims3_ray.tracking import DistilledSet, Tracker, slug, table_of
 
 SHEET_IMAGES = 10
 """Number of images per class on a contact sheet. A comparison shows the sets whose images per class are closest to this number;
 a scored set shows its first images."""
+CARD = "README.md"
+COPIED_BYTES = 100e6
+"""Size of the largest distilled set that MLflow is given a copy of; of a larger one it has the address and the hash."""
 
 
 def publish(context: Context, plan: Plan[RunConfig], results: Results, tracker: Tracker) -> None:
@@ -36,11 +39,16 @@ def publish(context: Context, plan: Plan[RunConfig], results: Results, tracker: 
     config, storage, name = plan.config, context.storage, plan.config.name
     k = config.selection.images_per_class
     sheets = {arm: _sheet(context, scored, k) for arm, scored in plan.sets.items()}
-    files = {}
+    files, distilled = dict[str, bytes](), None
     if plan.export is not None:
-        unpack(context, plan.export, f"{name}/distilled")
-        files["README.md"] = dataset_card(config, plan.classes, results).encode()
-        storage.write(f"{name}/distilled/README.md", files["README.md"])
+        folder, exported = f"{name}/distilled", results["sets"][results["exported"]["arm"]]
+        unpack(context, plan.export, folder)
+        files[f"distilled/{CARD}"] = dataset_card(config, plan.classes, results).encode()
+        storage.write(f"{folder}/{CARD}", files[f"distilled/{CARD}"])
+        files |= _small_set(storage, folder)
+        distilled = DistilledSet(
+            exported["content"], storage.address(folder), exported["images"], len(plan.classes.names)
+        )  # fmt: skip
         storage.write(f"{name}/contact_sheet.png", sheets[results["exported"]["arm"]])
     tables = selection_tables(context, plan)
     shown = {key: scored.title for key, scored in plan.sets.items() if not scored.whole}
@@ -50,14 +58,23 @@ def publish(context: Context, plan: Plan[RunConfig], results: Results, tracker: 
     )  # fmt: skip
     for arm, table in tables.items():
         tracker.metrics({f"s3/{arm}/objective": table["objective"], f"s3/{arm}/lower_bound": table["lower_bound"]})
-        for position, group in enumerate(table["groups"]):
-            terms = {term: table[term][position][group] for term in ("proximity", "repulsion", "score")}
-            tracker.metrics({f"s3/{arm}/{term}": value for term, value in terms.items()}, step=position)
+        chosen = list(enumerate(table["groups"]))
+        terms = {term: [table[term][c][g] for c, g in chosen] for term in ("proximity", "repulsion", "score")}
+        files[f"s3/{arm}.json"] = table_of({"class": plan.classes.names, "subgroup": table["groups"], **terms})
     for measured, value in results.get("instability", {}).items():
         tracker.metrics({f"instability/{measured}": value["coefficient"]})
     files |= {f"contact_sheet_{arm}.png": sheet for arm, sheet in sheets.items()}
     params = {arm: {"arm": arm, **canonical(config.arms[arm])} for arm in plan.sets}
-    _finish(context, plan, results, tracker, report, files, params)
+    _finish(context, plan, results, tracker, report, files, params, distilled)
+
+
+def _small_set(storage: Storage, folder: str) -> dict[str, bytes]:
+    """The Parquet files of the distilled set in ``folder`` as files for MLflow; none of a set larger than
+    :data:`COPIED_BYTES`."""
+    found = storage.files(f"{folder}/data")
+    if sum(info.size for info in found.values()) > COPIED_BYTES:
+        return {}
+    return {f"distilled/data/{name}": storage.read(f"{folder}/data/{name}") for name in found}
 
 
 def publish_scores(context: Context, plan: Plan[EvaluateConfig], results: Results, tracker: Tracker) -> None:
@@ -98,7 +115,7 @@ def publish_comparison(context: Context, plan: Plan[CompareConfig], results: Res
 
 def _finish(
     context: Context, plan: Plan[Config], results: Results, tracker: Tracker, report: str, files: Mapping[str, bytes],
-    params: Mapping[str, Mapping[str, Any]],
+    params: Mapping[str, Mapping[str, Any]], distilled: DistilledSet | None = None,
 ) -> None:  # fmt: skip
     """Write the files that every kind of job has, and to MLflow a child run per set with its accuracies and the curves of its
     students."""
@@ -124,8 +141,10 @@ def _finish(
                     points = [(check["epoch"], check[value]) for check in checks if check[value] is not None]
                     curves[f"{row}/{value}/{unit}"] = points
         tracker.child(_run_name(key, scored), {"content": found["content"], **params[key]}, metrics, curves)
+    for (k, metric), values in _accuracies(plan, results).items():
+        tracker.metrics({metric: statistics.fmean(values)}, step=k)
     _tell_losses(plan, storage, tracker)
-    tracker.inputs(results["provenance"], plan.config.data.path)
+    tracker.inputs(results["provenance"], plan.config.data.path, distilled)
     for file, data in {"report.html": report.encode(), **files}.items():
         tracker.file(file, data)
     tracker.finish("FINISHED")
@@ -139,6 +158,16 @@ def _tell_losses(plan: Plan[Config], storage: Storage, tracker: Tracker) -> None
     for stage in plan.stages:
         for prefix, rows in stage.curves(storage).items():
             tracker.losses(rows, prefix)
+
+
+def _accuracies(plan: Plan[Config], results: Results) -> dict[tuple[int, str], list[float]]:
+    """(Images per class, ``accuracy/ROW/ARM``) → mean accuracy of the last epoch, in per cent, of each draw's set."""
+    found: dict[tuple[int, str], list[float]] = {}
+    for key, scored in plan.sets.items():
+        for row, values in results["sets"][key]["rows"].items():
+            metric = f"accuracy/{row.replace('/', '_')}/{scored.arm or slug(key)}"
+            found.setdefault((scored.ipc, metric), []).append(values["last"]["mean"])
+    return found
 
 
 def _run_name(key: str, scored: Scored) -> str:

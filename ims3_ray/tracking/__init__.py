@@ -5,8 +5,10 @@ Everything that is tracked is also on the storage, so a lost server does not del
 rest later.
 """
 
-from ims3_ray.tracking.entries import slug
+from ims3_ray.tracking.entries import DistilledSet, slug, table_of
 from ims3_ray.tracking.places import follow_moved_folder, tracking_uri
 from ims3_ray.tracking.tracker import PARENT, Tracker, Untracked, check_server
 
-__all__ = ["PARENT", "Tracker", "Untracked", "check_server", "follow_moved_folder", "slug", "tracking_uri"]
+__all__ = [
+    "PARENT", "DistilledSet", "Tracker", "Untracked", "check_server", "follow_moved_folder", "slug", "table_of", "tracking_uri",
+]  # fmt: skip

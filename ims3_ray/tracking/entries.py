@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ims3_ray.errors import masked
@@ -30,15 +31,55 @@ def source_tags() -> dict[str, str]:
     return tags
 
 
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag of an experiment for which MLflow's pages show runs and charts first, instead of traces of language models."""
+SCHEMA = {
+    "mlflow_colspec": [
+        {"type": "binary", "name": "image", "required": True}, {"type": "long", "name": "label", "required": True},
+    ]
+}  # fmt: skip
+"""MLflow's signature of a labelled image set."""
+
+
+@dataclass(frozen=True)
+class DistilledSet:
+    """The set that a run has exported."""
+
+    content: str
+    """Hash of its images."""
+    folder: str
+    """Its folder or URI."""
+    images: int
+    classes: int
+
+    def entity(self, name: str) -> Any:
+        """MLflow's input of the set, with its hash, size and signature; ``name`` is that of the run."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            f"{name} distilled", self.content, "local", json.dumps({"uri": self.folder}), schema=json.dumps(SCHEMA),
+            profile=json.dumps({"num_rows": self.images, "num_classes": self.classes}),
+        )  # fmt: skip
+        return DatasetInput(dataset, [InputTag("mlflow.data.context", "distilled")])
+
+
+def table_of(columns: Mapping[str, Sequence[Any]]) -> bytes:
+    """A table as MLflow's pages show it, from its columns."""
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    return json.dumps({"columns": list(columns), "data": rows}, ensure_ascii=False).encode()
+
+
 def datasets_of(fingerprints: Mapping[str, str], path: str) -> list[Any]:
-    """MLflow's inputs of the splits of the data at ``path``, each with its fingerprint."""
+    """MLflow's inputs of the splits of the data at ``path``, each with its fingerprint and its signature."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     path = path.rstrip("/")
     contexts = {"train": "training", "test": "evaluation"}
     return [
         DatasetInput(
-            Dataset(f"{path.rpartition('/')[2]} {split}", digest, "local", json.dumps({"path": path})),
+            Dataset(
+                f"{path.rpartition('/')[2]} {split}", digest, "local", json.dumps({"uri": path}), schema=json.dumps(SCHEMA)
+            ),
             [InputTag("mlflow.data.context", contexts.get(split, split))],
         )
         for split, digest in fingerprints.items()

@@ -17,7 +17,7 @@ from ims3_ray.config import canonical
 from ims3_ray.errors import UserError, masked
 from ims3_ray.io.storage import Storage
 from ims3_ray.tracking import database
-from ims3_ray.tracking.entries import datasets_of, digest_of, flat, reason, refused, source_tags
+from ims3_ray.tracking.entries import KIND, DistilledSet, datasets_of, digest_of, flat, reason, refused, source_tags
 from ims3_ray.tracking.places import Tracked, files_of, is_own, tracking_uri
 
 BATCH = 1000
@@ -133,12 +133,13 @@ class Tracker(Untracked):
         self._tell(partial(self._delete_child, name, "FAILED"))
 
     def file(self, name: str, data: bytes) -> None:
+        """Log a file; ``name`` may have folders in it."""
         self._tell(partial(self._log_file, name, data))
 
-    def inputs(self, found: Mapping[str, Any], path: str) -> None:
-        """Log the data and the weights of :func:`ims3_ray.provenance.provenance` as MLflow's datasets and models; ``path`` is
-        that of the data."""
-        self._tell(partial(self._log_inputs, dict(found), path))
+    def inputs(self, found: Mapping[str, Any], path: str, distilled: DistilledSet | None = None) -> None:
+        """Log the data and the weights of :func:`ims3_ray.provenance.provenance` as MLflow's datasets and models, and the
+        distilled set as a dataset; ``path`` is that of the data."""
+        self._tell(partial(self._log_inputs, dict(found), path, distilled))
 
     def finish(self, status: str) -> None:
         """Set the status of the run: FINISHED, FAILED or KILLED. Waits for the remaining calls; calls that fail from now on are
@@ -215,10 +216,13 @@ class Tracker(Untracked):
         config = self.config
         found = self._client.get_experiment_by_name(config.tracking.experiment)
         if found is not None:
+            if is_own(config) and not found.tags.keys() & KIND.keys():  # of an earlier version
+                for key, value in KIND.items():
+                    self._client.set_experiment_tag(found.experiment_id, key, value)
             return str(found.experiment_id)
         files = files_of(config, self.storage, self.uri)
         location = files.as_uri() if files is not None else None
-        return str(self._client.create_experiment(config.tracking.experiment, artifact_location=location))
+        return str(self._client.create_experiment(config.tracking.experiment, artifact_location=location, tags=KIND))
 
     def _log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -267,13 +271,14 @@ class Tracker(Untracked):
             self._client.delete_run(run_id)
             del self._known_children()[name]
 
-    def _log_inputs(self, found: Mapping[str, Any], path: str) -> None:
+    def _log_inputs(self, found: Mapping[str, Any], path: str, distilled: DistilledSet | None) -> None:
         from mlflow.entities import LoggedModelInput
         from mlflow.exceptions import MlflowException
 
         if self._client.get_run(self.run_id).inputs.dataset_inputs:
             return  # an interrupted run has logged them
-        self._client.log_inputs(self.run_id, datasets_of(found["data"], path))
+        told = [distilled.entity(self.config.name)] if distilled is not None else []
+        self._client.log_inputs(self.run_id, [*datasets_of(found["data"], path), *told])
         try:
             models = [LoggedModelInput(self._logged_model(key, digest)) for key, digest in found["weights"].items()]
             self._client.log_inputs(self.run_id, models=models)
@@ -305,6 +310,6 @@ class Tracker(Untracked):
 
     def _log_file(self, name: str, data: bytes) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, name)
+            path = Path(folder, Path(name).name)
             path.write_bytes(data)
-            self._client.log_artifact(self.run_id, str(path))
+            self._client.log_artifact(self.run_id, str(path), str(Path(name).parent) if "/" in name else None)

@@ -215,7 +215,7 @@ def test_the_report_is_one_file_that_marks_the_chosen_subgroups(tiny_run: Run):
         assert text in html
 
 
-def test_mlflow_has_config_losses_terms_rates_children_and_files(tiny_run: Run):
+def test_mlflow_has_config_losses_terms_rates_children_and_files(tiny_run: Run, tmp_path: Path):
     client = MlflowClient(f"sqlite:///{tiny_run.folder}/mlflow.db")
     run_id = tiny_run.result.results["mlflow"]["run"]
     run = client.get_run(run_id)
@@ -224,7 +224,8 @@ def test_mlflow_has_config_losses_terms_rates_children_and_files(tiny_run: Run):
     losses = client.get_metric_history(run_id, "loss_inversion_matching")
     assert sorted(m.step for m in losses) == [1, 2, 3, 4]
     assert {"seconds/generate_fine_tuned", "images_per_s/generate_fine_tuned", "s3/ims3/objective"} <= run.data.metrics.keys()
-    assert len(client.get_metric_history(run_id, "s3/ims3/score")) == len(CLASSES)
+    (accuracy,) = client.get_metric_history(run_id, "accuracy/hard_convnet-3/ims3")
+    assert (accuracy.step, accuracy.value) == (K, pytest.approx(tiny_run.result.accuracy("ims3")))
     children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
     assert {c.info.run_name for c in children} == {"Random real", "DiT", "DiT and S3", "IMS3"}
     for child in children:
@@ -233,7 +234,19 @@ def test_mlflow_has_config_losses_terms_rates_children_and_files(tiny_run: Run):
         curve = client.get_metric_history(child.info.run_id, "hard/convnet-3/test/seed-0")
         assert sorted(m.step for m in curve) == [2, 4]
     files = {file.path for file in client.list_artifacts(run_id)}
-    assert {"report.html", "README.md", "contact_sheet_ims3.png"} <= files
+    assert {"report.html", "contact_sheet_ims3.png", "distilled", "s3"} <= files
+    kept = Path(client.download_artifacts(run_id, "distilled", str(tmp_path)))
+    assert len(open_source(str(kept), "train").labels) == K * len(CLASSES)
+    terms = json.loads(Path(client.download_artifacts(run_id, "s3/ims3.json", str(tmp_path))).read_text())
+    assert terms["columns"] == ["class", "subgroup", "proximity", "repulsion", "score"]
+    assert [row[0] for row in terms["data"]] == CLASSES
+    exported = tiny_run.result.results["sets"][tiny_run.result.results["exported"]["arm"]]
+    told = {one.tags[0].value: one.dataset for one in run.inputs.dataset_inputs}
+    assert (told["distilled"].name, told["distilled"].digest) == ("tiny distilled", exported["content"])
+    assert json.loads(told["distilled"].profile) == {"num_rows": K * len(CLASSES), "num_classes": len(CLASSES)}
+    assert {"training", "evaluation"} <= told.keys()
+    kind = client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"
     assert run.info.artifact_uri.startswith(f"file://{tiny_run.folder}/mlflow/")
 
 
