@@ -239,7 +239,7 @@ def test_mlflow_has_config_losses_terms_rates_children_and_files(tiny_run: Run, 
     assert len(open_source(str(kept), "train").labels) == K * len(CLASSES)
     terms = json.loads(Path(client.download_artifacts(run_id, "s3/ims3.json", str(tmp_path))).read_text())
     assert terms["columns"] == ["class", "subgroup", "proximity", "repulsion", "score"]
-    assert [row[0] for row in terms["data"]] == CLASSES
+    assert [row[0] for row in terms["data"]] == list(CLASSES)
     exported = tiny_run.result.results["sets"][tiny_run.result.results["exported"]["arm"]]
     told = {one.tags[0].value: one.dataset for one in run.inputs.dataset_inputs}
     assert (told["distilled"].name, told["distilled"].digest) == ("tiny distilled", exported["content"])
