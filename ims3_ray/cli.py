@@ -162,7 +162,7 @@ def keys_of(command: Command) -> Iterable[tuple[str, str, str]]:
         return ()
     if isinstance(command.tree, str) and (known := described_keys(command.tree.partition(":")[2])):
         return known
-    from ims3_ray.config.reference import rows_of  # a class that is not on record
+    from ims3_ray.config.rows import rows_of  # a class that is not on record
 
     return rows_of(named(command.tree)())
 

@@ -1,6 +1,6 @@
 """What is known of the keys before anything slow is loaded, so that help and the error for a misspelt key appear at once.
 
-``known_keys.json`` and ``described_keys.json`` hold it; ``python -m ims3_ray.config.reference`` writes them from the classes.
+``known_keys.json`` and ``described_keys.json`` hold it; ``python -m ims3_ray.commands.reference`` writes them from the classes.
 Values, and the keys of plugins, are checked when the config is built.
 """
 

@@ -13,17 +13,17 @@ import yaml
 
 from ims3_ray import config as package
 from ims3_ray.cli import keys_of
+from ims3_ray.commands.reference import described_keys, known_keys
 from ims3_ray.commands.table import COMMANDS, Command, named
 from ims3_ray.config import CompareConfig, RunConfig
 from ims3_ray.config.keys import DESCRIBED_KEYS, KNOWN_KEYS, check_keys
-from ims3_ray.config.reference import described_keys, known_keys
 from ims3_ray.errors import UserError
 
 ROOT = Path(package.__file__).parents[2]
 
 
 def test_the_keys_on_record_are_those_of_the_classes():
-    """If this fails: ``python -m ims3_ray.config.reference > docs/configuration.md``, which writes them too."""
+    """If this fails: ``python -m ims3_ray.commands.reference > docs/configuration.md``, which writes them too."""
     assert Path(package.__file__).with_name(KNOWN_KEYS).read_text() == known_keys()
     assert Path(package.__file__).with_name(DESCRIBED_KEYS).read_text() == described_keys()
 

@@ -114,7 +114,7 @@ def test_some_other_transformer_is_refused(model: DiT, tmp_path: Path):
     config = tmp_path / "dit" / "transformer" / "config.json"
     other = {"_class_name": "Transformer2DModel", "norm_type": "layer_norm"}
     config.write_text(json.dumps({**json.loads(config.read_text()), **other}))
-    with pytest.raises(UserError, match="neither a diffusers DiT"):
+    with pytest.raises(UserError, match=r"a folder without generator\.safetensors, a diffusers DiT"):
         generator_path(str(tmp_path / "dit"))
 
 
@@ -220,7 +220,7 @@ def test_a_tensor_that_does_not_fit_is_named(model: DiT, tmp_path: Path):
 
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="neither a diffusers DiT"):
+    with pytest.raises(UserError, match=r"a folder without generator\.safetensors, a diffusers DiT"):
         generator_path(str(tmp_path))
 
 

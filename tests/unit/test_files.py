@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ims3_ray.commands.reference import reference
 from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, SweepConfig
 from ims3_ray.config.files import config_names
 from ims3_ray.config.loading import load_config
-from ims3_ray.config.reference import reference
 from ims3_ray.data.sources import open_source
 from ims3_ray.models.checkpoints import check_fit, weights_path
 from ims3_ray.models.dit import DiT
@@ -53,7 +53,7 @@ def test_the_demonstration_takes_what_is_embedded_and_little_work():
 
 
 def test_the_configuration_page_names_every_key():
-    """Written by ``python -m ims3_ray.config.reference > docs/configuration.md``."""
+    """Written by ``python -m ims3_ray.commands.reference > docs/configuration.md``."""
     assert (ROOT / "docs" / "configuration.md").read_text() == reference()
 
 

@@ -233,7 +233,7 @@ def test_a_hub_id_is_fetched_by_the_patterns_of_its_family(folder: Path, monkeyp
 
     monkeypatch.setattr("ims3_ray.models.generator.fetch", fetched)
     assert generator_path("org/name") == folder / "model_index.json"
-    assert asked[0] == ["model_index.json"]
+    assert asked[0] == ["model_index.json", "generator.safetensors"]
     assert "vae/config.json" in asked[1]
     assert "transformer/*" not in asked[1]
 
