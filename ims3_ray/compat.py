@@ -43,13 +43,14 @@ def declare_torchvision_operators() -> None:
     spec = importlib.machinery.PathFinder.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
         return
-    library = importlib.machinery.PathFinder.find_spec("_C", list(spec.submodule_search_locations))
-    try:
+    for name in ("_C_stable", "_C"):  # torchvision 0.29, and before
+        library = importlib.machinery.PathFinder.find_spec(name, list(spec.submodule_search_locations))
         if library is not None and library.origin:
-            torch.ops.load_library(library.origin)
-            return
-    except OSError:
-        pass  # a CUDA build beside a CPU PyTorch: declare the schemas instead
+            try:
+                torch.ops.load_library(library.origin)
+                return
+            except OSError:
+                break  # a CUDA build beside a CPU PyTorch: declare the schemas instead
     operators = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

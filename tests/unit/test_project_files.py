@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,3 +37,19 @@ def test_checks_before_a_commit_are_those_of_make_lint():
     for hook in hooks:
         tool, *rest = hook["entry"].removeprefix(".venv/bin/").split()
         assert f"$(BIN)/{' '.join([tool, *[word for word in rest if not word.startswith('-')]])}" in lint
+
+
+def test_the_exact_versions_are_within_the_ranges_of_the_project():
+    exact = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = {pin.name.lower().replace("_", "-"): str(pin.specifier).removeprefix("==") for pin in exact}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for each in map(Requirement, [*project["dependencies"], *extras["text"], *extras["dev"], *extras["docs"]]):
+        name = each.name.lower().replace("_", "-")
+        assert name == "ims3-ray" or each.specifier.contains(pins[name]), each
+
+
+def test_the_container_file_has_no_faults_that_a_linter_finds():
+    command = [str(Path(sys.executable).with_name("hadolint")), str(ROOT / "configs" / "container" / "Containerfile")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "")
