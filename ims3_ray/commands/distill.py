@@ -17,6 +17,7 @@ from ims3_ray.engine.stage import Context
 from ims3_ray.io.storage import Storage
 from ims3_ray.plan import Config, Plan, make_comparison, make_evaluation, make_plan
 from ims3_ray.plan.estimate import account, expect
+from ims3_ray.progress import Course
 from ims3_ray.report.publish import publish, publish_comparison, publish_scores
 from ims3_ray.report.results import Results, RunResult, gather
 from ims3_ray.tracking import Tracker, follow_moved_folder
@@ -76,7 +77,9 @@ def _run(plan: Plan[Config], storage: Storage, publish: Publish) -> None:
     MLflow run to KILLED (if interrupted) or FAILED."""
     config = plan.config
     tracker = Tracker(config, storage)
-    context, expected = Context(config, storage, plan.classes, tracker), expect(plan, storage)
+    expected = expect(plan, storage)
+    course = Course({each.stage: each.wall_seconds(config) for each in expected if each.missing})
+    context = Context(config, storage, plan.classes, tracker, course=course)
     storage.write(f"{config.name}/config.yaml", yaml.safe_dump(canonical(config), sort_keys=False).encode())
 
     def run_and_publish() -> None:

@@ -9,6 +9,7 @@ from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.errors import Damaged
 from ims3_ray.io.files import concurrently
 from ims3_ray.io.storage import Storage
+from ims3_ray.progress import following
 from ims3_ray.tracking import slug
 
 
@@ -76,7 +77,8 @@ def repairing(storage: Storage, work: Callable[[], None]) -> None:
 
 def run_stages(context: Context, stages: Sequence[Stage]) -> None:
     """Run every stage that is not complete. What is found to be damaged meanwhile is made again."""
-    repairing(context.storage, lambda: _run_missing(context, stages))
+    with following(context.course):
+        repairing(context.storage, lambda: _run_missing(context, stages))
 
 
 def _run_missing(context: Context, stages: Sequence[Stage]) -> None:
@@ -94,6 +96,7 @@ def _run_missing(context: Context, stages: Sequence[Stage]) -> None:
         if running:
             for stage in running:
                 announce(stage.artifact(storage), context.config.name, stage.title)
+            context.course.begin(running)
             context.listeners = {}
             for kind in dict.fromkeys(type(stage) for stage in waiting):
                 heard = kind.listen(context, [stage for stage in waiting if type(stage) is kind], running)

@@ -19,6 +19,7 @@ from ims3_ray.engine.worker import ShardReceiver
 from ims3_ray.io.artifacts import Artifact, key_of
 from ims3_ray.io.files import natural
 from ims3_ray.io.storage import Storage
+from ims3_ray.progress import Course
 from ims3_ray.tracking import Untracked
 
 
@@ -267,6 +268,8 @@ class Context:
     """Stage → receivers of the shard of each of its units, once it is made."""
     most_tasks: int | None = None
     """Maximum number of tasks of a stage at a time; None for as many as the cluster has room for."""
+    course: Course = field(default_factory=lambda: Course({}))
+    """How far the command is, by what its stages are expected to take."""
 
     def spend(self, stage: Stage, seconds: float, workers: float = 1) -> None:
         self.spent[stage] = self.spent.get(stage, 0.0) + seconds * workers

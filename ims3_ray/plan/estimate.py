@@ -45,6 +45,10 @@ class Expected:
         """Device hours that the stage will take."""
         return self.seconds / 3600 * self.worker.devices
 
+    def wall_seconds(self, config: WorkConfig) -> float:
+        """Seconds that the stage will take if the workers that it needs, or the actors of the pool, work side by side."""
+        return self.seconds / max(self.worker.at_once, config.actors.count if self.worker.role == "pool" else 1)
+
     def money(self, cluster: ClusterConfig) -> float:
         return self.seconds / 3600 * cluster.hourly(self.worker.role, self.worker.cpus, self.worker.gpus)
 

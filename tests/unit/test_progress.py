@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 
 from ims3_ray import progress
-from ims3_ray.progress import Progress
+from ims3_ray.progress import START_UP_S, Course, Progress, following
 
 
 class Terminal(io.StringIO):
@@ -49,11 +50,40 @@ def test_a_log_gets_a_plain_line_now_and_then_with_rate_and_time_left(clock: Clo
     assert len(lines) == 5
 
 
-def test_a_terminal_sees_one_line_that_is_rewritten(clock: Clock):
-    shown = work(clock, Terminal())
-    assert shown.count("\n") == 1
-    assert "\r\x1b[2Kgenerate: 50/100 images, 2.0/s, 0:25 left" in shown
-    assert shown.endswith("generate: done in 80.0 s, 1.2 images/s\n")
+def test_a_terminal_sees_a_bar_for_the_stage_and_one_for_the_command(clock: Clock):
+    """The bars vanish at the end, and lines that are printed meanwhile stay."""
+    stream, course = Terminal(), Course({"generate": 60.0, "select": 0.0})
+    with following(course):
+        course.begin(["generate"])
+        with Progress("generate", 100, "images", stream) as bar:
+            for _ in range(5):
+                bar.advance(10)
+                clock.now += 5
+                bar._bars._live.refresh()  # type: ignore[union-attr]  # its thread would do it in a moment
+            bar.line("a note [of a stage]")
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    assert re.search(r"generate [━╸╺]+ 50/100 images, 2\.0/s, 0:25 left", shown)
+    assert "in all" in shown
+    assert "about 0:" in shown
+    assert "a note [of a stage]\n" in shown
+    assert shown.endswith("generate: done in 25.0 s, 2.0 images/s\n")
+
+
+def test_a_log_says_how_long_the_whole_command_will_take(clock: Clock):
+    """Three parts of 100 s each, which take twice as long as expected."""
+    course, stream = Course(dict.fromkeys(("a", "b", "c"), 100 - START_UP_S)), io.StringIO()
+    assert course.left(0.0) is None
+    with following(course):
+        for part in ("a", "b"):
+            course.begin([part])
+            with Progress(part, 10, "units", stream) as bar:
+                for _ in range(10):
+                    clock.now += 20
+                    bar.advance(1)
+    lines = stream.getvalue().splitlines()
+    assert "a: 5/10 units, 0.05/s, 1:40 left; about 8:20 left in all" in lines
+    assert "b: 5/10 units, 0.05/s, 1:40 left; about 5:00 left in all" in lines
+    assert Course({}).left(1.0) is None
 
 
 def test_with_a_price_it_says_what_was_spent_and_what_is_to_come(clock: Clock):
