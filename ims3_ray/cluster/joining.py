@@ -129,7 +129,7 @@ def _start(address: str | None) -> None:
     listening: AbstractContextManager[dict[str, Any]] = nullcontext({}) if address else loopback_only()
     with listening as more, only_fatal_messages():
         try:
-            ray.init(
+            context = ray.init(
                 address=address or "local",  # not another cluster that was started on this machine
                 logging_level=logging.WARNING,
                 log_to_driver=os.environ.get("IMS3_WORKER_LOGS") == "1",
@@ -143,6 +143,8 @@ def _start(address: str | None) -> None:
             reason = " ".join(str(error).split()) or type(error).__name__
             where = f"the Ray cluster at '{address}' cannot be joined" if address else "Ray does not start on this machine"
             raise UserError(f"{where} ({reason[:500]}); check cluster.address, RAY_ADDRESS and RAY_TMPDIR") from error
+    if context.dashboard_url:
+        print(f"Ray's dashboard: http://{context.dashboard_url}", flush=True)
     if not address:
         hide_events(ENDINGS)
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():

@@ -148,7 +148,7 @@ def _finish(
     for file, data in {"report.html": report.encode(), **files}.items():
         tracker.file(file, data)
     tracker.finish("FINISHED")
-    results["mlflow"] = {"run": tracker.run_id, "complete": tracker.complete}
+    results["mlflow"] = tracker.entry
     storage.write_json(f"{name}/results.json", results)
 
 

@@ -34,6 +34,18 @@ def _print_end(result: RunResult, console: Console) -> None:
     for line in result.results.get("estimate", {}).get("lines", []):
         console.print(line, soft_wrap=True)
     console.print(f"report: {result.report}", soft_wrap=True)
+    if line := _mlflow(result):
+        console.print(line, soft_wrap=True)
+
+
+def _mlflow(result: RunResult) -> str:
+    """Where MLflow shows the run; empty for results of an earlier version."""
+    found = result.results.get("mlflow", {})
+    if "page" not in found:
+        return ""
+    if (uri := found["uri"] or f"sqlite:///{result.folder}/mlflow.db").startswith("http"):
+        return f"MLflow: {uri.rstrip('/')}{found['page']}"
+    return f"MLflow: mlflow ui --backend-store-uri {uri}; then http://127.0.0.1:5000{found['page']}"
 
 
 def print_comparison(result: RunResult, console: Console | None = None) -> None:
@@ -76,7 +88,7 @@ def print_sweep(result: RunResult, console: Console | None = None) -> None:
         ]
         console.print("; ".join([f"best: {title_of(best['settings'])}", *rows]), soft_wrap=True)
         console.print(f"as a config: {result.folder}/best.yaml", soft_wrap=True)
-    console.print(f"report: {result.report}", soft_wrap=True)
+    _print_end(result, console)
 
 
 def _table(first: str, *columns: str) -> Table:

@@ -47,7 +47,7 @@ def publish_sweep(plan: SweepPlan, results: Results, storage: Storage, tracker: 
     if results["best"]:
         tracker.metrics({f"best/{metric}": value for metric, value in metrics_of(results["best"]).items()})
     tracker.finish("FINISHED")
-    results["mlflow"] = {"run": tracker.run_id, "complete": tracker.complete}
+    results["mlflow"] = tracker.entry
     storage.write_json(f"{name}/results.json", results)
 
 

@@ -108,6 +108,14 @@ class Tracker(Untracked):
         self._thread.start()
 
     @property
+    def entry(self) -> dict[str, Any]:
+        """What ``results.json`` says of the run: its id, whether MLflow has everything, the path of its page, and the tracking
+        URI, which is None for a database in the run folder."""
+        page = f"/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
+        uri = None if is_own(self.config) else masked(self.uri)
+        return {"run": self.run_id, "complete": self.complete, "page": page, "uri": uri}
+
+    @property
     def client(self) -> Any:
         """MLflow's client, after a wait until all logging calls are done."""
         self._calls.join()
