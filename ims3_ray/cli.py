@@ -48,9 +48,8 @@ def main(
     """A script of its own, such as a benchmark: parse its arguments, load the config ``tree``, call ``run``. Returns the exit
     code."""
     script = Path(sys.argv[0])
-    return _invoked(
-        command_of(script.stem, Command("", doc, tree, run)), f"python {script.parent.name}/{script.name}", arguments
-    )
+    name = f"python {script.parent.name}/{script.name}"
+    return _invoked(command_of(script.stem, Command("", doc, tree, run), name), name, arguments)
 
 
 def program() -> click.Group:
@@ -67,8 +66,10 @@ def program() -> click.Group:
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 
-def command_of(name: str, command: Command) -> click.Command:
-    """What click knows of a command. Invoked, it returns the :data:`Work` that its words ask for."""
+def command_of(name: str, command: Command, recorded: str = "") -> click.Command:
+    """What click knows of a command. Invoked, it returns the :data:`Work` that its words ask for. ``recorded`` is what results
+    call it; ``ims3 NAME`` by default."""
+    program = recorded.split() or [PROGRAM, name]
     files = click.Option(
         ["--config"], multiple=True, metavar="FILE", shell_complete=_complete_config,
         help="YAML config, by path or by its name in configs/ (such as demo); several add up",
@@ -78,23 +79,26 @@ def command_of(name: str, command: Command) -> click.Command:
     if command.plan is not None:
         flags.append(click.Option(["--dry-run"], is_flag=True, help=DRY_RUN))
     return _Described(
-        name, short_help=command.title, context_settings=SETTINGS, callback=lambda **given: _understood(name, command, **given),
-        params=[words, *([] if command.takes_words_alone else [files]), *flags], help=command.text, command=command,
+        name, short_help=command.title, context_settings=SETTINGS, help=command.text,
+        params=[words, *([] if command.takes_words_alone else [files]), *flags], command=command,
+        callback=lambda **given: _understood(program, command, **given),
     )  # fmt: skip
 
 
-def _understood(name: str, command: Command, words: Sequence[str], config: Sequence[str] = (), **flags: bool) -> Work:
+def _understood(
+    program: Sequence[str], command: Command, words: Sequence[str], config: Sequence[str] = (), **flags: bool
+) -> Work:
     """The work that the words of a command ask for."""
 
     def work() -> None:
         if command.takes_words_alone:
             given = [f"--{flag.replace('_', '-')}" for flag, is_set in flags.items() if is_set]
-            record_command([PROGRAM, name, *given, *words])
+            record_command([*program, *given, *words])
             named(command.run)(list(words), **flags)
             return
         values = read_values(config, _with_keys(command, words))
         names = [part for file in config for part in ("--config", Path(file).name if Path(file).is_file() else file)]
-        record_command([PROGRAM, name, *names, *words])
+        record_command([*program, *names, *words])
         if isinstance(command.tree, str):
             check_keys(command.tree.partition(":")[2], values)
         from ims3_ray.config.loading import build

@@ -76,7 +76,7 @@ _command: tuple[str, ...] = ()
 
 
 def record_command(words: Iterable[str]) -> None:
-    """Remember the command that runs: its script, the names of its config files, and its overrides."""
+    """Remember the command that runs: its program, the names of its configs, and its overrides."""
     global _command
     _command = tuple(words)
 

@@ -39,6 +39,7 @@ WORKER_ENV = {
 }
 
 
+PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 ENDINGS = re.compile(r"was killed by `ray\.kill`|Raylet is terminated|has been marked dead")
 """Messages of a local Ray that are not shown: that this program has ended one of its own actors, and that Ray's raylet has
 died, which this program reports in a line of its own."""
@@ -74,13 +75,15 @@ def connected(config: ClusterConfig, needed: dict[str, float] | None = None) -> 
     """
     for name, value in WORKER_ENV.items():
         os.environ.setdefault(name, value)
-    started = not ray.is_initialized()
+    started, address = not ray.is_initialized(), joins(config)
+    unwatched = started and address is None and PREEMPTION not in os.environ
     if not started and not plugins.known_to_workers():
         raise UserError(
             "Ray is running already, and its workers do not know the plugins; let this program start or join Ray, or call "
             "ray.init(runtime_env=ims3_ray.plugins.runtime_env()) after ims3_ray.plugins.load([…])"
         )
-    address = joins(config)
+    if unwatched:  # nobody announces that this machine will be taken away, so nothing has to look out for it
+        os.environ[PREEMPTION] = "0"
     if started:
         _start(address)
     watch = RayletWatch() if started and address is None else None
@@ -93,6 +96,8 @@ def connected(config: ClusterConfig, needed: dict[str, float] | None = None) -> 
         # A driver whose raylet has died may be ended by its own shutdown, so that comes last: Ray does it at the exit.
         if started and not (watch and watch.died):
             ray.shutdown()
+        if unwatched:
+            del os.environ[PREEMPTION]
 
 
 def local_cpus() -> int:
@@ -123,8 +128,6 @@ def _start(address: str | None) -> None:
     # The dashboard serves Ray Train's state queries. Without it they go to any process that listens on the default port,
     # and the answer of another cluster on the machine ("no such controller") makes Ray Train remove its own workers.
     local = {} if address else {"num_cpus": local_cpus(), "include_dashboard": True}
-    if not address:  # nobody announces that this machine will be taken away, so nothing has to look out for it
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     listening: AbstractContextManager[dict[str, Any]] = nullcontext({}) if address else loopback_only()
     with listening as more, only_fatal_messages():

@@ -28,7 +28,12 @@ class PackConfig(Section):
 
 
 def pack(config: PackConfig) -> None:
-    """Write the packed images. Raises :class:`UserError` for a class with too few."""
+    """Write the packed images. Raises :class:`UserError` for a class with too few, and for a file that exists."""
+    out = Path(config.out)
+    if out.exists():
+        raise UserError(f"'{out}' exists; choose another out= or remove it")
+    if not out.parent.is_dir():
+        raise UserError(f"the folder of out='{out}' does not exist; make it, or choose another")
     source = open_source(config.data.path, config.split)
     chosen = np.arange(len(source.labels))
     if config.per_class is not None:
@@ -40,6 +45,5 @@ def pack(config: PackConfig) -> None:
             raise UserError(f"class '{short[0]}' has fewer than per_class={config.per_class} images; lower per_class")
         chosen = np.sort(np.concatenate(parts))
     rows = [(encode_png(source.image(int(i))), f"{i:05d}.png", int(source.labels[i])) for i in chosen]
-    out = Path(config.out)
     out.write_bytes(parquet_bytes(image_table(rows, source.class_names)))
     print(f"{out}: {len(rows)} images, {out.stat().st_size / 1e6:.1f} MB")

@@ -19,9 +19,14 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 """The configs that come with the package; in a checkout a link to the folder ``configs``."""
 
 
+PARTS = ("kuberay",)
+"""Folders beside the configs whose YAML files are for other programs."""
+
+
 def config_names() -> list[str]:
     """Names of the configs that come with the package, such as ``demo`` and ``compare/cifar10``."""
-    return sorted(str(file.relative_to(CONFIGS).with_suffix("")) for file in CONFIGS.rglob("*.yaml"))
+    files = (file.relative_to(CONFIGS) for file in CONFIGS.rglob("*.yaml"))
+    return sorted(str(file.with_suffix("")) for file in files if file.parts[0] not in PARTS)
 
 
 def config_path(name: str | Path) -> Path:

@@ -48,7 +48,9 @@ def names(folder: Path = FOLDER) -> list[str]:
 
 
 def described_names(folder: Path = FOLDER) -> str:
-    """A line for each table and figure with its title."""
+    """A line for each table and figure with its title. Raises :class:`UserError` if there is none."""
+    if not names(folder):
+        raise UserError(f"{folder} holds no tables; install the package again")
     return "\n".join(f"{name:10} {typed(str, read_runs(folder / f'{name}.yaml')[0]['title'])}" for name in names(folder))
 
 

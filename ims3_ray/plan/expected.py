@@ -47,7 +47,10 @@ class Maker:
         begun = wanted.parent / "config.yaml"
         if begun.is_file() and (found := _stored(begun)) is not None and weights_file(found) == wanted:
             return cls(found, None)
+        recipes = dict[Path, Path]()  # in a checkout both folders are the same
         for file in (file for folder in RECIPES for file in sorted(folder.glob("*.yaml"))):
+            recipes.setdefault(file.resolve(), file)
+        for file in recipes.values():
             with suppress(UserError):  # a config that cannot be read makes nothing
                 found = load_config(PretrainConfig, file)
                 if weights_file(found) == wanted:

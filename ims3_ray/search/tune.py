@@ -17,7 +17,7 @@ import yaml
 from ray import tune
 from ray.tune import Callback
 
-from ims3_ray.cluster.joining import connected
+from ims3_ray.cluster.joining import connected, most_at_once
 from ims3_ray.config import SweepConfig, canonical
 from ims3_ray.config.sweep import Range, trial_title
 from ims3_ray.engine.executor import run_stages
@@ -191,7 +191,9 @@ class Search(Callback):
         e, have, least = self.config.evaluation, ray.cluster_resources(), needs(self.plan)
         each = {"CPU": e.cpus_per_task, "GPU": e.gpus_per_task}
         share = {kind: max(have.get(kind, 0) / concurrent, least.get(kind, 0)) for kind in each}
-        return max(1, min(math.floor(share[kind] / value) for kind, value in each.items() if value))
+        fit = max(1, min(math.floor(share[kind] / value) for kind, value in each.items() if value))
+        limit = most_at_once(self.config.cluster, e.cpus_per_task)
+        return fit if limit is None else min(fit, max(1, limit // concurrent))
 
     def _space(self) -> tuple[dict[str, Any], Any]:
         """Tune's search space, and the search algorithm that draws from it; None if the space is a grid."""

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ims3_ray.commands.pack import PackConfig, pack
 from ims3_ray.config import DataConfig
 from ims3_ray.data.batches import batch_indices, load_pixels
 from ims3_ray.data.sources import open_source, shared_file
@@ -546,3 +547,14 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path):
     assert "values from nan" in refused(write_tensors(tmp_path / "e", images.fill_(float("nan")), labels))
     (tmp_path / "d" / "images.pt").write_bytes(b"no tensor")
     assert "is not a readable PyTorch file" in refused(tmp_path / "d")
+
+
+def test_packing_overwrites_nothing_and_names_a_folder_that_is_missing(tmp_path: Path):
+    write_folder(tmp_path)
+    config = PackConfig.model_validate({"data": {"path": str(tmp_path)}, "out": str(tmp_path / "train.parquet")})
+    pack(config)
+    with pytest.raises(UserError, match="exists; choose another out="):
+        pack(config)
+    with pytest.raises(UserError, match="does not exist; make it"):
+        pack(config.model_copy(update={"out": str(tmp_path / "nowhere" / "train.parquet")}))
+    assert len(open_source(str(tmp_path / "train.parquet"), "train").labels) == 5
