@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,4 +103,6 @@ def for_page(svg: str, about: str) -> str:
     """An SVG file of matplotlib as an element of a page: with a name, and without the names of groups, which would occur more
     than once in a page."""
     text = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
+    own = hashlib.sha256(text.encode()).hexdigest()[:8]  # equal markers of several charts have equal names
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>c{own}-", text)
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(about, quote=True)}"', 1)

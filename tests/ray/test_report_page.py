@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from tests.pages import BROWSER, DARK, DESKTOP, PHONE, shown, violations
 from tests.ray.conftest import Run
-
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 
 
 class Tags(HTMLParser):
@@ -46,22 +43,21 @@ def test_the_page_has_a_language_names_for_pictures_headings_in_order_and_no_nam
 
 
 # A browser is a program of the system that no Python package brings; the test above looks at the page without one.
-@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+
+
+@needs_browser
 def test_the_page_is_no_wider_than_a_phone(tiny_run: Run, tmp_path: Path):
-    assert BROWSER is not None
-    page = Path(tiny_run.result.report).read_text()
-    measured = tmp_path / "page.html"
-    script = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script>"
-    measured.write_text(page.replace("</body>", f"{script}</body>"))
-    done = subprocess.run(
-        [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-            f"--user-data-dir={tmp_path / 'browser'}", "--window-size=390,800", "--dump-dom", measured.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    title = re.search(r"<title>(\d+) of (\d+)</title>", done.stdout)
-    assert title is not None, done.stderr[-500:]
+    script = "document.title = document.documentElement.scrollWidth + ' of ' + innerWidth"
+    told = shown(Path(tiny_run.result.report), script, tmp_path, PHONE)
+    title = re.search(r"<title>(\d+) of (\d+)</title>", told)
+    assert title is not None, told[-500:]
     width, window = int(title[1]), int(title[2])
     assert window <= 500
     assert width <= window
+
+
+@needs_browser
+@pytest.mark.parametrize(("size", "flags"), [(DESKTOP, ()), (DESKTOP, DARK), (PHONE, ())], ids=["desktop", "dark", "phone"])
+def test_the_page_breaks_no_rule_of_accessibility(tiny_run: Run, tmp_path: Path, size: tuple[int, int], flags: tuple[str, ...]):
+    assert violations(Path(tiny_run.result.report), tmp_path, size, flags) == []
