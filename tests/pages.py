@@ -11,7 +11,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+# A browser is a program of the system that no Python package brings.
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
 PHONE, DESKTOP = (390, 800), (1280, 900)
 DARK = ("--blink-settings=preferredColorScheme=0",)
 

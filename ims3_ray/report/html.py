@@ -76,7 +76,7 @@ def render_comparison(
     """The HTML of the report of ``ims3 compare``."""
     return _render(
         "comparison.html", config, classes, results, sheets=sheets, explained=explained(config), covered=covered,
-        ranking_note=ranking_note(results["tables"]),
+        ranking_note=ranking_note(results["tables"]), charts=list(map(_compared, results["tables"])),
     )  # fmt: skip
 
 
@@ -93,6 +93,14 @@ def render_sweep(
     return _render(
         "sweep.html", config, classes, results, figures=svgs, title=title_of, ranked=ranked[:SHOWN_SELECTIONS]
     )  # fmt: skip
+
+
+def _compared(table: Mapping[str, Any]) -> str:
+    """Chart of the last accuracies of a table of a comparison, with what ± is in it."""
+    found = [(line["title"], line["last"]) for line in table["lines"]]
+    rows = [(title, value["mean"], value["sem"] if "sets" in value else value["std"]) for title, value in found]
+    about = f"Accuracy of each method at {table['images_per_class']} images a class with {table['row']}"
+    return accuracy_chart(rows, None, about)
 
 
 def _terms_of(rows: list[dict[str, float]]) -> list[tuple[str, str]]:

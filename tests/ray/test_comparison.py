@@ -25,6 +25,7 @@ from ims3_ray.plan import Plan, make_comparison
 from ims3_ray.seeds import seed_for
 from tests.conftest import tiny_values
 from tests.e2e.conftest import ROOT, write_config
+from tests.pages import needs_browser, violations
 from tests.ray.conftest import Run
 
 pytestmark = pytest.mark.slow
@@ -89,6 +90,11 @@ def test_every_method_has_its_line_and_its_difference(comparison: tuple[CompareC
     for found in result.results["sets"].values():
         assert found["content"] in text
     assert json.loads((folder / "results.json").read_text())["tables"] == tables
+
+
+@needs_browser
+def test_the_report_breaks_no_rule_of_accessibility(comparison: tuple[CompareConfig, RunResult], tmp_path: Path):
+    assert violations(Path(comparison[1].report), tmp_path) == []
 
 
 def test_methods_share_what_they_have_in_common(plan: Plan[CompareConfig], tiny_run: Run):

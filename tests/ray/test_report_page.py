@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import BROWSER, DARK, DESKTOP, PHONE, shown, violations
+from tests.pages import DARK, DESKTOP, PHONE, needs_browser, shown, violations
 from tests.ray.conftest import Run
 
 
@@ -40,10 +40,6 @@ def test_the_page_has_a_language_names_for_pictures_headings_in_order_and_no_nam
     assert all(after <= before + 1 for before, after in pairwise(levels))
     names = [attributes["id"] for tag, attributes in tags if "id" in attributes and tag != "path"]
     assert len(set(names)) == len(names)
-
-
-# A browser is a program of the system that no Python package brings; the test above looks at the page without one.
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
 
 
 @needs_browser

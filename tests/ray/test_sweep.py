@@ -25,6 +25,7 @@ from ims3_ray.plan import make_sweep
 from ims3_ray.report.terminal import print_sweep
 from ims3_ray.selection import centroid, select_subgroups
 from tests.conftest import tiny_values, write_tiny_weights
+from tests.pages import needs_browser, violations
 
 LAMBDA = "finetune.objectives.inversion_matching.weight"
 WEIGHTS = [0.1, 0.5, 0.9]
@@ -222,3 +223,8 @@ def test_another_search_in_the_same_folder_is_refused(halved: Swept):
     plain["search"]["trials"] = 4
     with pytest.raises(UserError, match=r"holds another config \(search.trials: 2 there, 4 here\)"):
         sweep(SweepConfig.model_validate(plain))
+
+
+@needs_browser
+def test_the_report_breaks_no_rule_of_accessibility(swept: Swept, tmp_path: Path):
+    assert violations(swept.folder / "report.html", tmp_path) == []

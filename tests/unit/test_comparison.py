@@ -27,6 +27,7 @@ from ims3_ray.report.comparison import (
     pooled,
     significant,
 )
+from ims3_ray.report.html import _compared
 from ims3_ray.report.ranking import label_robust_score
 from ims3_ray.report.results import summary, summary_text
 from ims3_ray.synthesis.base import Costs
@@ -125,6 +126,9 @@ def test_the_table_marks_differences_that_are_sure():
     assert "41.8 ± 0.3" in lines["IMS3"]
     assert "`hashims3-10-0` `hashims3-10-1`" in lines["IMS3"]
     assert "the standard error over the sets of all run seeds" in text
+    chart = _compared(table)
+    assert 'aria-label="Accuracy of each method at 10 images a class with hard/convnet-3"' in chart
+    assert all(f">{line['title']}<" in chart for line in table["lines"])
     herding = [70.0, 71.0, 72.0]
     same, found = results_of(config.model_copy(update={"arms": {"dit": config.arms["dit"]}}), {
         ("dit", 10, 0): herding, ("dit", 10, 1): herding,
