@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 
 from ims3_ray.cluster.joining import joins, local_cpus, shortage
-from ims3_ray.config import PretrainConfig, WorkConfig
+from ims3_ray.config import PretrainConfig, RunConfig, WorkConfig
 from ims3_ray.engine.folder import check_folder
 from ims3_ray.io.storage import Storage
+from ims3_ray.plan.precision import decided
 from ims3_ray.tracking import check_server
 
 
@@ -21,7 +22,8 @@ def refusals(config: WorkConfig | PretrainConfig, needed: Mapping[str, float]) -
     """
     storage = Storage.at(config.storage)
     if isinstance(config, WorkConfig):
-        check_folder(config, storage)
+        # A run folder holds the number formats that were decided for it.
+        check_folder(decided(config) if isinstance(config, RunConfig) else config, storage)
     check_server(config, storage)
     if joins(config.cluster) is not None or config.cluster.wait_s:
         return []

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ims3_ray.commands.jobs import plan_distill
 from ims3_ray.config import CompareConfig, RunConfig, SweepConfig, canonical
 from ims3_ray.engine.folder import check_folder
 from ims3_ray.errors import UserError
@@ -70,6 +71,7 @@ def test_a_run_that_is_continued_keeps_its_format(tiny_world: Path, tmp_path: Pa
     found = make_plan(config).config
     assert formats(found) == ("fp32", "fp32")
     check_folder(found, storage)  # it is the same run
+    assert "results:" in plan_distill(config)  # and its plan is shown
     assert formats(make_plan(config.model_copy(update={"name": "other"})).config) == ("bf16", "bf16")
 
 
