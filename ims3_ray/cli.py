@@ -114,7 +114,8 @@ def _understood(
 
 def _with_keys(command: Command, words: Sequence[str]) -> list[str]:
     """The words with the keys that those without one stand for, by their order."""
-    keys = iter(command.positions)
+    given = {word.partition("=")[0] for word in words if "=" in word}
+    keys = (key for key in command.positions if key not in given)
     return [word if "=" in word or (key := next(keys, None)) is None else f"{key}={word}" for word in words]
 
 

@@ -22,7 +22,8 @@ TELLS = 0.02
 
 
 class Course:
-    """How far a command is, by the time that its parts are expected to take."""
+    """How far a command is, by the time that its parts are expected to take. It is rough: stages whose workers run side by side
+    count as if one after the other, except in the pool."""
 
     def __init__(self, expected: Mapping[Hashable, float]) -> None:
         """``expected`` holds the seconds of each part that is left to do. They need not be right, but in proportion."""
@@ -161,7 +162,7 @@ class _Bars:
     def print(self, text: str) -> bool:
         """Print a line above the bars; returns whether they are shown now."""
         if self._running:
-            self._live.console.print(text, markup=False, soft_wrap=True)
+            self._live.console.print(text, markup=False, emoji=False, soft_wrap=True)
         return self._running
 
     def stop(self) -> None:

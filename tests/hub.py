@@ -148,7 +148,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, {"files": answers})
 
     def validate(self, body: bytes) -> None:
-        self._send(200, {"errors": [], "warnings": []})
+        wrong = [{"message": '"license" must be one of […]'}] if "license: gpl-17" in json.loads(body)["content"] else []
+        self._send(400 if wrong else 200, {"errors": wrong, "warnings": []})
 
     def batch(self, body: bytes, name: str, kind: str = "model") -> None:
         if self._may_write():

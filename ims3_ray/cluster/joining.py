@@ -82,12 +82,13 @@ def connected(config: ClusterConfig, needed: dict[str, float] | None = None) -> 
             "Ray is running already, and its workers do not know the plugins; let this program start or join Ray, or call "
             "ray.init(runtime_env=ims3_ray.plugins.runtime_env()) after ims3_ray.plugins.load([…])"
         )
-    if unwatched:  # nobody announces that this machine will be taken away, so nothing has to look out for it
-        os.environ[PREEMPTION] = "0"
-    if started:
-        _start(address)
-    watch = RayletWatch() if started and address is None else None
+    watch = None
     try:
+        if unwatched:  # nobody announces that this machine will be taken away, so nothing has to look out for it
+            os.environ[PREEMPTION] = "0"
+        if started:
+            _start(address)
+            watch = RayletWatch() if address is None else None
         with watch or nullcontext():
             if not config.wait_s:
                 check_resources(needed or {})
@@ -97,7 +98,7 @@ def connected(config: ClusterConfig, needed: dict[str, float] | None = None) -> 
         if started and not (watch and watch.died):
             ray.shutdown()
         if unwatched:
-            del os.environ[PREEMPTION]
+            os.environ.pop(PREEMPTION, None)
 
 
 def local_cpus() -> int:

@@ -13,7 +13,7 @@ import yaml
 
 from ims3_ray.config import Section
 from ims3_ray.errors import UserError
-from ims3_ray.io.files import Place, is_hidden, local_copy
+from ims3_ray.io.files import Place, local_copy
 from ims3_ray.io.hub import Kind, check_repository, upload
 from ims3_ray.models.checkpoints import read_metadata
 from ims3_ray.models.encoder import OWN_ENCODER
@@ -21,7 +21,7 @@ from ims3_ray.models.generators.dit import OWN_GENERATOR
 from ims3_ray.provenance import version
 from ims3_ray.report.card import CITATION
 
-WEIGHTS = ".safetensors"
+WEIGHTS, PARQUET = ".safetensors", ".parquet"
 REPOSITORY = "REPOSITORY"
 """Stands in the text of a card for the name of the repository."""
 ADAPTER = re.compile(r"adapter-\d+\.safetensors")
@@ -101,7 +101,9 @@ def upload_of(config: PushConfig) -> Upload:
         raise UserError(f"'{source}' does not exist; give the folder of a run or a weights file")
     found = _weights([local_copy(source)], source) if place.is_file else _of_folder(source, place)
     more = {"license": config.license} if config.license else {}
-    if config.title and found.kind == "dataset":
+    if config.title:
+        if found.kind != "dataset":
+            raise UserError("title is the name of a set; the hub shows weights by the name of their repository")
         more["pretty_name"] = config.title
     text = found.text.replace(REPOSITORY, config.to)
     return replace(found, card={**found.card, **more}, text=text)
@@ -115,10 +117,8 @@ def _of_folder(source: str, place: Place) -> Upload:
     if Place.at(trained).is_file:
         return _weights([local_copy(trained)], trained)
     for folder in (f"{source}/shards", source):
-        if Place.at(folder).is_folder:
-            names = [child.name for child in Place.at(folder).children(WEIGHTS) if ADAPTER.fullmatch(child.name)]
-            if names:
-                return _weights([local_copy(f"{folder}/{name}") for name in names], folder)
+        if Place.at(folder).is_folder and (names := _adapters(folder)):
+            return _weights([local_copy(f"{folder}/{name}") for name in names], folder)
     raise UserError(
         f"'{source}' holds no distilled set, no weights of ims3 pretrain and no adapters; give the folder of a finished run "
         "(with export set), or a file"
@@ -127,13 +127,32 @@ def _of_folder(source: str, place: Place) -> Upload:
 
 def _set(folder: str) -> Upload:
     """The Parquet files of a distilled set with its card. The same images as PNG files are left out."""
-    data = local_copy(f"{folder}/data")
-    files = {f"data/{file.name}": file for file in sorted(data.iterdir()) if file.is_file() and not is_hidden(file.name)}
-    readme = Place.at(f"{folder}/README.md").read().decode()
-    _, header, text = readme.split("---\n", 2) if readme.startswith("---\n") else ("", "", readme)
-    if not files:
-        raise UserError(f"'{folder}/data' holds no files; export the set again")
-    return Upload("dataset", files, yaml.safe_load(header) or {}, text, "data/*")
+    files = {f"data/{child.name}": child for child in Place.at(f"{folder}/data").children(PARQUET) if child.is_file}
+    header, text = _card_of(folder)
+    if not files or "data_files" not in str(header.get("configs")):
+        raise UserError(f"'{folder}' is no distilled set of this project: it needs data/*.parquet and the card of the export")
+    copied = {name: local_copy(f"{folder}/{name}") for name in sorted(files)}
+    return Upload("dataset", copied, header, text, f"data/*{PARQUET}")
+
+
+def _card_of(folder: str) -> tuple[dict[str, Any], str]:
+    """Metadata and text of a card, README.md. Raises :class:`UserError` for one that cannot be read."""
+    try:
+        parts = Place.at(f"{folder}/README.md").read().decode().split("---\n", 2)
+        header = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else {}
+        if isinstance(header, dict):
+            return header, parts[-1]
+    except (UnicodeDecodeError, yaml.YAMLError):
+        pass
+    raise UserError(f"the card '{folder}/README.md' cannot be read; export the set again")
+
+
+def _adapters(folder: str) -> list[str]:
+    """Names of the adapters of a fine-tuning. Raises :class:`UserError` for a fine-tuning that has not ended."""
+    names = [child.name for child in Place.at(folder).children(WEIGHTS) if ADAPTER.fullmatch(child.name)]
+    if names and folder.endswith("/shards") and not Place.at(f"{folder.removesuffix('/shards')}/manifest.json").is_file:
+        raise UserError(f"the fine-tuning in '{folder}' has not ended; the command that began it continues it")
+    return sorted(names)
 
 
 def _weights(paths: list[Path], where: str) -> Upload:
@@ -142,16 +161,15 @@ def _weights(paths: list[Path], where: str) -> Upload:
     kind = told[0].get("kind", "")
     if "adapter" in told[0]:
         card = {"library_name": "ims3-ray", "tags": ["dataset-distillation", "diffusion", "adapter"]}
-        return Upload(
-            "model", {path.name: path for path in paths}, card, _adapter_text(json.loads(told[0]["adapter"])), "adapter-*"
-        )
+        text = _adapter_text(json.loads(told[0]["adapter"]), paths[0].name)
+        return Upload("model", {path.name: path for path in paths}, card, text, "adapter-*")
     if kind not in NAMES:
         raise UserError(
             f"'{where}' is none of this project's weights; convert a generator first (ims3 convert), or upload other files "
             "with huggingface_hub itself"
         )
-    beside = paths[0].with_suffix(".md")
-    text = beside.read_text("utf-8") if beside.is_file() else _text(paths[0].stem, kind, told[0]["config"])
+    beside = Place.at(f"{where.removesuffix(WEIGHTS)}.md")
+    text = beside.read().decode() if beside.is_file else _text(paths[0].stem, kind, told[0]["config"])
     tags = ["diffusion", "dit"] if kind == "dit" else ["timm", "feature-extraction"]
     card = {"library_name": "ims3-ray", "tags": ["dataset-distillation", *tags]}
     use = {"dit": "generator", "encoder": "encoder"}[kind]
@@ -166,12 +184,12 @@ def _text(name: str, kind: str, config: str) -> str:
     return f"# {name}\n\n{what}, written by ims3-ray {version()}.\n\n## Config\n\n```yaml\n{shown}\n```\n"
 
 
-def _adapter_text(about: Mapping[str, Any]) -> str:
-    """The text of the card of adapters."""
+def _adapter_text(about: Mapping[str, Any], first: str) -> str:
+    """The text of the card of adapters; ``first`` is the name of the first file."""
     settings = yaml.safe_dump(about["config"], sort_keys=False).strip()
     return (
         f"# Adapter for the generator {about['generator']}\n\nThe parameters that ims3-ray {version()} has fine-tuned; the "
         "generator is named by the start of the SHA-256 of its file, and other weights are refused. To merge them into it:\n\n"
-        f"    ims3 convert generator=FILE adapter=hf://{REPOSITORY}/adapter-0.safetensors out=generator.safetensors\n\n"
+        f"    ims3 convert generator=FILE adapter=hf://{REPOSITORY}/{first} out=generator.safetensors\n\n"
         f"## Fine-tuning\n\n```yaml\n{settings}\n```\n\n{CITATION}"
     )

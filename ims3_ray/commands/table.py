@@ -42,7 +42,7 @@ def named(what: Any) -> Any:
     return getattr(import_module(module), name)
 
 
-DRY_RUN = "print the plan and stop: nothing is computed or written"
+DRY_RUN = "print the plan and stop: nothing is computed, written or uploaded"
 
 COMMANDS: dict[str, Command] = {
     "distill": Command(

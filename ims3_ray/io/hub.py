@@ -40,7 +40,7 @@ def fetch(reference: str, patterns: list[str], what: str, kind: Kind = "model") 
 def check_repository(name: str) -> None:
     """Raises :class:`UserError` unless ``name`` can be that of a repository."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
@@ -75,6 +75,8 @@ def upload(name: str, kind: Kind, files: Mapping[str, Path], readme: str, replac
             f"the hub refuses the upload to '{name}' ({_first_line(error)}); log in with `hf auth login`, or set HF_TOKEN to a "
             "token that may write there"
         ) from error
+    except ValueError as error:  # such as metadata of the card that the hub does not know
+        raise UserError(f"the hub does not take the upload to '{name}': {_in_one_line(error)}") from error
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # of the HTTP library that the hub's uses
         raise UserError(
             f"the hub cannot be reached for the upload to '{name}' ({_first_line(error)}); check the network and HF_ENDPOINT"
@@ -88,6 +90,10 @@ def _bars_on_terminals_only() -> None:
 
     if not sys.stderr.isatty():
         disable_progress_bars()
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
 
 
 def _first_line(error: Exception) -> str:

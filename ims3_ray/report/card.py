@@ -58,7 +58,8 @@ def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> st
     arm, k = results["sets"][results["exported"]["arm"]], config.selection.images_per_class
     names = ", ".join(map(plain, classes.names))
     shown = {key: value for key, value in canonical(config).items() if key not in PRIVATE}
-    title, count = f"{config.data.path}, distilled: {k} images a class", k * len(classes.names)
+    name = config.data.path.rstrip("/").rpartition("/")[2]
+    title, count = f"{name}, distilled: {k} images a class", k * len(classes.names)
     header = {
         "pretty_name": title,
         # The datasets library caches by folder and config name, and every set lies in a folder called "distilled".

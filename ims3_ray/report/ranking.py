@@ -37,7 +37,7 @@ def rank(config: CompareConfig, tables: Sequence[Mapping[str, Any]]) -> None:
     }
     for table in tables:
         k, row = table["images_per_class"], table["row"]
-        with_hard = hard.get(rows[row][1]) if row in rows else None
+        with_hard = (row if _is_hard(config, rows[row][0]) else hard.get(rows[row][1])) if row in rows else None
         for line in table["lines"]:
             line["ranking"] = None
             if None not in (whole, random, with_hard) and line["arm"] not in (whole, random):

@@ -39,9 +39,9 @@ def _print_end(result: RunResult, console: Console) -> None:
 
 
 def _mlflow(result: RunResult) -> str:
-    """Where MLflow shows the run; empty for results of an earlier version."""
+    """Where MLflow shows the run; empty where MLflow has not taken it, and for results of an earlier version."""
     found = result.results.get("mlflow", {})
-    if "page" not in found:
+    if "page" not in found or not found["run"]:
         return ""
     if (uri := found["uri"] or f"sqlite:///{result.folder}/mlflow.db").startswith("http"):
         return f"MLflow: {uri.rstrip('/')}{found['page']}"

@@ -57,6 +57,16 @@ def test_the_configuration_page_names_every_key():
     assert (ROOT / "docs" / "configuration.md").read_text() == reference()
 
 
+PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("page", sorted(set(PAGES) - {"docs/configuration.md"}))
+def test_lines_of_pages_are_no_longer_than_120_characters(page: str):
+    """Tables and pictures are one line each, and indented lines are code."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "    ", "!["))] == []
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
 def test_files_and_links_that_the_pages_name_exist(page: str):
     text = (ROOT / page).read_text()

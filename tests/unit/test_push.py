@@ -25,7 +25,8 @@ from ims3_ray.models.generator import load_generator
 from tests.hub import TOKEN, Hub, running_hub
 
 CLASSES = ("Trouser", "Bag")
-CARD = "---\npretty_name: two classes\ntags:\n- synthetic\n---\n\n# Two classes\n"
+CONFIGS = [{"config_name": "two", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}]
+CARD = f"---\n{yaml.safe_dump({'pretty_name': 'two classes', 'configs': CONFIGS, 'tags': ['synthetic']})}---\n\n# Two classes\n"
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,8 @@ def test_a_set_is_uploaded_in_one_commit_that_replaces_an_earlier_one_and_read_b
     assert len(pushed.commits) == 3
     assert pushed.messages[-1] == "again"
     _, header, text = pushed.files["README.md"].decode().split("---\n")
-    assert yaml.safe_load(header) == {"pretty_name": "Trousers and bags", "tags": ["synthetic"], "license": "mit"}
+    named = {"pretty_name": "Trousers and bags", "license": "mit"}
+    assert yaml.safe_load(header) == {"configs": CONFIGS, "tags": ["synthetic"], **named}
     assert text.strip() == "# Two classes"
 
     read = open_source("me/two-classes", "train")
@@ -119,6 +121,7 @@ def test_weights_and_adapters_are_uploaded_and_read_by_their_names(hub: Hub, run
     about = {"config": {"steps": 3}, "generator": file_hash(generator)}
     shards = tmp_path / "KEY" / "shards"
     shards.mkdir(parents=True)
+    (tmp_path / "KEY" / "manifest.json").write_text("{}")
     save_file({"blocks.0.attn.qkv.bias": bias}, shards / "adapter-0.safetensors", {"adapter": json.dumps(about)})
     assert "is none" not in run("push", str(tmp_path / "KEY"), "me/adapter", "license=mit")
     told = run("convert", "generator=me/dit", "adapter=hf://me/adapter/adapter-0.safetensors", "out=merged.safetensors")
@@ -136,6 +139,9 @@ def test_an_upload_that_the_hub_does_not_take_is_one_line(
     assert told.startswith("error: the hub refuses the upload to 'me/other' (Client error '401 Unauthorized'")
     assert "hf auth login" in told
     assert ("dataset", "me/other") not in hub.repositories
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    told = run("push", source, "me/other", "license=gpl-17", code=2)
+    assert told.startswith("error: the hub does not take the upload to 'me/other': Invalid metadata in README.md.")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert run("push", source, "me/other", code=2).startswith("error: the hub cannot be reached for the upload to 'me/other'")
 
@@ -179,4 +185,12 @@ def test_what_cannot_be_uploaded_is_named(tmp_path: Path):
     assert "none of this project's weights" in refused(tmp_path / "other.pt")
     (tmp_path / "data").mkdir()
     (tmp_path / "README.md").write_text("# a set without files")
-    assert "holds no files" in refused(tmp_path)
+    assert "is no distilled set" in refused(tmp_path)
+    (tmp_path / "data" / "train.parquet").write_bytes(b"somebody's own data")
+    assert "is no distilled set" in refused(tmp_path)  # its card is not that of an export
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n# broken")
+    assert "README.md' cannot be read" in refused(tmp_path)
+    shards = tmp_path / "KEY" / "shards"
+    shards.mkdir(parents=True)
+    save_file({"a": torch.zeros(1)}, shards / "adapter-1.safetensors", {"adapter": "{}"})
+    assert "has not ended" in refused(tmp_path / "KEY")

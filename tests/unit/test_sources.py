@@ -529,6 +529,8 @@ def test_tensors_as_other_projects_save_sets_are_read(tmp_path: Path):
     assert "it is normalised, write the mean" in refused(normalised)
     (normalised / "normalisation.json").write_text(json.dumps({"mean": [0.4] * 3, "std": [0.2] * 3}))
     assert same(normalised)
+    (normalised / "normalisation.json").write_text('{"mean": [0.4], "std": [0.2]}')
+    assert "with a number for each channel" in refused(normalised)
     (normalised / "normalisation.json").write_text('{"mean": "grey"}')
     assert "with a number for each channel" in refused(normalised)
 
@@ -541,6 +543,11 @@ def test_tensors_as_other_projects_save_sets_are_read(tmp_path: Path):
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path):
     images, labels = torch.zeros(2, 3, 4, 4), torch.tensor([0, 2])
     assert "for 2 images" in refused(write_tensors(tmp_path / "a", images, labels[:1]))
+    assert "for 2 images" in refused(write_tensors(tmp_path / "a", images, labels[:, None]))
+    assert "holds no image" in refused(write_tensors(tmp_path / "a", images[:0], labels[:0]))
+    assert "save integers" in refused(write_tensors(tmp_path / "a", images, labels + 0.7))
+    assert "holds probabilities" in refused(write_tensors(tmp_path / "a", images, torch.tensor([[0.9, 0.1], [0.2, 0.8]])))
+    assert "no finite" in refused(write_tensors(tmp_path / "a", images, torch.full((2, 3), torch.nan)))
     assert "is not [N, 1 or 3, H, W]" in refused(write_tensors(tmp_path / "b", images[:, 0], labels))
     assert "holds a dict" in refused(write_tensors(tmp_path / "c", images, {"labels": labels}))
     assert "images labelled 2" in refused(write_tensors(tmp_path / "d", images, labels, "bird\ncat\n"))

@@ -198,8 +198,8 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
     if alike:
         there = f"; '{alike[0]}' is not read as a part of '{split}': call it {split}.parquet or {split}-00000-of-00001.parquet"
     raise UserError(
-        f"data source '{path}' holds neither IDX files, nor {split}.parquet or parts of it, nor one folder per class for split "
-        f"'{split}'{there}"
+        f"data source '{path}' holds neither IDX files, nor {split}.parquet or parts of it, nor one folder per class"
+        f"{', nor images.pt with labels.pt (a set)' if split == 'train' else ''} for split '{split}'{there}"
     )
 
 

@@ -1,5 +1,4 @@
-"""Images and labels as PyTorch tensors (`images.pt`, `labels.pt`): the form in which DD-Ranking reads sets, and in which DC, DM
-and trajectory matching save them."""
+"""Images and labels as PyTorch tensors (`images.pt`, `labels.pt`): the form in which DD-Ranking reads sets."""
 
 from __future__ import annotations
 
@@ -44,10 +43,11 @@ class TensorSource(Source):
         images, labels = (_tensor(location, files[name]) for name in (IMAGES, LABELS))
         if images.dim() != 4 or images.shape[1] not in (1, 3):
             raise UserError(f"'{location}/{IMAGES}' has the shape {tuple(images.shape)}, which is not [N, 1 or 3, H, W]")
-        if labels.dim() not in (1, 2) or len(labels) != len(images):
-            raise UserError(f"'{location}/{LABELS}' has the shape {tuple(labels.shape)}, for {len(images)} images")
+        if not len(images):
+            raise UserError(f"'{location}/{IMAGES}' holds no image")
+        _check_labels(labels, len(images), f"{location}/{LABELS}")
         self._logits = labels.float().numpy() if labels.dim() == 2 else None
-        self.labels = (labels if self._logits is None else labels.argmax(dim=1)).numpy().astype(np.int64)
+        self.labels = (labels if self._logits is None else labels.argmax(dim=1)).long().numpy()
         self._pixels = _bytes(images, location, files.get(NORMALISATION))
         counted = self.labels if self._logits is None else np.arange(self._logits.shape[1])
         self.class_names = tuple(files[NAMES].lines()) if NAMES in files else numbered(counted)
@@ -75,16 +75,34 @@ def _tensor(location: str, file: Place) -> torch.Tensor:
     return found.detach()
 
 
+def _check_labels(labels: torch.Tensor, count: int, path: str) -> None:
+    """Raises :class:`UserError` unless ``labels`` are class numbers [N] or finite logits [N, num_classes]."""
+    if len(labels) != count or labels.dim() not in (1, 2) or (labels.dim() == 2 and labels.shape[1] < 2):
+        raise UserError(
+            f"'{path}' has the shape {tuple(labels.shape)} for {count} images; it must be [{count}] or [{count}, num_classes]"
+        )
+    if labels.dim() == 1:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise UserError(f"'{path}' holds values of type {labels.dtype} as class numbers; save integers")
+        return
+    if not labels.is_floating_point() or not labels.isfinite().all():
+        raise UserError(f"'{path}' holds soft labels that are no finite floating-point numbers; save logits")
+    if bool((labels >= 0).all()) and bool(((labels.float().sum(dim=1) - 1).abs() < SLACK).all()):
+        raise UserError(f"'{path}' holds probabilities, which would be taken for logits; save their logarithms")
+
+
 def _bytes(images: torch.Tensor, location: str, normalisation: Place | None) -> torch.Tensor:
     """Images as bytes [N, C, H, W]. Raises :class:`UserError` for values that are not in [0, 1] once a given normalisation is
     undone."""
     if images.dtype == torch.uint8:
+        if normalisation is not None:
+            raise UserError(f"'{location}/{IMAGES}' holds bytes, which are not normalised; remove {NORMALISATION}")
         return images
     pixels = images.float()
     if normalisation is not None:
         try:
             told = json.loads(normalisation.read())
-            mean, std = (torch.tensor([float(value) for value in told[key]]).view(1, -1, 1, 1) for key in ("mean", "std"))
+            mean, std = (torch.tensor([float(v) for v in told[key]]).view(1, pixels.shape[1], 1, 1) for key in ("mean", "std"))
             pixels = pixels * std + mean
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise UserError(
