@@ -24,20 +24,23 @@ STYLE = {
 
 def heat_map(
     rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], titles: tuple[str, str, str],
-    best: tuple[int, int],
+    best: tuple[int, int], deviation: float = 0.0,
 ) -> dict[str, bytes]:  # fmt: skip
     """A heat map of ``values`` by row and column (NaN for none), with a frame around the best; ``titles`` are those of rows,
-    columns and values."""
+    columns and values. The colours span at least two of the values' standard deviations ``deviation`` to both sides of the
+    middle, so that differences which are noise look alike."""
     with rc_context(STYLE):
         figure = new_figure(1.6 + 0.55 * len(columns), 1.1 + 0.42 * len(rows))
         axes = figure.subplots()
-        image = axes.imshow(values, cmap="viridis", aspect="auto")
+        known = [value for line in values for value in line if value == value]
+        middle = (min(known) + max(known)) / 2
+        half = max((max(known) - min(known)) / 2, 2 * deviation) or None
+        span = (None, None) if half is None else (middle - half, middle + half)
+        image = axes.imshow(values, cmap="viridis", aspect="auto", vmin=span[0], vmax=span[1])
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
         axes.set_ylabel(titles[0])
         axes.set_xlabel(titles[1])
-        known = [value for line in values for value in line if value == value]
-        middle = (min(known) + max(known)) / 2
         for y, line in enumerate(values):
             for x, value in enumerate(line):
                 if value == value:

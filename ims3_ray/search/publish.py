@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -178,13 +179,16 @@ def _curve(config: SweepConfig, near: Sequence[Point], key: str, order: Sequence
 
 def _weights(config: SweepConfig, points: Sequence[Point], best: Settings) -> dict[str, bytes]:
     alphas, betas = (sorted(config.values[key]) for key in WEIGHTS)
-    near = {}
+    near, deviations = {}, [0.0]
     for point in points:
         mine = point["settings"]
         if all(mine[key] == best[key] for key in mine if key not in WEIGHTS):
             near[tuple(mine[key] for key in WEIGHTS)] = point["objective"]
+            if config.search.trains_students and (students := point["rows"].get(config.row)):
+                deviations.append(students["held_out"]["std"])
     values = [[near.get((a, b)) for b in betas] for a in alphas]
     known = [[float("nan") if value is None else value for value in line] for line in values]
     place = (alphas.index(best[WEIGHTS[0]]), betas.index(best[WEIGHTS[1]]))
     titles = ("α (nearness to the real centroid)", "β (distance from other classes)", _objective_title(config))
-    return heat_map([f"{a:g}" for a in alphas], [f"{b:g}" for b in betas], known, titles, place)
+    noise = statistics.median(deviations)
+    return heat_map([f"{a:g}" for a in alphas], [f"{b:g}" for b in betas], known, titles, place, noise)

@@ -136,6 +136,21 @@ def test_a_heat_map_frames_the_best_and_leaves_out_what_is_not_known():
     assert again == found, "the same values give the same bytes"
 
 
+def test_colours_of_a_heat_map_do_not_show_noise():
+    """Values that differ by less than two standard deviations have nearly one colour; without a deviation they have all."""
+    values = [[70.0, 70.4], [70.2, 70.1]]
+
+    def colours(deviation: float) -> float:
+        """How far the green of the four fields spreads."""
+        image = picture(heat_map(("a", "b"), ("c", "d"), values, ("rows", "columns", "accuracy"), (0, 1), deviation))
+        whole = np.argwhere((image.max(axis=2) - image.min(axis=2)) > 30)
+        (top, left), (bottom, right) = whole.min(axis=0), whole.max(axis=0)
+        line = image[top + (bottom - top) // 5, left : left + (right - left) // 2, 1]
+        return float(np.percentile(line, 95)) - float(np.percentile(line, 5))
+
+    assert colours(0.0) > 3 * colours(2.0)
+
+
 def test_curves_and_scatters_name_their_axes_and_the_best_is_marked():
     lines = [("held-out", [70.0, 71.0], [0.5, 0.2])]
     left, right = (curves(("0.1", "0.2"), lines, "lambda", "accuracy", best=best) for best in (0, 1))
