@@ -132,13 +132,20 @@ def _invoked(command: click.Command, name: str, arguments: Sequence[str] | None)
             raise KeyboardInterrupt from error
         except click.ClickException as error:
             message = " ".join(error.format_message().split()).rstrip(".").replace(". Did you mean", "; did you mean")
-            place = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else name
+            context = error.ctx if isinstance(error, click.UsageError) else None
+            place = context.command_path if context else " ".join([name, *_command_in(command, arguments)])
             see = " See" if message.endswith("?") else "; see"
             raise UserError(f"{message[:1].lower()}{message[1:]}{see} {place} --help") from error
         if callable(found):  # help and completion leave nothing to do
             found()
 
     return guarded(work)
+
+
+def _command_in(command: click.Command, arguments: Sequence[str] | None) -> list[str]:
+    """The name of the command of a program that the arguments begin with; nothing for a script, which is a command itself."""
+    first = list(sys.argv[1:] if arguments is None else arguments)[:1]
+    return first if isinstance(command, click.Group) and command.commands.keys() >= set(first) else []
 
 
 class _Described(click.Command):

@@ -44,7 +44,7 @@ def test_help_says_what_a_command_does_and_every_key_with_its_meaning(name: str,
     [
         (["distil"], "no such command 'distil'; did you mean 'distill'? See ims3 --help"),
         (["distill", "--drun"], "no such option '--drun'; did you mean '--dry-run'? See ims3 distill --help"),
-        (["distill", "--config"], "option '--config' requires an argument; see ims3 --help"),
+        (["distill", "--config"], "option '--config' requires an argument; see ims3 distill --help"),
         (["distill", "--config", "dmo"], "config 'dmo' cannot be read: there is no such file; did you mean 'demo'?"),
         (["distill", "alpha"], "override 'alpha' is not of the form key=value, as in selection.alpha=0.4"),
         (["artifacts", "lst"], "config action='lst': input should be 'list', 'verify', 'repair' or 'prune'"),
