@@ -20,7 +20,8 @@ def test_no_arguments_but_less_work(tmp_path: Path):
     done = run_job(f"storage={tmp_path}", *QUICK)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[-1] == f"report: {tmp_path}/distill/report.html"
+    assert lines[-2] == f"report: {tmp_path}/distill/report.html"
+    assert lines[-1].startswith(f"MLflow: mlflow ui --backend-store-uri sqlite:///{tmp_path}/distill/mlflow.db; then http://")
     for title in ("Random real", "DiT + S3", "IMS3"):
         assert any(title in line for line in lines)
     results = json.loads((tmp_path / "distill" / "results.json").read_text())
@@ -31,6 +32,6 @@ def test_no_arguments_but_less_work(tmp_path: Path):
     scored = run_script("evaluate", f"storage={tmp_path}", f"sets.mine={tmp_path}/distill/distilled", QUICK[4])
     assert scored.returncode == 0, scored.stderr
     assert "evaluate: " not in scored.stdout  # every student of that very set is there already
-    assert scored.stdout.splitlines()[-1] == f"report: {tmp_path}/evaluate/report.html"
+    assert scored.stdout.splitlines()[-2] == f"report: {tmp_path}/evaluate/report.html"
     again = json.loads((tmp_path / "evaluate" / "results.json").read_text())
     assert again["sets"]["mine"]["rows"] == results["sets"][results["exported"]["arm"]]["rows"]
