@@ -215,11 +215,11 @@ def s3(config: BenchmarkConfig, folder: Path, meter: Meter) -> None:
 # export and student
 
 
-def write_images(config: BenchmarkConfig, folder: Path, kind: str, classes: int, per_class: int) -> Artifact:
-    """A set of images, the same number of each class."""
+def write_images(config: BenchmarkConfig, folder: Path, kind: str, classes: int, per_class: int, seed: int = 0) -> Artifact:
+    """A set of images, the same number of each class. Another ``seed`` gives other images."""
     images, units, entries = artifact(folder, kind, "images"), class_units(classes), {}
     for number, unit in enumerate(units):
-        entries[unit] = write_class(images, unit, random_images(per_class, config.size, number))
+        entries[unit] = write_class(images, unit, random_images(per_class, config.size, seed + number))
     commit_set(images, entries, 0.0)
     return images
 
@@ -246,7 +246,7 @@ def export(config: BenchmarkConfig, folder: Path, meter: Meter) -> None:
 
 def write_student(config: BenchmarkConfig, folder: Path) -> None:
     write_images(config, folder, "select", config.classes, config.per_class)
-    write_images(config, folder, "held_out", config.classes, EvaluationConfig().held_out(config.classes))
+    write_images(config, folder, "held_out", config.classes, EvaluationConfig().held_out(config.classes), config.classes)
     test, entries = artifact(folder, "encode", "test"), {}
     for label in range(config.classes):
         pixels = random_images(50, config.size, label)
