@@ -6,8 +6,8 @@ rest later.
 """
 
 from ims3_ray.tracking.entries import DistilledSet, slug, table_of
-from ims3_ray.tracking.places import follow_moved_folder, tracking_uri
-from ims3_ray.tracking.tracker import PARENT, Tracker, Untracked, check_server
+from ims3_ray.tracking.places import check_server, follow_moved_folder, tracking_uri
+from ims3_ray.tracking.tracker import PARENT, Tracker, Untracked
 
 __all__ = [
     "PARENT", "DistilledSet", "Tracker", "Untracked", "check_server", "follow_moved_folder", "slug", "table_of", "tracking_uri",

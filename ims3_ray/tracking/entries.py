@@ -54,13 +54,17 @@ class DistilledSet:
 
     def entity(self, name: str) -> Any:
         """MLflow's input of the set, with its hash, size and signature; ``name`` is that of the run."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+        profile = {"num_rows": self.images, "num_classes": self.classes}
+        return _dataset(f"{name} distilled", self.content, self.folder, "distilled", profile)
 
-        dataset = Dataset(
-            f"{name} distilled", self.content, "local", json.dumps({"uri": self.folder}), schema=json.dumps(SCHEMA),
-            profile=json.dumps({"num_rows": self.images, "num_classes": self.classes}),
-        )  # fmt: skip
-        return DatasetInput(dataset, [InputTag("mlflow.data.context", "distilled")])
+
+def _dataset(name: str, digest: str, uri: str, context: str, profile: Mapping[str, int] | None = None) -> Any:
+    """MLflow's input of a labelled image set, with its signature."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    described = json.dumps(profile) if profile else None
+    dataset = Dataset(name, digest, "local", json.dumps({"uri": uri}), schema=json.dumps(SCHEMA), profile=described)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
 
 def table_of(columns: Mapping[str, Sequence[Any]]) -> bytes:
@@ -71,19 +75,9 @@ def table_of(columns: Mapping[str, Sequence[Any]]) -> bytes:
 
 def datasets_of(fingerprints: Mapping[str, str], path: str) -> list[Any]:
     """MLflow's inputs of the splits of the data at ``path``, each with its fingerprint and its signature."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    path = path.rstrip("/")
-    contexts = {"train": "training", "test": "evaluation"}
-    return [
-        DatasetInput(
-            Dataset(
-                f"{path.rpartition('/')[2]} {split}", digest, "local", json.dumps({"uri": path}), schema=json.dumps(SCHEMA)
-            ),
-            [InputTag("mlflow.data.context", contexts.get(split, split))],
-        )
-        for split, digest in fingerprints.items()
-    ]
+    path, contexts = path.rstrip("/"), {"train": "training", "test": "evaluation"}
+    name = path.rpartition("/")[2]
+    return [_dataset(f"{name} {split}", digest, path, contexts.get(split, split)) for split, digest in fingerprints.items()]
 
 
 def digest_of(params: Mapping[str, Any], metrics: Mapping[str, float]) -> str:

@@ -6,13 +6,21 @@ import os
 from pathlib import Path
 
 from ims3_ray.config import PretrainConfig, WorkConfig
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, masked
 from ims3_ray.io.storage import Storage
 from ims3_ray.tracking import database
-from ims3_ray.tracking.entries import slug
+from ims3_ray.tracking.entries import reason, slug
 
 Tracked = WorkConfig | PretrainConfig
 """Configs of jobs that MLflow tracks."""
+
+
+CLIENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the writing thread retries itself
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+"""Settings of MLflow's client, where the environment has none."""
 
 
 def is_own(config: Tracked) -> bool:
@@ -47,3 +55,28 @@ def files_of(config: Tracked, storage: Storage, uri: str) -> Path | None:
     if not uri.startswith("sqlite:///"):
         return None
     return Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" / slug(config.tracking.experiment)
+
+
+def check_server(config: Tracked, storage: Storage) -> None:
+    """Raises :class:`UserError` if a new run would be refused because the MLflow server does not answer, or because there is
+    no place for MLflow's database."""
+    uri = tracking_uri(config, storage)
+    if not uri.startswith("http") or storage.exists(note_of(config)):
+        return
+    os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT.items()})
+    import mlflow
+
+    try:
+        mlflow.MlflowClient(uri).search_experiments(max_results=1)
+    except Exception as error:
+        raise not_taken(uri, error) from error
+
+
+def note_of(config: Tracked) -> str:
+    """Path of the file that holds the id of a run."""
+    return f"{config.name}/mlflow_run_id"
+
+
+def not_taken(uri: str, error: Exception) -> UserError:
+    """The error for a server that does not take a new run."""
+    return UserError(f"MLflow at '{masked(uri)}' does not take the run ({reason(error)}); check tracking.uri")

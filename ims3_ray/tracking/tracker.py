@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ims3_ray.config import canonical
-from ims3_ray.errors import UserError, masked
+from ims3_ray.errors import masked
 from ims3_ray.io.storage import Storage
 from ims3_ray.tracking import database
 from ims3_ray.tracking.entries import KIND, DistilledSet, datasets_of, digest_of, flat, reason, refused, source_tags
-from ims3_ray.tracking.places import Tracked, files_of, is_own, tracking_uri
+from ims3_ray.tracking.places import CLIENT, Tracked, files_of, is_own, not_taken, note_of, tracking_uri
 
 BATCH = 1000
 """Number of metrics that MLflow accepts in one call."""
@@ -29,38 +29,8 @@ DIGEST = "ims3.digest"
 """Tag of a child run that holds a hash of its parameters and metrics."""
 WAIT_S = (1.0, 30.0)
 """Seconds between attempts to reach a lost server: initial value, maximum."""
-CLIENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the writing thread retries itself
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-}
-
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """Metric → its (step, value) pairs."""
-
-
-def check_server(config: Tracked, storage: Storage) -> None:
-    """Raises :class:`UserError` if a new run would be refused because the MLflow server does not answer, or because there is
-    no place for MLflow's database."""
-    uri = tracking_uri(config, storage)
-    if not uri.startswith("http") or storage.exists(_note(config)):
-        return
-    os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT.items()})
-    import mlflow
-
-    try:
-        mlflow.MlflowClient(uri).search_experiments(max_results=1)
-    except Exception as error:
-        raise _not_taken(uri, error) from error
-
-
-def _note(config: Tracked) -> str:
-    """Path of the file that holds the id of a run."""
-    return f"{config.name}/mlflow_run_id"
-
-
-def _not_taken(uri: str, error: Exception) -> UserError:
-    return UserError(f"MLflow at '{masked(uri)}' does not take the run ({reason(error)}); check tracking.uri")
 
 
 class Untracked:
@@ -94,7 +64,7 @@ class Tracker(Untracked):
         self._logged: dict[str, int] = {}
         """Metric of losses → the last of its steps that MLflow has."""
         self._children: dict[str, tuple[str, str, str]] | None = None
-        self._note = _note(config)
+        self._note = note_of(config)
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._warned, self._away, self._leaving = False, False, threading.Event()
         if self.uri.startswith("sqlite"):
@@ -103,7 +73,7 @@ class Tracker(Untracked):
             try:
                 self._begin()
             except Exception as error:
-                raise _not_taken(self.uri, error) from error
+                raise not_taken(self.uri, error) from error
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
         self._thread.start()
 
