@@ -32,7 +32,7 @@ class Request:
 
     The requests of all stages, trials and jobs of a cluster are added up by the coordinator that Ray Train and Ray Data use
     themselves; `ray.autoscaler.sdk.request_resources` would overwrite what they ask for, and be overwritten by them. Ray counts
-    submitted work as demand by itself, so a request is for work that waits in the driver.
+    submitted work as demand by itself, so a request is for work that waits in the driver, or for which Ray finds no node type.
     """
 
     def __init__(self, labels: Mapping[str, str]) -> None:
@@ -61,8 +61,13 @@ class Request:
 
 
 class CapacityWatch:
-    """Checks whether the cluster has room for ``at_least`` of a stage's workers. While it has not, :meth:`look` prints messages
-    at intervals, and raises :class:`UserError` after ``cluster.wait_s`` seconds; at once for a cluster that does not grow."""
+    """Checks whether the cluster has room for ``at_least`` of a stage's workers. While it has not, :meth:`look` requests room
+    for all of them (``bundles``), prints messages at intervals, and raises :class:`UserError` after ``cluster.wait_s`` seconds;
+    at once for a cluster that does not grow.
+
+    The request matters for tasks that run too. The nodes that they need may all be lost, and the autoscaler starts none for a
+    task whose reservation of memory it finds in none of its node types, which many configurations give by CPUs and GPUs alone.
+    """
 
     def __init__(
         self, config: ClusterConfig, role: Role, title: str, bundles: Sequence[Bundle], at_least: int = 1
@@ -72,19 +77,21 @@ class CapacityWatch:
         self.since: float | None = None
         """Monotonic time in seconds at which room was first missing; None while there is room."""
         self._said = float("-inf")
+        self._request: Request | None = None
 
     def look(self) -> bool:
         there, now = holds(self.bundles[0], self.labels), time.monotonic()
         if there >= self.at_least:
             if self.since is not None and now - self.since > 1:
                 print(f"{self.title}: nodes are there after {now - self.since:.0f} s", flush=True)
-            self.since = None
+            self.let_go()
             return True
         self.since = now if self.since is None else self.since
         waited, wait_s = now - self.since, self.config.wait_s
         each = " ".join(f"{need:g} {kind}" for kind, need in self.bundles[0].items())
         what = f"{each} each" + "".join(f", {key}={value}" for key, value in self.labels.items())
         if waited >= wait_s:
+            self.let_go()
             raise UserError(
                 f"{self.title}: the cluster has room for {there} of {len(self.bundles)} workers ({what}) after {waited:.0f} s "
                 f"and needs {self.at_least}; see `ray status` and the limits of its node types, raise cluster.wait_s if it "
@@ -97,16 +104,29 @@ class CapacityWatch:
                 f"{waited:.0f} s of {wait_s:.0f}",
                 flush=True,
             )
+        self._request = self._request or Request(self.labels)
+        self._request.ask(self.bundles if waited < ASK_ALL_S else self.bundles[: self.at_least])
         return False
+
+    def let_go(self) -> None:
+        """End the waiting and withdraw the request, if there is one."""
+        self.since = None
+        if self._request is not None:
+            self._request.let_go()
+            self._request = None
 
     def first_done(self, running: Sequence[Any], meanwhile: Callable[[], None] | None = None) -> Any:
         """The first of the ``running`` tasks to end. Every few seconds until then ``meanwhile`` is called, and on a cluster
         that grows :meth:`look` is called."""
-        while not (done := ray.wait(list(running), num_returns=1, timeout=5)[0]):
-            if meanwhile is not None:
-                meanwhile()
-            if self.config.wait_s:  # on other clusters a task that can never run was refused before it started
-                self.look()
+        try:
+            while not (done := ray.wait(list(running), num_returns=1, timeout=5)[0]):
+                if meanwhile is not None:
+                    meanwhile()
+                if self.config.wait_s:  # on other clusters a task that can never run was refused before it started
+                    self.look()
+        except BaseException:
+            self.let_go()
+            raise
         return done[0]
 
 
@@ -119,23 +139,18 @@ def wait_for_capacity(
     Raises :class:`UserError` if there is no room for ``at_least`` workers after ``wait_s`` seconds.
     """
     watch = CapacityWatch(config, role, title, bundles, at_least)
-    if not bundles or holds(bundles[0], watch.labels) >= at_least:
-        return watch
-    request, began = Request(watch.labels) if config.wait_s else None, time.monotonic()
     try:
-        while not watch.look():
-            if request:
-                request.ask(bundles if time.monotonic() - began < ASK_ALL_S else bundles[:at_least])
+        while bundles and not watch.look():
             time.sleep(LOOK_EVERY_S)
-    finally:
-        if request:
-            request.let_go()
+    except BaseException:
+        watch.let_go()
+        raise
     return watch
 
 
 def largest_memory(config: ClusterConfig, role: Role) -> float:
-    """The most memory, in bytes, that a node for this kind of work lends to tasks. A task that reserves more could never
-    run; it is better tried there than refused, since what a task needs is an estimate."""
+    """The most memory, in bytes, that a node for this kind of work lends to tasks; 0 while there is no such node. A task that
+    reserves more could never run; it is better tried there than refused, since what a task needs is an estimate."""
     nodes = _nodes(config.place.get(role, {}))
     return max((node["Resources"].get("memory", 0.0) for node in nodes), default=0.0)
 

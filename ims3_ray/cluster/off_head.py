@@ -69,6 +69,7 @@ def _run_elsewhere(run: Callable[[Any], None], config: WorkConfig | PretrainConf
         ray.wait([running], timeout=CANCEL_S)
         raise
     finally:
+        watch.let_go()
         _print(output, seen)
     results(running)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import ray
@@ -15,16 +13,15 @@ from torch import Tensor
 
 from ims3_ray import plugins
 from ims3_ray.cluster.capacity import largest_memory, wait_for_capacity
-from ims3_ray.cluster.joining import most_at_once, own_device, placed, results
+from ims3_ray.cluster.joining import most_at_once, placed, results
 from ims3_ray.config import ProtocolConfig, WorkConfig, differing, reserved
 from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.engine.mapped import MAPPED_ABOVE
 from ims3_ray.engine.planner import Planner
-from ims3_ray.engine.sets import RealSplit, held_out, read_set
-from ims3_ray.engine.shards import commit_units, note, pack_tensors, read_notes
+from ims3_ray.engine.sets import RealSplit
+from ims3_ray.engine.shards import commit_units, read_notes
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.unfinished import Shares, Unfinished
-from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import Damaged, IncompletePool, UserError
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.models.student_costs import forward_flops, training_bytes
@@ -32,10 +29,10 @@ from ims3_ray.models.students import check_student, student_builder
 from ims3_ray.progress import Progress
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.held_out import HoldOut
-from ims3_ray.stages.label_batches import LabelBatches, StoredBatchLabels
-from ims3_ray.stages.statistics import plan_statistics, read_statistics
-from ims3_ray.stages.teacher import TeacherInput, load_teacher, plan_teacher, teacher_of
-from ims3_ray.training.students import train_student
+from ims3_ray.stages.label_batches import LabelBatches
+from ims3_ray.stages.statistics import plan_statistics
+from ims3_ray.stages.student_task import StudentTask, train_and_test, unit_of
+from ims3_ray.stages.teacher import TeacherInput, plan_teacher, teacher_of
 
 
 @dataclass(eq=False)
@@ -178,114 +175,92 @@ def host_bytes(stage: Evaluate, gpus: float) -> float:
     return needed + 4 * weights + 2 * kept * min(for_ipc(protocol.batch_size, ipc), images)
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a task needs to train and test students of one set."""
-
-    protocol: ProtocolConfig
-    images: Artifact
-    test: RealSplit
-    val: Artifact | None
-    teacher: Weights | Artifact | None
-    """Given weights, or the artifact of :mod:`ims3_ray.stages.teacher`; None if the protocol needs no teacher."""
-    labels: Artifact | None
-    """Stored labels of the batches; None if the protocol takes other labels."""
-    statistics: Artifact | None
-    """Mean and standard deviation of the real pixels; None if the protocol normalises otherwise."""
-    class_names: tuple[str, ...]
-    threads: int
-
-
-def train_and_test(task: Task, seed: int, found: Artifact) -> dict[str, Any]:
-    """Train one student, test it and return its accuracies, which are stored in ``found`` too, with its confusion matrix.
-
-    An interrupted training continues from its last saved state. Raises :class:`UserError` for a set without the soft labels
-    that the protocol asks for.
-    """
-    torch.set_num_threads(task.threads)
-    began, device, train = time.monotonic(), own_device(), read_set(task.images, size=task.protocol.size)
-    if task.protocol.labels == "stored" and train.logits is None:
-        raise UserError("labels: stored needs a set with soft labels; this one has none (arms.NAME.labels=soft stores them)")
-    size, keep = train.pixels.shape[-1], task.protocol.test_crop
-    test, val = task.test.read(size, keep), held_out(task.val, task.images, size, keep) if task.val else None
-    classes, unit = len(task.class_names), unit_of(seed)
-    unfinished = Unfinished(found, unit)
-    _, accuracy = train_student(
-        task.protocol.students[0], train, test, classes, task.protocol, seed, device=device, val=val,
-        teacher=load_teacher(task.teacher, task.class_names, device) if task.teacher is not None else None,
-        resume=unfinished.state(), save=unfinished.save,
-        batch_labels=StoredBatchLabels(task.labels) if task.labels is not None else None,
-        statistics=read_statistics(task.statistics),
-    )  # fmt: skip
-    plain = asdict(replace(accuracy, confusion=torch.empty(0)))
-    plain.pop("confusion")
-    seconds = time.monotonic() - began
-    digest = found.write(f"{unit}.safetensors", pack_tensors(confusion=accuracy.confusion))
-    outcome = {**plain, "seconds": seconds, "sha256": digest}
-    note(found, unit, outcome)
-    unfinished.forget()
-    return outcome
-
-
-def unit_of(seed: int) -> str:
-    """Name of the unit of a student's seed."""
-    return f"seed-{seed}"
-
-
 def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
     """Train the student of every missing (stage, seed), as many at a time as ``context`` and a small machine allow.
 
     Each task stores its own results, so the students that have finished are kept if the driver dies. A student that fails on
     every attempt does not stop the others; :class:`IncompletePool` is raised at the end.
     """
-    config, cluster, storage = context.config.evaluation, context.config.cluster, context.storage
-    options = {"num_cpus": config.cpus_per_task, "num_gpus": config.gpus_per_task, **placed(cluster, "evaluate")}
-    remote, largest = ray.remote(train_and_test), largest_memory(cluster, "evaluate")
-    waiting: list[tuple[Evaluate, Task, Artifact, int]] = []
-    for stage in {stage.key(storage): stage for stage in stages}.values():
-        task, artifact, missing = _task(context, stage), stage.artifact(storage), stage.missing(storage)
-        noted = read_notes(artifact, missing)
-        if noted:  # finished, but not committed, by a run that was interrupted
-            commit_units(artifact, noted, sum(outcome["seconds"] for outcome in noted.values()))
-        left = set(missing) - set(noted)
-        waiting += [(stage, task, artifact, seed) for seed in config.seeds if unit_of(seed) in left]
-    running: dict[Any, tuple[Evaluate, Artifact, str]] = {}
-    failed: list[str] = []
+    config, cluster = context.config.evaluation, context.config.cluster
+    waiting = _missing(context, stages)
     student = reserved(config.cpus_per_task, config.gpus_per_task)
     watch = wait_for_capacity(cluster, "evaluate", "evaluate", [student] if waiting else [])
     limits = (context.most_tasks, most_at_once(cluster, config.cpus_per_task))
     at_once = min((limit for limit in limits if limit is not None), default=len(waiting))
+    options = {"num_cpus": config.cpus_per_task, "num_gpus": config.gpus_per_task, **placed(cluster, "evaluate")}
+    remote = ray.remote(train_and_test)
+    running: dict[Any, tuple[_Student, float]] = {}
+    """Reference of a task → its student, and the memory in bytes that it reserves."""
+    failed: list[str] = []
     with Progress("evaluate", len(waiting), "students") as progress:
         shares = Shares(progress)
+
+        def meanwhile() -> None:
+            shares.look([student.unfinished for student, _ in running.values()])
+            largest = largest_memory(cluster, "evaluate")
+            for ref, (_, memory) in running.items():
+                if 0 < largest < memory:  # the node that had so much is gone
+                    ray.cancel(ref)
+
         while running or waiting:
             while waiting and len(running) < at_once:
-                stage, task, artifact, seed = waiting.pop(0)
-                memory = min(host_bytes(stage, config.gpus_per_task), largest)
-                ref = remote.options(max_retries=3, memory=memory, **options).remote(task, seed, artifact)
-                running[ref] = (stage, artifact, unit_of(seed))
-            begun = [Unfinished(artifact, unit) for _, artifact, unit in running.values()]
-            ref = watch.first_done(list(running), partial(shares.look, begun))
-            stage, artifact, unit = running.pop(ref)
+                next_one = waiting.pop(0)
+                memory = min(host_bytes(next_one.stage, config.gpus_per_task), largest_memory(cluster, "evaluate"))
+                task = remote.options(max_retries=3, memory=memory, **options)
+                running[task.remote(next_one.task, next_one.seed, next_one.artifact)] = next_one, memory
+            ref = watch.first_done(list(running), meanwhile)
+            ended, _ = running.pop(ref)
+            stage, unit = ended.stage, unit_of(ended.seed)
             try:
                 outcome = results(ref)
             except Damaged:
                 raise
             except UserError as error:
                 raise UserError(f"{stage.title}, {unit}: {error}") from error
+            except ray.exceptions.TaskCancelledError:
+                waiting.insert(0, ended)
+                continue
             except ray.exceptions.RayError as error:
                 failed.append(f"{stage.title}, {unit}: {str(error).strip().splitlines()[-1]}")
                 continue
             context.spend(stage, outcome["seconds"])
-            commit_units(artifact, {unit: outcome}, outcome["seconds"])
-            shares.finish([Unfinished(artifact, unit)])
+            commit_units(ended.artifact, {unit: outcome}, outcome["seconds"])
+            shares.finish([ended.unfinished])
     if failed:
         raise IncompletePool(f"{len(failed)} students failed every attempt, e.g. {failed[0]}; the same command tries again")
 
 
-def _task(context: Context, stage: Evaluate) -> Task:
+@dataclass(frozen=True)
+class _Student:
+    """A student that is to be trained."""
+
+    stage: Evaluate
+    task: StudentTask
+    artifact: Artifact
+    seed: int
+
+    @property
+    def unfinished(self) -> Unfinished:
+        return Unfinished(self.artifact, unit_of(self.seed))
+
+
+def _missing(context: Context, stages: Sequence[Evaluate]) -> list[_Student]:
+    """The students that have not been trained. Those that have, in a run that was interrupted, are committed."""
+    found, storage = list[_Student](), context.storage
+    for stage in {stage.key(storage): stage for stage in stages}.values():
+        artifact, missing = stage.artifact(storage), stage.missing(storage)
+        noted = read_notes(artifact, missing)
+        if noted:
+            commit_units(artifact, noted, sum(outcome["seconds"] for outcome in noted.values()))
+        left, task = set(missing) - set(noted), _task(context, stage)
+        found += [_Student(stage, task, artifact, seed) for seed in context.config.evaluation.seeds if unit_of(seed) in left]
+    return found
+
+
+def _task(context: Context, stage: Evaluate) -> StudentTask:
     storage = context.storage
     val, labels, statistics = (stage.inputs.get(name) for name in ("val", "labels", "statistics"))
-    return Task(
+    return StudentTask(
         stage.protocol, stage.inputs["set"].artifact(storage), RealSplit.of(cast(Encode, stage.inputs["test"]), storage),
         val.artifact(storage) if val else None,
         teacher_of(stage, context) if stage.protocol.labels == "soft" else None,

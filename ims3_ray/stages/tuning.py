@@ -221,6 +221,7 @@ def _side_by_side(
                 seen[id(group)] = max([seen[id(group)], *(int(row["step"]) for row in rows)])
                 yield group, rows, outcome
     finally:
+        watch.let_go()
         if request:
             request.let_go()
 

@@ -15,6 +15,7 @@ from ims3_ray import EvaluateConfig, UserError, evaluate
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import load_encoder
 from ims3_ray.plan import make_evaluation
+from ims3_ray.stages import evaluate as module
 from ims3_ray.stages.teacher import load_teacher
 from tests.conftest import CLASSES
 from tests.ray.conftest import Run
@@ -44,6 +45,19 @@ def test_a_set_that_was_exported_is_known_again_and_not_trained_on_twice(tiny_ru
     html = Path(result.report).read_text()
     for text in ("parquet", "folder", "hard/convnet-3", "Learning curves", "confusion:", *CLASSES):
         assert text in html
+
+
+def test_a_student_reserves_no_more_memory_than_the_nodes_that_are_left_have(
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The node with the most memory is lost once the students wait for it: they are submitted again, for the others."""
+    asked = iter([1e13, 1e13])
+    monkeypatch.setattr(module, "host_bytes", lambda *_: 1e13)
+    monkeypatch.setattr(module, "largest_memory", lambda *_: next(asked, 1e6))
+    config = scoring(tiny_run, {"mine": str(tiny_run.folder / "distilled")}, storage=str(tmp_path))
+    assert len(config.evaluation.seeds) == 2
+    found = evaluate(config).results["sets"]["mine"]
+    assert found["rows"] == tiny_run.result.results["sets"]["ims3"]["rows"]
 
 
 @pytest.mark.slow
