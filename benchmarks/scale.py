@@ -255,19 +255,19 @@ def write_student(config: BenchmarkConfig, folder: Path) -> None:
     commit_units(test, entries, 0.0)
 
 
-def student(config: BenchmarkConfig, folder: Path, meter: Meter) -> None:
+def student(config: BenchmarkConfig, folder: Path, meter: Meter, name: str = "nothing cached") -> None:
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     size = config.size * 7 // 8
     units = tuple((unit_name(label, 0),) for label in range(config.classes))
-    for name in ("nothing cached", "cached"):
-        with meter.measured(name) as row:
-            chosen, val = artifact(folder, "select", "images"), artifact(folder, "held_out", "images")
-            found = read_set(chosen, size=size)
-            test = RealSplit(ImageStore(artifact(folder, "encode", "test"), "pixels"), units).read(size, 0.875)
-            held = held_out(val, chosen, size, 0.875)
-            for pixels in (found.pixels, test[0], held[0]):
-                assert pixels[:: max(1, len(pixels) // 1000)].max() > 0
-            row["images"] = len(found.pixels) + len(test[0]) + len(held[0])
+    with meter.measured(name) as row:
+        chosen, val = artifact(folder, "select", "images"), artifact(folder, "held_out", "images")
+        found = read_set(chosen, size=size)
+        test = RealSplit(ImageStore(artifact(folder, "encode", "test"), "pixels"), units).read(size, 0.875)
+        held = held_out(val, chosen, size, 0.875)
+        for pixels in (found.pixels, test[0], held[0]):
+            for image in pixels[:: max(1, len(pixels) // 1000)]:
+                assert image.max() > 0
+        row["images"] = len(found.pixels) + len(test[0]) + len(held[0])
 
 
 # driver
@@ -300,18 +300,20 @@ def nothing(config: BenchmarkConfig, folder: Path) -> None:
     """The driver reads nothing."""
 
 
-PARTS: dict[Name, tuple[Callable[[BenchmarkConfig, Path], None], Callable[[BenchmarkConfig, Path, Meter], None]]] = {
+Measured = Callable[[BenchmarkConfig, Path, Meter], None]
+PARTS: dict[Name, tuple[Callable[[BenchmarkConfig, Path], None], *tuple[Measured, ...]]] = {
     "plan": (write_folder, plan), "parquet": (write_parquet, parquet), "s3": (write_embeddings, s3),
-    "export": (write_first_classes, export), "student": (write_student, student), "driver": (nothing, driver),
+    "export": (write_first_classes, export), "student": (write_student, student, partial(student, name="cached")),
+    "driver": (nothing, driver),
 }  # fmt: skip
-"""Part → what writes its stand-ins, and what is measured."""
+"""Part → what writes its stand-ins, and what is measured, each in a process of its own."""
 
 
-def measure(name: Name, config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
+def measure(measured: Measured, config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
     os.environ.setdefault("XDG_CACHE_HOME", str(folder / "cache"))
     meter = Meter()
     with redirect_stdout(sys.stderr):
-        PARTS[name][1](config, folder, meter)
+        measured(config, folder, meter)
     return {"base_gb": round(meter.base / 1e9, 3), **meter.rows}
 
 
@@ -320,11 +322,10 @@ def benchmark(config: BenchmarkConfig) -> None:
     for name in config.parts:
         folder = Path(tempfile.mkdtemp(prefix="scale-", dir=config.folder))
         try:
-            context = multiprocessing.get_context("spawn")
-            for work in (PARTS[name][0], partial(measure, name)):
+            context, (write, *measured) = multiprocessing.get_context("spawn"), PARTS[name]
+            for work in (write, *(partial(measure, each) for each in measured)):
                 with context.Pool(1) as process:
-                    result = process.apply(work, (config, folder))
-            found[name] = result
+                    found[name] = {**found.get(name, {}), **(process.apply(work, (config, folder)) or {})}
         finally:
             shutil.rmtree(folder)
         print(json.dumps({name: found[name]}), file=sys.stderr, flush=True)

@@ -20,28 +20,43 @@ Parts = Callable[[Sequence[int]], Iterable[Mapping[str, Tensor]]]
 """Numbers of parts → their tensors, one part after another: ``pixels`` uint8 [n, C, H, W], and perhaps others of n rows."""
 
 
-def joined(parts: Parts, count: int, images: int, made_of: object, what: str) -> dict[str, Tensor]:
+def joined(
+    like: Mapping[str, Tensor], parts: Parts, count: int, images: int, made_of: object, what: str
+) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of ``count`` parts, joined: ``pixels`` [N, C, H, W], ``part`` int64 [N], the number of each image's part, and
     those others that all parts have.
 
-    ``images`` is the number N, or more. If the images take more than :data:`MAPPED_ABOVE` bytes, the first process of a machine
-    that asks for them writes them to the cache (:mod:`ims3_ray.io.node_cache`), part by part, and all processes map the file.
-    ``made_of`` holds plain values that differ for different images; ``what`` names the images in error messages.
+    ``like`` has the names, shapes and types of a part's tensors, for any number of images. ``images`` is the number N, or more.
+    If the images take more than :data:`MAPPED_ABOVE` bytes, the first process of a machine that asks for them writes them to
+    the cache (:mod:`ims3_ray.io.node_cache`), part by part, and all processes map the file. ``made_of`` holds plain values that
+    differ for different images; ``what`` names the images in error messages.
     """
-    (first,) = parts([0])
-    shape = first["pixels"].shape[1:]
+    shape, others = like["pixels"].shape[1:], [name for name in like if name != "pixels"]
     if images * shape.numel() <= MAPPED_ABOVE:
-        found = [first, *parts(range(1, count))]
-        return {"pixels": torch.cat([part["pixels"] for part in found]), **_rows(found)}
+        found = list(parts(range(count)))
+        shared = [name for name in others if all(name in part for part in found)]
+        return {
+            "part": _numbers([len(part["pixels"]) for part in found]),
+            **{name: torch.cat([part[name] for part in found]) for name in ("pixels", *shared)},
+        }
 
     def write(folder: Path) -> None:
+        """Nothing that PyTorch allocates is kept from one part to the next: between large blocks it would hinder the allocator
+        from using their memory again, and the process would grow by each part."""
         folder.mkdir()
-        rows = []
+        counts, kept = list[int](), {name: bytearray() for name in others}
         with Path(folder, PIXELS).open("wb") as file:
             for part in parts(range(count)):
                 file.write(part["pixels"].contiguous().numpy().data)
-                rows.append({**part, "pixels": torch.empty(len(part["pixels"]), 0)})
-        save_file(_rows(rows), folder / ROWS)
+                counts.append(len(part["pixels"]))
+                kept = {name: values for name, values in kept.items() if name in part}
+                for name, values in kept.items():
+                    values += part[name].contiguous().numpy().data.cast("B")
+        rows = {
+            name: torch.frombuffer(values, dtype=like[name].dtype).reshape(-1, *like[name].shape[1:])
+            for name, values in kept.items()
+        }
+        save_file({"part": _numbers(counts), **rows}, folder / ROWS)
 
     name = f"images-{hashlib.sha256(json.dumps([made_of, *shape]).encode()).hexdigest()[:16]}"
     folder = cached(name, write, images * shape.numel(), what)
@@ -54,11 +69,6 @@ def joined(parts: Parts, count: int, images: int, made_of: object, what: str) ->
 PIXELS, ROWS = "pixels", "rows.safetensors"
 
 
-def _rows(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of all parts beside their pixels, joined, with the number of each image's part."""
-    names = [name for name in parts[0] if name != "pixels" and all(name in part for part in parts)]
-    counts = torch.tensor([len(part["pixels"]) for part in parts])
-    return {
-        "part": torch.arange(len(parts)).repeat_interleave(counts),
-        **{name: torch.cat([part[name] for part in parts]) for name in names},
-    }
+def _numbers(counts: Sequence[int]) -> Tensor:
+    """The number of its part for each image, int64 [N]; ``counts`` says how many images each part has."""
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))

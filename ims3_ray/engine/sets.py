@@ -69,26 +69,27 @@ def read_set(images: Artifact, classes: int | None = None, size: int | None = No
             yield {"pixels": resident(tensors["pixels"], size or tensors["pixels"].shape[-1]), **extras}
 
     count, made_of = sum(entries[unit]["images"] for unit in units), [content_of(images), len(units), size]
-    found = joined(parts, len(units), count, made_of, f"the set in {images.address}")
+    found = joined(next(parts([0])), parts, len(units), count, made_of, f"the set in {images.address}")
     return LabelledSet(found["pixels"], found["part"], **{name: found[name] for name in EXTRAS if name in found})
 
 
 def held_out(val: Artifact, train: Artifact, size: int, keep: float) -> Labelled:
     """The images of ``val`` that are not in the set ``train``, cropped to the share ``keep`` of each side and scaled to
     ``size``. Many of them are mapped from the machine's cache."""
-    entries, units, known = val.units, class_shards(val), set[bytes]()
+    entries, units = val.units, class_shards(val)
 
     def parts(numbers: Sequence[int]) -> Iterator[dict[str, Tensor]]:
-        if not known:
-            for _, shard in read_many(train, class_shards(train), "safetensors"):
-                known.update(map(_digest, load(shard)["pixels"]))
+        known = set[bytes]()
+        for _, shard in read_many(train, class_shards(train), "safetensors"):
+            known.update(map(_digest, load(shard)["pixels"]))
         for _, shard in read_many(val, [units[number] for number in numbers], "safetensors"):
             pixels = load(shard)["pixels"]
             left = torch.tensor([_digest(image) not in known for image in pixels], dtype=torch.bool)
             yield {"pixels": resident(pixels[left], size, keep)}
 
-    count = sum(entries[unit]["images"] for unit in units)
-    found = joined(parts, len(units), count, [content_of(val), content_of(train), size, keep], "the held-out images")
+    count, made_of = sum(entries[unit]["images"] for unit in units), [content_of(val), content_of(train), size, keep]
+    like = {"pixels": resident(load(val.read(f"{units[0]}.safetensors"))["pixels"], size, keep)}
+    found = joined(like, parts, len(units), count, made_of, "the held-out images")
     return found["pixels"], found["part"]
 
 
@@ -130,7 +131,8 @@ class RealSplit:
         artifact = self.store.artifact
         count = sum(artifact.units[unit]["images"] for units in self.units for unit in units)
         made_of = [artifact.key, self.units, size, keep]
-        found = joined(parts, len(self.units), count, made_of, f"the images of {artifact.address}")
+        what = f"the images of {artifact.address}"
+        found = joined(next(parts([0])), parts, len(self.units), count, made_of, what)
         return found["pixels"], found["part"]
 
     def read_class(self, position: int) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from ims3_ray.io.storage import as_json
 from ims3_ray.models.checkpoints import first_not_finite
 
 READERS = 16
-"""Number of shards that a process reads at a time."""
+"""The most shards that a process reads at a time, and that it holds in memory before they are asked for."""
 
 
 def commit_units(
@@ -105,9 +107,13 @@ def read_intact(artifact: Artifact, units: Sequence[str], suffix: str) -> Iterat
             return error
 
     with ThreadPoolExecutor(READERS) as readers:
-        for start in range(0, len(units), 4 * READERS):  # limits how much is read ahead
-            part = units[start : start + 4 * READERS]
-            yield from zip(part, readers.map(shard_of, part), strict=True)
+        left, coming = iter(units), deque[tuple[str, Future[bytes | Damaged]]]()
+        while True:
+            coming += [(unit, readers.submit(shard_of, unit)) for unit in islice(left, READERS - len(coming))]
+            if not coming:
+                return
+            unit, shard = coming.popleft()
+            yield unit, shard.result()
 
 
 def read_class(artifact: Artifact, units: Sequence[str], name: str) -> Tensor:
