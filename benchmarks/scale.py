@@ -10,8 +10,9 @@ images (50 a class) and the held-out ones, when nothing is cached on the machine
 work through the actor pool, with two actors.
 
 `seconds` is wall time, `cpu_s` the processor time of the process, `peak_gb` the largest amount of memory of the process that is
-not mapped from files, above that of the imported libraries (`base_gb`). Each part runs in a process of its own; what it reads
-is written before, and removed after it. Files are as large as photographs but hold random or no data.
+not mapped from files, above that of the imported libraries (`base_gb`). Each part runs in a process of its own, and so does
+each of the two rows of `student`; what a part reads is written before, and removed after it. Files are as large as photographs
+but hold random or no data.
 """
 
 from __future__ import annotations
@@ -314,7 +315,7 @@ def measure(measured: Measured, config: BenchmarkConfig, folder: Path) -> dict[s
     meter = Meter()
     with redirect_stdout(sys.stderr):
         measured(config, folder, meter)
-    return {"base_gb": round(meter.base / 1e9, 3), **meter.rows}
+    return {name: {**row, "base_gb": round(meter.base / 1e9, 3)} for name, row in meter.rows.items()}
 
 
 def benchmark(config: BenchmarkConfig) -> None:

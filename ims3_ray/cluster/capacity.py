@@ -24,6 +24,8 @@ ASK_ALL_S = 60.0
 """Seconds during which nodes for all workers are requested. The autoscaler ignores a request that it can never meet as a whole,
 so after this time only the smallest sufficient number of workers is requested."""
 LOOK_EVERY_S = 0.5
+LOST_S = 60.0
+"""Seconds after which tasks whose nodes are all lost are given up on a cluster that does not grow."""
 SAY_EVERY_S = 15.0
 
 
@@ -61,12 +63,12 @@ class Request:
 
 
 class CapacityWatch:
-    """Checks whether the cluster has room for ``at_least`` of a stage's workers. While it has not, :meth:`look` requests room
+    """Checks whether the cluster has room for ``at_least`` of a stage's workers. While it has not, :meth:`look` requests nodes
     for all of them (``bundles``), prints messages at intervals, and raises :class:`UserError` after ``cluster.wait_s`` seconds;
     at once for a cluster that does not grow.
 
-    The request matters for tasks that run too. The nodes that they need may all be lost, and the autoscaler starts none for a
-    task whose reservation of memory it finds in none of its node types, which many configurations give by CPUs and GPUs alone.
+    Nodes are requested for tasks that were submitted, too. All nodes that can run them may be lost, and the autoscaler starts
+    none for a task that reserves memory if the configuration gives its node types by CPUs and GPUs alone.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class CapacityWatch:
         self._said = float("-inf")
         self._request: Request | None = None
 
-    def look(self) -> bool:
+    def look(self, ask: bool = True, patience_s: float = 0.0) -> bool:
+        """Whether there is room. ``ask=False`` requests nothing. ``patience_s`` takes the place of a ``wait_s`` of 0."""
         there, now = holds(self.bundles[0], self.labels), time.monotonic()
         if there >= self.at_least:
             if self.since is not None and now - self.since > 1:
@@ -87,7 +90,7 @@ class CapacityWatch:
             self.let_go()
             return True
         self.since = now if self.since is None else self.since
-        waited, wait_s = now - self.since, self.config.wait_s
+        waited, wait_s = now - self.since, self.config.wait_s or patience_s
         each = " ".join(f"{need:g} {kind}" for kind, need in self.bundles[0].items())
         what = f"{each} each" + "".join(f", {key}={value}" for key, value in self.labels.items())
         if waited >= wait_s:
@@ -104,8 +107,9 @@ class CapacityWatch:
                 f"{waited:.0f} s of {wait_s:.0f}",
                 flush=True,
             )
-        self._request = self._request or Request(self.labels)
-        self._request.ask(self.bundles if waited < ASK_ALL_S else self.bundles[: self.at_least])
+        if ask and self.config.wait_s:
+            self._request = self._request or Request(self.labels)
+            self._request.ask(self.bundles if waited < ASK_ALL_S else self.bundles[: self.at_least])
         return False
 
     def let_go(self) -> None:
@@ -116,25 +120,23 @@ class CapacityWatch:
             self._request = None
 
     def first_done(self, running: Sequence[Any], meanwhile: Callable[[], None] | None = None) -> Any:
-        """The first of the ``running`` tasks to end. Every few seconds until then ``meanwhile`` is called, and on a cluster
-        that grows :meth:`look` is called."""
+        """The first of the ``running`` tasks to end. Every few seconds until then ``meanwhile`` and :meth:`look` are called."""
         try:
             while not (done := ray.wait(list(running), num_returns=1, timeout=5)[0]):
                 if meanwhile is not None:
                     meanwhile()
-                if self.config.wait_s:  # on other clusters a task that can never run was refused before it started
-                    self.look()
-        except BaseException:
+                self.look(patience_s=LOST_S)
+        finally:
             self.let_go()
-            raise
         return done[0]
 
 
 def wait_for_capacity(
     config: ClusterConfig, role: Role, title: str, bundles: Sequence[Bundle], at_least: int = 1
 ) -> CapacityWatch:  # fmt: skip
-    """Returns when the cluster has room for the first ``at_least`` of ``bundles``. Until then, room for all of them is asked of
-    a cluster that grows (``cluster.wait_s``). It adds nodes for the remaining workers when they are started.
+    """Returns when the cluster has room for the first ``at_least`` of ``bundles``. Until then, a cluster that grows
+    (``cluster.wait_s``) is asked for nodes for all of them, and after :data:`ASK_ALL_S` seconds for those of ``at_least``. The
+    autoscaler adds nodes for the remaining workers when these are started.
 
     Raises :class:`UserError` if there is no room for ``at_least`` workers after ``wait_s`` seconds.
     """
@@ -142,22 +144,27 @@ def wait_for_capacity(
     try:
         while bundles and not watch.look():
             time.sleep(LOOK_EVERY_S)
-    except BaseException:
+    finally:
         watch.let_go()
-        raise
     return watch
 
 
-def largest_memory(config: ClusterConfig, role: Role) -> float:
-    """The most memory, in bytes, that a node for this kind of work lends to tasks; 0 while there is no such node. A task that
-    reserves more could never run; it is better tried there than refused, since what a task needs is an estimate."""
-    nodes = _nodes(config.place.get(role, {}))
+def largest_memory(config: ClusterConfig, role: Role, bundle: Mapping[str, float]) -> float:
+    """The most memory, in bytes, of a node that can hold a worker of size ``bundle``; 0 while there is no such node.
+
+    A task that reserves more can never run. Callers reserve at most this, since what a task needs is an estimate.
+    """
+    nodes = [node for node in _nodes(config.place.get(role, {})) if _held(node, bundle)]
     return max((node["Resources"].get("memory", 0.0) for node in nodes), default=0.0)
 
 
 def holds(bundle: Mapping[str, float], labels: Mapping[str, str]) -> int:
     """Number of workers of size ``bundle`` that the current nodes with these ``labels`` can hold at once."""
-    return sum(int(min(node["Resources"].get(kind, 0.0) / need for kind, need in bundle.items())) for node in _nodes(labels))
+    return sum(_held(node, bundle) for node in _nodes(labels))
+
+
+def _held(node: Mapping[str, Any], bundle: Mapping[str, float]) -> int:
+    return int(min(node["Resources"].get(kind, 0.0) / need for kind, need in bundle.items()))
 
 
 def _nodes(labels: Mapping[str, str]) -> list[dict[str, Any]]:

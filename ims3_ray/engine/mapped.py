@@ -26,10 +26,10 @@ def joined(
     """The tensors of ``count`` parts, joined: ``pixels`` [N, C, H, W], ``part`` int64 [N], the number of each image's part, and
     those others that all parts have.
 
-    ``like`` has the names, shapes and types of a part's tensors, for any number of images. ``images`` is the number N, or more.
-    If the images take more than :data:`MAPPED_ABOVE` bytes, the first process of a machine that asks for them writes them to
-    the cache (:mod:`ims3_ray.io.node_cache`), part by part, and all processes map the file. ``made_of`` holds plain values that
-    differ for different images; ``what`` names the images in error messages.
+    ``like`` are the tensors of some part, of which only the names, the types and the shape of an image are used. ``images`` is
+    the number N, or more. If the images take more than :data:`MAPPED_ABOVE` bytes, the first process of a machine that asks for
+    them writes them to the cache (:mod:`ims3_ray.io.node_cache`), part by part, and all processes map the file. ``made_of``
+    holds plain values that differ for different images; ``what`` names the images in error messages.
     """
     shape, others = like["pixels"].shape[1:], [name for name in like if name != "pixels"]
     if images * shape.numel() <= MAPPED_ABOVE:
@@ -41,8 +41,8 @@ def joined(
         }
 
     def write(folder: Path) -> None:
-        """Nothing that PyTorch allocates is kept from one part to the next: between large blocks it would hinder the allocator
-        from using their memory again, and the process would grow by each part."""
+        """Write the images part by part. Nothing that PyTorch allocates is kept from one part to the next: it would lie between
+        large freed blocks and keep the allocator from reusing them, so that the process would grow with each part."""
         folder.mkdir()
         counts, kept = list[int](), {name: bytearray() for name in others}
         with Path(folder, PIXELS).open("wb") as file:
@@ -51,7 +51,7 @@ def joined(
                 counts.append(len(part["pixels"]))
                 kept = {name: values for name, values in kept.items() if name in part}
                 for name, values in kept.items():
-                    values += part[name].contiguous().numpy().data.cast("B")
+                    values += part[name].contiguous().numpy().tobytes()
         rows = {
             name: torch.frombuffer(values, dtype=like[name].dtype).reshape(-1, *like[name].shape[1:])
             for name, values in kept.items()

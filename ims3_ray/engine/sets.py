@@ -69,7 +69,8 @@ def read_set(images: Artifact, classes: int | None = None, size: int | None = No
             yield {"pixels": resident(tensors["pixels"], size or tensors["pixels"].shape[-1]), **extras}
 
     count, made_of = sum(entries[unit]["images"] for unit in units), [content_of(images), len(units), size]
-    found = joined(next(parts([0])), parts, len(units), count, made_of, f"the set in {images.address}")
+    (like,) = parts([0])
+    found = joined(like, parts, len(units), count, made_of, f"the set in {images.address}")
     return LabelledSet(found["pixels"], found["part"], **{name: found[name] for name in EXTRAS if name in found})
 
 
@@ -88,7 +89,7 @@ def held_out(val: Artifact, train: Artifact, size: int, keep: float) -> Labelled
             yield {"pixels": resident(pixels[left], size, keep)}
 
     count, made_of = sum(entries[unit]["images"] for unit in units), [content_of(val), content_of(train), size, keep]
-    like = {"pixels": resident(load(val.read(f"{units[0]}.safetensors"))["pixels"], size, keep)}
+    like = {"pixels": resident(load(val.read(f"{units[0]}.safetensors"))["pixels"][:1], size, keep)}
     found = joined(like, parts, len(units), count, made_of, "the held-out images")
     return found["pixels"], found["part"]
 
@@ -131,8 +132,8 @@ class RealSplit:
         artifact = self.store.artifact
         count = sum(artifact.units[unit]["images"] for units in self.units for unit in units)
         made_of = [artifact.key, self.units, size, keep]
-        what = f"the images of {artifact.address}"
-        found = joined(next(parts([0])), parts, len(self.units), count, made_of, what)
+        (like,) = parts([0])
+        found = joined(like, parts, len(self.units), count, made_of, f"the images of {artifact.address}")
         return found["pixels"], found["part"]
 
     def read_class(self, position: int) -> Tensor:

@@ -19,7 +19,7 @@ from ims3_ray.io.storage import as_json
 from ims3_ray.models.checkpoints import first_not_finite
 
 READERS = 16
-"""The most shards that a process reads at a time, and that it holds in memory before they are asked for."""
+"""The most shards that a process reads at a time, and that it holds in memory before the caller takes them."""
 
 
 def commit_units(

@@ -191,21 +191,23 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
     remote = ray.remote(train_and_test)
     running: dict[Any, tuple[_Student, float]] = {}
     """Reference of a task → its student, and the memory in bytes that it reserves."""
-    failed: list[str] = []
+    cancelled, failed = set[Any](), list[str]()
     with Progress("evaluate", len(waiting), "students") as progress:
         shares = Shares(progress)
 
         def meanwhile() -> None:
-            shares.look([student.unfinished for student, _ in running.values()])
-            largest = largest_memory(cluster, "evaluate")
+            shares.look([each.unfinished for each, _ in running.values()])
+            largest = largest_memory(cluster, "evaluate", student)
             for ref, (_, memory) in running.items():
-                if 0 < largest < memory:  # the node that had so much is gone
+                if 0 < largest < memory and ref not in cancelled:  # no node has so much any more: Ray would never start it
                     ray.cancel(ref)
+                    cancelled.add(ref)
 
         while running or waiting:
-            while waiting and len(running) < at_once:
+            largest = largest_memory(cluster, "evaluate", student)
+            while waiting and len(running) < at_once and (largest or not running):  # without any node one student waits for it
                 next_one = waiting.pop(0)
-                memory = min(host_bytes(next_one.stage, config.gpus_per_task), largest_memory(cluster, "evaluate"))
+                memory = min(host_bytes(next_one.stage, config.gpus_per_task), largest)
                 task = remote.options(max_retries=3, memory=memory, **options)
                 running[task.remote(next_one.task, next_one.seed, next_one.artifact)] = next_one, memory
             ref = watch.first_done(list(running), meanwhile)
@@ -217,10 +219,10 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
                 raise
             except UserError as error:
                 raise UserError(f"{stage.title}, {unit}: {error}") from error
-            except ray.exceptions.TaskCancelledError:
-                waiting.insert(0, ended)
-                continue
             except ray.exceptions.RayError as error:
+                if ref in cancelled:
+                    waiting.insert(0, ended)
+                    continue
                 failed.append(f"{stage.title}, {unit}: {str(error).strip().splitlines()[-1]}")
                 continue
             context.spend(stage, outcome["seconds"])

@@ -199,7 +199,7 @@ def _side_by_side(
             grown = time.monotonic() if there > fit_at_once else grown
             fit_at_once = there
             if cluster.wait_s:
-                watch.look()
+                watch.look(ask=False)  # Ray Train asks for the nodes of the groups that run
             while waiting and len(running) < fit_at_once:
                 group = waiting.pop(0)
                 place = storage.address(f"{group.stage.artifact(storage).folder}/{group_checkpoints(group.number)}")
@@ -221,7 +221,6 @@ def _side_by_side(
                 seen[id(group)] = max([seen[id(group)], *(int(row["step"]) for row in rows)])
                 yield group, rows, outcome
     finally:
-        watch.let_go()
         if request:
             request.let_go()
 

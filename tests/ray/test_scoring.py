@@ -51,7 +51,7 @@ def test_a_student_reserves_no_more_memory_than_the_nodes_that_are_left_have(
     tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The node with the most memory is lost once the students wait for it: they are submitted again, for the others."""
-    asked = iter([1e13, 1e13])
+    asked = iter([1e13])
     monkeypatch.setattr(module, "host_bytes", lambda *_: 1e13)
     monkeypatch.setattr(module, "largest_memory", lambda *_: next(asked, 1e6))
     config = scoring(tiny_run, {"mine": str(tiny_run.folder / "distilled")}, storage=str(tmp_path))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ims3_ray.cluster import capacity as module
-from ims3_ray.cluster.capacity import holds, wait_for_capacity
+from ims3_ray.cluster.capacity import holds, largest_memory, wait_for_capacity
 from ims3_ray.cluster.joining import check_resources
 from ims3_ray.config import ClusterConfig
 from ims3_ray.errors import UserError
@@ -120,3 +120,30 @@ def test_nodes_that_go_while_work_runs_are_missed_and_waited_for(
     with pytest.raises(UserError, match=r"evaluate: the cluster has room for 0 of 1 workers"):
         watch.first_done(["one", "two"])
     assert "evaluate: waits for nodes" in capsys.readouterr().out
+    assert [call[0] for call in coordinator.calls if call[0] != "request"] == ["cancel", "cancel"]
+    assert [call[2] for call in coordinator.calls if call[0] == "request"] == [[{"CPU": 1.0}]] * 2
+
+
+def test_nodes_that_go_while_work_runs_are_not_waited_for_without_end_where_none_comes(
+    nodes: list[dict[str, Any]], coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "LOST_S", 0.2)
+    nodes.append(node(CPU=1))
+    watch = wait_for_capacity(ClusterConfig(), "evaluate", "evaluate", [{"CPU": 1.0}])
+    nodes.clear()
+    ends = time.monotonic() + 0.1
+    monkeypatch.setattr(module.ray, "wait", lambda refs, **_: (refs[: time.monotonic() > ends], refs))
+    assert watch.first_done(["one"]) == "one"  # a loss for a moment does no harm
+    ends = time.monotonic() + 30
+    with pytest.raises(UserError, match=r"evaluate: the cluster has room for 0 of 1 workers .* after 0 s and needs 1"):
+        watch.first_done(["one"])
+    assert coordinator.calls == []
+
+
+def test_the_memory_that_is_reserved_is_that_of_a_node_that_can_do_the_work(nodes: list[dict[str, Any]]):
+    nodes += [node(CPU=0, memory=9e9), node(CPU=4, memory=2e9), node(SPOT, CPU=4, GPU=1, memory=3e9)]
+    assert largest_memory(ClusterConfig(), "evaluate", {"CPU": 1.0}) == 3e9
+    assert largest_memory(ClusterConfig(), "evaluate", {"CPU": 1.0, "GPU": 1.0}) == 3e9
+    assert largest_memory(ClusterConfig(place={"evaluate": SPOT}), "evaluate", {"CPU": 8.0}) == 0
+    del nodes[2]
+    assert largest_memory(ClusterConfig(), "evaluate", {"CPU": 1.0}) == 2e9
