@@ -324,9 +324,10 @@ def benchmark(config: BenchmarkConfig) -> None:
         folder = Path(tempfile.mkdtemp(prefix="scale-", dir=config.folder))
         try:
             context, (write, *measured) = multiprocessing.get_context("spawn"), PARTS[name]
+            found[name] = {}
             for work in (write, *(partial(measure, each) for each in measured)):
                 with context.Pool(1) as process:
-                    found[name] = {**found.get(name, {}), **(process.apply(work, (config, folder)) or {})}
+                    found[name] |= process.apply(work, (config, folder)) or {}
         finally:
             shutil.rmtree(folder)
         print(json.dumps({name: found[name]}), file=sys.stderr, flush=True)

@@ -94,7 +94,6 @@ class CapacityWatch:
         each = " ".join(f"{need:g} {kind}" for kind, need in self.bundles[0].items())
         what = f"{each} each" + "".join(f", {key}={value}" for key, value in self.labels.items())
         if waited >= wait_s:
-            self.let_go()
             raise UserError(
                 f"{self.title}: the cluster has room for {there} of {len(self.bundles)} workers ({what}) after {waited:.0f} s "
                 f"and needs {self.at_least}; see `ray status` and the limits of its node types, raise cluster.wait_s if it "
