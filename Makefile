@@ -1,6 +1,7 @@
 # make demo   install, distil the embedded Fashion-MNIST, show the table and the report's path
 # make test   install, lint, types, the tests that need no GPU and not minutes each
 # make soak   the tests that take minutes: killed processes, growing clusters, whole comparisons and searches
+# make kills  those of them in which a process is killed, a command is ended or a node goes away
 # make docs   the pages of docs/ as a site, in site/
 # make clean  forget the demo's results (keeps .venv)
 
@@ -8,14 +9,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test soak lint unit docs clean
+.PHONY: demo test soak kills lint unit docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/ims3 distill --config demo
 
 # One pytest per floor: the Ray of tests/ray is gone before tests/e2e starts its own. One thread for each process: several
 # processes run at once, and threads that wait for a core that another process has would stall all others of their process.
-test soak: export OMP_NUM_THREADS := 1
+test soak kills: export OMP_NUM_THREADS := 1
 test: lint
 	$(BIN)/python -m pytest -m "not gpu" tests/unit
 	$(BIN)/python -m pytest -m "not gpu and not slow" tests/ray
@@ -24,6 +25,10 @@ test: lint
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow tests/ray
 	$(BIN)/python -m pytest -m slow tests/e2e
+
+kills: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow -k "kill or signals" tests/ray
+	$(BIN)/python -m pytest -m slow -k "kill or signals" tests/e2e
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
