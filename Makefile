@@ -8,6 +8,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Two processes, where the tests of one would leave a core idle. The tests of tests/ray use both cores by themselves.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .PHONY: demo test soak kills lint unit docs clean
 
@@ -16,11 +18,11 @@ demo: $(INSTALLED)
 
 # One pytest per floor: the Ray of tests/ray is gone before tests/e2e starts its own. One thread for each process: several
 # processes run at once, and threads that wait for a core that another process has would stall all others of their process.
-test soak kills: export OMP_NUM_THREADS := 1
+test soak kills unit: export OMP_NUM_THREADS := 1
 test: lint
-	$(BIN)/python -m pytest -m "not gpu" tests/unit
+	$(BIN)/python -m pytest -m "not gpu" $(SIDE_BY_SIDE) tests/unit
 	$(BIN)/python -m pytest -m "not gpu and not slow" tests/ray
-	$(BIN)/python -m pytest -m "not gpu and not slow" tests/e2e
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(SIDE_BY_SIDE) tests/e2e
 
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow tests/ray
@@ -36,7 +38,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(INSTALLED)
