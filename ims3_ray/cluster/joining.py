@@ -40,9 +40,12 @@ WORKER_ENV = {
 
 
 PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-ENDINGS = re.compile(r"was killed by `ray\.kill`|Raylet is terminated|has been marked dead")
-"""Messages of a local Ray that are not shown: that this program has ended one of its own actors, and that Ray's raylet has
-died, which this program reports in a line of its own."""
+EXPECTED = re.compile(
+    r"was killed by `ray\.kill`|Raylet is terminated|has been marked dead|worker processes have been started on node"
+)
+"""Messages of a local Ray that are not shown: that this program has ended one of its own actors; that Ray's raylet has died,
+which this program reports in a line of its own; and that there are several times as many processes as cores, which is so
+whenever several groups of workers are trained at once (:data:`LOCAL_CPUS`)."""
 
 
 def own_device() -> str:
@@ -150,7 +153,7 @@ def _start(address: str | None) -> None:
     if context.dashboard_url:
         print(f"Ray's dashboard: http://{context.dashboard_url}", flush=True)
     if not address:
-        hide_events(ENDINGS)
+        hide_events(EXPECTED)
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in its place, which aborts the process
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ims3_ray.cluster import ray_internals
+from ims3_ray.cluster.joining import EXPECTED
 
 PACKAGE = Path(ray_internals.__file__).parents[1]
 
@@ -55,6 +56,19 @@ def test_errors_of_the_drivers_own_c_code_are_hidden_while_it_connects(monkeypat
         worker.connect()
     worker.connect()
     assert levels == ["fatal", None]
+
+
+def test_messages_that_are_expected_are_not_shown_and_others_are(monkeypatch: pytest.MonkeyPatch):
+    worker = importlib.import_module("ray._private.worker")
+    shown: list[str] = []
+    monkeypatch.setattr(worker, "print_to_stdstream", lambda data, **options: shown.extend(data["lines"]))
+    ray_internals.hide_events(EXPECTED)
+    many = (
+        "WARNING: 8 PYTHON worker processes have been started on node: 7ec96e with address: 127.0.0.1, which is 4x the maximum"
+    )
+    for lines in ([many], ["The object store is full.", "The actor was killed by `ray.kill`"]):
+        worker.print_to_stdstream({"pid": "raylet", "lines": lines}, ignore_prefix=False)
+    assert shown == ["The object store is full."]
 
 
 def test_the_coordinator_still_takes_what_it_is_given():
