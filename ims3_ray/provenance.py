@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -70,6 +71,8 @@ def libraries() -> dict[str, str]:
 
 PRIVATE = ("storage", "tracking", "cluster")
 """Sections of the config that say where a run was computed. They are private: dataset cards leave them out."""
+PLACE = re.compile(r"(?:(?<![\w.~])(?:~|\.{1,2})?/|\b[a-z][a-z0-9+.-]*://)[^\s,'\"\]}]+")
+"""A path on a disk, or an address, within a text. Names of the hub (``user/name``) are neither."""
 
 _command: tuple[str, ...] = ()
 """Words of the command that runs, as :func:`record_command` was told; empty if the program is used from Python."""
@@ -104,17 +107,39 @@ def provenance(
     }  # fmt: skip
 
 
+def without_places(value: Any) -> Any:
+    """Values of a config with only the last part of every path on a disk and of every address: what is published does not say
+    where its maker keeps things."""
+    if isinstance(value, Mapping):
+        return {key: without_places(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return _last_part(value) if PLACE.match(value) else PLACE.sub(lambda found: _last_part(found[0]), value)
+
+
+def _without_places(command: str) -> str:
+    """The same for the words of a command, of which many are ``key=value``."""
+    words = (word.partition("=") for word in shlex.split(command))
+    return shlex.join("".join(without_places(part) for part in word) for word in words)
+
+
+def _last_part(place: str) -> str:
+    return place.rstrip("/").rpartition("/")[2]
+
+
 def described(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What :func:`provenance` gave, as (name, text) pairs for a person. Of the path of weights only the last part is shown."""
+    """What :func:`provenance` gave, as (name, text) pairs for a person, of paths only the last part."""
     commit = f", commit {found['commit']}" if found["commit"] else ""
     rows = [
         ("program", f"ims3-ray {found['version']}{commit}"),
-        *([("command", found["command"])] if found["command"] else []),
+        *([("command", _without_places(found["command"]))] if found["command"] else []),
         ("libraries", ", ".join(f"{name} {number}" for name, number in found["libraries"].items())),
         ("hardware", "; ".join(found["hardware"])),
         *((f"{split} images", f"fingerprint {digest}") for split, digest in found["data"].items()),
     ]
     for key, digest in found["weights"].items():
         name, _, reference = key.partition(" ")
-        rows.append((name, f"{reference.rpartition('/')[2]}, digest {digest}"))
+        rows.append((name, f"{_last_part(reference)}, digest {digest}"))
     return rows

@@ -27,6 +27,7 @@ from ims3_ray.io.files import is_remote
 from ims3_ray.io.storage import Storage
 from ims3_ray.plan.pretraining import PretrainingPlan
 from ims3_ray.progress import Progress
+from ims3_ray.provenance import without_places
 from ims3_ray.tracking import Tracker
 from ims3_ray.training.finetuning import Row
 from ims3_ray.training.generator import dit_config
@@ -217,8 +218,7 @@ def weights_card(config: PretrainConfig, outcome: dict[str, Any], path: Path, qu
     kept = {"name", "seed", "target", "data", config.target, "trainer"} | (
         {"quality"} if quality.samples is not None else set()
     )
-    plain = {key: value for key, value in canonical(config).items() if key in kept}
-    plain["data"] = {**plain["data"], "path": Path(config.data.path).name}
+    plain = without_places({key: value for key, value in canonical(config).items() if key in kept})
     return "\n".join(
         [
             f"# {config.name}", "",

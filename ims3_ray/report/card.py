@@ -8,7 +8,7 @@ import yaml
 
 from ims3_ray.config import RunConfig, canonical
 from ims3_ray.data.classes import ClassTable
-from ims3_ray.provenance import PRIVATE, described
+from ims3_ray.provenance import PRIVATE, described, without_places
 from ims3_ray.report.results import KINDS, Results, summary_text
 
 CITATION = """\
@@ -57,7 +57,7 @@ def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> st
     """The dataset card as Markdown, with the metadata that the Hub's viewer reads."""
     arm, k = results["sets"][results["exported"]["arm"]], config.selection.images_per_class
     names = ", ".join(map(plain, classes.names))
-    shown = {key: value for key, value in canonical(config).items() if key not in PRIVATE}
+    shown = without_places({key: value for key, value in canonical(config).items() if key not in PRIVATE})
     name = config.data.path.rstrip("/").rpartition("/")[2]
     title, count = f"{name}, distilled: {k} images a class", k * len(classes.names)
     header = {

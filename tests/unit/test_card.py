@@ -32,7 +32,8 @@ def results() -> dict[str, Any]:
         "name": "mine", "finished": "2026-01-02T03:04:05+00:00", "metric": "top-1 accuracy in %", "skipped_images": ["bad.png"],
         "stages": stages,
         "provenance": {
-            "version": "1.2", "commit": "c0ffee", "command": "jobs/distill.py name=mine", "libraries": {"python": "3.11"},
+            "version": "1.2", "commit": "c0ffee", "libraries": {"python": "3.11"},
+            "command": "jobs/distill.py 'data.path=/secret place/photos' generator=someone/dit",
             "hardware": ["a CPU with torch 2"], "data": {"train": "f00", "test": "ba4"},
             "weights": {"generator /secret/dit.safetensors": "d16e57"},
         },
@@ -49,7 +50,9 @@ def results() -> dict[str, Any]:
 
 def config() -> RunConfig:
     values = {"name": "mine", "storage": "/secret/place", "cluster": {"address": "secret:6379"}, "export": "ims3"}
-    return RunConfig.model_validate({**values, "selection": {"images_per_class": 2}})
+    data = {"path": "/secret place/my photos", "test_path": "../secret/test.parquet", "captions": "~/secret/captions.csv"}
+    weights = {"generator": "someone/dit", "encoder": "s3://secret/phi.safetensors"}
+    return RunConfig.model_validate({**values, **weights, "data": data, "selection": {"images_per_class": 2}})
 
 
 def classes() -> ClassTable:
@@ -74,6 +77,9 @@ def test_the_card_has_what_the_hub_reads_and_says_nothing_of_where_it_was_made(r
     assert "secret" not in card
     shown = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
     assert shown["selection"]["images_per_class"] == 2
+    assert [shown["data"][key] for key in ("path", "test_path", "captions")] == ["my photos", "test.parquet", "captions.csv"]
+    assert (shown["generator"], shown["encoder"]) == ("someone/dit", "phi.safetensors")
+    assert "- command: jobs/distill.py data.path=photos generator=someone/dit" in body
 
 
 def test_names_in_markdown_are_text():
