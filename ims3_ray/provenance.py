@@ -116,7 +116,7 @@ def without_places(value: Any) -> Any:
         return [without_places(item) for item in value]
     if not isinstance(value, str):
         return value
-    return _last_part(value) if PLACE.match(value) else PLACE.sub(lambda found: _last_part(found[0]), value)
+    return last_part(value) if PLACE.match(value) else PLACE.sub(lambda found: last_part(found[0]), value)
 
 
 def _without_places(command: str) -> str:
@@ -125,7 +125,8 @@ def _without_places(command: str) -> str:
     return shlex.join("".join(without_places(part) for part in word) for word in words)
 
 
-def _last_part(place: str) -> str:
+def last_part(place: str) -> str:
+    """The name at the end of a path or an address."""
     return place.rstrip("/").rpartition("/")[2]
 
 
@@ -141,5 +142,5 @@ def described(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     for key, digest in found["weights"].items():
         name, _, reference = key.partition(" ")
-        rows.append((name, f"{_last_part(reference)}, digest {digest}"))
+        rows.append((name, f"{last_part(reference)}, digest {digest}"))
     return rows

@@ -8,7 +8,7 @@ import yaml
 
 from ims3_ray.config import RunConfig, canonical
 from ims3_ray.data.classes import ClassTable
-from ims3_ray.provenance import PRIVATE, described, without_places
+from ims3_ray.provenance import PRIVATE, described, last_part, without_places
 from ims3_ray.report.results import KINDS, Results, summary_text
 
 CITATION = """\
@@ -58,7 +58,7 @@ def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> st
     arm, k = results["sets"][results["exported"]["arm"]], config.selection.images_per_class
     names = ", ".join(map(plain, classes.names))
     shown = without_places({key: value for key, value in canonical(config).items() if key not in PRIVATE})
-    name = config.data.path.rstrip("/").rpartition("/")[2]
+    name = last_part(config.data.path)
     title, count = f"{name}, distilled: {k} images a class", k * len(classes.names)
     header = {
         "pretty_name": title,
