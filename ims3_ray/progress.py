@@ -21,6 +21,12 @@ TELLS = 0.02
 """The share of a command that has to be done before its pace says how long the rest will take."""
 
 
+def title_of(titles: Iterable[str]) -> str:
+    """One title for work of several titles: the first three that differ, and how many more there are."""
+    found = list(dict.fromkeys(titles))
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
 class Course:
     """How far a command is, by the time that its parts are expected to take. It is rough: stages whose workers run side by side
     count as if one after the other, except in the pool."""

@@ -20,7 +20,7 @@ from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.worker import Derivation, Work
 from ims3_ray.errors import IncompletePool
 from ims3_ray.io.storage import Storage
-from ims3_ray.progress import Progress
+from ims3_ray.progress import Progress, title_of
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,7 @@ def run_tasks(context: Context, tasks: Sequence[Task]) -> None:
     alike = [kind_of(context.storage, task.source) for task in tasks]
     pending = [(number, unit) for number, task in enumerate(tasks) for unit in task.units]
     per_unit = [task.stage.images / len(task.stage.units) for task in tasks]
-    titles = list(dict.fromkeys(task.stage.title for task in tasks))
-    title = ", ".join(titles[:3]) + (f" and {len(titles) - 3} more" if len(titles) > 3 else "")
+    title = title_of(task.stage.title for task in tasks)
     total = sum(each * len(task.units) for each, task in zip(per_unit, tasks, strict=True))
     workers = [config.actors.resources] * min(config.actors.count, len(pending))
     price = pool_price(config.actors, config.cluster)

@@ -36,8 +36,9 @@ class Coverage:
     """Share of the real images in whose ball an image of the set lies."""
 
 
-def coverage(features_ND: Tensor, real_MD: Tensor, k: int = NEIGHBOURS) -> Coverage:
-    """Compare the images of a set with real images by their features.
+def coverage(features_ND: Tensor, real_MD: Tensor, k: int = NEIGHBOURS, radii_M: Tensor | None = None) -> Coverage:
+    """Compare the images of a set with real images by their features. ``radii_M`` are the :func:`radii` of the real images, if
+    they are known already; their computation takes nearly all of the time.
 
     Where there are ``k`` images or fewer, the farthest of the others is the neighbour. Raises :class:`ValueError` for less than
     one image of the set or less than two real images.
@@ -45,7 +46,7 @@ def coverage(features_ND: Tensor, real_MD: Tensor, k: int = NEIGHBOURS) -> Cover
     if len(features_ND) < 1 or len(real_MD) < 2:
         raise ValueError(f"{len(features_ND)} images cannot be compared with {len(real_MD)} real ones; it takes 1 and 2")
     features_ND, real_MD = features_ND.double(), real_MD.double()
-    real_radii = (1 + SLACK) * radii(real_MD, k)
+    real_radii = (1 + SLACK) * (radii(real_MD, k) if radii_M is None else radii_M)
     own_radii = (1 + SLACK) * radii(features_ND, k) if len(features_ND) > 1 else None
     inside_N, covered_M, recalled_M = features_ND.new_zeros(len(features_ND)), [], []
     for rows, distances in _distances(real_MD, features_ND):
@@ -69,14 +70,15 @@ def radii(features_ND: Tensor, k: int = NEIGHBOURS) -> Tensor:
     return torch.cat([distances.kthvalue(k + 1, dim=1).values for _, distances in _distances(features_ND, features_ND)])
 
 
-def reached(features_ND: Tensor, real_MD: Tensor, k: int = NEIGHBOURS) -> Tensor:
+def reached(features_ND: Tensor, real_MD: Tensor, k: int = NEIGHBOURS, radii_M: Tensor | None = None) -> Tensor:
     """Coverage as a set grows: the share of the real images in whose ball one of the first n images lies, for n = 1 … N,
-    float64 [N]. Raises the error of :func:`coverage`."""
+    float64 [N]. ``radii_M`` and the error are those of :func:`coverage`."""
     if len(features_ND) < 1 or len(real_MD) < 2:
         raise ValueError(f"{len(features_ND)} images cannot be compared with {len(real_MD)} real ones; it takes 1 and 2")
-    radii_M, counts_N = (1 + SLACK) * radii(real_MD.double(), k), torch.zeros(len(features_ND), dtype=torch.float64)
+    real_radii = (1 + SLACK) * (radii(real_MD.double(), k) if radii_M is None else radii_M)
+    counts_N = torch.zeros(len(features_ND), dtype=torch.float64)
     for rows, distances in _distances(real_MD.double(), features_ND.double()):
-        within = distances <= radii_M[rows, None]
+        within = distances <= real_radii[rows, None]
         first = within.double().argmax(dim=1)[within.any(dim=1)]
         counts_N += torch.bincount(first, minlength=len(features_ND)).cpu()
     return counts_N.cumsum(dim=0) / len(real_MD)

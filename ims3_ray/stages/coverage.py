@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from pydantic import Field
 from safetensors.torch import load
+from torch import Tensor
 
 from ims3_ray.cluster.joining import own_device
 from ims3_ray.component import Section
@@ -22,7 +23,7 @@ from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.encoder import embedding_cost
-from ims3_ray.selection.coverage import NEIGHBOURS, boundary_distance, coverage, frechet, nearest, reached
+from ims3_ray.selection.coverage import NEIGHBOURS, boundary_distance, coverage, frechet, nearest, radii, reached
 from ims3_ray.stages.embed import Embed, Phi, open_phi
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.features import Features
@@ -153,11 +154,23 @@ def measure_classes(task: TaskInputs, classes: Sequence[tuple[str, tuple[str, li
         if head is not None and weight is not None and len(weight) > 1:
             measured["boundary"] = boundary_distance(scores, weight.double().cpu(), head).median().item()
         if len(real) > 1:
-            closest = nearest(features, real)
-            measured |= {**asdict(coverage(features, real, task.neighbours)), "novelty": closest.ratio.median().item()}
+            closest, radii_M = nearest(features, real), _radii(task, in_real, real)
+            measured |= {**asdict(coverage(features, real, task.neighbours, radii_M)), "novelty": closest.ratio.median().item()}
             measured["frechet"] = frechet(features, real) if len(features) > 1 else None
             tensors |= {"index": closest.index, "distance": closest.distance, "ratio": closest.ratio}
-            shares = reached(features, real, task.neighbours).tolist()
+            shares = reached(features, real, task.neighbours, radii_M).tolist()
             curve = [shares[count - 1] for count in COUNTS if count <= len(shares)]
         digest = task.made.write(f"{unit}.safetensors", pack_tensors(**tensors))
         note(task.made, unit, {**measured, "reached": curve, "images": len(pixels), "sha256": digest})
+
+
+_radii_of_real = dict[tuple[str, str, int], Tensor]()
+"""Radii of the real images of each class that this process has measured sets of: 8 bytes an image."""
+
+
+def _radii(task: TaskInputs, in_real: Sequence[str], real_MD: Tensor) -> Tensor:
+    """Radii of the real images of a class. They are computed once in a process, however many sets are compared with them."""
+    key = task.real.address, " ".join(in_real), task.neighbours
+    if key not in _radii_of_real:
+        _radii_of_real[key] = radii(real_MD, task.neighbours)
+    return _radii_of_real[key]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self, cast
 import ray
 
 from ims3_ray.cluster.capacity import Bundle, Request, holds, wait_for_capacity
-from ims3_ray.cluster.joining import here, results
+from ims3_ray.cluster.joining import here, most_at_once, results
 from ims3_ray.config import ClusterConfig, FinetuneConfig, TrainerConfig, WorkConfig, canonical
 from ims3_ray.engine.board import new_board
 from ims3_ray.engine.planner import Planner
@@ -21,7 +21,7 @@ from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.generators.base import Generator
-from ims3_ray.progress import Progress
+from ims3_ray.progress import Progress, title_of
 from ims3_ray.stages.adapters import Adapters, Pretrained, adapter_stem, group_checkpoints, group_unit
 from ims3_ray.stages.captions import captions_by_class
 from ims3_ray.stages.encode import Encode, decoded_indices
@@ -156,7 +156,7 @@ def finetune_groups(context: Context, open_stages: Sequence[Tuning]) -> None:
     storage, missing = context.storage, {stage: stage.missing(context.storage) for stage in open_stages}
     waiting = [g for stage in open_stages for g in groups_of(context, stage) if group_unit(g.number) in missing[stage]]
     steps = {id(group): group.stage.run_config.finetune.total_steps(group.images) for group in waiting}
-    title = ", ".join(stage.title for stage in open_stages)
+    title = title_of(stage.title for stage in open_stages)
     with Progress(title, sum(steps.values()), "steps") as progress:
         done, committed = dict.fromkeys(steps, 0), time.monotonic()
         for group, rows, outcome in _side_by_side(waiting, storage, context.config.cluster, title):
@@ -195,7 +195,7 @@ def _side_by_side(
     fit_at_once, grown = 0, time.monotonic()
     try:
         while waiting or running:
-            there = max(1, holds(largest.worker_resources, labels) // largest.num_workers)
+            there = groups_at_once(largest, cluster)
             grown = time.monotonic() if there > fit_at_once else grown
             fit_at_once = there
             if cluster.wait_s:
@@ -223,6 +223,14 @@ def _side_by_side(
     finally:
         if request:
             request.let_go()
+
+
+def groups_at_once(trainer: TrainerConfig, cluster: ClusterConfig) -> int:
+    """Number of groups that the cluster has room for now, at least one. A machine whose cores are fewer than the CPUs that its
+    own Ray counts trains no more than it has cores for the threads of."""
+    room = holds(trainer.worker_resources, cluster.place.get("finetune", {})) // trainer.num_workers
+    worth = most_at_once(cluster, trainer.num_workers * max(trainer.cpus_per_worker, trainer.threads_per_worker))
+    return max(1, min(room, worth or room))
 
 
 def _trainer(group: Group) -> TrainerConfig:

@@ -21,7 +21,7 @@ from safetensors.torch import load
 from ims3_ray import RunConfig, UserError, distill
 from ims3_ray.cluster.joining import most_at_once
 from ims3_ray.commands import distill as command
-from ims3_ray.config import canonical
+from ims3_ray.config import TrainerConfig, canonical
 from ims3_ray.data.sources import open_source
 from ims3_ray.data.sources.parquet import class_names_of
 from ims3_ray.data.transforms import to_signed
@@ -41,6 +41,7 @@ from ims3_ray.models.generator import load_generator
 from ims3_ray.plan import make_plan
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection import centroid, select_subgroups
+from ims3_ray.stages.tuning import groups_at_once
 from ims3_ray.tracking import Tracker
 from tests.conftest import CLASSES, tiny_values
 from tests.ray.conftest import Run
@@ -354,11 +355,13 @@ def test_workers_keep_freed_memory_for_their_next_tensors(cluster: None):
     assert max(faults[-5:]) < 64 * 2**20 / 4096 / 10
 
 
-def test_a_small_machine_trains_no_more_students_at_once_than_it_has_cores(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
+def test_a_small_machine_trains_no_more_at_once_than_it_has_cores(tiny_run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert ray.cluster_resources()["CPU"] == 4  # of a cluster that the tests have started
     cluster = tiny_run.config.cluster
     assert [most_at_once(cluster, cpus) for cpus in (0.5, 1, 2, 3, 8)] == [4, 2, 1, 1, 1]
+    trainers = [TrainerConfig(num_workers=workers, threads_per_worker=threads) for workers, threads in ((1, 1), (1, 2), (2, 1))]
+    assert [groups_at_once(trainer, cluster) for trainer in trainers] == [2, 1, 1]
     assert most_at_once(cluster.model_copy(update={"address": "auto"}), 1) is None
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     assert most_at_once(cluster, 1) is None

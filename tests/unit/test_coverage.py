@@ -55,6 +55,14 @@ def test_distances_are_computed_in_parts_of_rows(monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(getattr(parts[1], name), getattr(whole[1], name)) for name in ("index", "distance", "ratio"))
 
 
+def test_radii_that_are_known_already_give_the_same_values():
+    fake, real = features(0, 23, 0.3), features(1, 31)
+    known = radii(real, 3)
+    assert coverage(fake, real, 3, known) == coverage(fake, real, 3)
+    assert torch.equal(reached(fake, real, 3, known), reached(fake, real, 3))
+    assert coverage(fake, real, 3, 0 * known).coverage == 0
+
+
 def test_neighbours_are_those_of_scikit_learn():
     fake, real = normalize(features(0, 20), dim=-1), normalize(features(1, 50), dim=-1)
     distances, indices = NearestNeighbors(n_neighbors=2).fit(real.numpy()).kneighbors(fake.numpy())

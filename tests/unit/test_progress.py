@@ -8,7 +8,7 @@ import re
 import pytest
 
 from ims3_ray import progress
-from ims3_ray.progress import START_UP_S, Course, Progress, following
+from ims3_ray.progress import START_UP_S, Course, Progress, following, title_of
 
 
 class Terminal(io.StringIO):
@@ -106,3 +106,8 @@ def test_slow_things_keep_their_digits_and_long_ones_their_hours(clock: Clock):
             bar.advance(1)
             clock.now += 20
     assert "evaluate: 2/1000 students, 0.05/s, 5:32:40 left" in stream.getvalue()
+
+
+def test_work_of_many_titles_has_a_short_one():
+    assert title_of(["fine-tune", "fine-tune with minimax"] * 5) == "fine-tune, fine-tune with minimax"
+    assert title_of(f"generate {seed}" for seed in range(6)) == "generate 0, generate 1, generate 2 and 3 more"
