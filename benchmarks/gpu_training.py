@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ims3_ray.cluster.speed import matmul_rate
-from ims3_ray.commands.quality import judge_generator, splits_of
 from ims3_ray.config import PretrainConfig
 from ims3_ray.config.loading import load_config
+from ims3_ray.data.clean_images import CleanImages
 from ims3_ray.data.contact_sheet import contact_sheet
 from ims3_ray.data.sources.embedded import embedded_names
 from ims3_ray.errors import UserError
+from ims3_ray.pretraining.quality import judge_generator, splits_of
 from ims3_ray.training.accuracy import Labelled
 from ims3_ray.training.generator import GeneratorTrainer, in_bf16
 from ims3_ray.training.pace import ByClock
@@ -79,6 +80,8 @@ def train_one(name: str, overrides: list[str], out: Path, clock: Clock, emit: Em
     """Write ``OUT/NAME-dit.safetensors`` and ``OUT/NAME-dit.png``; emit rows of the loss curve, then one with the result."""
     began, whole = time.monotonic(), clock.left
     config = load_config(PretrainConfig, CONFIGS / f"{name}-dit-minutes.yaml", [*overrides, *([] if GPU else SMALL)])
+    if config.autoencoder is not None:
+        raise UserError(f"{name}: this benchmark trains generators of pixels; take autoencoder out of the recipe")
     train, test, class_names, _ = splits_of(config.data)
     if not GPU:
         train, test = fewer(train), fewer(test)
@@ -87,7 +90,7 @@ def train_one(name: str, overrides: list[str], out: Path, clock: Clock, emit: Em
     earlier = run.earlier()
     recipe = config.generator
     while True:
-        trainer = GeneratorTrainer(recipe, train, len(class_names), config.seed, DEVICE)
+        trainer = GeneratorTrainer(recipe, CleanImages.of_pixels(*train, recipe.flip), len(class_names), config.seed, DEVICE)
         if earlier is not None:
             trainer.start_from(earlier.weights, earlier.steps)
         try:
@@ -140,7 +143,7 @@ def train_by_the_clock(
     return {
         "steps": trainer.steps, "seconds": round(seconds_before + end - started, 1), "images_per_s": round(images_per_s, 1),
         "share": round(rate / possible, 3), "first_step_s": round(after_first - started, 1), "compiled": recipe.compile,
-        "epochs": round(trainer.steps * recipe.batch_size / len(trainer.labels), 1),
+        "epochs": round(trainer.steps * recipe.batch_size / len(trainer.images.labels), 1),
     }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from ims3_ray.cli import main
 from ims3_ray.cluster.hardware import hardware
 from ims3_ray.config import DataConfig, GeneratorTraining, Section
 from ims3_ray.data.batches import load_pixels
+from ims3_ray.data.clean_images import CleanImages
 from ims3_ray.data.sources import open_source
 from ims3_ray.data.transforms import to_signed, to_uint8
 from ims3_ray.diffusion.prediction import epsilon_of
@@ -122,12 +123,13 @@ def measure(
     recipe = GeneratorTraining.model_validate({**base.model_dump(), **changes})
     classes = int(images[1].max()) + 1
     device = "cuda" if GPU else "cpu"
-    trainer = GeneratorTrainer(recipe, images, classes, config.seed, device)
+    clean = CleanImages.of_pixels(*images, recipe.flip)
+    trainer = GeneratorTrainer(recipe, clean, classes, config.seed, device)
     parts = 2 if case.again else 1
     for part in range(parts):
         if part:
             rounded = {key: value.half().float() for key, value in trainer.ema.average.items()}
-            before, trainer = trainer.steps, GeneratorTrainer(recipe, images, classes, config.seed, device)
+            before, trainer = trainer.steps, GeneratorTrainer(recipe, clean, classes, config.seed, device)
             trainer.start_from(rounded, before)
         averages = {decay: Ema(trainer.model.named_parameters(), decay) for decay in config.decays}
         began = time.monotonic()

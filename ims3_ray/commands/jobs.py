@@ -7,7 +7,7 @@ from ims3_ray.commands.distill import compare, distill, evaluate
 from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, SweepConfig
 from ims3_ray.plan import make_comparison, make_evaluation, make_plan, make_sweep
 from ims3_ray.plan.estimate import describe
-from ims3_ray.plan.expected import with_expected_weights
+from ims3_ray.pretraining.expected import with_expected_weights
 from ims3_ray.report.terminal import print_comparison, print_result, print_sweep
 
 
@@ -63,7 +63,7 @@ def run_pretrain(config: PretrainConfig) -> None:
 
 def plan_pretrain(config: PretrainConfig) -> str:
     from ims3_ray.commands.pretrain import needed, open_pretraining
-    from ims3_ray.plan.pretraining import PretrainingPlan
+    from ims3_ray.pretraining.plan import described
 
-    data, _ = open_pretraining(config)
-    return "\n".join([PretrainingPlan.of(config, data).described, *refusals(config, needed(config))])
+    target, _, _ = open_pretraining(config)
+    return "\n".join([described(target), *refusals(config, needed(config))])

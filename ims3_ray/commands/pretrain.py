@@ -1,4 +1,5 @@
-"""The command of `ims3 pretrain`: trains the generator or φ, evaluates it, and writes a weights file with its card."""
+"""The command of `ims3 pretrain`: trains a generator, an encoder φ or an autoencoder, evaluates it, and writes a weights file
+with its card."""
 
 from __future__ import annotations
 
@@ -15,7 +16,6 @@ import yaml
 
 from ims3_ray.cluster.capacity import wait_for_capacity
 from ims3_ray.cluster.joining import connected, own_device, placed, results
-from ims3_ray.commands.quality import Quality, judge_encoder, judge_generator, splits_of
 from ims3_ray.config import PretrainConfig, canonical, reserved
 from ims3_ray.data.contact_sheet import contact_sheet
 from ims3_ray.engine.board import RESUMED
@@ -25,12 +25,13 @@ from ims3_ray.engine.lease import check_free, working_on
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import is_remote
 from ims3_ray.io.storage import Storage
-from ims3_ray.plan.pretraining import PretrainingPlan
+from ims3_ray.pretraining.base import Target
+from ims3_ray.pretraining.quality import Quality, splits_of
+from ims3_ray.pretraining.targets import TARGETS, target_of
 from ims3_ray.progress import Progress
 from ims3_ray.provenance import without_places
 from ims3_ray.tracking import Tracker
 from ims3_ray.training.finetuning import Row
-from ims3_ray.training.generator import dit_config
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -39,15 +40,15 @@ def pretrain(config: PretrainConfig) -> Path:
     An interrupted training goes on from its last checkpoint, and a finished one writes the same bytes again. Raises
     :class:`UserError` for bad input and for a folder that holds another training.
     """
-    data, place = open_pretraining(config)
+    target, fingerprints, place = open_pretraining(config)
     place.make_folder(config.name)
     check_free(place, config.name)
     with connected(config.cluster, needed(config)), working_on(place, config.name):
-        described = check_pretraining(config, data.fingerprints, place)  # another process may have begun another one meanwhile
+        described = check_pretraining(config, fingerprints, place)  # another process may have begun another one meanwhile
         place.write(f"{config.name}/config.yaml", yaml.safe_dump(described, sort_keys=False).encode())
         tracker = Tracker(config, place)
         try:
-            path = _train_and_judge(PretrainingPlan.of(config, data), place, tracker)
+            path = _train_and_judge(target, place, tracker)
         except BaseException as error:
             tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
@@ -61,36 +62,36 @@ def needed(config: PretrainConfig) -> dict[str, float]:
     return reserved(trainer.num_workers * trainer.cpus_per_worker, trainer.num_workers * trainer.gpus_per_worker)
 
 
-def open_pretraining(config: PretrainConfig) -> tuple[Data, Storage]:
-    """The opened data and the storage of a training. Raises :class:`UserError` for everything that would refuse the training,
-    and writes nothing."""
+def open_pretraining(config: PretrainConfig) -> tuple[Target, dict[str, str], Storage]:
+    """What is trained, the hashes of all that it is trained with, and the storage. Raises :class:`UserError` for everything
+    that would refuse the training, and writes nothing."""
     if is_remote(config.storage):
         raise UserError(f"storage '{config.storage}' is remote; weights are trained to a folder, so give storage=/a/folder")
     data = Data(config)
-    if config.target == "generator":
-        dit_config(config.generator, config.data.size, config.data.channels, len(data.classes.names))
+    target = target_of(config, data)
+    fingerprints = {**data.fingerprints, **{name: weights.digest for name, weights in target.weights.items()}}
     place = Storage.at(str(Path(config.storage).expanduser().resolve()))
-    check_pretraining(config, data.fingerprints, place)
-    return data, place
+    check_pretraining(config, fingerprints, place)
+    return target, fingerprints, place
 
 
-def _train_and_judge(plan: PretrainingPlan, place: Storage, tracker: Tracker) -> Path:
+def _train_and_judge(target: Target, place: Storage, tracker: Tracker) -> Path:
     """Train, write the weights, judge them, and write their card and a sheet of samples."""
-    config = plan.config
+    config = target.config
     folder, shown = Path(place.address(config.name)), Shown(config, place, tracker)
-    outcome = _trained(plan, shown)
+    outcome = _trained(target, shown)
     path = folder / f"{config.name}.safetensors"
     place.write(f"{config.name}/{path.name}", outcome["weights"])
-    print(f"judge: {plan.judging}", flush=True)
+    print(f"judge: {target.judging}", flush=True)
     task = ray.remote(_judge).options(
         num_cpus=min(config.quality.threads, config.trainer.cpus_per_worker),
         num_gpus=config.trainer.gpus_per_worker,
         **placed(config.cluster, "finetune"),
     )
-    quality: Quality = results(task.remote(_from_anywhere(config), path))
+    quality: Quality = results(task.remote(replace(target, config=_from_anywhere(config)), path))
     if quality.samples is not None:
         shown.samples(contact_sheet(quality.samples, 10))
-    card = weights_card(config, outcome, path, quality)
+    card = weights_card(target, outcome, path, quality)
     place.write(f"{config.name}/{config.name}.md", card.encode())
     tracker.metrics(quality.figures)
     tracker.file(f"{config.name}.md", card.encode())
@@ -102,25 +103,16 @@ def _train_and_judge(plan: PretrainingPlan, place: Storage, tracker: Tracker) ->
     return path
 
 
-def _trained(plan: PretrainingPlan, shown: Shown) -> dict[str, Any]:
+def _trained(target: Target, shown: Shown) -> dict[str, Any]:
     """Run the training on Ray Train while its progress is shown and its losses are logged; returns what rank 0 returns."""
-    from ims3_ray.engine.loops import encoder_loop, generator_loop, source_images
     from ims3_ray.engine.train import watched_fit
 
-    config, trainer = _from_anywhere(plan.config), plan.config.trainer
+    config, trainer = target.config, target.config.trainer
     workers = [trainer.worker_resources] * trainer.num_workers
     wait_for_capacity(config.cluster, "finetune", config.name, workers, trainer.num_workers)
-    arguments: dict[str, Any]
-    if config.target == "generator":
-        loop, arguments = generator_loop, {"config": canonical(config)}
-    else:
-        loop = encoder_loop
-        arguments = {
-            "training": canonical(config.encoder), "images": partial(source_images, config.data), "seed": config.seed,
-            "threads": trainer.threads_per_worker,
-        }  # fmt: skip
+    loop, arguments = target.loop(_from_anywhere(config))
     folder, labels = shown.place.address(config.name), config.cluster.place.get("finetune")
-    total, unit = plan.total
+    total, unit = target.total
     with Progress(f"train the {config.target}", total, unit) as progress:
         outcome = watched_fit(loop, arguments, trainer, "train", folder, labels, partial(shown.tell, progress))
         progress.done = total
@@ -158,29 +150,29 @@ def _from_anywhere(config: PretrainConfig) -> PretrainConfig:
     """The config for other processes, whose working folders differ: local places of the data are absolute."""
     places = {key: getattr(config.data, key) for key in ("path", "test_path")}
     local = {key: str(Path(place).expanduser().resolve()) for key, place in places.items() if place and _is_local(place)}
-    return config.model_copy(update={"data": config.data.model_copy(update=local)})
+    changed: dict[str, Any] = {"data": config.data.model_copy(update=local)}
+    if config.autoencoder and _is_local(config.autoencoder):
+        changed["autoencoder"] = str(Path(config.autoencoder).expanduser().resolve())
+    return config.model_copy(update=changed)
 
 
 def _is_local(place: str) -> bool:
     return "://" not in place and Path(place).expanduser().exists()
 
 
-def _judge(config: PretrainConfig, path: Path) -> Quality:
-    judge = judge_generator if config.target == "generator" else judge_encoder
-    splits = splits_of(config.data)
-    return replace(judge(config, path, splits, own_device()), broken=splits.broken)
+def _judge(target: Target, path: Path) -> Quality:
+    splits = splits_of(target.config.data)
+    return replace(target.judge(path, splits, own_device()), broken=splits.broken)
 
 
 FINGERPRINTS = "data_fingerprints"
-"""Key of the stored config under which the hashes of both splits are."""
-GROWS = {"generator": ("steps", "minutes"), "encoder": ("epochs",)}
-"""Target → its keys that say how long to train. A training goes on when the number is raised."""
+"""Key of the stored config that holds the hashes of both splits and of the weights that the training uses."""
 
 
 def check_pretraining(config: PretrainConfig, fingerprints: Mapping[str, str], storage: Storage) -> dict[str, Any]:
-    """The config with the fingerprints of the data, as the run folder stores it. Raises :class:`UserError` if the folder holds
-    a training with another config or other data. What only says where and how fast it trains may differ, and so may the number
-    of steps or epochs."""
+    """The config with the ``fingerprints`` of data and weights, as the run folder stores it. Raises :class:`UserError` if the
+    folder holds a training with another config, other data or other weights. What only says where and how fast it trains may
+    differ, and so may the number of steps or epochs."""
     name, mine = config.name, {**canonical(config), FINGERPRINTS: dict(fingerprints)}
     stored = stored_config(storage, name, "or choose another name, if the training in it is still wanted")
     if stored is not None:
@@ -195,29 +187,27 @@ def check_pretraining(config: PretrainConfig, fingerprints: Mapping[str, str], s
 
 
 def _what_matters(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the options that may change between two commands that continue the same training. The data are compared
-    by their fingerprints, so that they may move."""
-    places = ("storage", "trainer", "cluster", "quality", "plugins", "tracking")
+    """A config without the options that may change between two commands that continue the same training. Data and weights
+    are compared by their fingerprints, so that they may move."""
+    places = ("storage", "trainer", "cluster", "quality", "plugins", "tracking", "autoencoder")
     kept = {key: value for key, value in plain.items() if key not in places}
     left_out: dict[str, tuple[str, ...]] = {"data": ("path", "test_path", "unit_size")}
-    left_out |= {target: (*lengths, "checkpoint_every") for target, lengths in GROWS.items()}
+    left_out |= {each.section: (*each.lengths, "checkpoint_every") for each in TARGETS.values()}
     for section, details in left_out.items():
         kept[section] = {key: value for key, value in plain.get(section, {}).items() if key not in details}
     return kept
 
 
-def weights_card(config: PretrainConfig, outcome: dict[str, Any], path: Path, quality: Quality) -> str:
+def weights_card(target: Target, outcome: dict[str, Any], path: Path, quality: Quality) -> str:
     """The Markdown card of the weights: data, steps, seconds, hardware, quality, and the config that reproduces them."""
-    trainer = config.trainer
+    config, trainer = target.config, target.config.trainer
     device = torch.cuda.get_device_name() if trainer.gpus_per_worker else platform.processor() or platform.machine()
     hardware = f"{trainer.num_workers} worker(s), each with {trainer.threads_per_worker} CPU threads ({device})"
     if trainer.gpus_per_worker:
         hardware = f"{trainer.num_workers} worker(s), each with {trainer.gpus_per_worker:g} GPU ({device})"
-    batch = config.generator.batch_size if config.target == "generator" else config.encoder.batch_size
     recent = outcome["losses"][-250:]
-    kept = {"name", "seed", "target", "data", config.target, "trainer"} | (
-        {"quality"} if quality.samples is not None else set()
-    )
+    kept = {"name", "seed", "target", "data", target.section, "trainer", *target.weights}
+    kept |= {"quality"} if quality.judged else set()
     plain = without_places({key: value for key, value in canonical(config).items() if key in kept})
     return "\n".join(
         [
@@ -225,7 +215,8 @@ def weights_card(config: PretrainConfig, outcome: dict[str, Any], path: Path, qu
             f"The {config.target} trained by `ims3 pretrain` on the training split alone.", "",
             f"- data: {Path(config.data.path).name}, split {config.data.train_split}, {outcome['images']} images"
             + (f"; {len(quality.broken)} images of both splits cannot be decoded and were left out" if quality.broken else ""),
-            f"- steps: {outcome['steps']} of {batch} images, mean loss at the end {sum(recent) / len(recent):.4f}",
+            *(f"- {name}: SHA-256 begins with {weights.digest}" for name, weights in target.weights.items()),
+            f"- steps: {outcome['steps']} of {target.batch_size} images, mean loss at the end {sum(recent) / len(recent):.4f}",
             f"- seconds: {outcome['seconds']:.0f}", f"- hardware: {hardware}",
             f"- file: {path.stat().st_size / 1e6:.1f} MB, safetensors, half precision", "",
             "## Quality", "", *(f"- {line}" for line in quality.lines), "",

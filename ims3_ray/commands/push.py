@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -15,6 +15,7 @@ from ims3_ray.config import Section
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place, local_copy
 from ims3_ray.io.hub import Kind, check_repository, upload
+from ims3_ray.models.autoencoder import KIND, OWN_AUTOENCODER
 from ims3_ray.models.checkpoints import read_metadata
 from ims3_ray.models.encoder import OWN_ENCODER
 from ims3_ray.models.generators.dit import OWN_GENERATOR
@@ -25,8 +26,24 @@ WEIGHTS, PARQUET = ".safetensors", ".parquet"
 REPOSITORY = "REPOSITORY"
 """Stands in the text of a card for the name of the repository."""
 ADAPTER = re.compile(r"adapter-\d+\.safetensors")
-NAMES = {"dit": OWN_GENERATOR, "encoder": OWN_ENCODER}
-"""Kind of weights → name of the file under which a repository of them can be given as `generator` or `encoder`."""
+
+
+class Shared(NamedTuple):
+    """How weights of a kind are shared."""
+
+    file: str
+    """Name of the file under which a repository of them can be named in a config."""
+    key: str
+    """The key that names them."""
+    title: str
+    tags: tuple[str, ...]
+
+
+KINDS = {
+    "dit": Shared(OWN_GENERATOR, "generator", "Generator: a class-conditional diffusion transformer", ("diffusion", "dit")),
+    "encoder": Shared(OWN_ENCODER, "encoder", "Feature encoder φ", ("timm", "feature-extraction")),
+    "autoencoder": Shared(OWN_AUTOENCODER, "autoencoder", "Autoencoder for generators of latents", ("diffusers", "vae")),
+}
 
 
 class PushConfig(Section):
@@ -163,25 +180,24 @@ def _weights(paths: list[Path], where: str) -> Upload:
         card = {"library_name": "ims3-ray", "tags": ["dataset-distillation", "diffusion", "adapter"]}
         text = _adapter_text(json.loads(told[0]["adapter"]), paths[0].name)
         return Upload("model", {path.name: path for path in paths}, card, text, "adapter-*")
-    if kind not in NAMES:
+    if kind not in KINDS:
         raise UserError(
             f"'{where}' is none of this project's weights; convert a generator first (ims3 convert), or upload other files "
             "with huggingface_hub itself"
         )
     beside = Place.at(f"{where.removesuffix(WEIGHTS)}.md")
     text = beside.read().decode() if beside.is_file else _text(paths[0].stem, kind, told[0]["config"])
-    tags = ["diffusion", "dit"] if kind == "dit" else ["timm", "feature-extraction"]
-    card = {"library_name": "ims3-ray", "tags": ["dataset-distillation", *tags]}
-    use = {"dit": "generator", "encoder": "encoder"}[kind]
-    text = f"{text.rstrip()}\n\n## Use\n\n    ims3 distill {use}={REPOSITORY}\n\n{CITATION}"
-    return Upload("model", {NAMES[kind]: paths[0]}, card, text, NAMES[kind])
+    shared = KINDS[kind]
+    card = {"library_name": "ims3-ray", "tags": ["dataset-distillation", *shared.tags]}
+    more = " autoencoder=ITS-AUTOENCODER sampling.clip=false" if KIND in told[0] else ""
+    text = f"{text.rstrip()}\n\n## Use\n\n    ims3 distill {shared.key}={REPOSITORY}{more}\n\n{CITATION}"
+    return Upload("model", {shared.file: paths[0]}, card, text, shared.file)
 
 
 def _text(name: str, kind: str, config: str) -> str:
     """The text of a card for weights that have none beside them."""
-    what = {"dit": "Generator: a class-conditional diffusion transformer", "encoder": "Feature encoder φ"}[kind]
     shown = yaml.safe_dump(json.loads(config), sort_keys=False).strip()
-    return f"# {name}\n\n{what}, written by ims3-ray {version()}.\n\n## Config\n\n```yaml\n{shown}\n```\n"
+    return f"# {name}\n\n{KINDS[kind].title}, written by ims3-ray {version()}.\n\n## Config\n\n```yaml\n{shown}\n```\n"
 
 
 def _adapter_text(about: Mapping[str, Any], first: str) -> str:

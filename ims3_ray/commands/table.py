@@ -104,7 +104,8 @@ interrupted.""",
     "pretrain": Command(
         "Train the weights that a distillation starts from.",
         """\
-Train the weights that a distillation starts from: the generator (a class-conditional DiT) or the encoder φ.
+Train the weights that a distillation starts from: a generator (a class-conditional DiT), an encoder φ, or an autoencoder
+for generators of latents.
 
     ims3 pretrain --config pretrain/fashion-mnist-dit --dry-run
     ims3 pretrain --config pretrain/fashion-mnist-dit

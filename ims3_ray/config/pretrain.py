@@ -14,14 +14,16 @@ from ims3_ray.config.work import ClusterConfig, DataConfig, TrackingConfig
 
 MOST_PATCHES = 64
 """Largest number of patches of an image if the config does not give their size."""
+GROUPS = 8
+"""Number of groups of channels that an autoencoder normalises together."""
 
 
 class GeneratorTraining(Section):
-    """Pretraining of a class-conditional DiT in pixel space."""
+    """Pretraining of a class-conditional DiT on pixels or, with an `autoencoder`, on its latents."""
 
     patch_size: int | None = Field(default=None, gt=0)
-    """Side of the square patches in pixels; it divides the side of the images. When unset, it is the smallest side from 2 on
-    that gives at most 64 patches: 4 for images of 28 or 32 pixels."""
+    """Side of the square patches in pixels or latents; it divides the side of the images. When unset, it is the smallest side
+    that gives at most 64 patches, from 2 on for pixels: 4 for images of 28 or 32 pixels, 1 for latents of 7 or 8."""
     hidden_size: int = Field(default=224, gt=0)
     """Width of the transformer."""
     depth: int = Field(default=4, gt=0)
@@ -73,11 +75,43 @@ class GeneratorTraining(Section):
             raise ValueError(f"set one of steps={self.steps} and minutes={self.minutes}, and the other to null")
         return self
 
-    def patch_side(self, size: int) -> int:
-        """Side of the patches of images of ``size`` × ``size`` pixels."""
+    def patch_side(self, size: int, latents: bool = False) -> int:
+        """Side of the patches of images of ``size`` × ``size`` pixels or latents."""
         if self.patch_size is not None:
             return self.patch_size
-        return next(side for side in range(2, size + 1) if size % side == 0 and (size // side) ** 2 <= MOST_PATCHES)
+        sides = range(1 if latents else 2, size + 1)
+        return next(side for side in sides if size % side == 0 and (size // side) ** 2 <= MOST_PATCHES)
+
+
+class AutoencoderTraining(Section):
+    """Training of an autoencoder, diffusers' AutoencoderKL, in whose latent space a generator can be trained. It minimises the
+    mean absolute error of the pixels plus `kl` times the divergence of the latents from a normal distribution."""
+
+    widths: tuple[int, ...] = Field(default=(32, 64, 64), min_length=1)
+    """Channels of each level of the network, from the pixels to the latents; each level but the first halves the side of the
+    images. Each is a multiple of 8."""
+    layers: int = Field(default=1, ge=1)
+    """Number of residual blocks of each level of the encoder; the decoder has one more."""
+    latent_channels: int = Field(default=4, ge=1)
+    """Number of channels of the latents."""
+    kl: float = Field(default=1e-4, ge=0)
+    """Weight of the Kullback-Leibler divergence, which is a mean over the values of the latents."""
+    epochs: int = Field(default=20, ge=1)
+    """Number of passes over the training images."""
+    batch_size: int = Field(default=128, ge=1)
+    """Number of images in the global batch, over all workers."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Largest learning rate of AdamW, which rises to it over 30 % of the steps and then falls (one cycle)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of AdamW."""
+    flip: bool = False
+    """Whether each image is mirrored with probability one half."""
+
+    @model_validator(mode="after")
+    def _groups(self) -> AutoencoderTraining:
+        if any(width < 1 or width % GROUPS for width in self.widths):
+            raise ValueError(f"widths={list(self.widths)} must be multiples of {GROUPS}")
+        return self
 
 
 class QualityConfig(Section):
@@ -105,12 +139,22 @@ class PretrainConfig(Section):
     """Folder or URI that holds the weights and the state of the training."""
     seed: int = Field(default=0, ge=0)
     """Seed of all random numbers of the training."""
-    target: Literal["generator", "encoder"] = "generator"
-    """What is trained: the generator, or the encoder φ."""
+    target: Literal["generator", "encoder", "autoencoder"] = "generator"
+    """What is trained: the generator, the encoder φ, or an autoencoder for generators of latents."""
     data: DataConfig = DataConfig()
+    autoencoder: str | None = None
+    """Autoencoder in whose latent space the generator is trained; pixels when unset. A file that `ims3 pretrain` made, a folder
+    of diffusers or a hub id."""
     generator: GeneratorTraining = GeneratorTraining()
     encoder: EncoderTraining = EncoderTraining()
+    autoencoding: AutoencoderTraining = AutoencoderTraining()
     quality: QualityConfig = QualityConfig()
     trainer: TrainerConfig = TrainerConfig(num_workers=1, threads_per_worker=2)
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _latents_of_a_generator(self) -> PretrainConfig:
+        if self.autoencoder is not None and self.target != "generator":
+            raise ValueError(f"autoencoder={self.autoencoder} is for target=generator, and target={self.target} takes none")
+        return self

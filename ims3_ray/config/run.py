@@ -152,8 +152,9 @@ class RunConfig(WorkConfig):
     """Weights of the generator: `embedded:NAME`, a file, a diffusers folder of DiT or Stable Diffusion, or a hub id
     (docs/weights.md)."""
     autoencoder: str | None = None
-    """Autoencoder of a generator that works on latents: a diffusers folder or a hub id (`stabilityai/sd-vae-ft-ema`). When
-    unset, the one in the generator's own folder, if it has one; a generator of pixels needs none."""
+    """Autoencoder of a generator that works on latents: a diffusers folder, a hub id (`stabilityai/sd-vae-ft-ema`) or a file
+    that `ims3 pretrain` made. When unset, the one in the generator's own folder, if it has one; a generator of pixels needs
+    none."""
     encoder: str = "embedded:fashion-mnist-phi"
     """φ, the frozen feature encoder: `embedded:NAME`, a file, a folder as timm saves it, a hub id (`timm/resnet18.tv_in1k`), or
     `teacher`, the classifier of evaluation.teacher, which is trained on the real images if it names no weights."""

@@ -1,4 +1,4 @@
-"""The clean images or latents z_0 that fine-tuning draws its batches from."""
+"""The clean images or latents z_0 that the training of a generator draws its batches from."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ class CleanImages:
         if captions is not None and len(captions) != len(labels):
             raise ValueError(f"{len(captions)} captions of {len(labels)} images")
 
+    @classmethod
+    def of_pixels(cls, pixels: Tensor, labels: Tensor, flip: bool = False) -> CleanImages:
+        """Images as uint8 pixels [n, C, H, W]."""
+        return cls({"pixels": pixels}, labels, flip)
+
+    def to(self, device: torch.device) -> CleanImages:
+        """The same images in the memory of a device, which must be that of the generators given to :meth:`batch`."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return CleanImages(tensors, self.labels.to(device), self.flip, self.captions)
+
     def captions_of(self, index: Tensor) -> list[str | None]:
         """The caption of each of the images at ``index``; None for images without captions."""
         return [None if self.captions is None else self.captions[position] for position in index.tolist()]
@@ -32,12 +42,15 @@ class CleanImages:
     def batch(self, index: Tensor, rng: Generator) -> Tensor:
         """z_0 [n, C, H, W] of the images at ``index``, float32. Random numbers are drawn from ``rng`` for all of these
         images."""
-        mirror = torch.rand(len(index), generator=rng) < 0.5 if self.flip else torch.zeros(len(index), dtype=torch.bool)
+        device, mirror = rng.device, None
+        if self.flip:
+            mirror = torch.rand(len(index), generator=rng, device=device) < 0.5
         if "pixels" in self.tensors:
             signed = to_signed(self.tensors["pixels"][index])
-            return torch.where(mirror[:, None, None, None], signed.flip(-1), signed)
-        mean, log_variance = (self.tensors[name][index, mirror.long()].float() for name in ("mean", "log_variance"))
-        return sample_latents(mean, log_variance, torch.randn(mean.shape, generator=rng))
+            return signed if mirror is None else torch.where(mirror[:, None, None, None], signed.flip(-1), signed)
+        flips = torch.zeros(len(index), dtype=torch.long, device=device) if mirror is None else mirror.long()
+        mean, log_variance = (self.tensors[name][index, flips].float() for name in ("mean", "log_variance"))
+        return sample_latents(mean, log_variance, torch.randn(mean.shape, generator=rng, device=device))
 
 
 def sample_latents(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:

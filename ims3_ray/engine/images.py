@@ -22,11 +22,7 @@ from ims3_ray.engine.shards import pack_tensors, parse_unit, read_class, read_ma
 from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
-from ims3_ray.models.autoencoder import load_autoencoder
-
-DECODED_AT_ONCE = 8
-"""Number of latents that the autoencoder decodes per call; its activations are many times as large as the generator's. The
-number is fixed and the calls start at the first image of a unit, so that decoding an image again gives the same bits."""
+from ims3_ray.models.autoencoder import AT_ONCE, load_autoencoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -76,7 +72,7 @@ class Decoder:
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:
         z = latents.to(self.device, self.dtype, memory_format=torch.channels_last)
-        images = (self.model.decode(part).float() for part in z.split(DECODED_AT_ONCE))
+        images = (self.model.decode(part).float() for part in z.split(AT_ONCE))
         return torch.cat([to_uint8(scaled(each, self.size) if self.size else each) for each in images]).contiguous()
 
 
@@ -165,10 +161,10 @@ class ImageStore:
         tensors = load(shard)
         if decoder is None:
             return tensors["pixels"] if within is None else tensors["pixels"][list(within)]
-        chunks = tensors["latents"].split(DECODED_AT_ONCE)
+        chunks = tensors["latents"].split(AT_ONCE)
         chosen = range(len(tensors["latents"])) if within is None else within
-        decoded = {number: decoder(chunks[number]) for number in sorted({offset // DECODED_AT_ONCE for offset in chosen})}
-        return torch.stack([decoded[offset // DECODED_AT_ONCE][offset % DECODED_AT_ONCE] for offset in chosen]).cpu()
+        decoded = {number: decoder(chunks[number]) for number in sorted({offset // AT_ONCE for offset in chosen})}
+        return torch.stack([decoded[offset // AT_ONCE][offset % AT_ONCE] for offset in chosen]).cpu()
 
 
 def pngs_of(shard: bytes, within: Sequence[int] | None = None) -> list[bytes]:

@@ -18,7 +18,8 @@ from ims3_ray.data.prompts import prompts_of
 from ims3_ray.data.sources import Source, open_source, shared_file
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
-from ims3_ray.models.autoencoder import Autoencoder, autoencoder_path, empty_autoencoder
+from ims3_ray.models.autoencoder import KIND, Autoencoder, autoencoder_path, empty_autoencoder
+from ims3_ray.models.checkpoints import read_metadata
 from ims3_ray.models.encoder import EncoderConfig, check_encoder, encoder_config, encoder_path
 from ims3_ray.models.generator import generator_files, generator_path, open_generator
 from ims3_ray.models.generators.base import Generator
@@ -118,6 +119,7 @@ class Models:
             generator = generator.adopting(self.added)
         if self.told is not None:
             generator = generator.told(**self.told)
+        self._check_latents()
         self._check_pixels(generator, self.autoencoder)
         self._check_guidance(generator)
         return generator
@@ -217,6 +219,24 @@ class Models:
             raise UserError(
                 f"generator '{generator.title}' was trained without label dropout, so it knows only images with a class "
                 f"and cannot be guided; set {' '.join(wrong)}"
+            )
+
+    def _check_latents(self) -> None:
+        """Raises :class:`UserError` if the generator's file says that it was trained on the latents of another autoencoder than
+        the given one."""
+        path, name = generator_path(self.config.generator), self.config.generator
+        trained = read_metadata(path).get(KIND) if path.suffix == ".safetensors" else None
+        if trained is None:
+            return
+        wanted = f"name the one whose file has a SHA-256 that begins with {trained}"
+        if self.autoencoder_weights is None:
+            raise UserError(
+                f"generator '{name}' was trained on the latents of an autoencoder, and autoencoder is unset; {wanted}"
+            )
+        if self.autoencoder_weights.digest != trained:
+            raise UserError(
+                f"generator '{name}' was trained on the latents of another autoencoder than '{self._autoencoder}', whose file "
+                f"has {self.autoencoder_weights.digest}; {wanted}"
             )
 
     def _check_pixels(self, generator: Generator, vae: Autoencoder | None) -> None:

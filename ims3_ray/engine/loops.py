@@ -1,11 +1,12 @@
-"""Loops that each worker of Ray Train runs to train a generator or an encoder: the trainers of :mod:`ims3_ray.training`, with
-checkpoints and reports."""
+"""Loops that each worker of Ray Train runs to train a generator, an encoder or an autoencoder: the trainers of
+:mod:`ims3_ray.training`, with checkpoints and reports."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,17 @@ from ray.train import Checkpoint
 from ray.train.torch import prepare_model
 
 from ims3_ray.config import DataConfig, EncoderTraining, PretrainConfig
-from ims3_ray.config.pretrain import GeneratorTraining
+from ims3_ray.config.pretrain import AutoencoderTraining, GeneratorTraining
+from ims3_ray.data.clean_images import CleanImages
 from ims3_ray.data.contact_sheet import contact_sheet
+from ims3_ray.data.transforms import to_uint8
 from ims3_ray.engine.board import RESUMED
 from ims3_ray.engine.inputs import decoded_split
 from ims3_ray.errors import Unanimous
+from ims3_ray.models.autoencoder import KIND, load_autoencoder
+from ims3_ray.training.autoencoder import AutoencoderTrainer, latents_of, pixels_of
 from ims3_ray.training.encoder import EncoderTrainer, Images
+from ims3_ray.training.epochs import EpochTrainer
 from ims3_ray.training.generator import PREVIEW_IMAGES, GeneratorTrainer
 from ims3_ray.training.pace import ByClock, BySteps, Pace
 
@@ -30,24 +36,31 @@ from ims3_ray.training.pace import ByClock, BySteps, Pace
 def generator_loop(plain: dict[str, Any]) -> dict[str, Any]:
     """One worker of the generator's pretraining. Returns, on rank 0, the packed EMA weights and the losses.
 
-    ``plain`` holds ``config`` (the plain values of a :class:`PretrainConfig`) and ``board`` (a
-    :class:`~ims3_ray.engine.board.Board`), to which rank 0 posts losses, speed and, every few minutes, samples.
+    ``plain`` holds ``config`` (the plain values of a :class:`PretrainConfig`), ``autoencoder`` (its weights, for a generator of
+    latents) and ``board`` (a :class:`~ims3_ray.engine.board.Board`), to which rank 0 posts losses, speed and, every few
+    minutes, samples.
     """
     config, board = PretrainConfig.model_validate(plain["config"]), plain["board"]
     g, context = config.generator, ray.train.get_context()
     torch.set_num_threads(config.trainer.threads_per_worker)
     device = ray.train.torch.get_device()
     pixels, labels, names = source_images(config.data)
-    trainer = GeneratorTrainer(
-        g, (pixels, labels), len(names), config.seed, device, context.get_world_rank(), context.get_world_size(),
-        prepare_model,
-    )  # fmt: skip
     length, state = {"steps": g.steps, "minutes": g.minutes}, _last_checkpoint(device)
+    ended = state is not None and state["ended"] == length
+    images, to_pixels, about = CleanImages.of_pixels(pixels, labels, g.flip), to_uint8, dict[str, str]()
+    if KIND in plain:
+        autoencoder, about = load_autoencoder(plain[KIND].path()).to(device), {KIND: plain[KIND].digest}
+        if ended:  # the shape of the latents is still needed
+            images = CleanImages.of_pixels(pixels[:1], labels[:1], g.flip)
+        images, to_pixels = latents_of(autoencoder, images, device), partial(pixels_of, autoencoder)
+    trainer = GeneratorTrainer(
+        g, images, len(names), config.seed, device, context.get_world_rank(), context.get_world_size(), prepare_model, to_pixels
+    )  # fmt: skip
     spent = state["seconds"] if state else 0.0
     if state:
         _check_not_shorter(state, g)
         trainer.restore(state)
-    if not state or state["ended"] != length:
+    if not ended:
         news = News(board, trainer.rank, trainer.losses, g.batch_size, spent)
         began = shown = time.monotonic()
         for step in trainer.run(_pace(g, spent, device)):
@@ -61,7 +74,7 @@ def generator_loop(plain: dict[str, Any]) -> dict[str, Any]:
         news.tell(trainer.losses, wait=True)
         _report(trainer, spent, ended=length)
     return {
-        "weights": trainer.weights(names),
+        "weights": trainer.weights(names, **about),
         "losses": trainer.losses,
         "seconds": spent,
         "images": len(labels),
@@ -135,7 +148,7 @@ def _rows(losses: list[float], before: int) -> list[dict[str, float]]:
     return [{"step": before + number, "loss": loss} for number, loss in enumerate(losses, 1)]
 
 
-def _report(trainer: GeneratorTrainer | EncoderTrainer, seconds: float, ended: dict[str, Any] | None = None) -> None:
+def _report(trainer: GeneratorTrainer | EpochTrainer[Any], seconds: float, ended: dict[str, Any] | None = None) -> None:
     """Write a checkpoint; all workers call it together. ``ended`` is the length that was asked for, if it is reached."""
     state, metrics = trainer.state(), {"step": trainer.steps, "loss": trainer.losses[-1]}
     if trainer.rank != 0:
@@ -167,17 +180,36 @@ def encoder_loop(plain: dict[str, Any]) -> dict[str, Any]:
     ``plain`` holds ``training`` (the plain values of an :class:`EncoderTraining`), ``images`` (a function that loads the
     images), ``seed``, ``threads`` and, where somebody reads it, ``board``.
     """
-    config, context = EncoderTraining.model_validate(plain["training"]), ray.train.get_context()
+    config = EncoderTraining.model_validate(plain["training"])
+    return _by_epochs(plain, lambda images, *rest: EncoderTrainer(config, images, *rest), "encoder.epochs")
+
+
+def autoencoder_loop(plain: dict[str, Any]) -> dict[str, Any]:
+    """One worker of an autoencoder's training. ``plain``, with the values of an :class:`AutoencoderTraining`, and the returned
+    values are those of :func:`encoder_loop`."""
+    config = AutoencoderTraining.model_validate(plain["training"])
+
+    def trainer(images: Images, *rest: Any) -> AutoencoderTrainer:
+        return AutoencoderTrainer(config, CleanImages.of_pixels(*images[:2], config.flip), *rest)
+
+    return _by_epochs(plain, trainer, "autoencoding.epochs")
+
+
+def _by_epochs(plain: dict[str, Any], make: Callable[..., EpochTrainer[Any]], key: str) -> dict[str, Any]:
+    """Train to the end, with a checkpoint after each epoch, from the last one if there is one. ``make(images, seed, device,
+    rank, world, wrap)`` builds the trainer; ``key`` is the number of epochs in the config."""
+    context = ray.train.get_context()
     torch.set_num_threads(plain["threads"])
-    device = ray.train.torch.get_device()
-    trainer = EncoderTrainer(
-        config, plain["images"](), int(plain["seed"]), device, context.get_world_rank(), context.get_world_size(), prepare_model
-    )
-    state, steps = _last_checkpoint(device), config.epochs * trainer.steps_per_epoch
+    trainer = make(
+        plain["images"](), int(plain["seed"]), ray.train.torch.get_device(), context.get_world_rank(),
+        context.get_world_size(), prepare_model,
+    )  # fmt: skip
+    config = trainer.config
+    state, steps = _last_checkpoint(trainer.device), config.epochs * trainer.steps_per_epoch
     spent = state["seconds"] if state else 0.0
     if state:
         if (done := len(state["losses"])) > steps:
-            raise _too_short(f"{done} steps", f"encoder.epochs asks for {steps} steps")
+            raise _too_short(f"{done} steps", f"{key} asks for {steps} steps")
         trainer.restore(state)
     news = News(plain["board"], trainer.rank, trainer.losses, config.batch_size, spent) if "board" in plain else None
     began = time.monotonic() - spent

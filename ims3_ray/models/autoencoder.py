@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ims3_ray.data.transforms import to_signed
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import local_copy
 from ims3_ray.io.hub import fetch, is_hub_id
-from ims3_ray.models.checkpoints import read_json
+from ims3_ray.models.checkpoints import load_into, read_json, read_metadata, weights_path
 
 CLASS = "AutoencoderKL"
+KIND = "autoencoder"
+"""What this project's weights files call it. In the metadata of a generator that was trained on latents, it is the hash of the
+file of their autoencoder."""
+AT_ONCE = 8
+"""Number of images or latents per call of an autoencoder, whose activations are many times as large as those of a generator. It
+is fixed, and the calls start at the first image of a unit, so that encoding or decoding an image again gives the same bits."""
 SCALE = 0.18215
 """Scaling factor of Stable Diffusion's latents."""
+OWN_AUTOENCODER = "autoencoder.safetensors"
+"""Name of a weights file of this project in a folder or on the hub. Such a file holds the config in its metadata."""
 NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 class Autoencoder(nn.Module):
-    """Maps images in [−1, 1] to the moments of their latents, and latents back to images. Its weights are frozen."""
+    """Maps images in [−1, 1] to the moments of their latents, and latents back to images."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -70,38 +81,74 @@ class Autoencoder(nn.Module):
 
 
 def autoencoder_path(reference: str) -> Path:
-    """The weights file of a diffusers autoencoder: its folder, a pipeline's folder, or a hub id (downloaded to the hub's
-    cache)."""
+    """The weights file of an autoencoder: this project's own file, or the folder of a diffusers autoencoder, a pipeline's
+    folder, or a hub id (downloaded to the hub's cache)."""
     folder = local_copy(reference)
     if not folder.exists() and is_hub_id(reference):
-        folder = fetch(reference, ["config.json", *NAMES, "vae/*"], "autoencoder")
+        folder = fetch(reference, ["config.json", *NAMES, "vae/*", OWN_AUTOENCODER], "autoencoder")
+    if folder.name in NAMES and folder.is_file():  # diffusers' own file, whose config is beside it
+        folder = folder.parent
+    if not folder.is_dir():
+        path = weights_path(reference)
+        read_metadata(path, KIND)
+        return path
+    if (folder / OWN_AUTOENCODER).is_file():
+        return folder / OWN_AUTOENCODER
     for inner in (folder, folder / "vae"):
         if (inner / "config.json").is_file() and read_json(inner / "config.json").get("_class_name") == CLASS:
             for name in NAMES:
                 if (inner / name).is_file():
                     return inner / name
     raise UserError(
-        f"autoencoder '{reference}' is no diffusers {CLASS}: its folder needs config.json and {NAMES[0]}; "
-        "or give a hub id such as stabilityai/sd-vae-ft-ema"
+        f"autoencoder '{reference}' is a folder without {OWN_AUTOENCODER} and no diffusers {CLASS}, which has config.json and "
+        f"{NAMES[0]}; or give a hub id such as stabilityai/sd-vae-ft-ema"
     )
 
 
 def empty_autoencoder(path: Path) -> Autoencoder:
     """The autoencoder in ``path`` on the meta device: tensors have shapes only, and no weights are read."""
     with torch.device("meta"):
-        return Autoencoder(read_json(path.with_name("config.json")))
+        return Autoencoder(_config_of(path))
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """The config of the autoencoder in a weights file: in its metadata, or beside it."""
+    if _is_own(path):
+        found: dict[str, Any] = json.loads(read_metadata(path, KIND)["config"])
+        return found
+    return read_json(path.with_name("config.json"))
+
+
+def _is_own(path: Path) -> bool:
+    return path.name not in NAMES
 
 
 def load_autoencoder(path: Path) -> Autoencoder:
     """The autoencoder with its weights, frozen, in evaluation mode. Raises :class:`UserError` if the weights do not fit."""
     from diffusers import AutoencoderKL
 
-    model = Autoencoder(read_json(path.with_name("config.json")))
+    model = Autoencoder(_config_of(path))
+    if _is_own(path):
+        load_into(model.vae, path)
+        return model.eval().requires_grad_(False)
     try:
         model.vae = AutoencoderKL.from_pretrained(path.parent, local_files_only=True, low_cpu_mem_usage=False)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"autoencoder '{path}' does not load ({str(error).splitlines()[0]}); fetch it again") from error
     return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def encoded(autoencoder: Autoencoder, batches: Iterable[Tensor], flip: bool) -> dict[str, Tensor]:
+    """``mean`` and ``log_variance`` of the latents of uint8 images, in half precision on the CPU, [n, flips, C, h, w]; with
+    ``flip``, the second of two flips is that of the mirrored images. Both are empty if there are no images."""
+    parts = {"mean": list[Tensor](), "log_variance": list[Tensor]()}
+    for batch in batches:
+        signed = to_signed(batch)
+        moments = [autoencoder.moments(x) for x in ((signed, signed.flip(-1)) if flip else (signed,))]
+        for found, flips in zip(parts.values(), zip(*moments, strict=True), strict=True):
+            found.append(torch.stack(flips, dim=1).half().cpu())
+    return {name: torch.cat(found) for name, found in parts.items() if found}
 
 
 def encoding_flops(autoencoder: Autoencoder, size: int) -> float:

@@ -60,7 +60,18 @@ def pack(model: nn.Module, config: dict[str, Any], kind: str, dtype: torch.dtype
     }
     if bad := first_not_finite(state):
         raise Diverged(f"the trained {kind} has values that are not finite ('{bad}'); lower the learning rate")
-    return save(state, metadata={"kind": kind, "config": json.dumps(config), **extra})
+    return _in_order(save(state, metadata={"kind": kind, "config": json.dumps(config), **extra}))
+
+
+def _in_order(file: bytes) -> bytes:
+    """A safetensors file whose metadata are in alphabetical order, since the library writes them in any order: the same weights
+    are then the same bytes."""
+    length = int.from_bytes(file[:8], "little")
+    header: dict[str, Any] = json.loads(file[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8 bytes
+    return len(text).to_bytes(8, "little") + text + file[8 + length :]
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:

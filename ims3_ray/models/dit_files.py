@@ -105,8 +105,9 @@ def find_diffusers(folder: Path) -> Path | None:
     return None
 
 
-def write_dit(model: DiT, classes: tuple[str, ...], out: Path) -> None:
-    """Write ``model`` in the format that the name of ``out`` implies. ``out`` appears only when it is complete.
+def write_dit(model: DiT, classes: tuple[str, ...], out: Path, **about: str) -> None:
+    """Write ``model`` in the format that the name of ``out`` implies. ``out`` appears only when it is complete. ``about`` is
+    added to the metadata of this project's format, the only one that has any.
 
     ``*.safetensors``: this project's format; ``*.pt``: a plain state dict of the DiT release; anything else: a folder with a
     diffusers transformer (``transformer/`` and ``model_index.json``; for a pipeline, the autoencoder and the scheduler must be
@@ -116,7 +117,7 @@ def write_dit(model: DiT, classes: tuple[str, ...], out: Path) -> None:
         raise UserError(f"a DiT that predicts v has no form in which '{out}' could say so; write a .safetensors file")
     draft = out.with_name(out.name + ".part")
     if out.suffix == ".safetensors":
-        draft.write_bytes(pack(model, model.config.model_dump(), "dit", classes="\n".join(classes)))
+        draft.write_bytes(pack(model, model.config.model_dump(), "dit", None, classes="\n".join(classes), **about))
     elif out.suffix in PICKLED:
         torch.save({**model.state_dict(), "pos_embed": model.get_buffer("pos_embed")}, draft)
     else:

@@ -21,12 +21,11 @@ from ims3_ray.engine.pool import DerivedStage
 from ims3_ray.engine.shards import by_class, pack_tensors, parse_unit
 from ims3_ray.engine.weights import Weights
 from ims3_ray.io.storage import Storage
-from ims3_ray.models.autoencoder import encoding_flops, load_autoencoder
+from ims3_ray.models.autoencoder import AT_ONCE, encoding_flops, load_autoencoder
 from ims3_ray.stages.adapters import Pretrained
 from ims3_ray.stages.adopt import adopted_classes
 from ims3_ray.stages.candidates import sampling_flops
 from ims3_ray.stages.encode import Encode
-from ims3_ray.stages.latents import Latents
 
 
 @dataclass(eq=False)
@@ -100,7 +99,7 @@ class Inverted:
         try:
             z0 = signed
             if self.autoencoder is not None:
-                z0 = torch.cat([self.autoencoder.moments(part)[0] for part in signed.split(Latents.batch)])
+                z0 = torch.cat([self.autoencoder.moments(part)[0] for part in signed.split(AT_ONCE)])
             predict = self.generator.predictor(
                 self.network, label, len(z0), p["cfg_scale"], p["cfg_channels"], cfg_interval=tuple(p["cfg_interval"])
             )

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ims3_ray.config import RunConfig
 from ims3_ray.data.clean_images import CleanImages
-from ims3_ray.data.transforms import to_signed
 from ims3_ray.engine.images import Derive, Derived, ImageStore, Produced, batches
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.pool import DerivedStage
@@ -24,7 +23,8 @@ from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.parquet import parquet_bytes
 from ims3_ray.io.storage import Storage
-from ims3_ray.models.autoencoder import encoding_flops, load_autoencoder
+from ims3_ray.models.autoencoder import AT_ONCE, encoded, encoding_flops, load_autoencoder
+from ims3_ray.models.checkpoints import first_not_finite
 from ims3_ray.stages.encode import Encode
 
 
@@ -64,24 +64,14 @@ class Latents:
     Since the moments are stored, no epoch encodes the images again, and each epoch still draws its own sample.
     """
 
-    batch = 8
-
     def __init__(self, weights: Path, device: str, flips: int) -> None:
         self.autoencoder, self.device, self.flips = load_autoencoder(weights).to(device), device, flips
 
-    @torch.inference_mode()
     def __call__(self, unit: str, produced: Produced) -> Derived:
-        parts: dict[str, list[Tensor]] = {"mean": [], "log_variance": []}
-        for part in batches(produced.pixels, self.batch, self.device):
-            signed = to_signed(part)
-            moments = [self.autoencoder.moments(x) for x in (signed, signed.flip(-1))[: self.flips]]
-            for name, tensors in zip(parts, zip(*moments, strict=True), strict=True):
-                parts[name].append(torch.stack(tensors, dim=1).half().cpu())
-        for name, found in parts.items():
-            if found and not torch.cat(found).isfinite().all():
-                raise ValueError(f"the autoencoder gives a {name.replace('_', ' ')} that is not finite in half precision")
-        columns = {name: _column(torch.cat(found)) for name, found in parts.items() if found}
-        return Derived("parquet", parquet_bytes(pa.table(columns)))
+        found = encoded(self.autoencoder, batches(produced.pixels, AT_ONCE, self.device), self.flips == 2)
+        if bad := first_not_finite(found):
+            raise ValueError(f"the autoencoder gives a {bad.replace('_', ' ')} that is not finite in half precision")
+        return Derived("parquet", parquet_bytes(pa.table({name: _column(values) for name, values in found.items()})))
 
 
 def read_latents(artifact: Artifact, units: list[str]) -> dict[str, Tensor]:

@@ -15,12 +15,9 @@ from ims3_ray.diffusion.prediction import Predictor
 from ims3_ray.engine.images import DTYPES, Decoder
 from ims3_ray.engine.weights import Weights
 from ims3_ray.io.artifacts import Artifact
-from ims3_ray.models.autoencoder import load_autoencoder
+from ims3_ray.models.autoencoder import AT_ONCE, load_autoencoder
 from ims3_ray.stages.adapters import Adapters, GroupModels, Pretrained
 from ims3_ray.synthesis.base import Given
-
-ENCODED_AT_ONCE = 8
-"""Images per call of the autoencoder."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class PoolDenoiser:
         if s.pool is None:
             with torch.inference_mode():
                 encode = load_autoencoder(s.autoencoder.path()).to(self.device).moments
-                parts = given.pixels.split(ENCODED_AT_ONCE)
+                parts = given.pixels.split(AT_ONCE)
                 return torch.cat([encode(to_signed(part.to(self.device)))[0].cpu() for part in parts]).clone()
         found, stored = [], dict[str, Tensor]()
         for position, index in zip(given.classes.tolist(), given.indices.tolist(), strict=True):

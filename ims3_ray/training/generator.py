@@ -1,4 +1,4 @@
-"""Pretraining of a class-conditional DiT on images in memory: the code of one worker.
+"""Pretraining of a class-conditional DiT on images or latents in memory: the code of one worker.
 
 :func:`ims3_ray.engine.loops.generator_loop` runs it on Ray Train, ``benchmarks/gpu.py`` on a machine without Ray.
 """
@@ -16,7 +16,8 @@ from ims3_ray.config.base import canonical
 from ims3_ray.config.candidates import SamplingConfig
 from ims3_ray.config.pretrain import GeneratorTraining
 from ims3_ray.data.batches import batch_indices
-from ims3_ray.data.transforms import to_signed, to_uint8
+from ims3_ray.data.clean_images import CleanImages
+from ims3_ray.data.transforms import to_uint8
 from ims3_ray.diffusion.prediction import target_of
 from ims3_ray.diffusion.samplers.base import Sampler, sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
@@ -38,10 +39,12 @@ PREVIEW_CLASSES, PREVIEW_IMAGES = 20, 5
 """Largest number of classes on a sheet of samples during training, and the number of samples of each."""
 
 
-def dit_config(training: GeneratorTraining, size: int, channels: int, num_classes: int) -> DiTConfig:
-    """The shape of the DiT that ``training`` asks for, for images of ``channels`` × ``size`` × ``size``."""
+def dit_config(
+    training: GeneratorTraining, size: int, channels: int, num_classes: int, latents: bool = False
+) -> DiTConfig:  # fmt: skip
+    """The shape of the DiT that ``training`` asks for, for images or latents of ``channels`` × ``size`` × ``size``."""
     return DiTConfig(
-        input_size=size, in_channels=channels, patch_size=training.patch_side(size), hidden_size=training.hidden_size,
+        input_size=size, in_channels=channels, patch_size=training.patch_side(size, latents), hidden_size=training.hidden_size,
         depth=training.depth, num_heads=training.num_heads, num_classes=num_classes, prediction=training.prediction,
     )  # fmt: skip
 
@@ -59,19 +62,20 @@ def packed(network: DiT, class_names: Sequence[str], **about: str) -> bytes:
 class GeneratorTrainer:
     """A DiT in training, its optimizer and the moving average (EMA) that becomes the weights file.
 
-    ``images`` are uint8 pixels [N, C, size, size] and labels [N], kept on ``device``. The worker takes the ``rank``-th of
-    ``world`` parts of each global batch. ``wrap`` prepares the model for several workers (DistributedDataParallel).
+    ``images`` are kept on ``device``; ``pixels`` maps clean images [n, C, H, W] to uint8 pixels, for latents by their
+    autoencoder. The worker takes the ``rank``-th of ``world`` parts of each global batch. ``wrap`` prepares the model for
+    several workers (DistributedDataParallel).
     """
 
     def __init__(
-        self, config: GeneratorTraining, images: tuple[Tensor, Tensor], num_classes: int, seed: int,
+        self, config: GeneratorTraining, images: CleanImages, num_classes: int, seed: int,
         device: torch.device | str = "cpu", rank: int = 0, world: int = 1,
-        wrap: Callable[[nn.Module], nn.Module] | None = None,
+        wrap: Callable[[nn.Module], nn.Module] | None = None, pixels: Callable[[Tensor], Tensor] = to_uint8,
     ) -> None:  # fmt: skip
         self.config, self.seed, self.device, self.rank, self.world = config, seed, torch.device(device), rank, world
-        self.pixels, self.labels = (tensor.to(self.device) for tensor in images)
+        self.images, self.pixels = images.to(self.device), pixels
         torch.manual_seed(seed)
-        shape = dit_config(config, self.pixels.shape[-1], self.pixels.shape[1], num_classes)
+        shape = dit_config(config, images.shape[-1], images.shape[0], num_classes, latents="pixels" not in images.tensors)
         self.model = DiT(shape).to(self.device)
         if config.compile:
             for block in self.model.blocks:
@@ -103,7 +107,7 @@ class GeneratorTrainer:
     def run(self, pace: Pace) -> Iterator[int]:
         """Take steps until ``pace`` ends; after each, yield the number of steps. ``losses`` is complete at the end."""
         batches = batch_indices(
-            len(self.labels), self.config.batch_size, self.rank, self.world, self.seed, first_step=self.steps
+            len(self.images.labels), self.config.batch_size, self.rank, self.world, self.seed, first_step=self.steps
         )
         while (factor := pace.factor(self.steps)) is not None:
             self._step(next(batches).to(self.device, non_blocking=True), self.config.lr * factor)
@@ -115,13 +119,10 @@ class GeneratorTrainer:
     def _step(self, index: Tensor, lr: float) -> None:
         g, count = self.config, len(index)
         rng = torch.Generator(self.device).manual_seed((self.seed * 7919 + self.steps) * self.world + self.rank)
-        z0 = to_signed(self.pixels[index])
-        if g.flip:
-            mirrored = torch.rand(count, generator=rng, device=self.device) < 0.5
-            z0 = torch.where(mirrored[:, None, None, None], z0.flip(3), z0)
+        z0 = self.images.batch(index, rng)
         noise = torch.randn(z0.shape, generator=rng, device=self.device)
         t = torch.randint(self.schedule.num_steps, (count,), generator=rng, device=self.device)
-        y = drop_conditions(self.labels[index], self.model.config.null_label, g.label_dropout, rng)
+        y = drop_conditions(self.images.labels[index], self.model.config.null_label, g.label_dropout, rng)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
@@ -211,4 +212,4 @@ class GeneratorTrainer:
                     clip=sampling.clip, device=self.device,
                 )
             )  # fmt: skip
-        return to_uint8(torch.cat(found)).cpu()
+        return self.pixels(torch.cat(found)).cpu()

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load
 
 from ims3_ray.config import GeneratorTraining, SamplingConfig
+from ims3_ray.data.clean_images import CleanImages
 from ims3_ray.diffusion.prediction import guided
 from ims3_ray.diffusion.samplers.base import sample
 from ims3_ray.diffusion.schedule import NoiseSchedule
@@ -178,7 +179,7 @@ def test_a_generator_in_training_learns_on_the_gpu(device: str, precision: str):
     config = GeneratorTraining(
         patch_size=4, hidden_size=64, depth=2, num_heads=2, batch_size=30, lr=3e-3, flip=True, precision=precision,  # type: ignore[arg-type]
     )  # fmt: skip
-    trainer = GeneratorTrainer(config, (pixels, labels), 3, 0, device)
+    trainer = GeneratorTrainer(config, CleanImages.of_pixels(pixels, labels, config.flip), 3, 0, device)
     list(trainer.run(BySteps(120, 0.08, 0.33)))
     first, last = (sum(part) / 20 for part in (trainer.losses[:20], trainer.losses[-20:]))
     assert last < 0.6 * first
@@ -193,7 +194,7 @@ def trainer_of(device: str, compiled: bool = False) -> GeneratorTrainer:
     config = GeneratorTraining(
         patch_size=4, hidden_size=32, depth=1, num_heads=2, batch_size=8, precision="fp32", lr=3e-3, compile=compiled
     )
-    return GeneratorTrainer(config, images, 2, 0, device)
+    return GeneratorTrainer(config, CleanImages.of_pixels(*images), 2, 0, device)
 
 
 def goes_on_from_its_state(device: str, compiled: bool) -> None:

@@ -18,8 +18,10 @@ from ims3_ray.commands.pack import PackConfig, pack
 from ims3_ray.commands.pretrain import pretrain
 from ims3_ray.config import PretrainConfig, merge
 from ims3_ray.data.sources import open_source
+from ims3_ray.io.artifacts import file_hash
 from ims3_ray.models.checkpoints import read_metadata
 from ims3_ray.plan import make_plan
+from ims3_ray.pretraining.autoencoder import AutoencoderTarget
 from tests.conftest import CLASSES, draw, tiny_values
 
 QUICK: dict[str, Any] = {
@@ -52,6 +54,44 @@ def test_trained_weights_come_with_a_card_and_a_distillation_takes_them(
         assert path.with_suffix(".png").is_file()
     config = RunConfig.model_validate(tiny_values(tiny_world, tmp_path / "runs", **{target: str(path)}))
     assert make_plan(config).classes.names == CLASSES
+
+
+@pytest.mark.slow
+def test_a_generator_of_latents_is_trained_with_an_autoencoder_that_was_trained_before(
+    tiny_world: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    """From images to an autoencoder, from its latents to a generator, from both to a distillation. The same command again
+    leaves the same weights; with another autoencoder under the same name it is refused."""
+    monkeypatch.chdir(tmp_path)  # paths of the config are relative
+    values = {**QUICK, "storage": ".", "data": {"path": str(tiny_world / "data"), "size": 8}}
+    small = {"widths": [8, 16], "latent_channels": 2, "epochs": 3, "batch_size": 16}
+    vae = pretrain(PretrainConfig.model_validate({**values, "name": "vae", "target": "autoencoder", "autoencoding": small}))
+    card = vae.with_suffix(".md").read_text()
+    for text in ("The autoencoder trained by", "dB (peak signal-to-noise ratio)", "steps: 18 of 16 images", "epochs: 3"):
+        assert text in card
+    assert vae.with_suffix(".png").is_file()
+    of_latents = merge(values, {
+        "name": "dit", "autoencoder": "vae/vae.safetensors", "quality": {"sampling": {"clip": False}},
+        "generator": {"patch_size": 1, "flip": True},
+    })  # fmt: skip
+    path = pretrain(PretrainConfig.model_validate(of_latents))
+    for text in ("autoencoder: vae/vae.safetensors", f"- autoencoder: SHA-256 begins with {file_hash(vae)}"):
+        assert text in path.with_suffix(".md").read_text()
+    before = path.read_bytes()
+    pretrain(PretrainConfig.model_validate(of_latents))
+    assert path.read_bytes() == before
+    run = tiny_values(tiny_world, tmp_path / "runs", generator=str(path), autoencoder=str(vae))
+    plan = make_plan(RunConfig.model_validate(merge(run, {"sampling": {"clip": False}})))
+    assert {"latents", "generate"} <= {stage.name for stage in plan.stages}
+    run["autoencoder"] = None
+    with pytest.raises(UserError, match=r"trained on the latents of an autoencoder, and autoencoder is unset"):
+        make_plan(RunConfig.model_validate(run))
+    run["autoencoder"] = str(vae)
+    vae.write_bytes(AutoencoderTarget(PretrainConfig.model_validate({**values, "autoencoding": small}), 3, 90).untrained([]))
+    with pytest.raises(UserError, match="was trained on the latents of another autoencoder"):
+        make_plan(RunConfig.model_validate(merge(run, {"sampling": {"clip": False}})))
+    with pytest.raises(UserError, match=r"another config \(data_fingerprints\.autoencoder"):
+        pretrain(PretrainConfig.model_validate(of_latents))
 
 
 def mine(world: Path, storage: Path, **changes: Any) -> PretrainConfig:

@@ -64,7 +64,7 @@ def test_a_pipelines_folder_and_the_autoencoders_own_are_the_same(world: Path):
 
 
 def test_a_folder_without_an_autoencoder_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="is no diffusers AutoencoderKL"):
+    with pytest.raises(UserError, match="no diffusers AutoencoderKL"):
         autoencoder_path(str(tmp_path))
 
 

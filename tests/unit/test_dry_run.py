@@ -12,7 +12,7 @@ from ims3_ray.commands.jobs import plan_distill
 from ims3_ray.config import PretrainConfig, RunConfig, canonical
 from ims3_ray.errors import UserError
 from ims3_ray.plan import make_plan
-from ims3_ray.plan.expected import Maker, with_expected_weights
+from ims3_ray.pretraining.expected import Maker, with_expected_weights
 from tests.conftest import tiny_values
 
 GENERATOR = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2, "steps": 10}

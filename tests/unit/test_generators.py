@@ -116,7 +116,7 @@ def test_a_dit_that_is_trained_to_predict_v_says_so_in_its_file_and_is_fine_tune
     labels = torch.arange(24) % 2
     pixels = torch.zeros(24, 1, 8, 8, dtype=torch.uint8)
     pixels[labels == 1, :, :4] = 255
-    trainer = GeneratorTrainer(GeneratorTraining.model_validate(values), (pixels, labels), 2, seed=0)
+    trainer = GeneratorTrainer(GeneratorTraining.model_validate(values), CleanImages.of_pixels(pixels, labels), 2, seed=0)
     list(trainer.run(BySteps(2, 1, 1)))
     # A new network predicts 0: its loss is the mean square of v, which lies between those of ε and of the clean image, both 1.
     assert trainer.losses[0] == pytest.approx(1.0, abs=0.15)

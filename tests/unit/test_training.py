@@ -13,6 +13,7 @@ from safetensors.torch import load
 from ims3_ray.cluster import speed
 from ims3_ray.config import EncoderTraining, GeneratorTraining, PretrainConfig, SamplingConfig
 from ims3_ray.config.loading import load_config
+from ims3_ray.data.clean_images import CleanImages
 from ims3_ray.errors import UserError
 from ims3_ray.models.encoder import encoder_config, known_classes
 from ims3_ray.objectives.diffusion import diffusion_loss
@@ -65,7 +66,7 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
 
 def trainer(**settings: Any) -> GeneratorTrainer:
     values = {"patch_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2, "batch_size": 8, "precision": "fp32", **settings}
-    return GeneratorTrainer(GeneratorTraining.model_validate(values), images(), 2, seed=0)
+    return GeneratorTrainer(GeneratorTraining.model_validate(values), CleanImages.of_pixels(*images()), 2, seed=0)
 
 
 def test_min_snr_weighting_trains_and_gives_other_losses():
@@ -127,7 +128,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_names_the_step():
 def test_parts_of_two_workers_are_the_whole_batch():
     seen = [set(), set()]
     for rank in range(2):
-        part = GeneratorTrainer(trainer().config, images(), 2, 0, rank=rank, world=2)
+        part = GeneratorTrainer(trainer().config, CleanImages.of_pixels(*images()), 2, 0, rank=rank, world=2)
         part._step = lambda index, lr, rank=rank, part=part: (  # type: ignore[method-assign, misc]
             seen[rank].update(index.tolist()), part._unread.append(torch.zeros(()))
         )  # fmt: skip

@@ -6,10 +6,13 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load
 
 from ims3_ray import UserError
 from ims3_ray.engine.weights import Weights
 from ims3_ray.models import generator
+from ims3_ray.models.checkpoints import pack
 from ims3_ray.models.generator import generator_path, load_generator
 from tests.imagenet import write_weights
 
@@ -55,3 +58,14 @@ def test_a_path_is_the_same_from_every_working_directory(caches: list[Path], mon
 
 def test_shipped_weights_are_named_not_placed():
     assert Weights.of(generator_path, "embedded:fashion-mnist-dit").reference == "embedded:fashion-mnist-dit"
+
+
+def test_the_same_weights_are_the_same_bytes():
+    """A training that has ended writes its weights again: other bytes would have another hash, by which all that was made with
+    the weights is found."""
+    network = torch.nn.Linear(3, 5)
+    files = {pack(network, {"a": 1}, "dit", torch.float16, classes="x\ny", about="z") for _ in range(12)}
+    assert len(files) == 1
+    (file,) = files
+    assert int.from_bytes(file[:8], "little") % 8 == 0
+    torch.testing.assert_close(load(file), {name: value.half() for name, value in network.state_dict().items()})

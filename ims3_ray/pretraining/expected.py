@@ -8,27 +8,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-import torch
 import yaml
 
 from ims3_ray.config import DataConfig, PretrainConfig, RunConfig, canonical
 from ims3_ray.config.files import CONFIGS
 from ims3_ray.config.loading import load_config
 from ims3_ray.engine.inputs import Data
+from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
-from ims3_ray.models.checkpoints import pack
-from ims3_ray.models.dit import DiT
-from ims3_ray.models.encoder import Encoder
-from ims3_ray.stages.teacher import shape_in_training
-from ims3_ray.training.generator import dit_config, packed
+from ims3_ray.models.autoencoder import KIND, autoencoder_path
+from ims3_ray.pretraining.targets import TARGETS
 
 Run = TypeVar("Run", bound=RunConfig)
 RECIPES = (Path("configs/pretrain"), CONFIGS / "pretrain")
 """Folders with configs of pretraining: one of the working folder, and what comes with the package."""
 OF_DATA = ("path", "size", "channels")
 """Keys of `data` that are the same for the weights and for a run that uses them."""
+
+NAMING: tuple[Literal["generator", "encoder", "autoencoder"], ...] = ("autoencoder", "generator", "encoder")
+"""Keys of a run that name weights. A generator's shape is known when its autoencoder's is."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ class Maker:
         name = str(self.file.relative_to(CONFIGS).with_suffix("") if ours else self.file)
         return shlex.join(["ims3", "pretrain", "--config", name, *(f"data.{k}={v}" for k, v in changed.items())])
 
-    def write(self, data: DataConfig, names: tuple[str, ...], file: Path) -> None:
+    def write(self, data: DataConfig, names: tuple[str, ...], file: Path, files: Mapping[str, str]) -> None:
         """Write untrained weights of the shapes that the pretraining gives: one that has begun for its own data, another one
-        for the ``data`` of the run, which have the classes ``names``."""
-        names, data = tuple(self.config.data.classes or names), self.config.data if self.file is None else data
-        if self.config.target == "generator":
-            network = DiT(dit_config(self.config.generator, data.size, data.channels, len(names)))
-            file.write_bytes(packed(network, names))
-        else:
-            encoder = Encoder(shape_in_training(self.config.encoder, data.channels, len(names)))
-            plain = canonical(encoder.config)
-            file.write_bytes(pack(encoder, plain, "encoder", torch.float16, classes="\n".join(names)))
+        for the ``data`` of the run, which have the classes ``names``. ``files`` are those in place of other weights that do
+        not exist yet."""
+        names = tuple(self.config.data.classes or names)
+        config = self.config
+        if self.file is not None:
+            config = config.model_copy(update={"data": data})
+        reference = config.autoencoder
+        given = {} if reference is None else {KIND: Weights.of(autoencoder_path, files.get(reference, reference))}
+        file.write_bytes(TARGETS[config.target](config, len(names), 0, given).untrained(names))
 
 
 def weights_file(config: PretrainConfig) -> Path:
@@ -129,7 +129,7 @@ def with_expected_weights(config: Run) -> Iterator[Expected[Run]]:
         for number, (reference, maker) in enumerate(missing.items()):
             file = Path(folder, str(number), Path(reference).name)
             file.parent.mkdir()
-            maker.write(config.data, names, file)
+            maker.write(config.data, names, file, files)
             files[reference] = str(file)
         yield Expected(_replaced(config, files), missing, files)
 
@@ -140,9 +140,9 @@ def _maker_of_missing(reference: str) -> Maker | None:
 
 
 def _references(config: RunConfig) -> list[str]:
-    """What names the weights of generators and encoders in a config, each once."""
-    found = [config.generator, config.encoder, config.evaluation.teacher.weights]
-    found += [arm.overrides.get(key) for arm in config.arms.values() for key in ("generator", "encoder")]
+    """What names weights in a config, each once."""
+    found = [*(getattr(config, key) for key in NAMING), config.evaluation.teacher.weights]
+    found += [arm.overrides.get(key) for arm in config.arms.values() for key in NAMING]
     return list(dict.fromkeys(each for each in found if isinstance(each, str)))
 
 
@@ -150,7 +150,7 @@ def _replaced(config: Run, files: dict[str, str]) -> Run:
     """``config`` with other references to weights."""
     plain: dict[str, Any] = canonical(config)
     holders = [plain, *(arm["overrides"] for arm in plain["arms"].values())]
-    for holder, key in [(holder, key) for holder in holders for key in ("generator", "encoder")]:
+    for holder, key in [(holder, key) for holder in holders for key in NAMING]:
         if holder.get(key) in files:
             holder[key] = files[holder[key]]
     teacher = plain["evaluation"]["teacher"]

@@ -1,5 +1,5 @@
-"""The quality of trained weights: how often a classifier of real images assigns a generator's samples to the class for which
-they were generated, and the test accuracy of an encoder's own head. Needs no Ray."""
+"""The quality of trained weights, and how often a classifier of real images assigns a generator's samples to the class for
+which they were generated. Needs no Ray."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from ims3_ray.config import DataConfig, PretrainConfig
-from ims3_ray.data.transforms import to_signed
 from ims3_ray.engine.inputs import decoded_split
 from ims3_ray.engine.shards import units_of
-from ims3_ray.models.encoder import load_encoder
 from ims3_ray.stages.adapters import Pretrained
 from ims3_ray.stages.candidates import Candidates
 from ims3_ray.training.accuracy import Labelled, accuracy_of, resident
@@ -50,25 +48,31 @@ class Quality:
     """Lines of text for the card and the terminal."""
     figures: dict[str, float] = field(default_factory=dict)
     """For a generator: the judge's accuracy on the test split (``judge_accuracy``), and the mean over classes of the share of
-    samples that the judge assigns to their class (``agreement``), both in per cent."""
+    samples that the judge assigns to their class (``agreement``), both in per cent. For an autoencoder: the peak
+    signal-to-noise ratio of its reconstructions in dB (``psnr``)."""
+    judged: bool = False
+    """Whether the section `quality` of the config says how the figures were made."""
     broken: tuple[str, ...] = ()
     """Names of the images of both splits that cannot be decoded and were left out."""
     samples: Tensor | None = None
-    """For a generator: at most ten samples of each class, uint8 [N, C, H, W], in order of classes."""
+    """For a generator: at most ten samples of each class, uint8 [N, C, H, W], in order of classes. For an autoencoder: test
+    images, each followed by its reconstruction."""
 
 
-def judge_generator(config: PretrainConfig, weights: Path, splits: Splits, device: str) -> Quality:
+def judge_generator(
+    config: PretrainConfig, weights: Path, splits: Splits, device: str, autoencoder: Path | None = None
+) -> Quality:  # fmt: skip
     """How often a judge, a classifier trained on the real training split, assigns guided samples to the class for which they
-    were generated. If the config wants no judge, there are only samples."""
+    were generated. If the config wants no judge, there are only samples. ``autoencoder`` is that of a generator of latents."""
     q, (train, test, names) = config.quality, splits[:3]
     torch.set_num_threads(q.threads)
-    produce = Candidates(q.sampling, Pretrained.of_file(weights), None, None, config.seed, device)
+    produce = Candidates(q.sampling, Pretrained.of_file(weights), None, autoencoder, config.seed, device)
     count = q.images_per_class if q.judge is not None else SHOWN
     units = [units_of(label, count, q.sampling.unit_size) for label in range(len(names))]
     samples = [torch.cat([produce(unit).pixels.cpu() for unit in of_class])[:count] for of_class in units]
     shown = torch.cat([of_class[:SHOWN] for of_class in samples])
     if q.judge is None:
-        return Quality(["no judge has looked at the samples (quality.judge=null)"], samples=shown)
+        return Quality(["no judge has looked at the samples (quality.judge=null)"], judged=True, samples=shown)
     judge = q.judge.students[0]
     size = q.judge.size or train[0].shape[-1]
     tested = resident(test[0], size, q.judge.test_crop), test[1]
@@ -91,16 +95,4 @@ def judge_generator(config: PretrainConfig, weights: Path, splits: Splits, devic
             f"of the samples and {accuracy.last:.0f} % of real images correctly; train longer (generator.minutes or "
             "generator.steps), or use arms without a generator (configs/methods/alone.yaml)"
         )
-    return Quality(lines, {"judge_accuracy": accuracy.last, "agreement": agreement}, samples=shown)
-
-
-def judge_encoder(config: PretrainConfig, weights: Path, splits: Splits, device: str) -> Quality:
-    """Test accuracy of φ's own classification head."""
-    torch.set_num_threads(config.quality.threads)
-    pixels, labels = splits[1]
-    encoder = load_encoder(weights).to(device)
-    with torch.inference_mode():
-        predicted = torch.cat([encoder.logits(to_signed(part.to(device))).argmax(dim=1).cpu() for part in pixels.split(500)])
-    share = 100 * (predicted == labels).float().mean().item()
-    line = f"its classification head: {share:.1f} % on the test split; features have {encoder.dim} dimensions"
-    return Quality([line])
+    return Quality(lines, {"judge_accuracy": accuracy.last, "agreement": agreement}, judged=True, samples=shown)
