@@ -14,6 +14,7 @@ LONGEST_SOCKET = 107
 """Largest length in bytes of the path of a Unix socket."""
 SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 """Path of the longest-named socket that Ray makes in its folder; only its length matters."""
+LARGEST_PORT = 65535
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 """What a client of HTTP/2 says first, with an empty frame of settings; a server answers with its settings (frame type 4)."""
 
@@ -30,7 +31,7 @@ def check_address(address: str) -> None:
             "--address …`, or give the address of the cluster's head as HOST:6379 (cluster.address, RAY_ADDRESS)"
         )
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) <= LARGEST_PORT:  # a larger one would reach another port
         raise UserError(f"'{address}' is no address of a Ray cluster; give HOST:6379 (cluster.address, RAY_ADDRESS)")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S) as connection:
@@ -38,7 +39,7 @@ def check_address(address: str) -> None:
                 return
             connection.sendall(PREFACE)
             answer = connection.recv(9)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(
             f"no Ray cluster answers at '{address}' ({error}); check cluster.address or RAY_ADDRESS, or unset it to start "
             "Ray on this machine"
