@@ -44,7 +44,8 @@ def answering(server: socket.socket, answer: bytes) -> str:
         ("http://127.0.0.1:8265", "address of a job server"), ("https://x", "address of a job server"),
         ("ray://127.0.0.1:10001", "Ray Client"), ("s3://bucket", "address of something else"), ("nonsense", "is no address"),
         ("host:x", "is no address"), (":6379", "is no address"), ("127.0.0.1:1", "no Ray cluster answers"),
-        ("127.0.0.1:99999", "is no address"), ("127.0.0.1:0", "is no address"), ("no-such-host.invalid:6379", "no Ray cluster answers"),
+        ("127.0.0.1:99999", "is no address"), ("127.0.0.1:0", "is no address"),
+        ("no-such-host.invalid:6379", "no Ray cluster answers"),
     ],
 )  # fmt: skip
 def test_an_address_without_a_cluster_is_one_line(address: str, wrong: str):
