@@ -12,7 +12,7 @@ from ims3_ray.config import Section
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import file_hash
 from ims3_ray.io.files import Place
-from ims3_ray.models.autoencoder import KIND
+from ims3_ray.models.autoencoder import KIND, trained_on
 from ims3_ray.models.checkpoints import read_metadata, weights_path
 from ims3_ray.models.dit_files import open_dit, with_classes, write_dit
 from ims3_ray.models.generator import generator_path
@@ -80,6 +80,6 @@ def convert(config: ConvertConfig) -> None:
     for adapter in adapters:
         generator.merge(network, load_file(adapter))
     model, classes = generator.with_its_classes(network), (*file.classes, *added)
-    trained_on = read_metadata(path).get(KIND) if path.suffix == ".safetensors" else None
-    write_dit(model, classes, out, **({} if trained_on is None else {KIND: trained_on}))
+    trained = trained_on(path)
+    write_dit(model, classes, out, **({} if trained is None else {KIND: trained}))
     print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(classes)} class names")

@@ -18,8 +18,7 @@ from ims3_ray.data.prompts import prompts_of
 from ims3_ray.data.sources import Source, open_source, shared_file
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
-from ims3_ray.models.autoencoder import KIND, Autoencoder, autoencoder_path, empty_autoencoder
-from ims3_ray.models.checkpoints import read_metadata
+from ims3_ray.models.autoencoder import Autoencoder, autoencoder_path, empty_autoencoder, trained_on
 from ims3_ray.models.encoder import EncoderConfig, check_encoder, encoder_config, encoder_path
 from ims3_ray.models.generator import generator_files, generator_path, open_generator
 from ims3_ray.models.generators.base import Generator
@@ -225,7 +224,7 @@ class Models:
         """Raises :class:`UserError` if the generator's file says that it was trained on the latents of another autoencoder than
         the given one."""
         path, name = generator_path(self.config.generator), self.config.generator
-        trained = read_metadata(path).get(KIND) if path.suffix == ".safetensors" else None
+        trained = trained_on(path)
         if trained is None:
             return
         wanted = f"name the one whose file has a SHA-256 that begins with {trained}"

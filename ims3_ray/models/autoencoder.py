@@ -105,6 +105,11 @@ def autoencoder_path(reference: str) -> Path:
     )
 
 
+def trained_on(generator: Path) -> str | None:
+    """The hash of the file of the autoencoder on whose latents a generator was trained; None if its file does not say so."""
+    return read_metadata(generator).get(KIND) if generator.suffix == ".safetensors" else None
+
+
 def empty_autoencoder(path: Path) -> Autoencoder:
     """The autoencoder in ``path`` on the meta device: tensors have shapes only, and no weights are read."""
     with torch.device("meta"):

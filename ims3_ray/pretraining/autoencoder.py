@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ims3_ray.data.transforms import to_signed, to_uint8
 from ims3_ray.errors import UserError
@@ -55,14 +54,12 @@ class AutoencoderTarget(EpochTarget):
         torch.set_num_threads(self.config.quality.threads)
         model, (pixels, labels) = load_autoencoder(weights).to(device), splits.test
 
-        def reconstructed(images: Tensor) -> Tensor:
-            means = (model.moments(to_signed(part.to(device)))[0] for part in images.split(AT_ONCE))
-            return torch.cat([to_uint8(model.decode(mean)).cpu() for mean in means])
-
-        errors = (reconstructed(pixels).float() - pixels.float()).square().mean()
-        psnr = 10 * math.log10(255**2 / max(errors.item(), 1e-9))
+        means = (model.moments(to_signed(part.to(device)))[0] for part in pixels.split(AT_ONCE))
+        found = torch.cat([to_uint8(model.decode(mean)).cpu() for mean in means])
+        error = (found.float() - pixels.float()).square().mean()
+        psnr = 10 * math.log10(255**2 / max(error.item(), 1e-9))
         first = torch.cat([(labels == label).nonzero().flatten()[:SHOWN] for label in range(len(splits.names))])
-        shown = torch.stack([pixels[first], reconstructed(pixels[first])], dim=1).flatten(0, 1)
+        shown = torch.stack([pixels[first], found[first]], dim=1).flatten(0, 1)
         line = f"reconstructions of the test images: {psnr:.1f} dB (peak signal-to-noise ratio); latents are scaled by"
         return Quality([f"{line} {model.scale:g}"], {"psnr": psnr}, samples=shown)
 
@@ -73,11 +70,8 @@ class AutoencoderTarget(EpochTarget):
     def _plain(self) -> dict[str, Any]:
         return autoencoder_config(self.config.autoencoding, self.config.data.size, self.config.data.channels)
 
-    def _empty(self) -> Autoencoder:
-        with torch.device("meta"):
-            return Autoencoder(self._plain)
-
     @property
     def flops(self) -> float:
-        model = self._empty()
+        with torch.device("meta"):
+            model = Autoencoder(self._plain)
         return encoding_flops(model, self.config.data.size) + decoding_flops(model, self.config.data.size // model.factor)
