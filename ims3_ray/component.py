@@ -21,7 +21,9 @@ from ims3_ray.errors import UserError, not_there
 class Section(BaseModel):
     """Base of every part of a config: unknown keys are errors, and values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class NoSettings(Section):

@@ -6,6 +6,7 @@ package :data:`PACKAGE`. Ray's workers load the same sources when they start (:f
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import importlib
@@ -44,10 +45,28 @@ def load(names: Iterable[str]) -> None:
 
 
 def source_hash(component: Any) -> str | None:
-    """16 hex digits of the hash of the source that defines a component (a class or function) of a plugin; None for a component
-    of this package."""
-    source = _sources.get(getattr(component, "__module__", ""))
-    return None if source is None else hashlib.sha256(source.encode()).hexdigest()[:16]
+    """16 hex digits of the hash of the source that defines a component (a class or function) of a plugin, and of the sources of
+    other plugins that it imports; None for a component of this package."""
+    name = getattr(component, "__module__", "")
+    if name not in _sources:
+        return None
+    sources = [_sources[name], *(_sources[other] for other in sorted(_used_by({name}) - {name}))]
+    return hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
+
+
+def _used_by(names: set[str]) -> set[str]:
+    """The plugins ``names`` and those that they import, and that these import."""
+    found = set(names)
+    for name in names:
+        for node in ast.walk(ast.parse(_sources[name])):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                above = ".".join(name.split(".")[: -node.level]) if node.level else ""
+                module = ".".join(filter(None, [above, node.module]))
+                found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    found &= _sources.keys()
+    return found if found == names else _used_by(found)
 
 
 def hashes(*components: Any) -> dict[str, dict[str, str]]:
@@ -89,7 +108,9 @@ def _import(name: str) -> None:
         raise UserError(f"plugin '{name}' cannot be imported ({type(error).__name__}: {error}); correct it") from error
     if hasattr(module, "__path__") or module.__file__ is None:
         raise UserError(f"plugin '{name}' is a package; name the modules in it that have components, as in {name}.MODULE")
-    _sources[name] = Path(module.__file__).read_text("utf-8")
+    source = Path(module.__file__).read_text("utf-8")
+    if _sources.setdefault(name, source) != source:
+        raise UserError(f"plugin '{name}' has changed since this process imported it; begin a new process")
 
 
 def _define(name: str, source: str, origin: str) -> None:

@@ -62,13 +62,14 @@ def _complete(plan: Plan[Config], publish: Publish) -> RunResult:
 
 
 def is_finished(plan: Plan[Config], storage: Storage) -> bool:
-    """Whether the run folder holds the results of exactly these stages (same images, weights and code) and MLflow has all of
-    them."""
+    """Whether the run folder holds the results of exactly these stages (same images, weights and code) and sets, and MLflow has
+    all of them."""
     name = plan.config.name
     results = storage.read_json(f"{name}/results.json")
     if results is None or not storage.exists(f"{name}/report.html"):
         return False
     same = [row["key"] for row in results.get("stages", [])] == [stage.key(storage) for stage in plan.stages]
+    same = same and list(results.get("sets", {})) == list(plan.sets)
     return same and bool(results.get("mlflow", {}).get("complete"))
 
 

@@ -6,14 +6,29 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from ims3_ray.component import Section as Section
 from ims3_ray.component import defaults_of, sections_of
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """A name that is valid as part of a file name and of the name of a metric."""
+Text = Annotated[str, Field(min_length=1)]
+"""A path or a title, which is not empty."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``values``, for the validators of configs: ``ValueError`` for one that stands twice, since what is made for each of them
+    would count twice."""
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise ValueError(f"{value} stands twice; name each once")
+    return values
+
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(distinct)]
+"""Distinct seeds of random numbers."""
 
 
 def reserved(cpus: float, gpus: float) -> dict[str, float]:
@@ -62,6 +77,8 @@ def with_length(values: Any, given: str, other: str) -> Any:
     return values
 
 
+WHOLE = ("space", "model_args")
+"""Keys, at any depth, whose value replaces another one as a whole, instead of being merged with it."""
 ALTERNATIVES = ("steps", "epochs", "minutes")
 """Keys that say the length of a training in different ways. Where one of them is given, the others of its section become
 null."""
@@ -73,15 +90,17 @@ def is_given(value: Any) -> bool:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` updated by ``over``: mappings merge key by key; any other value replaces the one in ``base``, and so does a
-    table whose keys are numbers (of images per class, say). A length of a training replaces one of another kind
-    (:data:`ALTERNATIVES`)."""
+    """``base`` updated by ``over``: mappings merge key by key; any other value replaces the one in ``base``, and so do a table
+    whose keys are numbers (of images per class, say) and the mappings of :data:`WHOLE`. A length of a training replaces one
+    of another kind (:data:`ALTERNATIVES`), and a network that is named without arguments has none of the one in ``base``."""
     merged = dict(base)
+    if "model" in over and "model_args" in base:
+        merged["model_args"] = {}
     if any(is_given(over.get(key)) for key in ALTERNATIVES):
         merged |= {key: None for key in ALTERNATIVES if is_given(merged.get(key)) and key not in over}
     for key, value in over.items():
         inner = merged.get(key)
-        numbered = isinstance(value, Mapping) and any(isinstance(name, int) for name in value)
-        both = isinstance(value, Mapping) and isinstance(inner, Mapping) and not numbered
+        whole = key in WHOLE or (isinstance(value, Mapping) and any(isinstance(name, int) for name in value))
+        both = isinstance(value, Mapping) and isinstance(inner, Mapping) and not whole
         merged[key] = merge(inner or {}, value) if both else value
     return merged

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from ims3_ray.config.base import Fraction, Name, Section
+from ims3_ray.config.base import Fraction, Name, Section, Seeds, distinct
 from ims3_ray.config.finetune import TrainerConfig
 from ims3_ray.data.siamese import Family
 
@@ -66,7 +66,7 @@ class ProtocolConfig(Section):
     """How a student is trained from scratch on a set and tested on the real test split. configs/protocols/ holds the protocols
     of the literature."""
 
-    students: tuple[str, ...] = Field(default=("convnet-3",), min_length=1)
+    students: Annotated[tuple[str, ...], AfterValidator(distinct)] = Field(default=("convnet-3",), min_length=1)
     """Students to train: `convnet-DEPTH`, `resnetap-10`, `resnet-18`, `resnet-50`, `resnet-101` or `timm/NAME`. Each is a row
     of the results table."""
     labels: Literal["hard", "soft", "stored", "stored_batches"] = "hard"
@@ -178,7 +178,7 @@ class EvaluationConfig(Section):
         min_length=1,
     )
     """Protocols by name; the results table shows these names. `null` removes a protocol."""
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    seeds: Seeds = (0, 1, 2)
     """Seeds of the students: each set trains one student for each seed."""
     val_per_class: int | None = Field(default=None, ge=0)
     """Number of real training images of each class that choose the epoch of `val`; images of the set are left out. 0 means that

@@ -6,6 +6,7 @@ import copy
 import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,11 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
         if not equals or not key:
             raise UserError(f"override '{override}' is not of the form key=value, as in selection.alpha=0.4")
         value = read_override(override, text)
-        _set(found, key.split("."), value)
+        _set(found, key.split("."), value, override)
         if is_given(value):
             for other in alternatives_to(key):
                 if other not in named and is_given(_get(found, other.split("."))):
-                    _set(found, other.split("."), None)
+                    _set(found, other.split("."), None, override)
     check_moved(found)
     return found
 
@@ -132,7 +133,8 @@ def _over_parents(values: dict[str, Any], file: Path, seen: tuple[Path, ...]) ->
     parents = typed(str | list[str], values.pop("extends", []))
     merged: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
-        merged = merge(merged, _read_yaml(file.parent / parent, seen))
+        beside = file.parent / parent
+        merged = merge(merged, _read_yaml(beside if beside.is_file() else config_path(parent), seen))
     return merge(merged, values)
 
 
@@ -140,6 +142,8 @@ def _parsed(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file; an empty one for an empty file."""
     try:
         values = yaml.load(file.read_text("utf-8"), Loader) or {}
+    except UserError as error:
+        raise UserError(f"config '{file}', {error}") from error
     except OSError as error:
         raise UserError(f"config '{file}' cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -167,9 +171,16 @@ def _get(values: Mapping[str, Any], path: list[str]) -> Any:
     return found
 
 
-def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
+def _set(values: dict[str, Any], path: list[str], value: Any, override: str) -> None:
+    """Set what ``override`` says. A mapping is merged over the one that is there; an empty one takes its place."""
+    for number, part in enumerate(path[:-1]):
         inner = values.get(part)
+        if is_given(inner) and not isinstance(inner, dict):
+            raise UserError(
+                f"override '{override}' needs a mapping at '{'.'.join(path[: number + 1])}', which has a single value"
+            )
         values[part] = inner = dict(inner) if isinstance(inner, dict) else {}
         values = inner
-    values[path[-1]] = value
+    if isinstance(value, Written) and not is_given(value) and path[-1] not in values:
+        value = replace(value, nothing_there=True)
+    values[path[-1]] = merge(values, {path[-1]: value})[path[-1]] if value != {} else value

@@ -154,7 +154,7 @@ class FinetuneConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> FinetuneConfig:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"set one of steps={self.steps} and epochs={self.epochs}, and the other to null")
+            raise ValueError("set one of steps and epochs, and leave the other out")
         workers, pieces = self.trainer.most_workers, self.accumulate
         if self.batch_size < workers * pieces:
             raise ValueError(

@@ -39,7 +39,13 @@ def check_keys(tree: str, values: Mapping[str, Any]) -> None:
 def _check(whole: Mapping[str, Any], known: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> None:
     for key, value in values.items():
         if key not in known and "*" not in known:
-            raise UserError(unknown_key(f"{prefix}{key}", list(_flat(whole, prefix.split(".")))))
+            if "." in str(key):
+                raise UserError(
+                    f"config key '{prefix}{key}' is written with dots; in a file write each part under the one before"
+                )
+            raise UserError(
+                unknown_key(f"{prefix}{key}", list(_flat(whole, prefix.split("."))) + ([] if prefix else ["extends"]))
+            )
         below = known[key] if key in known else known["*"]
         if isinstance(below, Mapping) and isinstance(value, Mapping):
             _check(whole, below, value, f"{prefix}{key}.")
@@ -56,10 +62,29 @@ def _flat(known: Mapping[str, Any], path: Sequence[str], prefix: str = "") -> It
             yield from _flat(below, rest, f"{prefix}{name}.")
 
 
+COMMANDS = {
+    "RunConfig": "distill", "CompareConfig": "compare", "SweepConfig": "sweep", "EvaluateConfig": "evaluate",
+    "PretrainConfig": "pretrain",
+}  # fmt: skip
+"""Config class → the command that takes it."""
+
+
 def unknown_key(key: str, known: Sequence[str]) -> str:
-    """The error message for a key that is not in ``known``. It suggests the most similar known key."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    """The error message for a key that is not in ``known``: it says how the key is written, which key was meant, or which
+    command has such a key."""
+    if near := nearest(key, known):
+        return f"unknown config key '{key}'; did you mean '{near}'?"
+    if (top := key.partition(".")[0]) not in known:
+        trees = json.loads(Path(__file__).with_name(KNOWN_KEYS).read_text("utf-8"))
+        if others := [command for tree, command in COMMANDS.items() if top in trees.get(tree, ())]:
+            return f"unknown config key '{key}'; it is a key of ims3 {', ims3 '.join(others)}, and this is another command"
+    return f"unknown config key '{key}'; the command's --help lists the keys"
+
+
+def nearest(key: str, known: Sequence[str]) -> str | None:
+    """The known key that ``key`` may be a misspelling of: the most similar one of the same section, or of all."""
     parent = key.rpartition(".")[0]
     siblings = [each for each in known if each.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6) or near
-    return f"unknown config key '{key}'; did you mean '{near[0]}'?"
+    near = difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(key, known, n=1)
+    last = [each for each in known if each.rpartition(".")[2] == key.rpartition(".")[2]]
+    return next(iter([*near, *last]), None)

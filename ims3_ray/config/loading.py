@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from ims3_ray import plugins
-from ims3_ray.component import first_error
 from ims3_ray.config import Section, canonical, merge
+from ims3_ray.config.base import WHOLE, is_given
 from ims3_ray.config.files import check_moved, read_values
-from ims3_ray.config.keys import unknown_key
-from ims3_ray.config.written import typed
-from ims3_ray.errors import UserError, masked
+from ims3_ray.config.messages import one_line
+from ims3_ray.config.written import Written, typed
+from ims3_ray.errors import UserError, not_there
 
 Tree = TypeVar("Tree", bound=Section)
 
@@ -41,32 +41,16 @@ def build(tree: type[Tree], values: Mapping[str, Any]) -> Tree:
         named = [named]
         values = {**values, "plugins": named}
     plugins.load(named)
-    values = typed(tree, values)
-    merged = _without_removed(_with_whole(merge(_defaults(tree), values), values))
+    values = typed(tree, _with_removed(values, _defaults(tree)))
+    merged = _without_removed(merge(_defaults(tree), values))
     try:
         return tree.model_validate(merged)
     except ValidationError as error:
-        raise UserError(_one_line(tree, error)) from error
+        raise UserError(one_line(tree, error)) from error
 
 
-NAMED = ("arms", "cluster.place", "evaluation.protocols", "sets")
-"""Mappings whose keys are names that a config chooses; the value null removes a name."""
-
-
-WHOLE = ("space", "model_args")
-"""Keys, at any depth, whose value replaces the default as a whole, instead of being merged with it."""
-
-
-def _with_whole(merged: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """``merged`` with the values of :data:`WHOLE`, without the default arguments of a network where ``values`` name another
-    one."""
-    found = {**merged, **({"model_args": {}} if "model" in values and "model_args" in merged else {})}
-    for key, value in values.items():
-        if key in WHOLE:
-            found[key] = value
-        elif isinstance(value, Mapping) and isinstance(merged.get(key), dict):
-            found[key] = _with_whole(merged[key], value)
-    return found
+NAMED = {"arms": "arm", "cluster.place": "kind of work", "evaluation.protocols": "protocol", "sets": "set"}
+"""Mappings whose keys are names that a config chooses; the value null removes a name. With each, what it has names of."""
 
 
 def as_yaml(config: Section) -> str:
@@ -90,6 +74,25 @@ def _changes(plain: Mapping[str, Any], default: Mapping[str, Any], prefix: str =
     return changed | dict.fromkeys(removed)
 
 
+def _with_removed(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``values`` with None for every name of :data:`NAMED` that is written to be null, which would else be a text. Raises
+    :class:`UserError` for one on the command line that is not there to be removed."""
+    found = dict(values)
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found[key] = _with_removed(value, _mapping(defaults.get(key)), f"{prefix}{key}.")
+        elif prefix.removesuffix(".") in NAMED and isinstance(value, Written) and value.value is None:
+            if value.nothing_there and key not in defaults:
+                there = [name for name in {**defaults, **values} if is_given(values.get(name, True))]
+                raise UserError(f"config {prefix}{key}=null: {not_there(NAMED[prefix.removesuffix('.')], key, there)}")
+            found[key] = None
+    return found
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 def _without_removed(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     kept = {}
     for key, value in values.items():
@@ -101,21 +104,3 @@ def _without_removed(values: dict[str, Any], prefix: str = "") -> dict[str, Any]
 
 def _defaults(tree: type[Section]) -> dict[str, Any]:
     return canonical(tree())
-
-
-def _one_line(tree: type[Section], error: ValidationError) -> str:
-    kind, message, place, value = first_error(error)
-    key = ".".join(place)
-    if kind == "extra_forbidden":
-        return unknown_key(key, list(_keys(_defaults(tree))))
-    message = message[:1].lower() + message[1:]
-    shown = "" if isinstance(value, dict | BaseModel) else f"={value!r}"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return masked(f"config {key}{shown}: {message}{more}" if key else f"config: {message}{more}")
-
-
-def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
-    for key, value in values.items():
-        yield prefix + key
-        if isinstance(value, Mapping):
-            yield from _keys(value, f"{prefix}{key}.")

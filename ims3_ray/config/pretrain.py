@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ims3_ray.config.base import Fraction, Section, with_length
+from ims3_ray.config.base import Fraction, Section, Text, with_length
 from ims3_ray.config.candidates import SamplingConfig
 from ims3_ray.config.evaluation import EncoderTraining, ProtocolConfig
 from ims3_ray.config.finetune import TrainerConfig
@@ -72,7 +72,7 @@ class GeneratorTraining(Section):
     @model_validator(mode="after")
     def _one_length(self) -> GeneratorTraining:
         if (self.steps is None) == (self.minutes is None):
-            raise ValueError(f"set one of steps={self.steps} and minutes={self.minutes}, and the other to null")
+            raise ValueError("set one of steps and minutes, and leave the other out")
         return self
 
     def patch_side(self, size: int, latents: bool = False) -> int:
@@ -135,14 +135,14 @@ class PretrainConfig(Section):
 
     name: str = Field(default="fashion-mnist-dit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The weights go to {storage}/{name}/{name}.safetensors."""
-    storage: str = "runs/pretrain"
+    storage: Text = "runs/pretrain"
     """Folder or URI that holds the weights and the state of the training."""
     seed: int = Field(default=0, ge=0)
     """Seed of all random numbers of the training."""
     target: Literal["generator", "encoder", "autoencoder"] = "generator"
     """What is trained: the generator, the encoder φ, or an autoencoder for generators of latents."""
     data: DataConfig = DataConfig()
-    autoencoder: str | None = None
+    autoencoder: Text | None = None
     """Autoencoder in whose latent space the generator is trained; pixels when unset. A file that `ims3 pretrain` made, a folder
     of diffusers or a hub id."""
     generator: GeneratorTraining = GeneratorTraining()

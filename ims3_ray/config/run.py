@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
-from ims3_ray.component import first_error
-from ims3_ray.config.base import Fraction, Name, Section, canonical, merge
+from ims3_ray.config.base import Fraction, Name, Section, Seeds, Text, canonical, distinct, merge
 from ims3_ray.config.candidates import PoolConfig, SamplingConfig, SelectionConfig, SynthesisConfig
 from ims3_ray.config.finetune import AdoptConfig, FinetuneConfig
+from ims3_ray.config.messages import inner
 from ims3_ray.config.work import WorkConfig
 from ims3_ray.selection.base import Per, Selector
 from ims3_ray.synthesis.base import Synthesis
@@ -40,12 +40,12 @@ class ArmConfig(Section):
     """One way to obtain K images per class, in four slots: `images`, `select`, `synthesise` and `labels`. Arms share the stages
     that they have in common."""
 
-    title: str
+    title: Text
     """Name of the arm in tables and reports."""
     images: Literal["real", "generated", "given", "none"]
     """Source of the images: training images (`real`), samples of the generator (`generated`), an existing set at `path`
     (`given`), or none, when `synthesise` makes images from nothing (`none`)."""
-    path: str | None = None
+    path: Text | None = None
     """The set that `images: given` reads: a folder, a Parquet file or a hub id. `{k}` in it stands for the number of images per
     class."""
     finetune: bool = False
@@ -148,14 +148,14 @@ class RunConfig(WorkConfig):
 
     seed: int = Field(default=0, ge=0)
     """Seed of all random numbers of the run, except those of the students."""
-    generator: str = "embedded:fashion-mnist-dit"
+    generator: Text = "embedded:fashion-mnist-dit"
     """Weights of the generator: `embedded:NAME`, a file, a diffusers folder of DiT or Stable Diffusion, or a hub id
     (docs/weights.md)."""
-    autoencoder: str | None = None
+    autoencoder: Text | None = None
     """Autoencoder of a generator that works on latents: a diffusers folder, a hub id (`stabilityai/sd-vae-ft-ema`) or a file
     that `ims3 pretrain` made. When unset, the one in the generator's own folder, if it has one; a generator of pixels needs
     none."""
-    encoder: str = "embedded:fashion-mnist-phi"
+    encoder: Text = "embedded:fashion-mnist-phi"
     """φ, the frozen feature encoder: `embedded:NAME`, a file, a folder as timm saves it, a hub id (`timm/resnet18.tv_in1k`), or
     `teacher`, the classifier of evaluation.teacher, which is trained on the real images if it names no weights."""
     adopt: AdoptConfig | None = None
@@ -180,13 +180,17 @@ class RunConfig(WorkConfig):
     def _arms_exist(self) -> RunConfig:
         if self.export not in (None, BEST, *self.arms):
             raise ValueError(f"export='{self.export}' is no arm; there is: {', '.join(self.arms)}, or {BEST}")
+        titles = {arm.title: name for name, arm in self.arms.items()}
+        if len(titles) < len(self.arms):
+            name = next(name for name, arm in self.arms.items() if titles[arm.title] != name)
+            title = self.arms[name].title
+            raise ValueError(f"arms '{name}' and '{titles[title]}' have the title '{title}'; give each one of its own")
         for name, arm in self.arms.items():
             for section in arm.overrides:
                 try:
                     self._overridden(arm, section)
                 except ValidationError as error:
-                    _, message, place, _ = first_error(error)
-                    raise ValueError(f"{'.'.join(['arms', name, 'overrides', section, *place])}: {message}") from error
+                    raise ValueError(inner(type(getattr(self, section)), error, "arms", name, "overrides", section)) from error
         for config in (self, *map(self.of_arm, self.arms)):
             config._check_pool(max(self._sizes))
         return self
@@ -231,9 +235,11 @@ class CompareConfig(RunConfig):
     job: ClassVar[str] = "compare"
     name: str = Field(default="compare", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Results go to `{storage}/{name}`; `-compare` is added to a name without this word."""
-    budgets: tuple[int, ...] = Field(default=(1, 10, 50), min_length=1)
+    budgets: Annotated[tuple[Annotated[int, Field(ge=1)], ...], AfterValidator(distinct)] = Field(
+        default=(1, 10, 50), min_length=1
+    )
     """Numbers of images per class (K) to compare, in place of selection.images_per_class."""
-    draws: tuple[int, ...] = Field(default=(0,), min_length=1)
+    draws: Seeds = (0,)
     """Seeds of whole runs, in place of `seed`: fine-tuning, sampling and selection are repeated for each seed."""
     arms: dict[Name, ArmConfig] = Field(default={})
     """Arms to compare; configs/methods/all.yaml has those that need no Stable Diffusion."""

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from ims3_ray.component import first_error
-from ims3_ray.config.base import Section, canonical, merge
+from ims3_ray.config.base import Section, Seeds, canonical, merge
+from ims3_ray.config.messages import reason
 from ims3_ray.config.run import Overridable, RunConfig
 from ims3_ray.selection.s3 import S3
 
@@ -125,7 +125,7 @@ class SweepConfig(RunConfig):
     whole."""
     arm: str = "ims3"
     """Arm whose settings are searched."""
-    draws: tuple[int, ...] = Field(default=(0,), min_length=1)
+    draws: Seeds = (0,)
     """Seeds of whole runs, in place of `seed`: fine-tuning, sampling and selection are repeated for each seed, and the mean
     over the seeds decides."""
     search: SearchConfig = SearchConfig()
@@ -143,6 +143,8 @@ class SweepConfig(RunConfig):
                 Range.model_validate(values)
             elif not isinstance(values, Sequence) or isinstance(values, str) or not values:
                 raise ValueError(f"{key}: {values!r} is no list of values and no range")
+        if not any(_leaves(space)):
+            raise ValueError("space has no setting that varies; give one a list, as in space.selection.groups=[3, 5]")
         return space
 
     @model_validator(mode="after")
@@ -194,7 +196,7 @@ class SweepConfig(RunConfig):
             try:
                 self.at({**others, key: value})
             except ValidationError:
-                raise ValueError(f"space.{key}={value!r}: {reason_of(error)}") from error
+                raise ValueError(f"space.{key}={value!r}: {reason(RunConfig, error)}") from error
 
     @property
     def values(self) -> dict[str, list[Any] | Range]:
@@ -257,11 +259,6 @@ def _draw(values: list[Any] | Range, rng: random.Random) -> Any:
 
 def _product(values: Mapping[str, Any]) -> list[Settings]:
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
-
-
-def reason_of(error: ValidationError) -> str:
-    """The reason of the error, in one line."""
-    return first_error(error)[1]
 
 
 def _with_numbers(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,19 +8,19 @@ from urllib.parse import urlsplit
 from PIL import ImageColor
 from pydantic import Field, field_validator
 
-from ims3_ray.config.base import Section, reserved
+from ims3_ray.config.base import Section, Text, reserved
 from ims3_ray.config.evaluation import EvaluationConfig
 
 Split = Literal["train", "test"]
 
 
 class DataConfig(Section):
-    path: str = "embedded:fashion-mnist"
+    path: Text = "embedded:fashion-mnist"
     """The data set: `embedded:NAME`, a folder (IDX files, Parquet files, or `train/` and `test/` with one folder per class), a
     Parquet file or a hub id (`uoft-cs/cifar10`): docs/data.md."""
     train_split: str = "train"
     """Name of the split that is distilled."""
-    test_path: str | None = None
+    test_path: Text | None = None
     """Path of the test split, in the same forms as `path`; `path` when unset."""
     test_split: str = "test"
     """Name of the split on which students are tested."""
@@ -37,10 +37,10 @@ class DataConfig(Section):
     images make a quick try of all stages."""
     test_limit: int | None = Field(default=None, ge=1)
     """Number of images per class that are used of the test split; `limit` when unset."""
-    prompts: str | None = None
+    prompts: Text | None = None
     """File with what a generator that is told words is told of each class, as YAML or JSON (`class: text`); when unset,
     ImageNet's words for a class that is named by its wnid, or the name of the class itself."""
-    captions: str | None = None
+    captions: Text | None = None
     """Captions of the training images, for `sampling.prototypes.words: captions`: a file of JSON lines
     (`{"file_name": …, "text": …}`), a Parquet file with these two columns, or the name of a column of the data's own Parquet
     files."""
@@ -155,7 +155,7 @@ class WorkConfig(Section):
     """Results go to `{storage}/{name}`."""
     plugins: tuple[str, ...] = ()
     """Files or modules that add components from outside the package: see docs/extending.md."""
-    storage: str = "runs"
+    storage: Text = "runs"
     """Folder or URI (`s3://…`, `gs://…`) that holds results and the artifacts shared by all runs."""
     data: DataConfig = DataConfig()
     actors: ActorsConfig = ActorsConfig()
@@ -180,6 +180,6 @@ class EvaluateConfig(WorkConfig):
     job: ClassVar[str] = "evaluate"
     name: str = Field(default="evaluate", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Results go to `{storage}/{name}`; `-evaluate` is added to a name without this word."""
-    sets: dict[str, str] = Field(default={})
+    sets: dict[Text, Text] = Field(default={})
     """Sets to score, by title: a folder with one folder of images per class, Parquet files in the Hub's layout, or a hub id.
     Their classes are matched by name with those of `data`."""

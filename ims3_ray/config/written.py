@@ -26,6 +26,8 @@ class Written:
     text: str
     error: str = ""
     """Message for a key that does not take text, if the text is no YAML."""
+    nothing_there: bool = False
+    """Whether it is null on the command line, for a key to which the files give no value."""
 
     def plain(self) -> Any:
         """The value as YAML reads it. Raises :class:`UserError` for text that is no YAML."""
@@ -42,6 +44,18 @@ class Loader(yaml.SafeLoader):
         if isinstance(node, yaml.ScalarNode) and node.style is None:
             return as_written(value, node.value)
         return value
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for number, key in enumerate(keys):
+            if any(key.value == other.value for other in keys[:number]):
+                raise UserError(f"line {key.start_mark.line + 1}: '{key.value}' stands twice; join the two")
+        if node.flow_style:
+            for key, value in node.value:
+                if ":" in key.value and value.value == "" and value.style is None:
+                    raise UserError(f"'{key.value}' has no value; write a space after its colon")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         found = super().construct_mapping(node, deep)
@@ -66,12 +80,16 @@ def read_override(override: str, text: str) -> Any:
     """The value of ``key=text`` on the command line. A text that begins with a bracket, a brace or a quote is YAML; any other
     is a single value, in which ``: `` has no special meaning, and ``#`` begins a comment only for keys that take no text."""
     text = text.strip()
+    if not text:
+        raise UserError(f"override '{override}' has no value; write null for none, or '' for an empty text")
     try:
         if text[:1] in ("[", "{", '"', "'"):
             return yaml.load(text, Loader)
         loader, single = Loader(""), re.split(r"\s#", text)[0].strip()
         value = loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, single, (True, False)), single))
         return Written(value.value, text) if isinstance(value, Written) else text
+    except UserError as error:
+        raise UserError(f"override '{override}': {error}") from error
     except (yaml.YAMLError, ValueError):
         return Written(None, text, f"override '{override}' has a value that is not YAML; quote it")
 

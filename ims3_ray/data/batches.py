@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ims3_ray.data.decoding import Undecodable
 from ims3_ray.data.sources import Source
 from ims3_ray.data.transforms import WHITE, Colour, to_pixels
 from ims3_ray.seeds import generator_for
@@ -41,7 +42,7 @@ def load_pixels(
     def decoded(index: int) -> NDArray[np.uint8] | None:
         try:
             return to_pixels(source.image(index), size, channels, background=background)
-        except OSError:
+        except Undecodable:
             return None
 
     images = in_threads(decoded, wanted.tolist(), min(MOST_THREADS, os.cpu_count() or 1))

@@ -66,7 +66,7 @@ def match_classes(wanted: Sequence[str], found: Sequence[str], where: str) -> li
         labels.append(label)
     if extra := set(found) - {found[label] for label in labels}:
         raise UserError(
-            f"set '{where}' has a class '{min(extra)}' that the real data do not have; remove it or set data.classes"
+            f"set '{where}' has a class '{min(extra)}' that the data do not have, or not in data.classes; remove it there"
         )
     return labels
 

@@ -25,11 +25,16 @@ TURNS = {
 """Value of the orientation → what makes the image upright."""
 
 
+class Undecodable(OSError):
+    """An image that is there but cannot be decoded. It is left out and counted, while any other error of reading a file ends
+    the work, since the file may be readable again."""
+
+
 def decode(encoded: bytes) -> Image.Image:
     """The image in ``encoded`` as a viewer shows it: turned as its EXIF data say, with 16 bits scaled to 8. Of an animation it
     is the first frame. Its mode is ``L`` if it is grey, ``RGBA`` if pixels of it are transparent, else ``RGB``.
 
-    Raises ``OSError`` if the image is truncated, if the bytes are no image, or if its values have no known range.
+    Raises :class:`Undecodable` if the image is truncated, if the bytes are no image, or if its values have no known range.
     """
     try:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
@@ -37,8 +42,13 @@ def decode(encoded: bytes) -> Image.Image:
             raise OSError(f"{image.width}×{image.height} pixels are more than {MOST_PIXELS:,}")
         image.load()
         return _as_8_bits(_upright(image), image.format)
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for some broken files
-        raise OSError(str(error)) from error
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # Pillow raises all of them for broken files
+        raise Undecodable(str(error)) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -16,6 +16,7 @@ from ims3_ray.data.captions import Captions
 from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
 from ims3_ray.data.prompts import prompts_of
 from ims3_ray.data.sources import Source, open_source, shared_file
+from ims3_ray.data.sources.base import SPLIT_NAMES
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
 from ims3_ray.models.autoencoder import Autoencoder, autoencoder_path, empty_autoencoder, trained_on
@@ -35,9 +36,14 @@ class Data:
         for notice in dict.fromkeys([*self.train.notices, *self.test.notices]):
             print(f"note: {notice}", flush=True)
         self._check_splits(data)
-        if missing := set(self.train.class_names) ^ set(self.test.class_names):
-            raise UserError(f"train and test split do not hold the same classes: '{min(missing)}' is in one only")
         labels = chosen_labels(self.train.class_names, data.classes)
+        wanted = set(data.classes or self.train.class_names)
+        if missing := (wanted - set(self.test.class_names)) or (set() if data.classes else {*self.test.class_names} - wanted):
+            which = "training" if min(missing) in wanted else "test"
+            raise UserError(
+                f"class '{min(missing)}' is in the {which} split only; give the other split images of it, or list the classes "
+                "that both have in data.classes"
+            )
         counts = count_images(self.train.labels, self.train.class_names, labels, images_per_class)
         names = tuple(self.train.class_names[label] for label in labels)
         if len(names) < 2:
@@ -50,12 +56,22 @@ class Data:
 
     def _check_splits(self, data: DataConfig) -> None:
         """Raises :class:`UserError` if the test split has training images, of which students would know the answers."""
-        if shared := shared_file(self.train, self.test):
-            raise UserError(
-                f"the test split of '{data.place('test')[0]}' holds the training images ('{shared}'), so accuracies on "
-                "it would mean nothing; put images that are not trained on into a folder of their own (train/ and test/ side "
-                "by side), or name them with data.test_path"
-            )
+        if not (shared := shared_file(self.train, self.test)):
+            return
+        names = self.train.class_names
+        if all(name.lower() in SPLIT_NAMES for name in names):
+            found = " and ".join(f"'{name}'" for name in names)
+            if any(name.count("/") > 1 for name in map(self.train.identify, range(len(self.train.labels)))):
+                raise UserError(
+                    f"'{data.path}' holds {found}; say which is which, as in data.train_split={names[-1]} "
+                    f"data.test_split={names[0]}"
+                )
+            raise UserError(f"{found} in '{data.path}' hold images without classes; sort them into one folder per class")
+        raise UserError(
+            f"the test split of '{data.place('test')[0]}' holds the training images ('{shared}'), so accuracies on "
+            "it would mean nothing; put images that are not trained on into a folder of their own (train/ and test/ side "
+            "by side), or name them with data.test_path"
+        )
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

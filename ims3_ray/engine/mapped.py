@@ -58,7 +58,7 @@ def joined(
         }
         save_file({"part": _numbers(counts), **rows}, folder / ROWS)
 
-    name = f"images-{hashlib.sha256(json.dumps([made_of, *shape]).encode()).hexdigest()[:16]}"
+    name = f"images-{hashlib.sha256(json.dumps([VERSION, made_of, *shape]).encode()).hexdigest()[:16]}"
     folder = cached(name, write, images * shape.numel(), what)
     rows = load_file(folder / ROWS)
     number = len(rows["part"])
@@ -67,6 +67,8 @@ def joined(
 
 
 PIXELS, ROWS = "pixels", "rows.safetensors"
+VERSION = 1
+"""Version of the code that scales and crops the images of the cache. It is raised when it makes others of the same files."""
 
 
 def _numbers(counts: Sequence[int]) -> Tensor:

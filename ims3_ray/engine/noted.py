@@ -50,7 +50,9 @@ def commit_noted(context: Context, noted: Stage, source: ImagePool, derived: Seq
     if not any(missing.values()):
         return
     wanted_units = set().union(*missing.values())
-    notes = read_notes(artifact, [unit for unit in source.units if unit in wanted_units])
+    notes = read_notes(
+        artifact, [unit for unit in source.units if unit in wanted_units], stored=noted is not source or source.keeps
+    )
     alike = kind_of(storage, source) if noted is source else None
     for unit, note in list(notes.items()):
         if alike == "":
@@ -66,7 +68,7 @@ def commit_noted(context: Context, noted: Stage, source: ImagePool, derived: Seq
         found = {
             unit: without_derived(note) if own else note.get("derived", {}).get(target.folder)
             for unit, note in notes.items()
-            if unit in present
+            if unit in present or (stage is source and not source.keeps)
         }
         if whole := {unit: entry for unit, entry in found.items() if entry and unit in wanted}:
             seconds = sum(entry["seconds"] for entry in whole.values()) / context.config.actors.count

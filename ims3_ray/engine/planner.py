@@ -41,7 +41,8 @@ class Planner:
         """The weights that an arm's config names; each is opened on first access."""
         names = (
             config.generator, config.autoencoder, config.encoder, str(config.data.size), config.pool.store,
-            str(config.sampling.clip), config.sampling.negative_prompt,
+            str(config.sampling.clip), config.sampling.negative_prompt, str(config.sampling.cfg_scale > 1),
+            str(config.finetune.label_dropout > 0),
         )  # fmt: skip
         if names not in self._models:
             self._models[names] = Models(config, self.classes)

@@ -40,9 +40,12 @@ def note(artifact: Artifact, unit: str, entry: Mapping[str, Any]) -> None:
     artifact.write(f"{unit}.json", as_json(entry, f"the note of {unit}"))
 
 
-def read_notes(artifact: Artifact, units: Sequence[str], stems: Callable[[str], str] = str) -> dict[str, dict[str, Any]]:
+def read_notes(
+    artifact: Artifact, units: Sequence[str], stems: Callable[[str], str] = str, stored: bool = True
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Unit → entry, of those ``units`` whose note and shard are there. ``stems`` maps a unit to the name of its shard without
-    ending. A note that cannot be read, or whose shard is gone, is deleted: its unit counts as missing."""
+    ending; units that are not ``stored`` have none. A note that cannot be read, or whose shard is gone, is deleted: its unit
+    counts as missing."""
     notes = {name.removesuffix(".json") for name in artifact.shards() if name.endswith(".json")}
     there, present, found = [unit for unit in units if unit in notes], artifact.stems(), {}
     for unit, shard in read_many(artifact, there, "json"):
@@ -50,7 +53,7 @@ def read_notes(artifact: Artifact, units: Sequence[str], stems: Callable[[str], 
             entry = json.loads(shard)
         except ValueError:
             entry = None
-        if isinstance(entry, dict) and stems(unit) in present:
+        if isinstance(entry, dict) and (not stored or stems(unit) in present):
             found[unit] = entry
         else:
             artifact.forget(f"{unit}.json")

@@ -203,6 +203,11 @@ class Place:
             raise UserError(f"'{self.path}' is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
         return [line.strip() for line in text.splitlines() if line.strip()]
 
+    def read_piece(self, first: int, count: int) -> bytes:
+        """At most ``count`` bytes of the file from byte ``first`` on; fewer at its end."""
+        with self.filesystem.open_input_file(self.path) as file:
+            return bytes(file.read_at(min(count, self.size - first), first))
+
     def read(self) -> bytes:
         with self.filesystem.open_input_stream(self.path, compression=None) as stream:
             return bytes(stream.read())

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ims3_ray.errors import Diverged, UserError
+from ims3_ray.errors import Diverged, UserError, not_there
 from ims3_ray.io.files import local_copy
 
 EMBEDDED_PREFIX = "embedded:"
@@ -29,7 +29,11 @@ def weights_path(reference: str) -> Path:
     """The file that ``embedded:NAME`` or a path refers to. Raises :class:`UserError` if it does not exist."""
     if reference.startswith(EMBEDDED_PREFIX):
         name = reference.removeprefix(EMBEDDED_PREFIX)
-        path = Path(str(resources.files("ims3_ray.models") / "embedded" / f"{name}.safetensors"))
+        folder = Path(str(resources.files("ims3_ray.models") / "embedded"))
+        path = folder / f"{name}.safetensors"
+        if not path.is_file():
+            shipped = sorted(file.stem for file in folder.glob("*.safetensors"))
+            raise UserError(not_there("weights file of the package", name, shipped))
     else:
         path = local_copy(reference)
     if not path.is_file():

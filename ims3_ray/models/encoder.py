@@ -145,6 +145,12 @@ def encoder_config(path: Path) -> EncoderConfig:
         raise UserError(f"'{path.parent}/config.json' is none of timm's ({type(error).__name__}: {error})") from error
 
 
+def settings_beside(path: Path) -> dict[str, Any]:
+    """The settings of the encoder that are not in its weights file but in one beside it, as plain values for keys; empty for a
+    file that holds them itself, since its hash covers them."""
+    return {"beside": encoder_config(path).model_dump(mode="json", exclude_defaults=True)} if _of_timm(path) else {}
+
+
 def _is_clip_tower(architecture: str, tag: str) -> bool:
     """Whether the head in timm is CLIP's projection. It is, unless the tower was fine-tuned (``_ft_``) as a classifier."""
     return "clip" in architecture and not {"ft", "in1k", "in12k"} & set(tag.split("_"))

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ims3_ray.component import first_error
 from ims3_ray.config import CompareConfig, EvaluateConfig, RunConfig
+from ims3_ray.config.messages import inner
 from ims3_ray.engine.executor import arranged
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.stage import Stage
@@ -98,8 +98,7 @@ def _plan_beside(planner: Planner, config: RunConfig, sets: dict[str, Scored]) -
         try:
             settings = kind.Config.model_validate(plain)
         except ValidationError as error:
-            _, message, place, _ = first_error(error)
-            raise UserError(f"config {'.'.join(['stages', name, *place])}: {message}") from error
+            raise UserError(f"config {inner(kind.Config, error, 'stages', name)}") from error
         kind.plan_beside(
             planner, config, settings, {title: scored.images for title, scored in sets.items() if not scored.whole}
         )

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from ims3_ray import plugins
 from ims3_ray.config import RunConfig, SweepConfig
-from ims3_ray.config.sweep import Settings, reason_of, title_of
+from ims3_ray.config.messages import reason
+from ims3_ray.config.sweep import Settings, title_of
 from ims3_ray.engine.executor import arranged
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.stage import Stage
@@ -183,7 +184,7 @@ def _at(config: SweepConfig, settings: Settings, draw: int) -> RunConfig:
     try:
         found = config.at(settings, draw).of_arm(config.arm)
     except ValidationError as error:
-        raise UserError(f"space: {title_of(settings)} is impossible: {reason_of(error)}") from error
+        raise UserError(f"space: {title_of(settings)} is impossible: {reason(RunConfig, error)}") from error
     if AUTO in (found.sampling.precision, found.finetune.precision):
         raise UserError(f"space: {title_of(settings)} compares number formats, so it must name them: bf16 or fp32")
     return found

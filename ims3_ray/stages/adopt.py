@@ -22,7 +22,7 @@ from ims3_ray.engine.stage import Context, Stage
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage, as_json
-from ims3_ray.models.encoder import encoder_path, known_classes, load_encoder
+from ims3_ray.models.encoder import encoder_path, known_classes, load_encoder, settings_beside
 from ims3_ray.models.generator import open_generator
 from ims3_ray.models.generators.base import Generator
 from ims3_ray.stages.adapters import Pretrained, group_unit
@@ -67,7 +67,7 @@ class Adopt(Tuning):
             _check_known(finder, models.known)
             _ = planner.models(finder).encoder  # checked against the channels of the images
             weights["encoder"] = planner.models(finder).encoder_weights
-            params["encoder"] = weights["encoder"].digest
+            params |= {"encoder": weights["encoder"].digest, **settings_beside(encoder_path(finder.encoder))}
         elif isinstance(adopt.like, dict):
             _check_like(adopt.like, models.added, models.known)
         inputs: dict[str, Stage] = {"encode": images}

@@ -14,6 +14,7 @@ from torch import Tensor
 from ims3_ray.config import DataConfig
 from ims3_ray.config.work import Split
 from ims3_ray.data.batches import in_threads
+from ims3_ray.data.decoding import Undecodable
 from ims3_ray.data.sources import Source
 from ims3_ray.data.transforms import Filter, is_transparent, to_pixels
 from ims3_ray.engine.images import ImageStore, Produced, Producer
@@ -49,20 +50,21 @@ class Encode(ImagePool):
         source = planner.data.train if split == "train" else planner.data.test
         units: list[str] = []
         images = 0
-        for name in planner.classes.names:
-            label = source.class_names.index(name)
+        labels = tuple(map(source.class_names.index, planner.classes.names))
+        for label in labels:
             count = int((source.labels == label).sum())
             images += count
             units += units_of(label, count, data.unit_size)
         params = {
             **planner.data.params(split), "split": data.place(split)[1], "size": data.size, "channels": data.channels,
             "unit_size": data.unit_size, **({} if filter == "area" else {"filter": filter}), **data.background_params,
+            **({} if labels == planner.classes.source_labels else {"labels": labels}),
         }  # fmt: skip
         at = "" if data.size == planner.work.data.size and filter == "area" else f" at {data.size} pixels"
         found = planner.add(
             cls(
                 f"encode {split} images{at}", params, units=tuple(units), images=images, label=split, data=data,
-                labels=planner.classes.source_labels, unit_size=data.unit_size, filter=filter, data_source=source,
+                labels=labels, unit_size=data.unit_size, filter=filter, data_source=source,
             )
         )  # fmt: skip
         found.needed, found.stored = max(found.needed, needed), found.pixel_bytes if found.keeps else 0.0
@@ -141,11 +143,11 @@ class RealImages:
         self.data, self.source, self.filter, self.threads = data, source, filter, threads
 
     def at(self, unit: str, offsets: Sequence[int]) -> Tensor:
-        """uint8 pixels of the images at ``offsets`` of a unit of which no image is broken. Raises ``OSError`` if one is broken
-        by now."""
+        """uint8 pixels of the images at ``offsets`` of a unit of which no image is broken. Raises
+        :class:`Undecodable` if one is broken by now."""
         pixels = []
         for index in self._indices(unit)[list(offsets)].tolist():
-            if isinstance(found := self._decoded(index), OSError):
+            if isinstance(found := self._decoded(index), Undecodable):
                 raise found
             pixels.append(found[0])
         return torch.from_numpy(np.stack(pixels))
@@ -160,7 +162,7 @@ class RealImages:
         decoded = in_threads(self._decoded, indices.tolist(), self.threads)
         for index, found in zip(indices.tolist(), decoded, strict=True):
             name = self.source.identify(index)
-            if isinstance(found, OSError):
+            if isinstance(found, Undecodable):
                 broken.append(f"{name}: {str(found).splitlines()[0]}")
             else:
                 pixels.append(found[0])
@@ -169,13 +171,13 @@ class RealImages:
         empty = np.zeros((0, self.data.channels, self.data.size, self.data.size), np.uint8)
         return Produced(torch.from_numpy(np.stack(pixels) if pixels else empty), names, broken, transparent=transparent)
 
-    def _decoded(self, index: int) -> tuple[NDArray[np.uint8], bool] | OSError:
+    def _decoded(self, index: int) -> tuple[NDArray[np.uint8], bool] | Undecodable:
         """The pixels of an image, and whether it is transparent; the error if it cannot be decoded."""
         try:
             image = self.source.image(index)
             pixels = to_pixels(image, self.data.size, self.data.channels, self.filter, self.data.colour)
             return pixels, is_transparent(image)
-        except OSError as error:
+        except Undecodable as error:
             return error
 
 

@@ -12,6 +12,7 @@ import torch
 
 from ims3_ray.config import DataConfig
 from ims3_ray.data.classes import match_classes
+from ims3_ray.data.decoding import Undecodable
 from ims3_ray.data.sources import Source, open_source
 from ims3_ray.data.transforms import to_pixels
 from ims3_ray.engine.inputs import source_params
@@ -107,7 +108,7 @@ def pick_classes(picking: _Picking, classes: Sequence[tuple[str, list[int]]]) ->
         for index in indices:
             try:
                 pixels.append(to_pixels(source.image(index), data.size, data.channels, background=data.colour))
-            except OSError as error:
+            except Undecodable as error:
                 if picking.labels is not None:
                     name, reason = source.identify(index), str(error).splitlines()[0]
                     raise UserError(f"set '{source.location}': {name} cannot be decoded ({reason}); replace it") from error

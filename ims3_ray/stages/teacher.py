@@ -31,6 +31,7 @@ from ims3_ray.models.encoder import (
     encoder_config,
     encoder_path,
     load_encoder,
+    settings_beside,
 )
 from ims3_ray.models.teacher import TeacherNetwork
 from ims3_ray.stages.encode import Encode
@@ -117,7 +118,7 @@ def plan_teacher(planner: Planner) -> TeacherInput:
     if (channels := encoder_config(path).channels) != data.channels:
         raise UserError(f"teacher '{named}' takes {channels} channels but data.channels={data.channels}; choose another")
     weights = Weights.of(encoder_path, named)
-    return TeacherInput(weights={"teacher": weights}, params={"teacher": weights.digest})
+    return TeacherInput(weights={"teacher": weights}, params={"teacher": weights.digest, **settings_beside(path)})
 
 
 def teacher_shape(planner: Planner) -> EncoderConfig:

@@ -57,8 +57,8 @@ class Originals(Protocol):
         """Number of images of the class at ``position``."""
 
     def image(self, position: int, index: int) -> Image.Image:
-        """Image ``index`` of a class, decoded to grey or RGB as the data have it; raises ``OSError`` for one that cannot be
-        decoded."""
+        """Image ``index`` of a class, decoded to grey or RGB as the data have it; raises
+        :class:`~ims3_ray.data.decoding.Undecodable` for one that cannot be decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)

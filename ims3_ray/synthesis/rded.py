@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ims3_ray.component import Section
 from ims3_ray.data.augment import crop_boxes, padded
+from ims3_ray.data.decoding import Undecodable
 from ims3_ray.errors import UserError
 from ims3_ray.saving import Save
 from ims3_ray.seeds import generator_for
@@ -126,7 +127,7 @@ class RDED(Synthesis):
         for index in chosen.tolist():
             try:
                 image = originals.image(position, index)
-            except OSError:
+            except Undecodable:
                 continue  # the encoded split names and counts the images that cannot be decoded
             found = crops_of(image, side, c.crops, c.crop, generator_for(inputs.seed, "rded-crops", position, index))
             loss = self._losses(found, position, inputs)

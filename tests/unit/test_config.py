@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ims3_ray.config import CompareConfig, EncoderTraining, PretrainConfig, RunConfig
+from ims3_ray.config import CompareConfig, EncoderTraining, PretrainConfig, RunConfig, SweepConfig
 from ims3_ray.config.loading import as_yaml, build, load_config
 from ims3_ray.errors import UserError
 from ims3_ray.models.encoder import Encoder
@@ -74,7 +74,7 @@ def test_a_pool_must_suffice_for_every_arm_and_every_budget():
         ("selection.groups=0", "selection.groups=0: input should be greater than or equal to 1"),
         ("pool.per_class=20", "raise it or lower the others"),
         ("finetune.objectives.inversion_matching.grad_steps=9", "grad_steps=9 exceeds n_steps=2"),
-        ("finetune={epochs: 8, steps: 120}", "set one of steps=120 and epochs=8.0, and the other to null"),
+        ("finetune={epochs: 8, steps: 120}", "set one of steps and epochs, and leave the other out"),
         ("finetune.accumulate=40", "batch_size=32 is too small for 2 workers with accumulate=40"),
         ("finetune.trainer.max_workers=1", "max_workers=1 is below num_workers=2"),
         ("finetune.trainer.max_workers=3", "trainer.max_workers needs zero_stage=0, not 1"),
@@ -91,7 +91,21 @@ def test_a_pool_must_suffice_for_every_arm_and_every_budget():
             "inverted_gaussian.groups needs sampler=ddim or pndm, not ddpm",
         ),
         ("synthesis.cao2.timesteps=[12, 1]", "timesteps=[12, 1] are no range of the 50 timesteps"),
-        ("arms.dit.overrides={sampling: {cfg: 2}}", "arms.dit.overrides.sampling.cfg: Extra inputs are not permitted"),
+        ("arms.dit.overrides={sampling: {step: 2}}", "overrides.sampling.step: there is no such key; did you mean 'steps'?"),
+        ("arms.dit.title=IMS3", "arms 'dit' and 'ims3' have the title 'IMS3'; give each one of its own"),
+        ("arms.dit.title=''", "arms.dit.title='': must not be empty"),
+        ("selection.alpha=inf", "selection.alpha='inf': must be a finite number"),
+        ("finetune.lr=1e400", "finetune.lr=inf: must be a finite number"),
+        ("evaluation.seeds=[0, 1, 0]", "evaluation.seeds=[0, 1, 0]: 0 stands twice; name each once"),
+        ("evaluation.seeds=[-1]", "evaluation.seeds.0=-1: input should be greater than or equal to 0"),
+        ("evaluation.seeds=3", "evaluation.seeds=3: write a list, as in [3]"),
+        ("evaluation.protocols.hard.students=[convnet-3, convnet-3]", "convnet-3 stands twice"),
+        ("evaluation.protocols.hard.epochs=0", "config evaluation.protocols.hard.epochs=0: input should be greater"),
+        ("evaluation.protocols.hard.epochs={10: 0}", "config evaluation.protocols.hard.epochs: "),
+        ("selection=null", "selection=null: it has keys of its own"),
+        ("name=a/b", "name='a/b': use letters, digits"),
+        ("storage=''", "storage='': must not be empty"),
+        ("data.test_path=", "'data.test_path=' has no value; write null for none"),
         ("arms.dit.overrides={evaluation: {}}", "input should be 'finetune', 'sampling', 'selection', 'pool', 'synthesis'"),
         ("arms.dit.overrides={data: {classes: [a, b]}}", "overrides.data.classes: arms share their data"),
         ("arms.random_real.overrides={data: {size: 14}}", "overrides.data.size: real images have the size"),
@@ -125,6 +139,17 @@ def test_bad_values_are_one_line_that_names_the_fix(override: str, says: str):
         load_config(RunConfig, None, [override])
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["budgets=[0]", "budgets=[-1, 1]", "budgets=[1, 1]", "draws=[0, 0]", "draws=[-1]"])
+def test_a_comparison_is_of_distinct_numbers_of_images_and_seeds(override: str):
+    with pytest.raises(UserError, match=r"greater than or equal to|stands twice"):
+        load_config(CompareConfig, "methods/random", [override])
+
+
+def test_a_sweep_varies_something():
+    with pytest.raises(UserError, match="space has no setting that varies"):
+        load_config(SweepConfig, None, ["space={}"])
 
 
 def test_alpha_and_beta_both_zero_is_refused():

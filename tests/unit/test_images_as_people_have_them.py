@@ -4,6 +4,7 @@ layouts in which data sets are downloaded are read, or refused by one line."""
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ims3_ray.config import DataConfig, RunConfig
+from ims3_ray.config import DataConfig, RunConfig, WorkConfig
 from ims3_ray.config.loading import load_config
+from ims3_ray.data.batches import load_pixels
 from ims3_ray.data.decoding import decode
 from ims3_ray.data.sources import Source, open_source
 from ims3_ray.data.transforms import is_transparent, opaque, to_pixels
 from ims3_ray.engine.inputs import Data
+from ims3_ray.engine.planner import Planner
 from ims3_ray.errors import UserError
-from ims3_ray.io.parquet import encode_png, image_table
+from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
+from ims3_ray.stages.encode import Encode, RealImages
 
 GREY = Image.new("L", (4, 4), 100)
 
@@ -452,3 +456,62 @@ def test_missing_parts_are_missed(tmp_path: Path):
     parquet(tmp_path / "train-00001-of-00003.parquet", [0, 1], ["a", "b"])
     with pytest.raises(UserError, match=r"has 1 Parquet files .* whose names say that there are 3"):
         open_source(str(tmp_path), "train")
+
+
+def test_splits_that_number_their_classes_differently_are_matched_by_name(tmp_path: Path):
+    for number, name in enumerate(("cat", "dog", "eel")):
+        write(tmp_path / "train" / name / "0.png", Image.new("L", (4, 4), 10 + number))
+    rows = [(encoded(Image.new("L", (4, 4), 20 + number), "PNG"), f"{number}.png", 2 - number) for number in range(3)]
+    (tmp_path / "test.parquet").write_bytes(parquet_bytes(image_table(rows, ("eel", "dog", "cat"))))
+    config = WorkConfig(data=DataConfig(path=f"{tmp_path}/train", test_path=f"{tmp_path}/test.parquet", size=4))
+    planner = Planner(config)
+    train, test = (Encode.plan(planner, split, config.data) for split in ("train", "test"))
+    for images, first in ((train, 10), (test, 20)):
+        made = RealImages(config.data, images.opened, "area")
+        found = [made(unit).pixels[0, 0, 0, 0].item() for position in range(3) for unit in images.units_of_class(position)]
+        assert found == [first, first + 1, first + 2]
+    assert "labels" not in train.params
+    assert test.params["labels"] == (2, 1, 0), "what was scored by the wrong labels is not taken again"
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_a_broken_image(tmp_path: Path):
+    for split, name in itertools.product(("train", "test"), ("cat", "dog")):
+        write(tmp_path / split / name / f"{split}0.png")
+        write(tmp_path / split / name / f"{split}1.png")
+    (tmp_path / "train" / "cat" / "train0.png").write_bytes(b"no image")
+    data = DataConfig(path=str(tmp_path), size=4)
+    encode = Encode.plan(Planner(WorkConfig(data=data)), "train", data)
+    made = RealImages(data, encode.opened, "area")
+    assert len(made(encode.units[0]).broken) == 1
+    (tmp_path / "train" / "cat" / "train1.png").unlink()
+    with pytest.raises(FileNotFoundError):
+        made(encode.units[0])
+    with pytest.raises(FileNotFoundError):
+        load_pixels(encode.opened, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("files", "overrides", "says"),
+    [
+        (("Train/cat/1.png", "Train/dog/1.png", "Test/cat/2.png", "Test/dog/2.png"), (),
+         "holds 'Test' and 'Train'; say which is which, as in data.train_split=Train data.test_split=Test"),
+        (("train/1.png", "test/2.png"), (), "'test' and 'train' in .* hold images without classes; sort them"),
+        (("train/cat/1.png", "train/dog/1.png"), (), "it has the split train alone: put other images into a folder 'test'"),
+        (("train/cat/1.png", "train/dog/1.png", "test/cat/2.png"), (), "class 'dog' is in the training split only; give"),
+        (("train/cat/1.png", "test/dog/2.png", "test/cat/2.png"), (), "class 'dog' is in the test split only; give"),
+        (("train/cat/1.png", "train/dog/1.png", "test/cat/2.png"), ("data.classes=[cat, dog]",), "class 'dog' is in the train"),
+        (("images.zip",), ("data.path={}/images.zip",), "is no folder and no Parquet file; unpack it"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_for_a_split_is_said(tmp_path: Path, files: tuple[str, ...], overrides: tuple[str, ...], says: str):
+    for number, name in enumerate(files):
+        write(tmp_path / name, Image.new("L", (4, 4), number))
+    with pytest.raises(UserError, match=says) as refused:
+        data_of(tmp_path, *(override.format(tmp_path) for override in overrides))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_class_that_is_not_chosen_may_be_in_one_split_only(tmp_path: Path):
+    for name in ("train/cat/1.png", "train/dog/1.png", "train/eel/1.png", "test/cat/2.png", "test/dog/2.png", "test/fox/2.png"):
+        write(tmp_path / name)
+    assert data_of(tmp_path, "data.classes=[cat, dog]").classes.names == ("cat", "dog")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ims3_ray import saving
+from ims3_ray.data.decoding import Undecodable
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.errors import UserError
 from ims3_ray.models.encoder import Encoder, EncoderConfig
@@ -54,7 +55,7 @@ class Files:
 
     def image(self, position: int, index: int) -> Image.Image:
         if index == 7:
-            raise OSError("broken")
+            raise Undecodable("broken")
         return Image.fromarray(real(position)[index, 0].numpy()).resize((3 * SIZE, 2 * SIZE))
 
 

@@ -78,3 +78,44 @@ def test_a_student_of_a_plugin_cannot_take_the_name_of_another(name: str):
 
     with pytest.raises(UserError, match=f"there are two students called '{name}'"):
         student(name)(lambda *_: None)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from ims3_plugins import helper",
+        "from ims3_plugins.helper import WEIGHT",
+        "from . import helper",
+        "import ims3_plugins.helper",
+    ],
+)
+def test_a_component_is_hashed_with_the_plugins_that_its_file_imports(tmp_path: Path, line: str):
+    code = (
+        "from ims3_ray import plugins; plugins.load(['helper.py', 'between.py', 'mine.py', 'other.py'])\n"
+        "from ims3_ray.selection import SELECTORS; found = plugins.hashes\n"
+        "print(*found(SELECTORS['mine'], SELECTORS['other'])['plugins'].values())"
+    )
+    (tmp_path / "helper.py").write_text("WEIGHT = 1\n")
+    (tmp_path / "between.py").write_text(line)
+    (tmp_path / "mine.py").write_text(f"from ims3_plugins import between\n{SELECTOR.format(name='mine')}")
+    (tmp_path / "other.py").write_text(SELECTOR.format(name="other"))
+    before = in_a_process_of_its_own(code, tmp_path).split()
+    (tmp_path / "helper.py").write_text("WEIGHT = 2\n")
+    after = in_a_process_of_its_own(code, tmp_path).split()
+    assert after[0] != before[0]
+    assert after[1] == before[1]
+
+
+def test_a_module_that_has_changed_since_it_was_imported_is_refused(tmp_path: Path):
+    (tmp_path / "mine.py").write_text(SELECTOR.format(name="mine"))
+    code = (
+        "import pathlib, sys; sys.path.insert(0, '.')\n"
+        "from ims3_ray import plugins; plugins.load(['mine']); plugins.load(['mine'])\n"
+        "from ims3_ray.errors import UserError\n"
+        "file = pathlib.Path('mine.py'); file.write_text(file.read_text() + '# changed')\n"
+        "try: plugins.load(['mine'])\n"
+        "except UserError as error: print(error)"
+    )
+    assert in_a_process_of_its_own(code, tmp_path) == (
+        "plugin 'mine' has changed since this process imported it; begin a new process\n"
+    )

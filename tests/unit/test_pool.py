@@ -23,10 +23,11 @@ from ims3_ray.config import ActorsConfig, ClusterConfig, DataConfig, SamplingCon
 from ims3_ray.engine import pool
 from ims3_ray.engine.actors import units_at_once
 from ims3_ray.engine.images import Derived, ImageStore, Produced, Stored
+from ims3_ray.engine.noted import commit_noted
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.pool import pool_price
 from ims3_ray.engine.sets import RealSplit
-from ims3_ray.engine.shards import commit_units
+from ims3_ray.engine.shards import commit_units, note
 from ims3_ray.engine.worker import Derivation, UnitWorker, Work
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import Artifact
@@ -345,3 +346,18 @@ def test_samples_that_were_refused_are_refused_again_before_others_are_made(monk
     long.missing.return_value = []
     pool.produce(Mock(), {long: [refusing]})
     assert made[2:] == [None]
+
+
+def test_an_interrupted_pass_over_images_that_are_not_stored_goes_on(tmp_path: Path):
+    for split, name in itertools.product(("train", "test"), ("cat", "dog")):
+        file = tmp_path / "photos" / split / name / f"{split}.png"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(encode_png(Image.fromarray(np.zeros((4, 4), np.uint8))))
+    for keep in (False, True):
+        data = DataConfig(path=str(tmp_path / "photos"), size=4, keep=keep)
+        config, storage = WorkConfig(data=data), Storage.at(str(tmp_path / f"runs-{keep}"))
+        encode = Encode.plan(Planner(config), "train", data)
+        entry = {"images": 1, "broken": [], "seconds": 1.0, "hardware": {"device": "a CPU", "torch": "2"}}
+        note(encode.artifact(storage), encode.units[0], entry)
+        commit_noted(Mock(config=config, storage=storage), encode, encode, ())
+        assert encode.missing(storage) == list(encode.units if keep else encode.units[1:]), "a kept image needs its shard"

@@ -20,7 +20,7 @@ from PIL import Image
 from ims3_ray.commands.pack import PackConfig, pack
 from ims3_ray.config import DataConfig
 from ims3_ray.data.batches import batch_indices, load_pixels
-from ims3_ray.data.sources import open_source, shared_file
+from ims3_ray.data.sources import base, open_source, shared_file
 from ims3_ray.data.transforms import to_pil, to_pixels, to_signed, to_uint8
 from ims3_ray.errors import UserError
 from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
@@ -374,6 +374,23 @@ def test_the_fingerprint_of_a_folder_changes_with(tmp_path: Path, change: Callab
     before = print_of(write_folder(tmp_path))
     change(tmp_path)
     assert print_of(tmp_path) != before
+
+
+def test_the_fingerprint_of_a_large_set_changes_when_it_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(base, "HASH_WHOLE_BELOW", 0)
+    monkeypatch.setattr(base, "PIECE_BYTES", 7)
+    folder, tensors = tmp_path / "folder", tmp_path / "tensors"
+    write_folder(folder)
+    write_tensors(tensors, torch.rand(5, 1, 4, 4), torch.tensor(LABELS))
+    before = print_of(folder), print_of(tensors)
+    assert (print_of(folder), print_of(tensors)) == before
+    size = (tensors / "images.pt").stat().st_size
+    write_tensors(tensors, torch.rand(5, 1, 4, 4), torch.tensor(LABELS))
+    assert (tensors / "images.pt").stat().st_size == size
+    assert print_of(tensors) != before[1]
+    for file in (folder / "train").rglob("*.png"):
+        file.write_bytes(bytes(len(file.read_bytes())))
+    assert print_of(folder) != before[0]
 
 
 def test_the_fingerprint_of_idx_files_changes_with_pixels_labels_and_names(tmp_path: Path):

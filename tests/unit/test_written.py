@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from ims3_ray.config import PretrainConfig, RunConfig, SweepConfig
+from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, SweepConfig
 from ims3_ray.config.files import read_values
+from ims3_ray.config.keys import check_keys
 from ims3_ray.config.loading import load_config
 from ims3_ray.config.written import typed
 from ims3_ray.errors import UserError
@@ -97,3 +98,67 @@ def test_values_without_a_type_are_what_yaml_reads():
 
 def test_pretraining_reads_alike():
     assert value_of("name=7", PretrainConfig) == "7"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seed: 1\nselection: {alpha: 0.9}\nseed: 2\n", "line 3: 'seed' stands twice; join the two"),
+        ("selection: {alpha: 0.9, beta: 1, alpha: 1}\n", "line 1: 'alpha' stands twice"),
+        ("finetune: {lr:1e-4}\n", "'lr:1e-4' has no value; write a space after its colon"),
+        ("selection.alpha: 0.9\n", "'selection.alpha' is written with dots"),
+        ("extend: demo\n", "did you mean 'extends'?"),
+        ("budgets: [1]\n", "unknown config key 'budgets'; it is a key of ims3 compare"),
+    ],
+)
+def test_a_file_that_says_something_else_than_it_seems_to_is_refused(tmp_path: Path, text: str, says: str):
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as refused:
+        check_keys("RunConfig", read_values(file))
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_keys_that_a_file_merges_may_be_set_again(tmp_path: Path):
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "arms:\n  a: &a {title: A, images: real, select: random}\n  b: {<<: *a, title: B}\n  c: {<<: *a, title: C}\n"
+    )
+    assert [load_config(RunConfig, file).arms[name].title for name in "abc"] == ["A", "B", "C"]
+
+
+def test_a_file_extends_the_configs_of_the_package_by_name_from_anywhere(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text("extends: [demo, methods/herding]\nname: mine\n")
+    assert "herding" in load_config(RunConfig, tmp_path / "mine.yaml").arms
+    (tmp_path / "other.yaml").write_text("extends: demoo\n")
+    with pytest.raises(UserError, match="did you mean 'demo'"):
+        load_config(RunConfig, tmp_path / "other.yaml")
+
+
+def test_a_mapping_on_the_command_line_adds_to_what_the_files_say():
+    words = ["evaluation.protocols.dsa={validations: 4, normalise: set}", "evaluation={seeds: [5]}"]
+    found = load_config(CompareConfig, ["methods/alone", "methods/dm", "protocols/dsa"], words).evaluation
+    file = load_config(CompareConfig, ["methods/alone", "methods/dm", "protocols/dsa"]).evaluation
+    assert found.protocols["dsa"] == file.protocols["dsa"].model_copy(update={"validations": 4, "normalise": "set"})
+    assert found.seeds == (5,)
+    place = ["cluster.place={pool: {zone: a}}", "cluster.place={}", "cluster.place={finetune: {zone: b}}"]
+    assert load_config(RunConfig, None, place).cluster.place == {"finetune": {"zone": "b"}}
+    space = ["space={selection: {alpha: [1, 2]}}", "space={selection: {groups: [3, 5]}}"]
+    assert load_config(SweepConfig, None, space).space == {"selection": {"groups": [3, 5]}}
+
+
+def test_only_what_is_there_can_be_removed():
+    assert "dit" not in load_config(RunConfig, None, ["arms.dit=null"]).arms
+    assert load_config(EvaluateConfig, None, ["sets={a: x, b: y}", "sets.b=null"]).sets == {"a": "x"}
+    twice = load_config(CompareConfig, ["methods/dit", "methods/dm"], ["arms.dm=null", "arms.dm=null"])
+    assert list(twice.arms) == ["dit"]
+    for override, says in [
+        ("arms.dti=null", "no arm is called 'dti'; did you mean 'dit'? there is: random_real, dit, dit_s3, ims3"),
+        ("evaluation.protocols.hrad=null", "no protocol is called 'hrad'; did you mean 'hard'?"),
+    ]:
+        with pytest.raises(UserError) as refused:
+            load_config(RunConfig, None, [override])
+        assert says in str(refused.value)
+    with pytest.raises(UserError, match="no set is called 'b'"):
+        load_config(EvaluateConfig, None, ["sets={a: x}", "sets.b=null"])

@@ -28,7 +28,10 @@ LONGEST_NAME = 200
 """Largest length of a class name in bytes; class names become folder names."""
 SPLIT_NAMES = ("train", "test", "val", "valid", "validation")
 """Names of folders that are splits if they hold folders, and classes if they hold images."""
-HASH_WHOLE_BELOW = 256 * 2**20  # bytes; files that are larger in total are fingerprinted by name and size
+HASH_WHOLE_BELOW = 256 * 2**20
+"""Files that have fewer bytes in total are fingerprinted by all of them, others by names, sizes and pieces."""
+PIECES, PIECE_BYTES = 64, 2**16
+"""Number and length of the pieces, at even distances over all files of a large set, that its fingerprint covers."""
 PARQUET = ".parquet"
 
 
@@ -66,7 +69,7 @@ class Source(Component, ABC):
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """The decoded image; raises ``OSError`` for one that cannot be decoded."""
+        """The decoded image; raises :class:`~ims3_ray.data.decoding.Undecodable` for one that cannot be decoded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process that is sent the source opens it again."""
@@ -79,14 +82,18 @@ class Source(Component, ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash that changes when classes, labels or files change. It covers the bytes of the files, but only names and sizes
-        for large sets and for sets on object storage."""
+        """A hash that changes when classes, labels or files change. It covers the bytes of the files; of large sets and of sets
+        on object storage their names and sizes, and pieces of their bytes: a set that is made anew has another one, but one
+        image that is replaced by another of the same size may not be noticed."""
         digest = hashlib.sha256(json.dumps(self.class_names).encode() + self.labels.tobytes())
         files, whole = Listing.of(self.files), hashed_whole(self)
         for index, (path, size) in enumerate(files.rows()):
             digest.update(f"{path.rpartition('/')[2]} {size}\n".encode())
             if whole:
                 digest.update(files[index].read())
+        if not whole:
+            for piece in concurrently(lambda place: place[0].read_piece(*place[1:]), pieces(files)):
+                digest.update(piece)
         return digest.hexdigest()[:16]
 
     @abstractmethod
@@ -160,7 +167,7 @@ class Location:
             root = Place.at(str(fetch(self.path, patterns, "data source", "dataset")))
         if not root.exists:
             raise UserError(
-                f"data source '{self.path}' does not exist; set data.path to a folder, a Parquet file or embedded:NAME"
+                f"data source '{self.path}' does not exist; give a folder, a Parquet file, embedded:NAME or a hub id"
             )
         return root
 
@@ -194,6 +201,8 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
             return Limited(source, limit)
     splits = [child.name for child in place.children if child.is_folder and child.name in SPLIT_NAMES]
     there = f"; it has the splits {', '.join(splits)}: set data.train_split and data.test_split" if splits else ""
+    if splits == ["train"]:
+        there = "; it has the split train alone: put other images into a folder 'test' beside it, or set data.test_path"
     alike = [file.name for file in place.nearby if file.is_file and fnmatch(file.name, f"{split}*.parquet")]
     if alike:
         there = f"; '{alike[0]}' is not read as a part of '{split}': call it {split}.parquet or {split}-00000-of-00001.parquet"
@@ -201,6 +210,18 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
         f"data source '{path}' holds neither IDX files, nor {split}.parquet or parts of it, nor one folder per class"
         f"{', nor images.pt with labels.pt (a set)' if split == 'train' else ''} for split '{split}'{there}"
     )
+
+
+def pieces(files: Listing) -> list[tuple[Place, int, int]]:
+    """(file, first byte, number of bytes) of pieces at even distances over all bytes of the files."""
+    ends = np.cumsum(files.sizes)
+    last = max(0, int(ends[-1]) - PIECE_BYTES) if len(files) else 0
+    found = []
+    for start in np.unique(np.linspace(0, last, PIECES).astype(np.int64)).tolist():
+        number = int(np.searchsorted(ends, start, side="right"))
+        if number < len(files):  # all bytes are before its end
+            found.append((files[number], start - int(ends[number] - files.sizes[number]), PIECE_BYTES))
+    return found
 
 
 def hashed_whole(source: Source) -> bool:

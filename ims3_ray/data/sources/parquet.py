@@ -39,6 +39,8 @@ class ParquetSource(Source):
     @classmethod
     def find(cls, place: Location) -> Source | None:
         if place.root.is_file:
+            if not place.root.name.endswith(".parquet"):
+                raise UserError(f"'{place.path}' is no folder and no Parquet file; unpack it into one folder per class")
             return cls(place.path, [place.root])
         below = [folder for folder in place.nearby if folder.is_folder and folder.name == place.split]
         deeper = itertools.chain(*concurrently(parquet_files, [folder for folder in below if folder not in place.children]))
