@@ -13,7 +13,7 @@ from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import file_hash
 from ims3_ray.io.files import Place
 from ims3_ray.models.autoencoder import KIND, trained_on
-from ims3_ray.models.checkpoints import read_metadata, weights_path
+from ims3_ray.models.checkpoints import PICKLED, read_metadata, weights_path
 from ims3_ray.models.dit_files import open_dit, with_classes, write_dit
 from ims3_ray.models.generator import generator_path
 from ims3_ray.models.generators.dit import DiTGenerator
@@ -67,6 +67,10 @@ def convert(config: ConvertConfig) -> None:
     path, out = generator_path(config.generator), Path(config.out)
     if out.exists():
         raise UserError(f"'{out}' exists; choose another out= or remove it")
+    if not out.parent.is_dir():
+        raise UserError(f"the folder of out='{out}' does not exist; make it, or choose another")
+    if out.suffix not in ("", ".safetensors", *PICKLED):
+        raise UserError(f"out='{out}' has an unknown ending; end it in .safetensors or .pt, or give a folder without an ending")
     file = open_dit(path)
     if config.classes is not None:
         if not (listed := Path(config.classes)).is_file():

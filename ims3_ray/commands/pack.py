@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from ims3_ray.config import DataConfig, Section
+from ims3_ray.data.decoding import Undecodable
 from ims3_ray.data.sources import open_source
 from ims3_ray.errors import UserError
 from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
@@ -44,6 +45,11 @@ def pack(config: PackConfig) -> None:
         if short := [source.class_names[c] for c, part in enumerate(parts) if len(part) < config.per_class]:
             raise UserError(f"class '{short[0]}' has fewer than per_class={config.per_class} images; lower per_class")
         chosen = np.sort(np.concatenate(parts))
-    rows = [(encode_png(source.image(int(i))), f"{i:05d}.png", int(source.labels[i])) for i in chosen]
+    rows = []
+    for i in chosen.tolist():
+        try:
+            rows.append((encode_png(source.image(i)), f"{i:05d}.png", int(source.labels[i])))
+        except Undecodable as error:
+            raise UserError(f"'{source.identify(i)}' cannot be decoded ({error}); replace or remove it") from error
     out.write_bytes(parquet_bytes(image_table(rows, source.class_names)))
     print(f"{out}: {len(rows)} images, {out.stat().st_size / 1e6:.1f} MB")

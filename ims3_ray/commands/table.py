@@ -52,7 +52,8 @@ Distil a labelled image set with IMS3: a few generated images per class that tra
 
     ims3 distill                              embedded Fashion-MNIST; results in runs/distill
     ims3 distill --dry-run                    the plan: finished stages, images, FLOPs, hours, storage, cost
-    ims3 distill name=mine data.path=photos   your own images (photos/train/CLASS/*.jpg, photos/test/…)
+    ims3 distill --config own-images data.path=photos    your own images (photos/train/CLASS/*.jpg, photos/test/…)
+    ims3 distill --config own-images data.path=photos data.test_share=0.2    the same without a test split (photos/CLASS/…)
     ims3 distill --config FILE selection.alpha=0.4 selection.groups=10
     ray job submit --working-dir . -- python jobs/distill.py storage=s3://bucket/distill
 
@@ -109,7 +110,7 @@ for generators of latents.
 
     ims3 pretrain --config pretrain/fashion-mnist-dit --dry-run
     ims3 pretrain --config pretrain/fashion-mnist-dit
-    ims3 pretrain data.path=photos data.size=32 data.channels=3 generator.minutes=60
+    ims3 pretrain --config pretrain/own-generator data.path=photos generator.minutes=60    your own images
 
 It works with every data source of the project. After an interruption the same command continues from the last
 checkpoint.""",

@@ -110,9 +110,9 @@ class ProtocolConfig(Section):
     cutmix: Fraction = 0.0
     """Probability with which CutMix is applied to a batch (`true` is 1), with one permutation and one box per batch; the share
     of the image that the box covers is drawn from Beta(1, 1)."""
-    unmixed_pass: bool = False
-    """Whether the student also sees each batch before CutMix, without learning from it: the running statistics of batch norm
-    are then updated twice a step, as in RDED's code."""
+    second_pass: bool = False
+    """Whether the student sees each batch twice, the first time without learning from it: the running statistics of batch norm
+    are then updated twice a step, as in RDED's code, whose CutMix changes the batch before both passes."""
     temperature: float = Field(default=20.0, gt=0)
     """Temperature T of the soft-label loss, the KL divergence of the softmaxes at T, without the factor T²."""
     validations: int = Field(default=100, ge=1)

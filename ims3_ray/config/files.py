@@ -80,6 +80,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
 MOVED = {
     "refine": "synthesis.cao2", "arms.*.refine": "arms.NAME.synthesise=cao2",
     "arms.*.overrides.refine": "arms.NAME.overrides.synthesis.cao2",
+    "evaluation.protocols.*.unmixed_pass": "evaluation.protocols.NAME.second_pass (both passes are of the mixed batch)",
     "generator.warmup_steps": "generator.warmup, a share of the training such as 0.05",
     "generator.cooldown_steps": "generator.cooldown, a share of the training such as 0.25",
 }  # fmt: skip

@@ -158,3 +158,11 @@ class PretrainConfig(Section):
         if self.autoencoder is not None and self.target != "generator":
             raise ValueError(f"autoencoder={self.autoencoder} is for target=generator, and target={self.target} takes none")
         return self
+
+    @model_validator(mode="after")
+    def _an_image_for_each_worker(self) -> PretrainConfig:
+        name = "autoencoding" if self.target == "autoencoder" else self.target
+        size, workers = getattr(self, name).batch_size, self.trainer.most_workers
+        if size < workers:
+            raise ValueError(f"{name}.batch_size={size} is too small for {workers} workers; raise it or lower the other")
+        return self

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from PIL import ImageColor
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ims3_ray.config.base import Section, Text, reserved
 from ims3_ray.config.evaluation import EvaluationConfig
@@ -24,6 +24,9 @@ class DataConfig(Section):
     """Path of the test split, in the same forms as `path`; `path` when unset."""
     test_split: str = "test"
     """Name of the split on which students are tested."""
+    test_share: float | None = Field(default=None, gt=0, lt=1)
+    """Share of each class's images that is set apart for testing, where the data have no test split; hashes of their names
+    choose. When unset, the test split is another one."""
     size: int = Field(default=28, gt=0)
     """Height and width to which images are scaled and cropped, in pixels."""
     channels: Literal[1, 3] = 1
@@ -67,11 +70,21 @@ class DataConfig(Section):
         """What the key of decoded images holds of the background: nothing if it is white."""
         return {} if self.colour == (255, 255, 255) else {"background": list(self.colour)}
 
-    def place(self, split: Split) -> tuple[str, str, int | None]:
-        """Path, name and limit of the training or the test split, as :func:`ims3_ray.data.sources.open_source` takes them."""
+    @model_validator(mode="after")
+    def _one_test_split(self) -> DataConfig:
+        if self.test_share is not None and self.test_path is not None:
+            raise ValueError("test_share sets images of the training split apart, and test_path names others; leave one out")
+        return self
+
+    def place(self, split: Split) -> tuple[str, str, int | None, tuple[float, bool] | None]:
+        """Path, name, limit and part of the training or the test split, as :func:`ims3_ray.data.sources.open_source` takes
+        them."""
         train = split == "train"
+        limit = self.limit if train else self.test_limit or self.limit
+        if self.test_share is not None:
+            return self.path, self.train_split, limit, (self.test_share, not train)
         path, name = (self.path, self.train_split) if train else (self.test_path or self.path, self.test_split)
-        return path, name, self.limit if train else self.test_limit or self.limit
+        return path, name, limit, None
 
 
 class ActorsConfig(Section):

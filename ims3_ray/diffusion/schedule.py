@@ -79,13 +79,13 @@ class NoiseSchedule:
         """
         if not 1 <= num_steps <= self.num_steps:
             raise ValueError(f"number of sampling steps must lie in 1 … {self.num_steps}, not {num_steps}")
-        if spacing == "leading":
-            stride = whole_stride(num_steps, self.num_steps)
-            timesteps = torch.arange(num_steps) * (stride or self.num_steps) // (1 if stride else num_steps)
-            return (timesteps + self.offset).clamp(max=self.num_steps - 1)
         last = self.num_steps - 1
         if num_steps == 1:
             return torch.tensor([last])
+        if spacing == "leading":
+            stride = whole_stride(num_steps, self.num_steps)
+            timesteps = torch.arange(num_steps) * (stride or self.num_steps) // (1 if stride else num_steps)
+            return (timesteps + self.offset).clamp(max=last)
         step = last / (num_steps - 1)
         if spacing == "linspace":
             return (torch.arange(num_steps) * torch.tensor(step, dtype=torch.float64)).round().long()

@@ -56,7 +56,7 @@ class Data:
 
     def _check_splits(self, data: DataConfig) -> None:
         """Raises :class:`UserError` if the test split has training images, of which students would know the answers."""
-        if not (shared := shared_file(self.train, self.test)):
+        if data.test_share is not None or not (shared := shared_file(self.train, self.test)):
             return
         names = self.train.class_names
         if all(name.lower() in SPLIT_NAMES for name in names):
@@ -70,7 +70,7 @@ class Data:
         raise UserError(
             f"the test split of '{data.place('test')[0]}' holds the training images ('{shared}'), so accuracies on "
             "it would mean nothing; put images that are not trained on into a folder of their own (train/ and test/ side "
-            "by side), or name them with data.test_path"
+            "by side), name them with data.test_path, or set a share of all images apart, as in data.test_share=0.2"
         )
 
     @cached_property

@@ -32,7 +32,10 @@ class Storage:
         """The storage at ``location``; a local path is made absolute. Raises :class:`UserError` for a URI that cannot be
         used."""
         if not is_remote(location):
-            return cls(str(Path(open_filesystem(location)[1]).resolve()))
+            folder = Path(open_filesystem(location)[1]).resolve()
+            if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+                raise UserError(f"storage '{location}' is a file or lies in one; give a folder")
+            return cls(str(folder))
         open_filesystem(location)
         check_bucket(location)
         return cls(location.rstrip("/"))

@@ -196,12 +196,20 @@ def class_positions(path: Path, class_names: Sequence[str], asked_by: str) -> li
 def embedding_cost(shape: str, size: int) -> tuple[float, int]:
     """Floating-point operations of φ on one image, counted on a model without weights, and the number of its features.
 
-    ``shape`` is an :class:`EncoderConfig` as JSON.
+    ``shape`` is an :class:`EncoderConfig` as JSON. Raises :class:`UserError` for a network that timm does not have, that does
+    not take these arguments or that does not take images of this size.
     """
     config = EncoderConfig.model_validate_json(shape)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        encoder = Encoder(config).eval()
-        encoder(torch.zeros(1, config.channels, size, size))
+    try:
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            encoder = Encoder(config).eval()
+            encoder(torch.zeros(1, config.channels, size, size))
+    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, KeyError) as error:
+        with_arguments = f" with model_args={config.model_args}" if config.model_args else ""
+        raise UserError(
+            f"network '{config.model}' of timm{with_arguments} cannot be used for {config.channels} × {size} × {size} images "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); name another"
+        ) from error
     return float(counter.get_total_flops()), encoder.dim
 
 

@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ims3_ray.config import PretrainConfig, canonical
 from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.errors import UserError
@@ -43,7 +45,14 @@ class GeneratorTarget(Target):
                 raise UserError(
                     "quality.sampling.clip=true clamps pixels and would spoil latents; set quality.sampling.clip=false"
                 )
-        self.network  # noqa: B018 raises for patches that do not divide the images
+        try:
+            _ = self._shape
+        except ValidationError as error:
+            reason, g = error.errors()[0]["msg"].removeprefix("Value error, "), self.config.generator
+            raise UserError(
+                f"generator.patch_size={g.patch_size}, hidden_size={g.hidden_size}, num_heads={g.num_heads} are no shape of a "
+                f"DiT for these images: {reason}"
+            ) from error
 
     @property
     def batch_size(self) -> int:

@@ -99,13 +99,14 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return {"mean": mean, "sem": math.hypot(one["sem"], other["sem"]), "p": _welch(mean, one, other)}
 
 
-def _welch(mean: float, one: dict[str, Any], other: dict[str, Any]) -> float:
+def _welch(mean: float, one: dict[str, Any], other: dict[str, Any]) -> float | None:
+    """The p of a difference; None where equal values on both sides leave no error to compare it with."""
     from scipy.stats import t  # takes a second to import
 
     parts = [(each["sem"] ** 2, each["count"] - 1) for each in (one, other)]
     square = sum(part for part, _ in parts)
     if not square:
-        return 0.0 if mean else 1.0
+        return None if mean else 1.0
     freedom = square**2 / sum(part**2 / degrees for part, degrees in parts)
     return float(2 * t.sf(abs(mean) / math.sqrt(square), freedom))
 

@@ -147,9 +147,9 @@ def evaluation_flops(
     protocol: ProtocolConfig, student: str, channels: int, size: int, classes: int, trained: int, tested: int
 ) -> float:
     """Floating-point operations of one student: three forward passes per training image and epoch (``trained`` counts all
-    epochs), four with ``unmixed_pass``, and one per test image and validation. Those of a teacher are not included."""
+    epochs), four with ``second_pass``, and one per test image and validation. Those of a teacher are not included."""
     forward = forward_flops(student, channels, size, classes, protocol.norm, protocol.width)
-    passes = 4 if protocol.unmixed_pass else 3
+    passes = 4 if protocol.second_pass else 3
     return forward * (passes * trained + protocol.validations * tested)
 
 

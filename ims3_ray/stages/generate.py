@@ -66,6 +66,8 @@ class Generate(ImagePool):
             inputs[steering.source] = source.plan(planner, config)
             if "k" not in inputs[steering.source].params:
                 params["k"] = k
+            if steering.version > 1:
+                params["steering"] = steering.version
             names.append(steering.title(s.of(steering), k))
         if isinstance(base, RunConfig) and s != base.sampling:
             names.append(f"{s.sampler}, {s.steps} steps, guidance {s.cfg_scale:g}")

@@ -90,7 +90,7 @@ class SRe2L(Synthesis):
         """Whether the smallest share of the area in a crop falls from 1 to 0.08 by a cosine over the steps (CDA), instead of
         being 0.08 throughout."""
         max_roll: int = Field(default=32, ge=0)
-        """Largest number of pixels by which a step rolls the images along each axis."""
+        """Largest number of pixels by which a step rolls the images along each axis (CIFAR: 4)."""
         batch_size: int = Field(default=100, ge=1)
         """Number of classes whose images are optimised together, one image of each."""
         jpeg: int | None = Field(default=75, ge=1, le=100)

@@ -27,8 +27,6 @@ class Batch(NamedTuple):
     """Images in [0, 1] after augmentation and CutMix, float32 [B, C, H, W]."""
     members: Tensor
     """Position of each image in the set, int64 [B]."""
-    unmixed: Tensor
-    """The images before CutMix."""
     order: Tensor | None
     """Permutation of the batch whose images fill the box of CutMix; None without CutMix."""
     share: float
@@ -103,8 +101,8 @@ class AugmentedBatches:
         members = index.to(self.device, non_blocking=True)
         chosen = self.pixels[index.to(self.pixels.device, non_blocking=True)]
         images = chosen.to(self.device, non_blocking=True).float() / 255
-        unmixed = augment(images, size, self.rng, cpu_rng=cpu_rng, scale=self.scale, **dict(p.augment))
-        images, order, share = unmixed, None, 1.0
+        images = augment(images, size, self.rng, cpu_rng=cpu_rng, scale=self.scale, **dict(p.augment))
+        order, share = None, 1.0
         if p.cutmix == 1 or (p.cutmix and torch.rand((), generator=cpu_rng).item() < p.cutmix):
-            images, order, share = cutmix(unmixed, cpu_rng)
-        return Batch(images, members, unmixed, order, share)
+            images, order, share = cutmix(images, cpu_rng)
+        return Batch(images, members, order, share)

@@ -146,11 +146,11 @@ class Training:
 
     def _loss(self, batch: Batch, stored: Tensor | None = None) -> Tensor:
         """The loss of a batch, for which ``stored`` are the teacher's logits, if they are stored."""
-        p, (images, members, unmixed, order, share) = self.protocol, batch
+        p, (images, members, order, share) = self.protocol, batch
         labels = self.labels[members]
-        if p.unmixed_pass:
+        if p.second_pass:
             with torch.no_grad(), self.autocast:
-                self.student.scores(unmixed)
+                self.student.scores(images)
         with self.autocast:
             logits = self.student.scores(images)
         logits = logits.float()

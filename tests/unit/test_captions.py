@@ -19,7 +19,7 @@ from ims3_ray.config import RunConfig
 from ims3_ray.data.captions import Captions, caption_of_clusters
 from ims3_ray.data.prompts import prompts_of, words_of_name
 from ims3_ray.data.sources import open_source
-from ims3_ray.data.sources.base import Limited
+from ims3_ray.data.sources.base import Subset, first_of_each
 from ims3_ray.diffusion.steering.modes import Clustering, find_modes
 from ims3_ray.errors import UserError
 from ims3_ray.io.parquet import image_table, parquet_bytes
@@ -120,7 +120,7 @@ def test_captions_may_be_a_column_of_the_data(tmp_path: Path):
     (tmp_path / "train.parquet").write_bytes(parquet_bytes(table))
     source = open_source(str(tmp_path / "train.parquet"), "train")
     assert Captions("text", source).of([1, 0]) == ["two", "one"]
-    assert Captions("text", Limited(source, 1)).of([0, 1]) == ["one", "two"]
+    assert Captions("text", Subset(source, first_of_each, 1)).of([0, 1]) == ["one", "two"]
     for empty in (2, 3):
         with pytest.raises(UserError, match=rf"has no caption for the image 'train\.parquet row {empty}'"):
             Captions("text", source).of([empty])

@@ -357,17 +357,17 @@ def test_images_of_28_pixels_are_padded_to_32_as_by_a_first_convolution_with_pad
     torch.testing.assert_close(hooked[0], wide)
 
 
-def test_an_unmixed_pass_updates_batch_norm_twice_a_step():
+def test_a_second_pass_updates_batch_norm_twice_a_step():
     images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
     labels = torch.arange(8) % 2
     counts = {}
-    for unmixed in (False, True):
+    for twice in (False, True):
         training = Training(
-            "convnet-2", (images, labels), 2, quick(norm="batch", width=4, cutmix=True, unmixed_pass=unmixed, batch_size=4), 0
+            "convnet-2", (images, labels), 2, quick(norm="batch", width=4, cutmix=True, second_pass=twice, batch_size=4), 0
         )
         training.epoch()
         (norm, *_) = [m for m in training.student.modules() if isinstance(m, nn.BatchNorm2d)]
-        counts[unmixed] = int(norm.num_batches_tracked)  # type: ignore[arg-type]
+        counts[twice] = int(norm.num_batches_tracked)  # type: ignore[arg-type]
     assert counts == {False: 2, True: 4}
 
 

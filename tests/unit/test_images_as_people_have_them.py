@@ -515,3 +515,15 @@ def test_a_class_that_is_not_chosen_may_be_in_one_split_only(tmp_path: Path):
     for name in ("train/cat/1.png", "train/dog/1.png", "train/eel/1.png", "test/cat/2.png", "test/dog/2.png", "test/fox/2.png"):
         write(tmp_path / name)
     assert data_of(tmp_path, "data.classes=[cat, dog]").classes.names == ("cat", "dog")
+
+
+def test_a_folder_without_a_test_split_has_a_share_set_apart(tmp_path: Path):
+    for name, number in itertools.product(("cat", "dog"), range(10)):
+        write(tmp_path / name / f"{number}.png", Image.new("L", (4, 4), number))
+    with pytest.raises(UserError, match=r"set a share of all images apart, as in data\.test_share=0\.2"):
+        data_of(tmp_path)
+    data = data_of(tmp_path, "data.test_share=0.3")
+    assert (data.classes.counts, len(data.test.labels)) == ((7, 7), 6)
+    assert files_of(data.train).isdisjoint(files_of(data.test))
+    with pytest.raises(UserError, match="test_share sets images of the training split apart"):
+        data_of(tmp_path, "data.test_share=0.3", f"data.test_path={tmp_path}")

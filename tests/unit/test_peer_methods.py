@@ -99,8 +99,8 @@ def test_the_group_is_the_one_with_the_best_moments_of_all_that_are_drawn():
     best, lowest = None, math.inf
     for one in unit.double():
         starts = gaussian.mean + gaussian.std * one
-        mean, std = starts.mean(dim=0), starts.std(dim=0, correction=0)
-        skew = ((starts - mean) ** 3).mean(dim=0) / std**3
+        mean, std = starts.mean(dim=0), starts.std(dim=0)
+        skew = ((starts - mean) ** 3).mean(dim=0) / starts.std(dim=0, correction=0) ** 3
         cost = (mean - gaussian.mean).norm() + (std - gaussian.std).norm() + weight * skew.norm()
         if cost < lowest:
             best, lowest = starts, cost

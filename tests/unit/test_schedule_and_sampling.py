@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from ims3_ray.diffusion.prediction import guided, predict_z0
 from ims3_ray.diffusion.samplers.base import Sampler, sample
 from ims3_ray.diffusion.samplers.ddim import ddim_step
-from ims3_ray.diffusion.schedule import NoiseSchedule, spacing_version
+from ims3_ray.diffusion.schedule import NoiseSchedule, Spacing, spacing_version
 from ims3_ray.seeds import generator_for, seed_for
 
 SCHEDULE = NoiseSchedule()
@@ -87,9 +87,15 @@ def test_predict_z0_is_eq2_and_undoes_eq4():
         torch.testing.assert_close(actual, z0, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("num_steps", [1, 8, 50, 1000])
+@pytest.mark.parametrize("num_steps", [2, 8, 50, 1000])
 def test_respaced_timesteps_are_those_of_diffusers(num_steps: int):
     assert SCHEDULE.respaced(num_steps).flip(0).tolist() == ddim(num_steps).timesteps.tolist()
+
+
+@pytest.mark.parametrize("spacing", ["leading", "dit", "linspace"])
+def test_a_single_step_begins_where_the_noise_is(spacing: Spacing):
+    """Diffusers' leading spacing takes timestep 0, at which pure noise is taken for an image."""
+    assert SCHEDULE.respaced(1, spacing).tolist() == [999]
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 1001])
@@ -109,13 +115,13 @@ def test_every_number_of_steps_begins_near_pure_noise(num_steps: int):
 
 
 def test_timesteps_of_ddim_have_the_smallest_stride_that_gives_so_many():
-    for num_steps in range(1, 1001):
+    for num_steps in range(2, 1001):
         strides = [stride for stride in range(1, 1001) if len(range(0, 1000, stride)) == num_steps]
         if strides:
             assert SCHEDULE.respaced(num_steps).tolist() == list(range(0, 1000, strides[0]))
     assert SCHEDULE.respaced(15)[-1] == 938
-    assert spacing_version(15, "leading") == {"spacing": 3}
-    assert all(spacing_version(steps, "leading") == {} for steps in (1, 10, 20, 25, 50, 100, 250, 1000))
+    assert spacing_version(15, "leading") == spacing_version(1, "leading") == {"spacing": 3}
+    assert all(spacing_version(steps, "leading") == {} for steps in (10, 20, 25, 50, 100, 250, 1000))
 
 
 def test_timesteps_of_ddpm_are_rounded_as_in_dits_code():
@@ -180,7 +186,7 @@ def loop_of_diffusers(theirs: object, predict: Callable[..., torch.Tensor], **op
 
 
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("num_steps", [1, 8, 20])
+@pytest.mark.parametrize("num_steps", [2, 8, 20])
 def test_ddim_equals_the_loop_of_diffusers(num_steps: int, clip: bool):
     theirs = ddim(num_steps, clip_sample=clip, clip_sample_range=1.0)
     expected = loop_of_diffusers(theirs, predictor, use_clipped_model_output=clip)
@@ -260,7 +266,7 @@ def gaussian(mean: float, std: float) -> Callable[..., torch.Tensor]:
 
 
 def test_dpm_solver_comes_nearer_to_the_exact_flow_than_ddim_with_as_many_calls():
-    start = in_double("ddim", lambda z, t: z * 0, 1, False) * SCHEDULE.alpha_bar[0].sqrt()
+    start = in_double("ddim", lambda z, t: z * 0, 1, False) * SCHEDULE.alpha_bar[999].sqrt()
     exact = 0.3 + 0.5 * (start - SCHEDULE.alpha_bar[999].sqrt() * 0.3)
     errors = {}
     for sampler in ("ddim", "dpm++2m"):

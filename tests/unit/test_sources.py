@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import pickle
 import shutil
 import struct
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from PIL import Image
 from ims3_ray.commands.pack import PackConfig, pack
 from ims3_ray.config import DataConfig
 from ims3_ray.data.batches import batch_indices, load_pixels
-from ims3_ray.data.sources import base, open_source, shared_file
+from ims3_ray.data.sources import Source, base, open_source, shared_file
 from ims3_ray.data.transforms import to_pil, to_pixels, to_signed, to_uint8
 from ims3_ray.errors import UserError
 from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
@@ -510,7 +511,7 @@ def test_bilinear_scaling_is_torchvisions_resize_and_centre_crop(shape: tuple[in
 
 
 def test_the_test_split_may_have_a_limit_of_its_own():
-    assert DataConfig(limit=3).place("test") == ("embedded:fashion-mnist", "test", 3)
+    assert DataConfig(limit=3).place("test") == ("embedded:fashion-mnist", "test", 3, None)
     assert DataConfig(limit=3, test_limit=2).place("test")[2] == 2
     assert DataConfig(limit=3, test_limit=2).place("train")[2] == 3
     assert DataConfig(test_limit=2).place("train")[2] is None
@@ -582,3 +583,40 @@ def test_packing_overwrites_nothing_and_names_a_folder_that_is_missing(tmp_path:
     with pytest.raises(UserError, match="does not exist; make it"):
         pack(config.model_copy(update={"out": str(tmp_path / "nowhere" / "train.parquet")}))
     assert len(open_source(str(tmp_path / "train.parquet"), "train").labels) == 5
+
+
+def names_of(source: Source) -> set[str]:
+    return {source.identify(index) for index in range(len(source.labels))}
+
+
+def test_a_share_of_each_class_is_set_apart_by_the_hashes_of_its_names(tmp_path: Path):
+    def opened(share: float, limit: int | None = None) -> list[Source]:
+        return [open_source(str(tmp_path), "train", limit, (share, tested)) for tested in (False, True)]
+
+    for name, count in (("cat", 20), ("dog", 7)):
+        for number in range(count):
+            file = tmp_path / "photos" / name / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(encode_png(Image.fromarray(np.full((4, 4), 10 * number, np.uint8))))
+    (tmp_path / "photos").rename(tmp_path / "train")
+    train, test = opened(0.2)
+    assert names_of(train).isdisjoint(names_of(test))
+    assert names_of(train) | names_of(test) == names_of(open_source(str(tmp_path), "train"))
+    assert [np.bincount(source.labels).tolist() for source in (train, test)] == [[16, 6], [4, 1]]
+    assert train.fingerprint != test.fingerprint
+    sent = pickle.loads(pickle.dumps(test))
+    assert names_of(sent) == names_of(test)
+    assert np.array_equal(np.asarray(sent.image(2)), np.asarray(test.image(2)))
+    few, few_tested = opened(0.2, limit=3)
+    assert names_of(few) < names_of(train)
+    assert [np.bincount(source.labels).tolist() for source in (few, few_tested)] == [[3, 3], [3, 1]]
+    assert "5 of 27 images" in few_tested.notices[0]
+    before = names_of(test)
+    for number in range(20, 25):
+        (tmp_path / "train" / "cat" / f"{number}.png").write_bytes(encode_png(Image.fromarray(np.zeros((4, 4), np.uint8))))
+    assert len(names_of(opened(0.2)[1]) & before) >= len(before) - 1, "new images move few of the old ones"
+    assert [len(source.labels) for source in opened(0.999)] == [2, 30], "each part has an image of each class"
+    (tmp_path / "train" / "eel").mkdir()
+    (tmp_path / "train" / "eel" / "0.png").write_bytes(encode_png(Image.fromarray(np.zeros((4, 4), np.uint8))))
+    with pytest.raises(UserError, match=r"class 'eel' .* has one image, of which none can be set apart"):
+        opened(0.2)

@@ -268,9 +268,16 @@ def test_a_cut_off_file_is_refused(tmp_path: Path):
     one_line(raised)
 
 
-@pytest.mark.parametrize("reference", ["embedded:nothing", "nowhere/dit.safetensors", "."])
-def test_weights_that_do_not_exist_are_refused(reference: str):
-    with pytest.raises(UserError, match=re.escape(f"'{reference}' do not exist")) as raised:
+@pytest.mark.parametrize(
+    ("reference", "says"),
+    [
+        ("embedded:nothing", "no weights file of the package is called 'nothing'; there is: fashion-mnist-dit, "),
+        ("nowhere/dit.safetensors", "'nowhere/dit.safetensors' do not exist"),
+        (".", "'.' do not exist"),
+    ],
+)
+def test_weights_that_do_not_exist_are_refused(reference: str, says: str):
+    with pytest.raises(UserError, match=re.escape(says)) as raised:
         weights_path(reference)
     one_line(raised)
 

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from functools import cached_property
 from typing import Any, ClassVar
@@ -110,27 +110,25 @@ class Source(Component, ABC):
         return None
 
 
-class Limited(Source):
-    """The first ``limit`` images of each class of another source."""
+class Subset(Source):
+    """Some images of another source: those whose indices ``choose`` returns for the source and ``arguments``."""
 
-    def __init__(self, whole: Source, limit: int) -> None:
-        chosen = [np.flatnonzero(whole.labels == label)[:limit] for label in range(len(whole.class_names))]
-        self.whole, self.limit, self.indices = whole, limit, np.sort(np.concatenate(chosen))
+    def __init__(self, whole: Source, choose: Callable[..., NDArray[np.int64]], *arguments: Any) -> None:
+        self.whole, self.choose, self.arguments = whole, choose, arguments
+        self.indices = np.sort(choose(whole, *arguments))
         self.location, self.class_names, self.labels = whole.location, whole.class_names, whole.labels[self.indices]
-        self.files = whole.files
-        used = f"{len(self.labels)} of {len(whole.labels)} images of '{whole.location}' are used, at most {limit} a class"
-        self.notices = (*whole.notices, used)
+        self.files, self.notices = whole.files, whole.notices
 
     @classmethod
     def find(cls, place: Location) -> Source | None:
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Limited, (self.whole, self.limit)
+        return Subset, (self.whole, self.choose, *self.arguments)
 
     @property
     def unlimited(self) -> Source:
-        return self.whole
+        return self.whole.unlimited
 
     def image(self, index: int) -> Image.Image:
         return self.whole.image(int(self.indices[index]))
@@ -148,6 +146,27 @@ class Limited(Source):
     def texts(self, column: str) -> Sequence[str | None] | None:
         found = self.whole.texts(column)
         return None if found is None else [found[index] for index in self.indices.tolist()]
+
+
+def first_of_each(whole: Source, limit: int) -> NDArray[np.int64]:
+    """The first ``limit`` images of each class."""
+    return np.concatenate([np.flatnonzero(whole.labels == label)[:limit] for label in range(len(whole.class_names))])
+
+
+def set_apart(whole: Source, share: float, tested: bool) -> NDArray[np.int64]:
+    """The images of each class that are set apart for testing, a ``share`` of them and at least one, or (not ``tested``) the
+    others. The hashes of their names choose, so that images that are added later move few others from one part to the
+    other. Raises :class:`UserError` for a class of one image."""
+    found = []
+    for label, name in enumerate(whole.class_names):
+        mine = np.flatnonzero(whole.labels == label)
+        if len(mine) == 1:
+            raise UserError(f"class '{name}' of '{whole.location}' has one image, of which none can be set apart")
+        hashed = [hashlib.sha256(whole.identify(index).encode()).digest() for index in mine.tolist()]
+        order = np.array(sorted(range(len(mine)), key=hashed.__getitem__), np.int64)
+        count = min(len(mine) - 1, max(1, round(share * len(mine))))
+        found.append(mine[order[:count] if tested else order[count:]])
+    return np.concatenate(found)
 
 
 class Location:
@@ -184,9 +203,9 @@ class Location:
         return [*folders, *files, *itertools.chain(*concurrently(parquet_files, folders))]
 
 
-def open_source(path: str, split: str, limit: int | None = None) -> Source:
+def open_source(path: str, split: str, limit: int | None = None, apart: tuple[float, bool] | None = None) -> Source:
     """The image set at ``path`` (``embedded:NAME``, a folder, a Parquet file, a URI of either or a hub id), of one ``split``;
-    with a ``limit`` the first so many images of each class.
+    with ``apart`` one of the two parts of :func:`set_apart`; with a ``limit`` the first so many images of each class.
 
     Raises :class:`UserError` if there is nothing readable at the path or no image in the set.
     """
@@ -196,13 +215,21 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
             source.asked = path, split
             if len(source.labels) == 0:
                 raise UserError(f"data source '{path}' (split '{split}') holds no image; check the path and data.*_split")
+            if apart is not None:
+                whole, source = source, Subset(source, set_apart, *apart)
+                if apart[1]:
+                    used = f"{len(source.labels)} of {len(whole.labels)} images of '{path}' are set apart for testing"
+                    source.notices = (*whole.notices, used)
             if limit is None or np.bincount(source.labels).max() <= limit:
                 return source
-            return Limited(source, limit)
+            few = Subset(source, first_of_each, limit)
+            used = f"{len(few.labels)} of {len(source.labels)} images of '{path}' are used, at most {limit} a class"
+            few.notices = (*source.notices, used)
+            return few
     splits = [child.name for child in place.children if child.is_folder and child.name in SPLIT_NAMES]
     there = f"; it has the splits {', '.join(splits)}: set data.train_split and data.test_split" if splits else ""
     if splits == ["train"]:
-        there = "; it has the split train alone: put other images into a folder 'test' beside it, or set data.test_path"
+        there = "; it has the split train alone: put other images into a folder 'test' beside it, or set data.test_share=0.2"
     alike = [file.name for file in place.nearby if file.is_file and fnmatch(file.name, f"{split}*.parquet")]
     if alike:
         there = f"; '{alike[0]}' is not read as a part of '{split}': call it {split}.parquet or {split}-00000-of-00001.parquet"

@@ -21,6 +21,8 @@ class Steering(Component, ABC):
     """Sets the start of sampling or guides its steps. Its settings are ``sampling.NAME`` in a config."""
 
     registry = Registry["type[Steering]"]("steering of sampling", "ims3_ray.diffusion.steering")
+    version: ClassVar[int] = 1
+    """Version of the samples that it leads to; it is raised when they change for the same settings."""
     source: ClassVar[str]
     """Kind of the stage that computes from the real images what the steering needs."""
     option: ClassVar[str]

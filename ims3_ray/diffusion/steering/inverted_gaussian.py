@@ -25,8 +25,9 @@ DRAWN_AT_ONCE = 2**24
 
 
 def start_index(num_steps: int, until: float) -> int:
-    """Index of the timestep that the share ``until`` of ``num_steps`` evenly spaced timesteps leads to; at least 1."""
-    return max(1, min(num_steps - 1, round(num_steps * until)))
+    """Index of the timestep that the share ``until`` of ``num_steps`` evenly spaced timesteps leads to; at least 1, if there
+    are two."""
+    return min(num_steps - 1, max(1, round(num_steps * until)))
 
 
 def invert_to_start(predict: Predictor, z0: Tensor, schedule: NoiseSchedule, num_steps: int, until: float) -> Tensor:
@@ -53,8 +54,9 @@ class Gaussian:
 def draw_group(gaussian: Gaussian, k: int, groups: int, skewness: float, rng: Generator, device: str = "cpu") -> Tensor:
     """The one of ``groups`` draws of K starts with the best moments, float32 [K, C, H, W].
 
-    The cost of a group S is ``‖μ_S − μ‖ + ‖σ_S − σ‖ + w·‖γ_S‖``, with mean, standard deviation and skewness over its K starts,
-    value by value; a normal distribution has skewness 0. (The released code takes the skewness over the values of each start.)
+    The cost of a group S is ``‖μ_S − μ‖ + ‖σ_S − σ‖ + w·‖γ_S‖``, with mean, standard deviation (by K − 1) and skewness over its
+    K starts, value by value; a normal distribution has skewness 0. (The released code takes the skewness over the values of
+    each start.)
     Draws are made on the CPU, so that they are the same for every ``device``, which only computes the costs.
     """
     size = (k, *gaussian.mean.shape)
@@ -72,8 +74,10 @@ def _cost(unit_GKCHW: Tensor, std: Tensor, skewness: float) -> Tensor:
     """Cost of groups of starts μ + σ·u, given u: all three moments come from u, the first two multiplied by σ."""
     mean = unit_GKCHW.mean(dim=1, keepdim=True)
     centred = unit_GKCHW - mean
-    deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
-    skew = (centred.pow(3).mean(dim=1, keepdim=True) / deviation.clamp(min=1e-12).pow(3)).flatten(1)
+    variance = centred.square().mean(dim=1, keepdim=True)
+    skew = (centred.pow(3).mean(dim=1, keepdim=True) / variance.sqrt().clamp(min=1e-12).pow(3)).flatten(1)
+    k = unit_GKCHW.shape[1]
+    deviation = (variance * k / max(1, k - 1)).sqrt()
     return (std * mean).flatten(1).norm(dim=1) + (std * (deviation - 1)).flatten(1).norm(dim=1) + skewness * skew.norm(dim=1)
 
 
@@ -81,6 +85,7 @@ class InvertedGaussian(Steering):
     """Samples gK … (g+1)K−1 of a class start from the best of the groups of starts that were drawn for them."""
 
     name, source, option, switch = "inverted_gaussian", "inverted", "first", "groups"
+    version = 2
 
     class Config(Section):
         """Start of sampling (D3HR): a normal distribution fitted to the class's real images, inverted by the generator."""
