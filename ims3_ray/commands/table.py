@@ -181,6 +181,15 @@ generator=user/my-dit. A second upload replaces the first in one commit.""",
         "ims3_ray.commands.push:PushConfig", "ims3_ray.commands.push:push", "ims3_ray.commands.push:plan_push",
         positions={"source": (), "to": ()},
     ),
+    "configs": Command(
+        "List the configs that come with the package.",
+        """\
+List the configs that come with the package, for --config and extends: runs, data sets, methods, protocols, comparisons.
+
+    ims3 configs
+    ims3 configs methods/                     those whose names begin so""",
+        None, "ims3_ray.commands.configs:print_configs",
+    ),
     "schema": Command(
         "Print the JSON schema of a config.",
         """\

@@ -42,7 +42,7 @@ def config_path(name: str | Path) -> Path:
     if path.exists():
         return path  # reading it says what is wrong with it
     near = difflib.get_close_matches(named, known, n=1)
-    meant = f"; did you mean '{near[0]}'?" if near else ", and none that comes with the package is called so"
+    meant = f"; did you mean '{near[0]}'?" if near else "; ims3 configs lists those that come with the package"
     raise UserError(f"config '{name}' cannot be read: there is no such file{meant}")
 
 

@@ -39,15 +39,10 @@ def decode(encoded: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         if image.width * image.height > MOST_PIXELS:
-            raise OSError(f"{image.width}×{image.height} pixels are more than {MOST_PIXELS:,}")
+            raise Undecodable(f"{image.width}×{image.height} pixels are more than {MOST_PIXELS:,}")
         image.load()
         return _as_8_bits(_upright(image), image.format)
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # Pillow raises all of them for broken files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for broken files
         raise Undecodable(str(error)) from error
 
 
@@ -64,14 +59,14 @@ def _upright(image: Image.Image) -> Image.Image:
 def _as_8_bits(image: Image.Image, file_format: str | None) -> Image.Image:
     """``image`` in mode ``L`` if it is grey, in mode ``RGBA`` if it has transparent pixels, else in mode ``RGB``.
 
-    16-bit grey values are divided by 257, and floating-point values from 0 to 1 are multiplied by 255. Raises ``OSError`` for
-    other floating-point values and for integers of more than 16 bits, since nobody knows which of them is white, and for
-    colours that are not RGB, CMYK or YCbCr.
+    16-bit grey values are divided by 257, and floating-point values from 0 to 1 are multiplied by 255. Raises
+    :class:`Undecodable` for other floating-point values and for integers of more than 16 bits, since nobody knows which of
+    them is white, and for colours that are not RGB, CMYK or YCbCr.
     """
     if image.mode == "F" or image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
         return _from_deep_grey(image)
     if image.mode not in READ:
-        raise OSError(f"its pixels are of Pillow's mode {image.mode}, which has no known conversion to 8 bits")
+        raise Undecodable(f"its pixels are of Pillow's mode {image.mode}, which has no known conversion to 8 bits")
     if image.has_transparency_data:
         whole = image.convert("RGBA")
         opaque = whole.getchannel("A").getextrema()[0] == 255
@@ -86,5 +81,5 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
     low, high = float(values.min()), float(values.max())
     most = 1 if image.mode == "F" else 65_535
     if not (0 <= low <= high <= most):  # also true for values that are not numbers
-        raise OSError(f"its values reach from {low:g} to {high:g}, and only values from 0 to {most} are read")
+        raise Undecodable(f"its values reach from {low:g} to {high:g}, and only values from 0 to {most} are read")
     return Image.fromarray((values * (255 / most)).round().astype(np.uint8))

@@ -13,6 +13,7 @@ import yaml
 
 from ims3_ray import UserError
 from ims3_ray.cli import ims3, job
+from ims3_ray.commands.configs import described, print_configs
 from ims3_ray.commands.schema import schema_of
 from ims3_ray.commands.table import COMMANDS
 from ims3_ray.config import CompareConfig, RunConfig
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_command_is_a_script_too_but_for_those_that_no_cluster_runs():
-    assert {file.stem for file in (ROOT / "jobs").glob("*.py")} == COMMANDS.keys() - {"schema", "push"}
+    assert {file.stem for file in (ROOT / "jobs").glob("*.py")} == COMMANDS.keys() - {"schema", "push", "configs"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -89,7 +90,7 @@ def test_configs_come_with_the_package_and_are_found_by_name(tmp_path: Path, mon
     assert load_config(RunConfig, "imagewoof") == load_config(RunConfig, ROOT / "configs" / "imagewoof.yaml")
     Path("demo").write_text("name: mine")  # a file of one's own comes first
     assert load_config(RunConfig, "demo").name == "mine"
-    with pytest.raises(UserError, match="none that comes with the package is called so"):
+    with pytest.raises(UserError, match="ims3 configs lists those that come with the package"):
         config_path("zzzzzz")
 
 
@@ -126,3 +127,16 @@ def test_the_schema_fits_every_shipped_config_and_no_misspelt_key(command: str, 
         check.validate({"storag": "x"})
     with pytest.raises(jsonschema.ValidationError, match="'counts' was unexpected"):
         check.validate({"data": {"counts": 2}})
+
+
+def test_every_config_is_listed_with_a_sentence(capsys: pytest.CaptureFixture[str]):
+    found = dict(described())
+    assert found.keys() == {name for name in config_names() if not name.startswith("paper/")}
+    assert all(10 < len(meaning) < 300 and "ims3 " not in meaning for meaning in found.values())
+    assert found["demo"] == "The demonstration: the embedded Fashion-MNIST at 10 images a class, in minutes of two CPU cores"
+    print_configs(["methods/d"])
+    printed = capsys.readouterr().out
+    assert "methods/dm " in printed
+    assert "methods/herding" not in printed
+    with pytest.raises(UserError, match="no config has a name that begins with 'x'; ims3 configs lists all of them"):
+        print_configs(["x"])
