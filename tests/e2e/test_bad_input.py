@@ -50,7 +50,7 @@ def refused(job: Job, tmp_path: Path, *arguments: str) -> str:
         ("finetune={batch_size: 1, trainer: {num_workers: 2}}", ["batch_size=1", "2 workers"]),
         ("arms=[1", ["arms=[1"]),
         ("selection.alpha", ["key=value"]),
-        ("data.path=/no/such/folder", ["'/no/such/folder' does not exist", "set data.path"]),
+        ("data.path=/no/such/folder", ["'/no/such/folder' does not exist", "give a folder"]),
         ("selection.images_per_class=31", ["class 'left' has 30 images", "images_per_class=31", "lower it"]),
         ("data.classes=[left, rihgt]", ["rihgt", "did you mean 'right'"]),
         ("data.size=16", ["makes 1×8×8 images", "data.size=8"]),
