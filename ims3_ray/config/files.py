@@ -73,6 +73,10 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
             for other in alternatives_to(key):
                 if other not in named and is_given(_get(found, other.split("."))):
                     _set(found, other.split("."), None, override)
+        arguments = f"{key}_args"  # of the network that the files name
+        is_network = key.rpartition(".")[2] == "model" and _get(found, arguments.split("."))
+        if is_network and not any(name.startswith(arguments) for name in named):
+            _set(found, arguments.split("."), {}, override)
     check_moved(found)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,17 @@ def test_the_teacher_of_a_published_protocol_is_a_whole_resnet_18(name: str):
     training = load_config(RunConfig, CONFIGS / "protocols" / f"{name}.yaml").evaluation.teacher.training
     encoder = Encoder(shape_in_training(training, 3, 10))
     assert sum(parameter.numel() for parameter in encoder.parameters()) == 11_181_642
+
+
+def test_a_network_on_the_command_line_has_none_of_the_arguments_of_another_in_the_files(tmp_path: Path):
+    file = tmp_path / "x.yaml"
+    file.write_text("encoder: {model: resnet34, model_args: {layers: [1, 1, 1, 1]}}\n")
+    read = partial(load_config, PretrainConfig, file)
+    assert read(["encoder.model=resnet50"]).encoder.model_args == {}
+    assert read(["encoder={model: resnet50}"]).encoder.model_args == {}
+    both = ["encoder.model_args={layers: [2, 1, 1, 1]}", "encoder.model=resnet50"]
+    assert read(both).encoder.model_args == {"layers": [2, 1, 1, 1]}
+    assert read(["encoder.epochs=3"]).encoder.model_args == {"layers": [1, 1, 1, 1]}
 
 
 def test_arguments_of_a_network_replace_those_of_the_default_network():
