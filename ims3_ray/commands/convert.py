@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from ims3_ray.config import Section
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import file_hash
-from ims3_ray.io.files import Place
+from ims3_ray.io.files import Place, new_file
 from ims3_ray.models.autoencoder import KIND, trained_on
 from ims3_ray.models.checkpoints import PICKLED, read_metadata, weights_path
 from ims3_ray.models.dit_files import open_dit, with_classes, write_dit
@@ -64,11 +64,7 @@ def _added_by(adapters: list[Path], generator: Path) -> tuple[str, ...]:
 
 def convert(config: ConvertConfig) -> None:
     """Write the converted weights. Raises :class:`UserError` for weights or adapters that do not fit."""
-    path, out = generator_path(config.generator), Path(config.out)
-    if out.exists():
-        raise UserError(f"'{out}' exists; choose another out= or remove it")
-    if not out.parent.is_dir():
-        raise UserError(f"the folder of out='{out}' does not exist; make it, or choose another")
+    path, out = generator_path(config.generator), new_file(config.out)
     if out.suffix not in ("", ".safetensors", *PICKLED):
         raise UserError(f"out='{out}' has an unknown ending; end it in .safetensors or .pt, or give a folder without an ending")
     file = open_dit(path)

@@ -68,9 +68,9 @@ def is_finished(plan: Plan[Config], storage: Storage) -> bool:
     results = storage.read_json(f"{name}/results.json")
     if results is None or not storage.exists(f"{name}/report.html"):
         return False
-    same = [row["key"] for row in results.get("stages", [])] == [stage.key(storage) for stage in plan.stages]
-    same = same and list(results.get("sets", {})) == list(plan.sets)
-    return same and bool(results.get("mlflow", {}).get("complete"))
+    same_stages = [row["key"] for row in results.get("stages", [])] == [stage.key(storage) for stage in plan.stages]
+    same_sets = list(results.get("sets", {})) == list(plan.sets)
+    return same_stages and same_sets and bool(results.get("mlflow", {}).get("complete"))
 
 
 def _run(plan: Plan[Config], storage: Storage, publish: Publish) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from pydantic import Field
 
@@ -11,6 +9,7 @@ from ims3_ray.config import DataConfig, Section
 from ims3_ray.data.decoding import Undecodable
 from ims3_ray.data.sources import open_source
 from ims3_ray.errors import UserError
+from ims3_ray.io.files import new_file
 from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
 
 
@@ -30,11 +29,7 @@ class PackConfig(Section):
 
 def pack(config: PackConfig) -> None:
     """Write the packed images. Raises :class:`UserError` for a class with too few, and for a file that exists."""
-    out = Path(config.out)
-    if out.exists():
-        raise UserError(f"'{out}' exists; choose another out= or remove it")
-    if not out.parent.is_dir():
-        raise UserError(f"the folder of out='{out}' does not exist; make it, or choose another")
+    out = new_file(config.out)
     source = open_source(config.data.path, config.split)
     chosen = np.arange(len(source.labels))
     if config.per_class is not None:

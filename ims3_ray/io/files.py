@@ -213,6 +213,17 @@ class Place:
             return bytes(stream.read())
 
 
+def new_file(out: str) -> Path:
+    """The path ``out`` of a file that a command will write. Raises :class:`UserError` if it exists, or if its folder does
+    not."""
+    path = Path(out)
+    if path.exists():
+        raise UserError(f"'{path}' exists; choose another out= or remove it")
+    if not path.parent.is_dir():
+        raise UserError(f"the folder of out='{path}' does not exist; make it, or choose another")
+    return path
+
+
 def remote_files(folder: Place) -> list[fs.FileInfo]:
     """All files below a folder that is not on this machine's disks, without hidden ones, in the order of :func:`natural`."""
     start = len(folder.path.rstrip("/")) + 1

@@ -120,7 +120,7 @@ def test_captions_may_be_a_column_of_the_data(tmp_path: Path):
     (tmp_path / "train.parquet").write_bytes(parquet_bytes(table))
     source = open_source(str(tmp_path / "train.parquet"), "train")
     assert Captions("text", source).of([1, 0]) == ["two", "one"]
-    assert Captions("text", Subset(source, first_of_each, 1)).of([0, 1]) == ["one", "two"]
+    assert Captions("text", Subset(source, first_of_each(source, 1))).of([0, 1]) == ["one", "two"]
     for empty in (2, 3):
         with pytest.raises(UserError, match=rf"has no caption for the image 'train\.parquet row {empty}'"):
             Captions("text", source).of([empty])

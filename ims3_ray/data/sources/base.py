@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import cached_property
 from typing import Any, ClassVar
@@ -111,11 +111,10 @@ class Source(Component, ABC):
 
 
 class Subset(Source):
-    """Some images of another source: those whose indices ``choose`` returns for the source and ``arguments``."""
+    """The images of another source at ``indices``, in the order of that source."""
 
-    def __init__(self, whole: Source, choose: Callable[..., NDArray[np.int64]], *arguments: Any) -> None:
-        self.whole, self.choose, self.arguments = whole, choose, arguments
-        self.indices = np.sort(choose(whole, *arguments))
+    def __init__(self, whole: Source, indices: NDArray[np.int64]) -> None:
+        self.whole, self.indices = whole, np.sort(indices)
         self.location, self.class_names, self.labels = whole.location, whole.class_names, whole.labels[self.indices]
         self.files, self.notices = whole.files, whole.notices
 
@@ -124,7 +123,7 @@ class Subset(Source):
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Subset, (self.whole, self.choose, *self.arguments)
+        return Subset, (self.whole, self.indices)
 
     @property
     def unlimited(self) -> Source:
@@ -216,13 +215,13 @@ def open_source(path: str, split: str, limit: int | None = None, apart: tuple[fl
             if len(source.labels) == 0:
                 raise UserError(f"data source '{path}' (split '{split}') holds no image; check the path and data.*_split")
             if apart is not None:
-                whole, source = source, Subset(source, set_apart, *apart)
+                whole, source = source, Subset(source, set_apart(source, *apart))
                 if apart[1]:
                     used = f"{len(source.labels)} of {len(whole.labels)} images of '{path}' are set apart for testing"
                     source.notices = (*whole.notices, used)
             if limit is None or np.bincount(source.labels).max() <= limit:
                 return source
-            few = Subset(source, first_of_each, limit)
+            few = Subset(source, first_of_each(source, limit))
             used = f"{len(few.labels)} of {len(source.labels)} images of '{path}' are used, at most {limit} a class"
             few.notices = (*source.notices, used)
             return few
