@@ -80,7 +80,8 @@ def test_nodes_come_for_stages_are_killed_in_each_and_are_gone_afterwards(
             kill_tree(node)
         job.process.wait(timeout=300)
         assert job.process.returncode == 0, job.output
-        for kind, least, most in (("sampler", 4, 9), ("train", 2, 3), ("driver", 2, 3)):
+        # Where the machine is busy, nodes are idle for longer than 6 s between stages, go, and come again.
+        for kind, least, most in (("sampler", 4, 16), ("train", 2, 4), ("driver", 2, 4)):
             assert least <= len(cluster.started(kind)) <= most, job.output
             cluster.wait_until_empty(kind, 60)
     for text in (

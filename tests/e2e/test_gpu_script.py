@@ -43,33 +43,46 @@ def steps_of(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_step_that_is_killed_loses_itself_alone_and_training_goes_on_from_what_it_left(tmp_path: Path):
+def test_a_step_that_is_killed_loses_itself_alone(tmp_path: Path):
     env, out = bare(tmp_path), tmp_path / "out"
-    names = "--only=machine,students,training"
-    first = command(out, names, "--minutes=0.8")
+    first = command(out, "--only=machine,students", "--minutes=8")  # far more than they take, whatever else runs here
     with subprocess.Popen(first, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as running:
-        while not steps_of(out).get("students", {}).get("rows"):
+        while not steps_of(out).get("machine", {}).get("rows"):
             assert running.poll() is None, "it ended before the step had found anything"
             time.sleep(0.02)
-        os.killpg(steps_of(out)["students"]["pid"], signal.SIGKILL)
-        printed, _ = running.communicate(timeout=120)
+        os.killpg(steps_of(out)["machine"]["pid"], signal.SIGKILL)
+        printed, _ = running.communicate(timeout=500)
     found = steps_of(out)
     assert running.returncode == 1, printed
-    assert [found[name]["state"] for name in ("machine", "students", "training")] == ["done", "failed", "done"]
-    assert found["students"]["rows"], "what it had found before is kept"
-    assert found["students"]["error"] == "killed by signal 9"
-    assert {"fp32"} == {row["matmul"] for row in found["machine"]["rows"] if "matmul" in row}
+    assert [found[name]["state"] for name in ("machine", "students")] == ["failed", "done"], printed
+    assert found["machine"]["rows"], "what it had found before is kept"
+    assert found["machine"]["error"] == "killed by signal 9"
+    again = subprocess.run(command(out, "--only=machine", "--minutes=8"), cwd=ROOT, env=env, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    repeated = steps_of(out)
+    assert {"fp32"} == {row["matmul"] for row in repeated["machine"]["rows"] if "matmul" in row}
+    assert repeated["students"] == found["students"]
+
+
+@pytest.mark.slow
+def test_training_that_was_stopped_by_its_limit_goes_on_from_what_it_left(tmp_path: Path):
+    env, out = bare(tmp_path), tmp_path / "out"
+    first = subprocess.run(
+        command(out, "--only=training", "--minutes=1"), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+    found = steps_of(out)
+    assert (first.returncode, found["training"]["state"]) == (0, "done"), first.stdout + first.stderr
     result = found["training"]["rows"][-1]
     assert result["set"] == "fashion-mnist"
     assert 0 <= result["agreement"] <= 100
-    assert "Generators trained by the clock" in printed
+    assert "Generators trained by the clock" in first.stdout
     files = list(out.iterdir())
     assert len(files) <= 8
     assert all(file.stat().st_size < 16e6 for file in files)
     weights = out / "fashion-mnist-dit.safetensors"
     assert read_metadata(weights, "dit")["classes"].startswith("T-shirt/top\n")
     again = subprocess.run(
-        command(out, "--only=training", "--minutes=0.4"), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        command(out, "--only=training", "--minutes=0.6"), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
     )
     assert again.returncode == 0, again.stderr
     rows = steps_of(out)["training"]["rows"]
