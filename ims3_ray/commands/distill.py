@@ -68,7 +68,7 @@ def is_finished(plan: Plan[Config], storage: Storage) -> bool:
     results = storage.read_json(f"{name}/results.json")
     if results is None or not storage.exists(f"{name}/report.html"):
         return False
-    same_stages = [row["key"] for row in results.get("stages", [])] == [stage.key(storage) for stage in plan.stages]
+    same_stages = [row["key"] for row in results.get("stages", [])] == plan.keys(storage)
     same_sets = list(results.get("sets", {})) == list(plan.sets)
     return same_stages and same_sets and bool(results.get("mlflow", {}).get("complete"))
 
@@ -77,7 +77,7 @@ def _run(plan: Plan[Config], storage: Storage, publish: Publish) -> None:
     """Write the config to the run folder, run the missing stages and publish the results. An error sets the status of the
     MLflow run to KILLED (if interrupted) or FAILED."""
     config = plan.config
-    tracker = Tracker(config, storage)
+    tracker = Tracker(config, storage, plan.first_keys(storage))
     expected = expect(plan, storage)
     course = Course({each.stage: each.wall_seconds(config) for each in expected if each.missing})
     context = Context(config, storage, plan.classes, tracker, course=course)

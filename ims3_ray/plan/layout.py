@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 from ims3_ray.config import WorkConfig
 from ims3_ray.data.classes import ClassTable
 from ims3_ray.engine.stage import Stage
+from ims3_ray.io.storage import Storage
 
 Config = TypeVar("Config", bound=WorkConfig)
 
@@ -46,6 +47,14 @@ class Plan(Generic[Config]):
         """Model and reference of all weights that the stages use → their digest."""
         return {f"{name} {one.reference}": one.digest for stage in self.stages for name, one in stage.weights.items()}
 
+    def keys(self, storage: Storage) -> list[str | None]:
+        """The keys of the stages, in their order; None for a stage of which an input is not made yet."""
+        return [stage.key(storage) for stage in self.stages]
+
+    def first_keys(self, storage: Storage) -> list[str | None]:
+        """The keys of those stages that have one from the beginning: nothing before them is identified by its content."""
+        return [stage.key(storage) for stage in self.stages if _is_keyed(stage)]
+
     def needed(self) -> dict[str, float]:
         """The largest amount of each resource that any stage takes at a time."""
         found: dict[str, float] = {}
@@ -53,3 +62,8 @@ class Plan(Generic[Config]):
             for kind, amount in stage.worker(self.config).reserved.items():
                 found[kind] = max(amount, found.get(kind, 0.0))
         return found
+
+
+def _is_keyed(stage: Stage) -> bool:
+    """Whether the key of ``stage`` is known before anything is made."""
+    return all(not other.makes_set and _is_keyed(other) for other in stage.inputs.values())

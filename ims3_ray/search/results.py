@@ -28,7 +28,7 @@ def gather_sweep(plan: SweepPlan, trials: Sequence[Tried], storage: Storage) -> 
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "metric": metric(plan),
         "provenance": provenance_of(plan, storage),
-        "keys": [stage.key(storage) for stage in plan.stages],
+        "keys": plan.keys(storage),
         "planned": planned(plan),
         "counts": counts(plan, trials),
         "trials": [_trial(config, tried) for tried in trials],

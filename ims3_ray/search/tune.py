@@ -100,7 +100,7 @@ def trials_there(plan: SweepPlan, storage: Storage) -> list[Tried] | None:
         for record in tried.records
     )
     whole = not results["failed"] and all(tried.records for tried in trials)
-    return trials if whole and same and results["keys"] == [stage.key(storage) for stage in plan.stages] else None
+    return trials if whole and same and results["keys"] == plan.keys(storage) else None
 
 
 def _is_told(config: SweepConfig, storage: Storage) -> bool:
@@ -112,7 +112,7 @@ def _is_told(config: SweepConfig, storage: Storage) -> bool:
 def _run(plan: SweepPlan, storage: Storage, trials: list[Tried] | None) -> None:
     """Run the trials, unless they are given, and publish the results."""
     config = plan.config
-    tracker = Tracker(config, storage)
+    tracker = Tracker(config, storage, plan.first_keys(storage))
     storage.write(f"{config.name}/config.yaml", yaml.safe_dump(canonical(config), sort_keys=False).encode())
     try:
         if trials is None:

@@ -82,8 +82,12 @@ def datasets_of(fingerprints: Mapping[str, str], path: str) -> list[Any]:
 
 def digest_of(params: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
     """A hash by which a child run that was logged before is known to have the same values."""
-    told = repr((sorted((key, str(value)) for key, value in params.items()), sorted(metrics.items())))
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    return hash_of((sorted((key, str(value)) for key, value in params.items()), sorted(metrics.items())))
+
+
+def hash_of(values: object) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of how Python writes ``values``."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
 def refused(error: Exception) -> bool:

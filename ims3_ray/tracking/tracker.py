@@ -17,7 +17,7 @@ from ims3_ray.config import canonical
 from ims3_ray.errors import masked
 from ims3_ray.io.storage import Storage
 from ims3_ray.tracking import database
-from ims3_ray.tracking.entries import KIND, DistilledSet, datasets_of, digest_of, flat, reason, refused, source_tags
+from ims3_ray.tracking.entries import KIND, DistilledSet, datasets_of, digest_of, flat, hash_of, reason, refused, source_tags
 from ims3_ray.tracking.places import CLIENT, Tracked, files_of, is_own, not_taken, note_of, tracking_uri
 
 BATCH = 1000
@@ -27,6 +27,8 @@ LONGEST_PARAM = 6000
 PARENT = "mlflow.parentRunId"
 DIGEST = "ims3.digest"
 """Tag of a child run that holds a hash of its parameters and metrics."""
+STAGES = "ims3.stages"
+"""Tag of a run that holds a hash of the keys of its stages."""
 WAIT_S = (1.0, 30.0)
 """Seconds between attempts to reach a lost server: initial value, maximum."""
 Curves = Mapping[str, Sequence[tuple[int, float]]]
@@ -45,13 +47,15 @@ class Untracked:
 
 
 class Tracker(Untracked):
-    """The MLflow run of a run folder, created at first and continued after an interruption.
+    """The MLflow run of a run folder, created at first and continued after an interruption. ``keys`` are those of the stages
+    that are known from the beginning: if the run in the folder was logged with other keys (other images, weights or code), a
+    new run is created and the other one stays as it is.
 
     The methods that log return at once. Raises :class:`UserError` if a server does not accept a new run. A server that is lost
     later is tried again until the job ends; :attr:`complete` then says whether it has received everything.
     """
 
-    def __init__(self, config: Tracked, storage: Storage) -> None:
+    def __init__(self, config: Tracked, storage: Storage, keys: Sequence[str | None] = ()) -> None:
         os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT.items()})
         import mlflow
 
@@ -59,6 +63,7 @@ class Tracker(Untracked):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         self.config, self.storage, self.uri = config, storage, tracking_uri(config, storage)
         self.complete, self.run_id, self.experiment_id = True, "", ""
+        self._stages = hash_of(list(keys))
         self._connect = partial(mlflow.MlflowClient, self.uri)  # not set_tracking_uri, which affects later runs too
         self._client: Any = None
         self._logged: dict[str, int] = {}
@@ -164,7 +169,7 @@ class Tracker(Untracked):
                 wait = min(2 * wait, most)
 
     def _begin(self) -> None:
-        """Continue the run of an interrupted job, or create a new one."""
+        """Continue the run of an interrupted job of the same stages, or create a new one."""
         if self.run_id:
             return
         from mlflow.exceptions import MlflowException
@@ -176,16 +181,18 @@ class Tracker(Untracked):
         if self.storage.exists(self._note):
             known = self.storage.read(self._note).decode()
             try:
-                self.experiment_id = self._client.get_run(known).info.experiment_id
-                self._client.update_run(known, status="RUNNING")
-                self.run_id = known
-                return
+                found = self._client.get_run(known)
+                if found.data.tags.get(STAGES, self._stages) == self._stages:  # earlier versions set no such tag
+                    self._client.update_run(known, status="RUNNING")
+                    self.experiment_id, self.run_id = found.info.experiment_id, known
+                    return
             except MlflowException as error:
                 if not refused(error):
                     raise
                 # another server, or one that has lost its database: everything is logged to a new run
         self.experiment_id = self._experiment()
-        run_id = self._client.create_run(self.experiment_id, run_name=self.config.name, tags=source_tags()).info.run_id
+        tags = source_tags() | {STAGES: self._stages}
+        run_id = self._client.create_run(self.experiment_id, run_name=self.config.name, tags=tags).info.run_id
         self._log_params(run_id, dict(flat(canonical(self.config))))
         self.storage.write(self._note, run_id.encode())
         self.run_id = run_id

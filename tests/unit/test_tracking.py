@@ -79,6 +79,18 @@ def test_an_interrupted_run_goes_on_and_is_told_nothing_twice(client: MlflowClie
     assert set(after) == {"one", "two"}
 
 
+def test_what_other_stages_have_made_is_logged_to_a_new_run(client: MlflowClient, storage: Storage):
+    config, found = RunConfig(name="changed", tracking={"uri": tracking_uri(RunConfig(name="run"), storage)}), []
+    for keys, loss in ((["a", "b"], 0.5), (["a", "b"], 0.5), (["a", "c"], 0.7)):  # the last: its images have changed
+        tracker = Tracker(config, storage, keys)
+        tracker.losses([{"step": 1, "loss": loss}])
+        tracker.finish("FINISHED")
+        found.append(run_id(storage, "changed"))
+    assert found[0] == found[1] != found[2]
+    for run, loss in zip(found[1:], (0.5, 0.7), strict=True):
+        assert [(m.step, m.value) for m in client.get_metric_history(run, "loss")] == [(1, loss)]
+
+
 def test_a_database_that_was_lost_is_told_everything_in_a_new_run(client: MlflowClient, storage: Storage):
     storage.write("other/mlflow_run_id", b"0" * 32)
     tracker = Tracker(RunConfig(name="other", tracking={"uri": tracking_uri(RunConfig(name="run"), storage)}), storage)
