@@ -72,10 +72,11 @@ class CapacityWatch:
     """
 
     def __init__(
-        self, config: ClusterConfig, role: Role, title: str, bundles: Sequence[Bundle], at_least: int = 1
+        self, config: ClusterConfig, role: Role | None, title: str, bundles: Sequence[Bundle], at_least: int = 1
     ) -> None:  # fmt: skip
+        """``role`` is that of the workers in ``cluster.place``; those of None may run on any node."""
         self.config, self.title, self.bundles, self.at_least = config, title, bundles, at_least
-        self.labels = config.place.get(role, {})
+        self.labels = {} if role is None else config.place.get(role, {})
         self.since: float | None = None
         """Monotonic time in seconds at which room was first missing; None while there is room."""
         self._said = float("-inf")

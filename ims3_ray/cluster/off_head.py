@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from ims3_ray.cluster.capacity import wait_for_capacity
+from ims3_ray.cluster.capacity import LOST_S, wait_for_capacity
 from ims3_ray.cluster.joining import connected, here, joins, placed, results
 from ims3_ray.cluster.ray_internals import start_helpers_here
 from ims3_ray.config import PretrainConfig, WorkConfig
@@ -62,8 +62,7 @@ def _run_elsewhere(run: Callable[[Any], None], config: WorkConfig | PretrainConf
     try:
         while not ray.wait([running], timeout=0.5)[0]:
             seen = _print(output, seen)
-            if cluster.wait_s:
-                watch.look()
+            watch.look(patience_s=LOST_S)
     except KeyboardInterrupt:
         ray.cancel(running)
         ray.wait([running], timeout=CANCEL_S)

@@ -6,8 +6,11 @@ import numpy as np
 from pydantic import Field
 
 from ims3_ray.config import DataConfig, Section
+from ims3_ray.config.work import Split
+from ims3_ray.data.classes import chosen_labels
 from ims3_ray.data.decoding import Undecodable
-from ims3_ray.data.sources import open_source
+from ims3_ray.data.sources import Source, open_source
+from ims3_ray.engine.inputs import check_apart
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import new_file
 from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
@@ -27,24 +30,38 @@ class PackConfig(Section):
     """Parquet file to write."""
 
 
+def _opened(config: PackConfig) -> Source:
+    """The images of the split, as a run would read it. Raises :class:`UserError` for a split that has training images without
+    being the training split."""
+    data = config.data
+    names: dict[str, Split] = {"test": "test", data.test_split: "test", "train": "train", data.train_split: "train"}
+    if (split := names.get(config.split)) is None:
+        source = open_source(data.path, config.split, data.limit)
+    else:
+        source = open_source(*data.place(split))
+    for notice in source.notices:
+        print(f"note: {notice}", flush=True)
+    if split != "train" and data.test_share is None:
+        check_apart(open_source(*data.place("train")), source, data.test_path or data.path, config.split)
+    return source
+
+
 def pack(config: PackConfig) -> None:
     """Write the packed images. Raises :class:`UserError` for a class with too few, and for a file that exists."""
     out = new_file(config.out)
-    source = open_source(config.data.path, config.split)
-    chosen = np.arange(len(source.labels))
+    source = _opened(config)
+    labels = chosen_labels(source.class_names, config.data.classes)
+    parts = [np.flatnonzero(source.labels == label) for label in labels]
     if config.per_class is not None:
         rng = np.random.default_rng(config.seed)
-        parts = [
-            rng.permutation(np.flatnonzero(source.labels == c))[: config.per_class] for c in range(len(source.class_names))
-        ]
-        if short := [source.class_names[c] for c, part in enumerate(parts) if len(part) < config.per_class]:
+        parts = [rng.permutation(part)[: config.per_class] for part in parts]
+        if short := [source.class_names[c] for c, part in zip(labels, parts, strict=True) if len(part) < config.per_class]:
             raise UserError(f"class '{short[0]}' has fewer than per_class={config.per_class} images; lower per_class")
-        chosen = np.sort(np.concatenate(parts))
-    rows = []
-    for i in chosen.tolist():
+    numbers, rows = {label: number for number, label in enumerate(labels)}, []
+    for i in np.sort(np.concatenate(parts)).tolist():
         try:
-            rows.append((encode_png(source.image(i)), f"{i:05d}.png", int(source.labels[i])))
+            rows.append((encode_png(source.image(i)), f"{i:05d}.png", numbers[int(source.labels[i])]))
         except Undecodable as error:
             raise UserError(f"'{source.identify(i)}' cannot be decoded ({error}); replace or remove it") from error
-    out.write_bytes(parquet_bytes(image_table(rows, source.class_names)))
+    out.write_bytes(parquet_bytes(image_table(rows, [source.class_names[label] for label in labels])))
     print(f"{out}: {len(rows)} images, {out.stat().st_size / 1e6:.1f} MB")

@@ -15,13 +15,14 @@ import torch
 import yaml
 
 from ims3_ray.cluster.capacity import wait_for_capacity
-from ims3_ray.cluster.joining import connected, own_device, placed, results
+from ims3_ray.cluster.joining import connected, own_device, placed
 from ims3_ray.config import PretrainConfig, canonical, reserved
 from ims3_ray.data.contact_sheet import contact_sheet
 from ims3_ray.engine.board import RESUMED
 from ims3_ray.engine.folder import check_same, completed, stored_config
 from ims3_ray.engine.inputs import Data
 from ims3_ray.engine.lease import check_free, working_on
+from ims3_ray.engine.tasks import awaited
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import is_remote
 from ims3_ray.io.storage import Storage
@@ -83,12 +84,11 @@ def _train_and_judge(target: Target, place: Storage, tracker: Tracker) -> Path:
     path = folder / f"{config.name}.safetensors"
     place.write(f"{config.name}/{path.name}", outcome["weights"])
     print(f"judge: {target.judging}", flush=True)
-    task = ray.remote(_judge).options(
-        num_cpus=min(config.quality.threads, config.trainer.cpus_per_worker),
-        num_gpus=config.trainer.gpus_per_worker,
-        **placed(config.cluster, "finetune"),
-    )
-    quality: Quality = results(task.remote(replace(target, config=_from_anywhere(config)), path))
+    cpus, gpus = min(config.quality.threads, config.trainer.cpus_per_worker), config.trainer.gpus_per_worker
+    task = ray.remote(_judge).options(num_cpus=cpus, num_gpus=gpus, **placed(config.cluster, "finetune"))
+    watch = wait_for_capacity(config.cluster, "finetune", "judge", [reserved(cpus, gpus)])
+    quality: Quality
+    (quality,) = awaited([task.remote(replace(target, config=_from_anywhere(config)), path)], "judge", watch)
     if quality.samples is not None:
         shown.samples(contact_sheet(quality.samples, 10))
     card = weights_card(target, outcome, path, quality)
@@ -109,12 +109,12 @@ def _trained(target: Target, shown: Shown) -> dict[str, Any]:
 
     config, trainer = target.config, target.config.trainer
     workers = [trainer.worker_resources] * trainer.num_workers
-    wait_for_capacity(config.cluster, "finetune", config.name, workers, trainer.num_workers)
+    watch = wait_for_capacity(config.cluster, "finetune", config.name, workers, trainer.num_workers)
     loop, arguments = target.loop(_from_anywhere(config))
-    folder, labels = shown.place.address(config.name), config.cluster.place.get("finetune")
+    folder = shown.place.address(config.name)
     total, unit = target.total
     with Progress(f"train the {config.target}", total, unit) as progress:
-        outcome = watched_fit(loop, arguments, trainer, "train", folder, labels, partial(shown.tell, progress))
+        outcome = watched_fit(loop, arguments, trainer, "train", folder, watch, partial(shown.tell, progress))
         progress.done = total
     return outcome
 

@@ -197,15 +197,15 @@ class RunConfig(WorkConfig):
 
     @property
     def _sizes(self) -> tuple[int, ...]:
-        """The numbers of images per class for which sets are made."""
+        """The numbers of images per class for which sets are made, which the option :attr:`size_key` holds."""
         return (self.selection.images_per_class,)
 
     def _check_pool(self, k: int) -> None:
         drawn, groups = self.pool.per_class, self.selection.groups
         if drawn is not None and drawn < groups * k:
             raise ValueError(
-                f"pool.per_class={drawn} holds fewer than selection.groups·images_per_class = {groups}·{k} = {groups * k} "
-                "images; raise it or lower the others"
+                f"pool.per_class={drawn} holds fewer than {groups * k} images, which are selection.groups={groups} times "
+                f"{self.size_key}={k}; raise it or lower the others"
             )
 
     def _overridden(self, arm: ArmConfig, key: Overridable) -> Any:
@@ -233,6 +233,7 @@ class CompareConfig(RunConfig):
     """A comparison of arms at several numbers of images per class (`ims3 compare`)."""
 
     job: ClassVar[str] = "compare"
+    size_key: ClassVar[str] = "budgets"
     name: str = Field(default="compare", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Results go to `{storage}/{name}`; `-compare` is added to a name without this word."""
     budgets: Annotated[tuple[Annotated[int, Field(ge=1)], ...], AfterValidator(distinct)] = Field(

@@ -178,6 +178,8 @@ class WorkConfig(Section):
 
     job: ClassVar[str] = ""
     """Word that the folder's name has, so that another kind of job with the same config has a folder of its own."""
+    size_key: ClassVar[str] = "selection.images_per_class"
+    """The option that holds the numbers of images per class."""
 
     @field_validator("name")
     @classmethod

@@ -38,13 +38,17 @@ def chosen_labels(class_names: Sequence[str], chosen: Sequence[str] | None) -> l
     return [class_names.index(name) for name in chosen] if chosen else list(range(len(class_names)))
 
 
-def count_images(labels: NDArray[np.int64], class_names: Sequence[str], chosen: Sequence[int], needed: int) -> list[int]:
-    """Number of images of each chosen class. Raises :class:`UserError` for a class with fewer than ``needed``."""
+def count_images(
+    labels: NDArray[np.int64], class_names: Sequence[str], chosen: Sequence[int], needed: int,
+    key: str = "selection.images_per_class",
+) -> list[int]:  # fmt: skip
+    """Number of images of each chosen class. Raises :class:`UserError` for a class with fewer than ``needed``, which is what
+    the option ``key`` says."""
     counts = np.bincount(labels, minlength=len(class_names))
     for label in chosen:
         if counts[label] < needed:
             raise UserError(
-                f"class '{class_names[label]}' has {counts[label]} images, fewer than selection.images_per_class={needed}; "
+                f"class '{class_names[label]}' has {counts[label]} images, fewer than {key}={needed}; "
                 "lower it, or leave the class out with data.classes"
             )
     return [int(counts[label]) for label in chosen]

@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ims3_ray.data.decoding import MOST_PIXELS, Undecodable
+
 Filter = Literal["area", "bilinear"]
 """How images are scaled. ``area``: halved by averaging while they are at least twice too large, then bicubic, as for ADM and
 DiT. ``bilinear``: with antialiasing, as by torchvision's Resize and CenterCrop, which is usual for classifiers."""
@@ -46,6 +48,8 @@ def to_pixels(
             target = [max(size, round(side * (size / shorter))) for side in image.size]
         else:
             target = [side * size // shorter for side in image.size]
+        if target[0] * target[1] > MOST_PIXELS:
+            raise Undecodable(f"its sides, {image.width} and {image.height} pixels, differ too much")
         image = image.resize(
             (target[0], target[1]), Image.Resampling.BICUBIC if filter == "area" else Image.Resampling.BILINEAR
         )

@@ -21,7 +21,9 @@ ACTORS_PER_UNIT, ROWS_PER_ACTOR, MOST_AT_ONCE = 50, 20, 10
 many rows, for all to end at about the same time. A row costs the driver 3 ms of a core, however many units it has
 (benchmarks/scale.py), and a lost actor loses the units of its rows."""
 NO_PROGRESS_S = 1800.0
-"""Seconds without a finished unit after which Ray Data gives up."""
+"""Seconds without a finished row of units after which Ray Data gives up, unless rows are expected to take longer."""
+TIMES_LONGER = 10.0
+"""How many times longer than expected a row may take before Ray Data gives up."""
 
 
 def run_units(
@@ -30,20 +32,22 @@ def run_units(
     actors: ActorsConfig,
     cluster: ClusterConfig,
     at_once: int | None = None,
+    unit_s: float = 0.0,
 ) -> Iterable[tuple[int, str, dict[str, Any]]]:
     """Process the pairs (task number, unit) on the actor pool. Yields (task number, unit, entry) as the units finish; the
     entry of a failed unit holds ``error``. ``at_once`` is the number of units in a row; by default it follows from the number
-    of actors."""
+    of actors. ``unit_s`` is the number of seconds that the longest unit is expected to take."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.verbose_progress = False
     context.max_consecutive_actor_init_deaths = 10
-    context.execution_no_progress_timeout_s = max(NO_PROGRESS_S, cluster.wait_s)  # spot machines may be gone for a while
     for handler in logging.getLogger("ray.data").handlers:  # only errors reach the terminal; Ray's log file keeps everything
         if not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.ERROR)
     at_once = at_once or units_at_once(len(units), actors.count)
+    # Spot machines may be gone for a while.
+    context.execution_no_progress_timeout_s = max(NO_PROGRESS_S, cluster.wait_s, TIMES_LONGER * at_once * unit_s)
     rows = [list(units[start : start + at_once]) for start in range(0, len(units), at_once)]
     found = (
         ray.data.from_items([{"units": json.dumps(row)} for row in rows], override_num_blocks=len(rows))
@@ -68,13 +72,18 @@ def run_units(
         )
         .iter_rows()
     )
+    left = dict.fromkeys(map(tuple, units))
     try:
         for row in found:
-            yield from json.loads(row["entries"])
+            for number, unit, entry in json.loads(row["entries"]):
+                left.pop((number, unit), None)
+                yield number, unit, entry
     except ray.data.exceptions.ExecutionTimeoutError as error:
+        unit = next((unit for _, unit in left), "")
         raise UserError(
-            f"the pool has finished no unit for {context.execution_no_progress_timeout_s:.0f} s: are there nodes for it? See "
-            "`ray status`; run the same command again to continue"
+            f"the pool has finished no unit for {context.execution_no_progress_timeout_s:.0f} s; the first without a result is "
+            f"{unit}. Are there nodes for it (`ray status`), or does it end its process, for want of memory? Run the same "
+            "command again to continue"
         ) from error
 
 

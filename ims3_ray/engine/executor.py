@@ -104,7 +104,17 @@ def _run_missing(context: Context, stages: Sequence[Stage]) -> None:
                     context.listeners.setdefault(stage, []).extend(receivers)
             held.append(context.listeners)
             type(running[0]).run_all(context, running)
+            _check_made(storage, running)
         _completed(context, batch)
+
+
+def _check_made(storage: Storage, stages: Sequence[Stage]) -> None:
+    """Raises :class:`Damaged` if the manifest of a stage that has run lacks units: another job, which makes the same artifact,
+    has replaced it at the same time."""
+    for stage in stages:
+        stage.look_again(storage)
+        if lost := stage.missing(storage):
+            raise Damaged(f"{stage.title}: another job has replaced the record of {lost[0]}; it is looked up again")
 
 
 def forget_lost(context: Context, stages: Sequence[Stage]) -> None:

@@ -79,17 +79,15 @@ def _what_matters(plain: Mapping[str, Any]) -> dict[str, Any]:
     for section, details in DETAILS.items():
         kept[section] = {key: value for key, value in plain.get(section, {}).items() if key not in details}
     arms = kept.get("arms") or {}
-    for holder in (kept, kept.get("evaluation", {}).get("teacher"), *(arm.get("overrides") for arm in arms.values())):
-        _forget_trainer(holder)
+    for holder in (kept, *(arm.get("overrides") for arm in arms.values())):
+        for section in ("finetune", "adopt"):
+            if isinstance(holder, dict) and isinstance(tuning := holder.get(section), dict):
+                tuning.pop("trainer", None)  # how many workers train, and workers come and go
+    teacher = kept.get("evaluation", {}).get("teacher")
+    if isinstance(teacher, dict) and isinstance(trainer := teacher.get("trainer"), dict):
+        # The number of workers matters for a teacher, each of which augments and normalises its own part of a batch.
+        teacher["trainer"] = {key: trainer.get(key) for key in ("num_workers", "max_workers")}
     return kept
-
-
-def _forget_trainer(holder: Any) -> None:
-    """Remove the section `trainer`, of a teacher or of `finetune`: it says how many workers train, and workers come and go."""
-    if isinstance(holder, dict):
-        holder.pop("trainer", None)
-        if isinstance(tuning := holder.get("finetune"), dict):
-            tuning.pop("trainer", None)
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any]:

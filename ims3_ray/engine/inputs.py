@@ -26,6 +26,16 @@ from ims3_ray.models.generators.base import Generator
 from ims3_ray.training.encoder import Images
 
 
+def check_apart(train: Source, other: Source, path: str, split: str) -> None:
+    """Raises :class:`UserError` if another split has training images."""
+    if shared := shared_file(train, other):
+        raise UserError(
+            f"the {split} split of '{path}' holds the training images ('{shared}'), so accuracies on it would mean nothing; "
+            "put images that are not trained on into a folder of their own (train/ and test/ side by side), name them with "
+            "data.test_path, or set a share of all images apart, as in data.test_share=0.2"
+        )
+
+
 class Data:
     """The opened training and test split, and the classes that are distilled. Raises :class:`UserError`."""
 
@@ -44,7 +54,8 @@ class Data:
                 f"class '{min(missing)}' is in the {which} split only; give the other split images of it, or list the classes "
                 "that both have in data.classes"
             )
-        counts = count_images(self.train.labels, self.train.class_names, labels, images_per_class)
+        key = getattr(config, "size_key", "selection.images_per_class")
+        counts = count_images(self.train.labels, self.train.class_names, labels, images_per_class, key)
         names = tuple(self.train.class_names[label] for label in labels)
         if len(names) < 2:
             raise UserError(
@@ -56,7 +67,7 @@ class Data:
 
     def _check_splits(self, data: DataConfig) -> None:
         """Raises :class:`UserError` if the test split has training images, of which students would know the answers."""
-        if data.test_share is not None or not (shared := shared_file(self.train, self.test)):
+        if data.test_share is not None or not shared_file(self.train, self.test):
             return
         names = self.train.class_names
         if all(name.lower() in SPLIT_NAMES for name in names):
@@ -67,11 +78,7 @@ class Data:
                     f"data.test_split={names[0]}"
                 )
             raise UserError(f"{found} in '{data.path}' hold images without classes; sort them into one folder per class")
-        raise UserError(
-            f"the test split of '{data.place('test')[0]}' holds the training images ('{shared}'), so accuracies on "
-            "it would mean nothing; put images that are not trained on into a folder of their own (train/ and test/ side "
-            "by side), name them with data.test_path, or set a share of all images apart, as in data.test_share=0.2"
-        )
+        check_apart(self.train, self.test, data.place("test")[0], "test")
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def check_alike(alike: str | None, noted: Artifact, unit: str, entry: dict[str, 
         noted.forget(f"{unit}.json")
         raise UserError(
             f"unit {unit} was made on {mine}, the pool's other images on {alike}: they would differ in their last bits; "
-            "use one kind of node, or allow it with pool.mix_hardware=true"
+            f"use {alike}, or allow both with pool.mix_hardware=true, or delete '{noted.address}' to make all of it anew"
         )
     return mine
 
@@ -54,9 +55,9 @@ def commit_noted(context: Context, noted: Stage, source: ImagePool, derived: Seq
         artifact, [unit for unit in source.units if unit in wanted_units], stored=noted is not source or source.keeps
     )
     alike = kind_of(storage, source) if noted is source else None
+    if alike == "" and notes:  # nothing is committed yet: the kind that made most
+        alike = Counter(kind(note["hardware"]) for note in notes.values()).most_common(1)[0][0]
     for unit, note in list(notes.items()):
-        if alike == "":
-            alike = kind(note["hardware"])
         if alike not in (None, kind(note["hardware"])):
             artifact.forget(f"{unit}.json")
             del notes[unit]

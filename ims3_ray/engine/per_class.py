@@ -10,13 +10,14 @@ from typing import Any
 
 import ray
 
-from ims3_ray.cluster.capacity import wait_for_capacity
-from ims3_ray.cluster.joining import placed, results
+from ims3_ray.cluster.capacity import CapacityWatch, wait_for_capacity
+from ims3_ray.cluster.joining import placed
 from ims3_ray.config import reserved
 from ims3_ray.engine.shards import read_notes
 from ims3_ray.engine.stage import Context, Stage
+from ims3_ray.engine.tasks import awaited, ended_if_damaged, result_of
 from ims3_ray.engine.unfinished import Shares, Unfinished
-from ims3_ray.errors import Damaged, IncompletePool, UserError
+from ims3_ray.errors import Damaged
 from ims3_ray.progress import Progress
 
 CLASSES_PER_TASK = 50
@@ -24,15 +25,22 @@ CLASSES_PER_TASK = 50
 task."""
 
 
-def map_classes(function: Any, shared: Any, classes: Sequence[Any], **resources: Any) -> list[Any]:
-    """The results of ``function(shared, classes)``. If there are many classes or ``resources`` are given, Ray tasks process
-    some classes each."""
-    if len(classes) <= CLASSES_PER_TASK and not resources:
+def map_classes(
+    context: Context, title: str, function: Any, shared: Any, classes: Sequence[Any], on_pool: bool = False
+) -> list[Any]:  # fmt: skip
+    """The results of ``function(shared, classes)``. If there are many classes, Ray tasks of one CPU process some classes each;
+    with ``on_pool`` the tasks have the resources and the nodes of the pool's actors. ``title`` is that of the stage."""
+    if len(classes) <= CLASSES_PER_TASK and not on_pool:
         return list(function(shared, classes))
-    task = ray.remote(function).options(max_retries=3, **resources)
-    shared_ref = ray.put(shared)
+    cluster, actors, options = context.config.cluster, context.config.actors, dict[str, Any]()
+    if on_pool:
+        options = {"num_cpus": actors.cpus, "num_gpus": actors.gpus, **placed(cluster, "pool")}
+        watch = wait_for_capacity(cluster, "pool", title, [actors.resources])
+    else:
+        watch = CapacityWatch(cluster, None, title, [{"CPU": 1.0}])
+    task, shared_ref = ray.remote(function).options(max_retries=3, **options), ray.put(shared)
     parts = [classes[start : start + CLASSES_PER_TASK] for start in range(0, len(classes), CLASSES_PER_TASK)]
-    return [row for rows in results([task.remote(shared_ref, part) for part in parts]) for row in rows]
+    return [row for rows in awaited([task.remote(shared_ref, part) for part in parts], title, watch) for row in rows]
 
 
 Make = Callable[[Any, Sequence[tuple[str, Any]]], None]
@@ -82,10 +90,9 @@ def each_unit_of(
     left = {work: sum(each.work is work for each in waiting) for work in works}
     seconds = dict.fromkeys(works, 0.0)
     watch = wait_for_capacity(cluster, "pool", title, [reserved(actors.cpus, gpus)] * min(actors.count, len(waiting)))
-    shares = _shares(title, waiting, what)
-    with shares.progress:
+    shares, running = _shares(title, waiting, what), dict[Any, tuple[_Task, float]]()
+    with shares.progress, ended_if_damaged(running):
         yield from (_completed(context, work, 0.0) for work in works if not left[work])
-        running: dict[Any, tuple[_Task, float]] = {}
         while waiting or running:
             while waiting and len(running) < actors.count:
                 started = waiting.pop(0)
@@ -93,7 +100,7 @@ def each_unit_of(
             begun = [unit for each, _ in running.values() for unit in each.units]
             done = watch.first_done(list(running), partial(shares.look, begun) if saves else None)
             ended, since = running.pop(done)
-            _raise_failure(done, ended.work.stage.title)
+            result_of(done, ended.work.stage.title)
             shares.finish(ended.units)
             seconds[ended.work] += time.monotonic() - since
             left[ended.work] -= 1
@@ -132,20 +139,6 @@ def _shares(title: str, tasks: Sequence[_Task], what: str) -> Shares:
         return Shares(Progress(title, len(units), what))
     weights = {artifact: 100 * flops / total for artifact, flops in units}
     return Shares(Progress(title, 100, "%"), lambda unit: weights[unit.artifact])
-
-
-def _raise_failure(task: Any, title: str) -> None:
-    """Raise the error of a task that has ended, if any, with the title of its stage."""
-    try:
-        results(task)
-    except Damaged:
-        raise
-    except UserError as error:
-        raise UserError(f"{title}: {error}") from error
-    except ray.exceptions.RayError as error:  # also one that says that the process or its node has died
-        cause = getattr(error, "cause", None) or error
-        reason = str(cause).strip().splitlines()[-1]
-        raise IncompletePool(f"{title}: {type(cause).__name__}: {reason}; run the same command again to continue") from error
 
 
 def _completed(context: Context, work: Work, seconds: float) -> tuple[Work, Entries, float]:

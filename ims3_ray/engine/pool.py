@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -33,8 +33,19 @@ class ClassUnits:
     count: int
 
 
+@dataclass(eq=False)
 class OnActors(Stage):
-    """Base of the stages that run on the actor pool."""
+    """Base of the stages that run on the actor pool. A unit belongs to one class, whose label its name holds."""
+
+    _grouped: tuple[tuple[str, ...], dict[int, list[str]]] = field(default=((), {}), init=False, repr=False)
+    """The units, and those of each label."""
+
+    @property
+    def by_label(self) -> dict[int, list[str]]:
+        """Label → its units, in their order. They are grouped once: there may be a million."""
+        if self._grouped[0] is not self.units:
+            self._grouped = self.units, by_class(self.units)
+        return self._grouped[1]
 
     def worker(self, config: WorkConfig) -> Worker:
         actors = config.actors
@@ -76,7 +87,7 @@ class ImagePool(OnActors):
         """device → producer of the images: the function with which each actor builds its own producer."""
 
     def units_of_class(self, position: int) -> list[str]:
-        return by_class(self.units)[self.labels[position]]
+        return self.by_label[self.labels[position]]
 
     @property
     def described(self) -> str:
@@ -103,7 +114,7 @@ class ImagePool(OnActors):
 
     def class_units(self, storage: Storage, at_most: int | None = None) -> list[ClassUnits]:
         """The units of every class, in order. At most the first ``at_most`` images of each class are counted."""
-        counts, units, found = self.counts(storage), by_class(self.units), []
+        counts, units, found = self.counts(storage), self.by_label, []
         for label in self.labels:
             first, total = {}, 0
             for unit in units[label]:
@@ -126,7 +137,7 @@ class DerivedStage(OnActors):
         return cast(ImagePool, self.inputs["images"])
 
     def units_of_class(self, position: int) -> list[str]:
-        return by_class(self.units)[self.source.labels[position]]
+        return self.by_label[self.source.labels[position]]
 
     @property
     def batch(self) -> Hashable:
@@ -207,12 +218,13 @@ def run_tasks(context: Context, tasks: Sequence[Task]) -> None:
     title = title_of(task.stage.title for task in tasks)
     total = sum(each * len(task.units) for each, task in zip(per_unit, tasks, strict=True))
     workers = [config.actors.resources] * min(config.actors.count, len(pending))
-    price = pool_price(config.actors, config.cluster)
+    price, unit_s = pool_price(config.actors, config.cluster), max(_unit_seconds(context, task) for task in tasks)
     wait_for_capacity(config.cluster, "pool", title, workers)
     with Progress(title, round(total), "images", price=price) as progress:
         for _ in range(config.actors.max_attempts):
             failed = [{} for _ in tasks]
-            for number, unit, entry in run_units(pending, works, config.actors, config.cluster) if pending else []:
+            made = run_units(pending, works, config.actors, config.cluster, unit_s=unit_s) if pending else []
+            for number, unit, entry in made:
                 if "error" in entry:
                     failed[number][unit] = entry["error"]
                     continue
@@ -223,6 +235,13 @@ def run_tasks(context: Context, tasks: Sequence[Task]) -> None:
     _commit(context, tasks, works, done, failed, progress.seconds)
     if missing := [_what_is_missing(context, t, errors) for t, errors in zip(tasks, failed, strict=True) if errors]:
         raise IncompletePool(f"{'; '.join(missing)}; the same command tries again")
+
+
+def _unit_seconds(context: Context, task: Task) -> float:
+    """Seconds that a unit of ``task`` is expected to take on an actor."""
+    stages: list[Stage] = [*([task.source] if task.source else []), *task.derived]
+    rate = task.stage.worker(context.config).flop_rate(context.config.cluster)
+    return sum(stage.flops / rate / len(stage.units) for stage in stages)
 
 
 def _work(context: Context, task: Task) -> Work:

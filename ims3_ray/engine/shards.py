@@ -60,6 +60,13 @@ def read_notes(
     return found
 
 
+def made_meanwhile(artifact: Artifact, unit: str) -> dict[str, Any] | None:
+    """The entry of a unit that another job has made since this process last looked, if it has: what is made twice may differ in
+    its last bits, and others may have used the first already."""
+    artifact.look_again()
+    return artifact.units.get(unit) or read_notes(artifact, [unit]).get(unit)
+
+
 def unit_name(label: int, number: int) -> str:
     """Name of unit ``number`` of the class ``label`` (the generator's label for candidates, the source's for real images)."""
     return f"c{label:04d}-u{number:05d}"

@@ -115,6 +115,15 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in HIDDEN
 
 
+def check_name(name: str, folder: str) -> str:
+    """``name``. Raises :class:`UserError` for the name of a file or folder that is not UTF-8, as old archives have some."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the name {os.fsencode(name)!r} in '{folder}' is not UTF-8; rename it, as `convmv` does") from error
+    return name
+
+
 def natural(path: str) -> tuple[str, str]:
     """Sort key of a path, by its parts. Numbers in names are compared as numbers, so that ``unit-10`` follows ``unit-9``."""
     # "\0" ends a part and "\1" begins a number. Both precede all other characters, so a shorter text precedes a longer one.
@@ -186,7 +195,8 @@ class Place:
         this ``ending``."""
         if isinstance(self.filesystem, fs.LocalFileSystem):
             with os.scandir(self.path) as entries:
-                paths = [entry.path for entry in entries if entry.name.endswith(ending) or entry.is_dir()]
+                names = [entry.name for entry in entries if entry.name.endswith(ending) or entry.is_dir()]
+            paths = [f"{self.path.rstrip('/')}/{check_name(name, self.path)}" for name in names]
             found = self.filesystem.get_file_info(paths)
         else:
             infos = self.filesystem.get_file_info(fs.FileSelector(self.path))

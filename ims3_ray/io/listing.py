@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import compute, fs
 
-from ims3_ray.io.files import Place, is_hidden, natural, remote_files
+from ims3_ray.io.files import Place, check_name, is_hidden, natural, remote_files
 
 AT_A_TIME = 2**16
 """Number of names that are Python strings at the same time while a list is read from its columns."""
@@ -117,7 +117,7 @@ def files_below(folder: Place) -> list[tuple[str, int]]:
 def _local_files(folder: str, within: str) -> Iterator[tuple[str, int]]:
     """Path below the top folder, and size, of every file in ``folder``, which is ``within`` the top folder, and below it."""
     with os.scandir(folder) as entries:
-        seen = [entry for entry in entries if not is_hidden(entry.name)]
+        seen = [entry for entry in entries if not is_hidden(check_name(entry.name, folder))]
     yield from chain.from_iterable(
         _local_files(entry.path, f"{within}{entry.name}/") for entry in seen if entry.is_dir(follow_symlinks=False)
     )

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pyarrow import fs
 
@@ -89,13 +89,19 @@ class Storage:
         return f"{self.uri.rstrip('/')}/{path}"
 
     def exists(self, path: str) -> bool:
-        return self.filesystem.get_file_info(self.on_filesystem(path)).type == fs.FileType.File
+        return self._type(path) == fs.FileType.File
 
     def is_folder(self, path: str) -> bool:
-        return self.filesystem.get_file_info(self.on_filesystem(path)).type == fs.FileType.Directory
+        return self._type(path) == fs.FileType.Directory
+
+    def _type(self, path: str) -> fs.FileType:
+        with self._naming(path, "read"):
+            return self.filesystem.get_file_info(self.on_filesystem(path)).type
 
     def read(self, path: str) -> bytes:
-        with self.filesystem.open_input_stream(self.on_filesystem(path), compression=None) as stream:
+        """The content of a file. Raises ``FileNotFoundError`` if there is none, and :class:`UserError` if it cannot be read."""
+        place = self.on_filesystem(path)
+        with self._naming(path, "read"), self.filesystem.open_input_stream(place, compression=None) as stream:
             return bytes(stream.read())
 
     def write(self, path: str, data: bytes) -> None:
@@ -120,19 +126,24 @@ class Storage:
             self.filesystem.create_dir(self.on_filesystem(folder), recursive=True)
 
     @contextmanager
-    def _naming(self, path: str) -> Iterator[None]:
-        """Turn a failure to write ``path`` into a :class:`UserError` with the reason."""
+    def _naming(self, path: str, verb: Literal["read", "write"] = "write") -> Iterator[None]:
+        """Turn a failure to read or write ``path`` into a :class:`UserError` with the reason. That a file is not there is no
+        failure to read it."""
         try:
             yield
         except OSError as error:
+            if verb == "read" and isinstance(error, FileNotFoundError):
+                raise
             reason = error.strerror or str(error).splitlines()[0]
-            raise UserError(f"cannot write {self.address(path)}: {reason}; check storage and its free space") from error
+            check = "check storage and its free space" if verb == "write" else "check storage and the credentials for it"
+            raise UserError(f"cannot {verb} {self.address(path)}: {reason}; {check}") from error
 
     def files(self, folder: str, recursive: bool = False) -> dict[str, fs.FileInfo]:
         """Path within ``folder`` → size and time of each file directly in it, or of each file below it if ``recursive`` is set;
         empty if there is no such folder."""
         place = self.on_filesystem(folder)
-        found = self.filesystem.get_file_info(fs.FileSelector(place, allow_not_found=True, recursive=recursive))
+        with self._naming(folder, "read"):
+            found = self.filesystem.get_file_info(fs.FileSelector(place, allow_not_found=True, recursive=recursive))
         files = [f for f in found if f.type == fs.FileType.File and not f.base_name.endswith(PASSING)]
         return {f.path[len(place) :].lstrip("/") if recursive else f.base_name: f for f in files}
 
@@ -143,7 +154,8 @@ class Storage:
     def folders(self, folder: str) -> list[str]:
         """Names of the folders directly in ``folder``, in natural order; empty if there is no such folder."""
         selector = fs.FileSelector(self.on_filesystem(folder), allow_not_found=True)
-        found = self.filesystem.get_file_info(selector)
+        with self._naming(folder, "read"):
+            found = self.filesystem.get_file_info(selector)
         return sorted((f.base_name for f in found if f.type == fs.FileType.Directory), key=natural)
 
     def read_json(self, path: str) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,6 +17,7 @@ from ims3_ray.plan.arms import set_of
 from ims3_ray.plan.layout import Config, Plan, Scored
 from ims3_ray.plan.precision import decided
 from ims3_ray.plan.sweep import SweepPlan, make_sweep
+from ims3_ray.plan.titles import distinguish
 from ims3_ray.stages.evaluate import plan_rows
 from ims3_ray.stages.export import Export
 from ims3_ray.stages.given import ReadGiven
@@ -38,7 +40,7 @@ def make_plan(config: RunConfig) -> Plan[RunConfig]:
         export = Export.plan(planner, sets[config.export].images, config.of_arm(config.export), config.export)
     elif config.export is not None:
         export = Export.plan_best(planner, sets, config)
-    return Plan(config, planner.classes, arranged(planner.stages), sets, export, planner.data.fingerprints)
+    return Plan(config, planner.classes, _ordered(planner.stages), sets, export, planner.data.fingerprints)
 
 
 def make_comparison(config: CompareConfig) -> Plan[CompareConfig]:
@@ -54,7 +56,7 @@ def make_comparison(config: CompareConfig) -> Plan[CompareConfig]:
                 which = f" K={k}" + (f" draw={draw}" if len(config.draws) > 1 else "")
                 sets[name + which] = _scored(planner, config.at(k, draw), name, which)
     _plan_beside(planner, config, sets)
-    return Plan(config, planner.classes, arranged(planner.stages), sets, fingerprints=planner.data.fingerprints)
+    return Plan(config, planner.classes, _ordered(planner.stages), sets, fingerprints=planner.data.fingerprints)
 
 
 def make_evaluation(config: EvaluateConfig) -> Plan[EvaluateConfig]:
@@ -66,7 +68,14 @@ def make_evaluation(config: EvaluateConfig) -> Plan[EvaluateConfig]:
     for title, path in config.sets.items():
         images = ReadGiven.plan(planner, title, path, config.data)
         sets[title] = Scored(title, 0, images, dict(plan_rows(planner, title, images, images.most)))
-    return Plan(config, planner.classes, arranged(planner.stages), sets, fingerprints=planner.data.fingerprints)
+    return Plan(config, planner.classes, _ordered(planner.stages), sets, fingerprints=planner.data.fingerprints)
+
+
+def _ordered(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages in the order in which they run, under different titles."""
+    found = arranged(stages)
+    distinguish(found)
+    return found
 
 
 def _check_arms(config: RunConfig) -> None:

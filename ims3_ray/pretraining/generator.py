@@ -16,6 +16,7 @@ from ims3_ray.models.autoencoder import KIND, Autoencoder, decoding_flops, empty
 from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.models.generators.dit import DiTGenerator
 from ims3_ray.models.student_costs import forward_flops
+from ims3_ray.models.students import check_student
 from ims3_ray.plan.estimate import scaled
 from ims3_ray.pretraining.base import Loop, Target
 from ims3_ray.pretraining.quality import Quality, Splits, judge_generator
@@ -45,6 +46,18 @@ class GeneratorTarget(Target):
                 raise UserError(
                     "quality.sampling.clip=true clamps pixels and would spoil latents; set quality.sampling.clip=false"
                 )
+        if (judge := self.config.quality.judge) is not None:
+            if judge.labels != "hard" or judge.normalise == "real":
+                raise UserError(
+                    f"quality.judge has labels={judge.labels} and normalise={judge.normalise}, but it learns from real images "
+                    "alone; set labels=hard and normalise=set"
+                )
+            size, name = judge.size or data.size, judge.students[0]
+            try:
+                check_student(name, data.channels, size, self.classes, judge.norm, judge.width)
+            except (ValueError, RuntimeError, AssertionError) as error:  # raised by networks for images that are too small
+                reason = str(error).splitlines()[0]
+                raise UserError(f"quality.judge: {name} cannot take these images ({reason}); choose another") from error
         try:
             _ = self._shape
         except ValidationError as error:
@@ -91,7 +104,8 @@ class GeneratorTarget(Target):
         data, q = self.config.data, self.config.quality
         if q.judge is None:
             return 0.0
-        forward = forward_flops(q.judge.students[0], data.channels, data.size, self.classes, q.judge.norm, q.judge.width)
+        size = q.judge.size or data.size
+        forward = forward_flops(q.judge.students[0], data.channels, size, self.classes, q.judge.norm, q.judge.width)
         epochs = for_ipc(q.judge.epochs, -(-self.images // self.classes))
         sample = forward + sampling_flops(DiTGenerator.of_shape(self._shape), q.sampling)
         if self._autoencoder is not None:

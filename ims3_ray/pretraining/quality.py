@@ -78,7 +78,7 @@ def judge_generator(
     tested = resident(test[0], size, q.judge.test_crop), test[1]
     student, accuracy = train_student(judge, train, tested, len(names), q.judge, 0, device=device)
     agreed = [
-        accuracy_of(student, (of_class, torch.full((len(of_class),), label)), len(names), device)
+        accuracy_of(student, (resident(of_class, size), torch.full((len(of_class),), label)), len(names), device)
         for label, of_class in enumerate(samples)
     ]
     s, agreement = q.sampling, sum(agreed) / len(agreed)

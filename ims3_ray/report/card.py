@@ -59,7 +59,9 @@ def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> st
     names = ", ".join(map(plain, classes.names))
     shown = without_places({key: value for key, value in canonical(config).items() if key not in PRIVATE})
     name = last_part(config.data.path)
-    title, count = f"{name}, distilled: {k} images a class", k * len(classes.names)
+    count = int(arm["images"])
+    most = -(-count // len(classes.names))
+    title = f"{name}, distilled: {k} images a class" if most == k else f"{name}: {count} images"
     header = {
         "pretty_name": title,
         # The datasets library caches by folder and config name, and every set lies in a folder called "distilled".

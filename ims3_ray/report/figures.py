@@ -68,7 +68,8 @@ def curve_chart(
                 low, high = zip(*((y - std, y + std) for y, std in zip(ys, band, strict=True)), strict=True)
                 axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.set_xlabel(across)
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        handles = axes.lines  # named explicitly: Matplotlib leaves out names that begin with "_"
+        axes.legend(handles, list(lines), loc="center left", bbox_to_anchor=(1.0, 0.5))
         return _svg(figure, about)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -63,9 +64,11 @@ def curves(
     with rc_context(STYLE):
         figure = new_figure(4.2, 2.8)
         axes = figure.subplots()
-        for number, (name, means, deviations) in enumerate(lines):
+        handles: list[Any] = []
+        for number, (_, means, deviations) in enumerate(lines):
             style = DASHES[number % len(DASHES)]
-            (line,) = axes.plot(range(len(places)), means, marker="o", label=name, linestyle=style)
+            (line,) = axes.plot(range(len(places)), means, marker="o", linestyle=style)
+            handles.append(line)
             low, high = zip(*((m - d, m + d) for m, d in zip(means, deviations, strict=True)), strict=True)
             axes.fill_between(range(len(places)), low, high, alpha=0.15, color=line.get_color())
         if best is not None:
@@ -73,7 +76,7 @@ def curves(
         axes.set_xticks(range(len(places)), places)
         axes.set_xlabel(x_title)
         axes.set_ylabel(y_title)
-        axes.legend(frameon=False)
+        axes.legend(handles, [name for name, *_ in lines], frameon=False)  # also names that begin with "_"
         return _saved(figure)
 
 
@@ -105,14 +108,15 @@ def maps(
         grid = figure.subplots(down, across, squeeze=False)
         for axes in grid.flat:
             axes.set_axis_off()
+        handles: dict[str, Any] = {}
         for axes, (title, of_class) in zip(grid.flat, panels.items(), strict=False):
             axes.scatter(*zip(*background, strict=True), s=3, color="#d0d0d0", linewidths=0, rasterized=True)
             for position, points in of_class.items():
                 marker = MARKERS[position % len(MARKERS)]
-                axes.scatter(*zip(*points, strict=True), s=14, marker=marker, label=classes[position], linewidths=0)
+                points_drawn = axes.scatter(*zip(*points, strict=True), s=14, marker=marker, linewidths=0)
+                handles.setdefault(classes[position], points_drawn)
             axes.set_title(title)
-        handles, labels = grid.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7)
+        figure.legend(list(handles.values()), list(handles), loc="outside right upper", frameon=False, fontsize=7)
         return _saved(figure)
 
 

@@ -23,7 +23,7 @@ from ims3_ray.report.html import CONFUSED_CLASSES, SHEET_CLASSES, Table, render_
 from ims3_ray.report.results import KINDS, Results
 from ims3_ray.stages.evaluate import confusion
 from ims3_ray.stages.export import unpack
-from ims3_ray.tracking import DistilledSet, Tracker, slug, table_of
+from ims3_ray.tracking import DistilledSet, Tracker, slugs, table_of
 
 SHEET_IMAGES = 10
 """Number of images per class on a contact sheet. A comparison shows the sets whose images per class are closest to this number;
@@ -163,9 +163,10 @@ def _tell_losses(plan: Plan[Config], storage: Storage, tracker: Tracker) -> None
 def _accuracies(plan: Plan[Config], results: Results) -> dict[tuple[int, str], list[float]]:
     """(Images per class, ``accuracy/ROW/ARM``) → mean accuracy of the last epoch, in per cent, of each draw's set."""
     found: dict[tuple[int, str], list[float]] = {}
+    named = dict(zip(plan.sets, slugs(list(plan.sets)), strict=True))
     for key, scored in plan.sets.items():
         for row, values in results["sets"][key]["rows"].items():
-            metric = f"accuracy/{row.replace('/', '_')}/{scored.arm or slug(key)}"
+            metric = f"accuracy/{row.replace('/', '_')}/{scored.arm or named[key]}"
             found.setdefault((scored.ipc, metric), []).append(values["last"]["mean"])
     return found
 

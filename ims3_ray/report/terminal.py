@@ -83,7 +83,7 @@ def print_sweep(result: RunResult, console: Console | None = None) -> None:
     console.print(found["metric"], soft_wrap=True)
     if best := found["best"]:
         rows = [
-            f"{row}: held-out {summary_text(v.get('held_out'))}, test {summary_text(v['last'])}"
+            f"{row}: held-out {accuracy_text(v.get('held_out'))}, test {accuracy_text(v['last'])}"
             for row, v in best["rows"].items()
         ]
         console.print("; ".join([f"best: {title_of(best['settings'])}", *rows]), soft_wrap=True)

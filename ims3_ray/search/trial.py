@@ -74,6 +74,10 @@ class TrialBoard:
             self.makers[key] = (self.started, self.start())
         return self.makers[key]
 
+    def made(self, key: str) -> None:
+        """Let go of the actor that has made the stage with this key: it ends when no trial waits for it any more."""
+        self.makers.pop(key, None)
+
     def report(self, line: str) -> None:
         self.lines.append(line)
 
@@ -116,6 +120,7 @@ class TrialActor:
             dead, maker = ray.get(self.board.maker.remote(key, dead))
             try:
                 results(maker.make.remote(settings, draw, key))
+                self.board.made.remote(key)
                 stage.look_again(self.storage)
                 return
             except ray.exceptions.ActorDiedError:

@@ -65,11 +65,18 @@ class Adapters:
 
     def commit(self, group: int, outcome: dict[str, Any], images: int, seconds: float) -> None:
         """Write what :func:`~ims3_ray.stages.finetune_worker.finetune_loop` returned, commit the group and delete its
-        checkpoints."""
+        checkpoints. A group that another job has committed meanwhile stays as it is."""
+        if self.made_meanwhile(group):
+            return
         digest = self.artifact.write(f"adapter-{group}.safetensors", outcome["adapter"])
         self.artifact.write(f"losses-{group}.json", json.dumps(outcome["history"]).encode())
         commit_units(self.artifact, {group_unit(group): {"sha256": digest, "images": images}}, seconds)
         self.artifact.storage.delete(f"{self.artifact.folder}/{group_checkpoints(group)}")
+
+    def made_meanwhile(self, group: int) -> bool:
+        """Whether another job has committed the group since this process last looked."""
+        self.artifact.look_again()
+        return group_unit(group) in self.artifact.units
 
     def merge(self, group: int, generator: Generator, network: nn.Module) -> None:
         """Merge a group's adapter into the pretrained ``network``."""

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from ims3_ray import plugins
-from ims3_ray.cluster.joining import own_device, placed, results
+from ims3_ray.cluster.capacity import wait_for_capacity
+from ims3_ray.cluster.joining import own_device, placed
 from ims3_ray.config import AdoptConfig, RunConfig, differing
 from ims3_ray.data.transforms import to_signed
 from ims3_ray.engine.images import ImageStore
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.shards import parse_unit
 from ims3_ray.engine.stage import Context, Stage
+from ims3_ray.engine.tasks import awaited
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage, as_json
@@ -124,7 +126,9 @@ class Adopt(Tuning):
             max_retries=3, num_cpus=actors.cpus, num_gpus=actors.gpus, **placed(context.config.cluster, "pool")
         )
         where = encode.store(context.storage)
-        found: dict[str, str] = results(task.remote(self.weights["encoder"], where, wanted, list(known)))
+        watch = wait_for_capacity(context.config.cluster, "pool", self.title, [actors.resources])
+        found: dict[str, str]
+        (found,) = awaited([task.remote(self.weights["encoder"], where, wanted, list(known))], self.title, watch)
         return found
 
 

@@ -82,8 +82,8 @@ class Embed(DerivedStage):
     """For the samples of a generator: the features of real images, with which they are compared."""
     names: tuple[str, ...] = ()
     """Names of the classes."""
-    draw: str = ""
-    """The seed of the run, as text, where a plan has several."""
+    by: str = ""
+    """The encoder, as text, where a plan has several."""
 
     @classmethod
     def plan(cls, planner: Planner, images: ImagePool, config: RunConfig, asked_by: str = "") -> Embed:
@@ -101,20 +101,19 @@ class Embed(DerivedStage):
             # The first samples are compared with real images before the others are made.
             images.after = tuple(dict.fromkeys([*images.after, *phi.inputs.values(), real]))
         by = "" if config.encoder == getattr(planner.work, "encoder", config.encoder) else f" by {config.encoder}"
-        draw = f", seed {config.seed}" if len(getattr(planner.work, "draws", ())) > 1 else ""
         flops, dim = embedding_cost(phi.shape.model_dump_json(), config.data.size)
         return planner.add(
             cls(
                 f"embed {images.described}{by}", params, {"images": images, **phi.inputs}, units=images.units,
                 images=images.images, flops=images.images * flops, label=images.label, weights=phi.weights,
-                stored=images.images * 4.0 * dim, config=config, real=real, names=planner.classes.names, draw=draw,
+                stored=images.images * 4.0 * dim, config=config, real=real, names=planner.classes.names, by=by,
             )
         )  # fmt: skip
 
     @property
     def seen(self) -> str:
-        """What φ looks at: the pool and, where a plan has several, φ and the seed."""
-        return self.source.title + self.title.removeprefix(f"embed {self.source.described}") + self.draw
+        """What φ looks at: the pool and, where a plan has several, φ."""
+        return self.source.title + self.by
 
     def recognition(self, storage: Storage) -> Recognition | None:
         """How many of the first samples φ recognises; None for real images."""

@@ -20,7 +20,7 @@ from ims3_ray.data.transforms import Filter, is_transparent, to_pixels
 from ims3_ray.engine.images import ImageStore, Produced, Producer
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.pool import ImagePool
-from ims3_ray.engine.shards import parse_unit, units_of
+from ims3_ray.engine.shards import by_class, parse_unit, units_of
 from ims3_ray.engine.stage import Context
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
@@ -51,10 +51,10 @@ class Encode(ImagePool):
         units: list[str] = []
         images = 0
         labels = tuple(map(source.class_names.index, planner.classes.names))
+        counts = np.bincount(source.labels, minlength=len(source.class_names))
         for label in labels:
-            count = int((source.labels == label).sum())
-            images += count
-            units += units_of(label, count, data.unit_size)
+            images += int(counts[label])
+            units += units_of(label, int(counts[label]), data.unit_size)
         params = {
             **planner.data.params(split), "split": data.place(split)[1], "size": data.size, "channels": data.channels,
             "unit_size": data.unit_size, **({} if filter == "area" else {"filter": filter}), **data.background_params,
@@ -124,11 +124,13 @@ class Encode(ImagePool):
 def decoded_indices(encode: Encode, storage: Storage) -> dict[int, list[int]]:
     """Source label of each class → the positions in the source of its images that could be decoded, in their order."""
     source = encode.opened
-    entries = (encode.manifest(storage) or {})["units"]
-    broken = [line for unit in encode.units for line in entries[unit]["broken"]]  # "name: reason"
+    entries, units = (encode.manifest(storage) or {})["units"], by_class(encode.units)
 
     def decoded(label: int) -> list[int]:
         mine = np.flatnonzero(source.labels == label).tolist()
+        broken = [line for unit in units[label] for line in entries[unit]["broken"]]  # "name: reason"
+        if not broken:
+            return mine
         return [index for index in mine if not any(line.startswith(f"{source.identify(index)}: ") for line in broken)]
 
     return {label: decoded(label) for label in encode.labels}

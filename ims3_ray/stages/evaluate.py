@@ -21,6 +21,7 @@ from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.sets import RealSplit
 from ims3_ray.engine.shards import commit_units, read_notes
 from ims3_ray.engine.stage import Context, Stage, Worker
+from ims3_ray.engine.tasks import ended_if_damaged, reason
 from ims3_ray.engine.unfinished import Shares, Unfinished
 from ims3_ray.errors import Damaged, IncompletePool, UserError
 from ims3_ray.io.artifacts import Artifact
@@ -192,7 +193,7 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
     running: dict[Any, tuple[_Student, float]] = {}
     """Reference of a task → its student, and the memory in bytes that it reserves."""
     cancelled, failed = set[Any](), list[str]()
-    with Progress("evaluate", len(waiting), "students") as progress:
+    with Progress("evaluate", len(waiting), "students") as progress, ended_if_damaged(running):
         shares = Shares(progress)
 
         def meanwhile() -> None:
@@ -223,7 +224,7 @@ def train_students(context: Context, stages: Sequence[Evaluate]) -> None:
                 if ref in cancelled:
                     waiting.insert(0, ended)
                     continue
-                failed.append(f"{stage.title}, {unit}: {str(error).strip().splitlines()[-1]}")
+                failed.append(f"{stage.title}, {unit}: {reason(error)}")
                 continue
             context.spend(stage, outcome["seconds"])
             commit_units(ended.artifact, {unit: outcome}, outcome["seconds"])

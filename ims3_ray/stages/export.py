@@ -205,14 +205,24 @@ def _held_out_accuracy(row: Stage, storage: Storage) -> float | None:
 
 
 def unpack(context: Context, export: Stage, folder: str) -> None:
-    """Write the exported set to ``folder`` of the storage, as ``data/*.parquet`` and as one folder of images per class."""
-    artifact = export.artifact(context.storage)
+    """Write the exported set to ``folder`` of the storage, as ``data/*.parquet`` and as one folder of images per class. What an
+    earlier set has left there, which may have had other classes, is deleted."""
+    artifact, storage, classes = export.artifact(context.storage), context.storage, set[str]()
+    written = {f"data/{unit}.parquet" for unit in export.units}
 
     def write(image: dict[str, Any]) -> None:
-        context.storage.write(f"{folder}/images/{image['path']}", image["bytes"])
+        storage.write(f"{folder}/images/{image['path']}", image["bytes"])
+        written.add(f"images/{image['path']}")
+        classes.add(image["path"].partition("/")[0])
 
     for unit in export.units:
         parquet = artifact.read(f"{unit}.parquet")
         for batch in pq.ParquetFile(io.BytesIO(parquet)).iter_batches(ROW_GROUP, columns=["image"]):
             concurrently(write, batch.column("image").to_pylist())
-        context.storage.write(f"{folder}/data/{unit}.parquet", parquet)
+        storage.write(f"{folder}/data/{unit}.parquet", parquet)
+    for name in set(storage.folders(f"{folder}/images")) - classes:
+        storage.delete(f"{folder}/images/{name}")
+    for part in ("data", "images"):
+        for name in storage.files(f"{folder}/{part}", recursive=True):
+            if f"{part}/{name}" not in written:
+                storage.delete_file(f"{folder}/{part}/{name}")

@@ -95,7 +95,7 @@ def pick(
     """Decode the images ``indices`` of each class of ``source`` and commit them as a set."""
     began, artifact = time.monotonic(), stage.artifact(context.storage)
     picking = _Picking(data, source, artifact, labels)
-    entries = map_classes(pick_classes, picking, list(zip(stage.units, indices, strict=True)))
+    entries = map_classes(context, stage.title, pick_classes, picking, list(zip(stage.units, indices, strict=True)))
     commit_set(artifact, dict(zip(stage.units, entries, strict=True)), time.monotonic() - began)
 
 

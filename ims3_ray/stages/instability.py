@@ -12,7 +12,7 @@ import ray
 import torch
 
 from ims3_ray.cluster.capacity import wait_for_capacity
-from ims3_ray.cluster.joining import own_device, placed, results
+from ims3_ray.cluster.joining import own_device, placed
 from ims3_ray.config import InstabilityConfig, RunConfig, WorkConfig, differing
 from ims3_ray.diffusion.instability import log_instability
 from ims3_ray.diffusion.inversion import invert
@@ -20,6 +20,7 @@ from ims3_ray.diffusion.schedule import spacing_version
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.shards import commit_units, units_of
 from ims3_ray.engine.stage import Context, Stage, Worker
+from ims3_ray.engine.tasks import awaited
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage, as_json
 from ims3_ray.models.generators.base import Generator
@@ -75,7 +76,7 @@ class MeasureInstability(Stage):
                 config, self.run_config.seed, Pretrained.of(tuned, storage), Adapters.of(tuned, storage),
                 encode.store(storage), latents.artifact(storage) if latents else None, classes, actors.threads,
             )  # fmt: skip
-            result = results(watch.first_done([task]))
+            (result,) = awaited([task], self.title, watch)
             progress.done = config.images
         artifact = self.artifact(storage)
         artifact.write(SHARD, as_json(result, self.title))

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ims3_ray.cluster.capacity import wait_for_capacity
-from ims3_ray.cluster.joining import own_device, placed
+from ims3_ray.cluster.joining import own_device
 from ims3_ray.config import RunConfig, WorkConfig
 from ims3_ray.engine.per_class import map_classes
 from ims3_ray.engine.planner import Planner, pixel_bytes
@@ -49,14 +48,12 @@ class Label(Stage):
         return Worker("pool", config.actors.cpus, config.actors.gpus)
 
     def run(self, context: Context) -> None:
-        began, storage, actors, cluster = time.monotonic(), context.storage, context.config.actors, context.config.cluster
+        began, storage, actors = time.monotonic(), context.storage, context.config.actors
         shared = TaskInputs(
             self.inputs["set"].artifact(storage), self.artifact(storage), teacher_of(self, context), context.classes.names,
             actors.threads,
         )  # fmt: skip
-        wait_for_capacity(cluster, "pool", self.title, [actors.resources])
-        options = {"num_cpus": actors.cpus, "num_gpus": actors.gpus, **placed(cluster, "pool")}
-        entries = map_classes(label_classes, shared, list(self.units), **options)
+        entries = map_classes(context, self.title, label_classes, shared, list(self.units), on_pool=True)
         context.spend(self, time.monotonic() - began)
         commit_set(shared.labelled, dict(zip(self.units, entries, strict=True)), time.monotonic() - began)
 

@@ -203,8 +203,8 @@ def table_of(selection: SubgroupSelection) -> dict[str, Any]:
 
 
 def actor_name(key: str, storage: Storage) -> str:
-    """Name of the S3 actor of a selection in the namespace :data:`NAMESPACE`."""
-    return f"s3-{key}-{zlib.crc32(storage.uri.encode()):08x}"
+    """Name of the S3 actor of a selection in the namespace :data:`NAMESPACE`. Each job has its own, which it ends itself."""
+    return f"s3-{key}-{zlib.crc32(storage.uri.encode()):08x}-{ray.get_runtime_context().get_job_id()}"
 
 
 def start_selector(key: str, parts: dict[str, Part], selector: SubgroupSelector) -> Any:

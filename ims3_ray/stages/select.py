@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ims3_ray import plugins
-from ims3_ray.cluster.capacity import Bundle, wait_for_capacity
 from ims3_ray.cluster.hardware import hardware, kind
-from ims3_ray.cluster.joining import own_device, placed, results
+from ims3_ray.cluster.joining import own_device, results
 from ims3_ray.config import ArmConfig, RunConfig, differing
 from ims3_ray.engine.images import ImageStore
 from ims3_ray.engine.noted import kind_of
@@ -248,7 +247,7 @@ def choose_one_by_one(context: Context, stage: Select) -> list[Tensor]:
     )  # fmt: skip
     units = stage.pool.class_units(storage, stage.params["pool"] or None)
     real = cast(Embed, references).source.class_units(storage) if references else [None] * len(units)
-    return map_classes(choose_classes, choice, list(zip(units, real, strict=True)))
+    return map_classes(context, stage.title, choose_classes, choice, list(zip(units, real, strict=True)))
 
 
 # The images
@@ -296,13 +295,7 @@ def commit_chosen(context: Context, stage: Select, chosen: Sequence[Tensor], tab
     """Copy the chosen images of each class into a set and commit it; ``table`` holds the values that led to the choice."""
     storage, pool, actors = context.storage, stage.pool, context.config.actors
     gathering = _Gathering(pool.store(storage), stage.artifact(storage), actors.threads, kind_of(storage, pool))
-    cluster = context.config.cluster
-    resources: dict[str, Any] = {}
-    workers: list[Bundle] = []
-    if gathering.store.form == "latents":
-        resources = {"num_cpus": actors.cpus, "num_gpus": actors.gpus, **placed(cluster, "pool")}
-        workers = [actors.resources]
     classes = list(zip(stage.units, pool.class_units(storage), chosen, strict=True))
-    wait_for_capacity(cluster, "pool", stage.title, workers)
-    made = map_classes(gather_classes, gathering, classes, **resources)
+    decodes = gathering.store.form == "latents"
+    made = map_classes(context, stage.title, gather_classes, gathering, classes, on_pool=decodes)
     commit_set(gathering.selected, dict(zip(stage.units, made, strict=True)), time.monotonic() - began, table=table)

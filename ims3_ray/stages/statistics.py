@@ -43,7 +43,8 @@ class Statistics(Stage):
         count = len(context.classes.names)
         chosen = [count * number // min(count, MOST_CLASSES) for number in range(min(count, MOST_CLASSES))]
         units = [real.units_of_class(position)[0] for position in chosen]
-        moments = torch.stack(map_classes(moments_of, real.store(storage), units)).sum(dim=0)
+        found = map_classes(context, self.title, moments_of, real.store(storage), units)
+        moments = torch.stack(found).sum(dim=0)
         values, total, squares = moments
         mean = total / values
         std = (squares / values - mean.square()).clamp(min=1e-8).sqrt()

@@ -11,7 +11,7 @@ import torch
 from ims3_ray.cluster.joining import own_device
 from ims3_ray.config import ProtocolConfig
 from ims3_ray.engine.sets import RealSplit, held_out, read_set
-from ims3_ray.engine.shards import note, pack_tensors
+from ims3_ray.engine.shards import made_meanwhile, note, pack_tensors
 from ims3_ray.engine.unfinished import Unfinished
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
@@ -46,14 +46,16 @@ def train_and_test(task: StudentTask, seed: int, found: Artifact) -> dict[str, A
     An interrupted training continues from its last saved state. Raises :class:`UserError` for a set without the soft labels
     that the protocol asks for.
     """
+    unit = unit_of(seed)
+    if (made := made_meanwhile(found, unit)) is not None:
+        return made
     torch.set_num_threads(task.threads)
     began, device, train = time.monotonic(), own_device(), read_set(task.images, size=task.protocol.size)
     if task.protocol.labels == "stored" and train.logits is None:
         raise UserError("labels: stored needs a set with soft labels; this one has none (arms.NAME.labels=soft stores them)")
     size, keep = train.pixels.shape[-1], task.protocol.test_crop
     test, val = task.test.read(size, keep), held_out(task.val, task.images, size, keep) if task.val else None
-    classes, unit = len(task.class_names), unit_of(seed)
-    unfinished = Unfinished(found, unit)
+    classes, unfinished = len(task.class_names), Unfinished(found, unit)
     _, accuracy = train_student(
         task.protocol.students[0], train, test, classes, task.protocol, seed, device=device, val=val,
         teacher=load_teacher(task.teacher, task.class_names, device) if task.teacher is not None else None,
@@ -64,6 +66,8 @@ def train_and_test(task: StudentTask, seed: int, found: Artifact) -> dict[str, A
     plain = asdict(replace(accuracy, confusion=torch.empty(0)))
     plain.pop("confusion")
     seconds = time.monotonic() - began
+    if (made := made_meanwhile(found, unit)) is not None:
+        return made
     digest = found.write(f"{unit}.safetensors", pack_tensors(confusion=accuracy.confusion))
     outcome = {**plain, "seconds": seconds, "sha256": digest}
     note(found, unit, outcome)

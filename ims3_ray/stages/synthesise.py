@@ -20,7 +20,7 @@ from ims3_ray.config import ArmConfig, RunConfig, WorkConfig, differing
 from ims3_ray.engine.per_class import Work, each_unit_of, map_classes
 from ims3_ray.engine.planner import Planner, pixel_bytes
 from ims3_ray.engine.sets import EXTRAS, commit_set, write_class
-from ims3_ray.engine.shards import note
+from ims3_ray.engine.shards import made_meanwhile, note
 from ims3_ray.engine.stage import Context, Stage, Worker
 from ims3_ray.engine.unfinished import Unfinished
 from ims3_ray.errors import UserError
@@ -89,7 +89,7 @@ class Synthesise(Stage):
         for work, entries, seconds in each_unit_of(
             context, title, list(works), make_parts, gpus=gpus, what="parts", saves=True
         ):
-            works[work]._finish(entries, work, seconds)
+            works[work]._finish(context, entries, work, seconds)
 
     def _work(self, context: Context) -> Work:
         storage, config, k = context.storage, self.run_config, self.params["k"]
@@ -103,12 +103,13 @@ class Synthesise(Stage):
         parts = named(method.parts(settings, len(context.classes.names), k), self.units, k)
         return Work(self, shared, parts, most_at_once=1, flops_per_unit=self.flops / len(parts))
 
-    def _finish(self, entries: dict[str, dict[str, Any]], work: Work, seconds: float) -> None:
+    def _finish(self, context: Context, entries: dict[str, dict[str, Any]], work: Work, seconds: float) -> None:
         """Collect the parts in one shard per class, and commit the set."""
         if tuple(work.rows) != self.units:
             members = members_of(work.rows, len(self.units))
             source = work.shared.made, {part: entry["sha256"] for part, entry in entries.items()}
-            gathered = map_classes(gather_parts, source, [(unit, members[i]) for i, unit in enumerate(self.units)])
+            wanted = [(unit, members[i]) for i, unit in enumerate(self.units)]
+            gathered = map_classes(context, self.title, gather_parts, source, wanted)
             entries = dict(zip(self.units, gathered, strict=True))
         commit_set(work.shared.made, entries, seconds)
 
@@ -156,11 +157,15 @@ def make_parts(task: TaskInputs, parts: Sequence[tuple[str, Part]]) -> None:
     inputs = task.inputs.on(device)
     inputs["generator"] = PoolDenoiser(task.generator, device) if task.generator is not None else None
     for name, part in parts:
+        if made_meanwhile(task.made, name) is not None:
+            continue
         given = _given(task, part, inputs)
         unfinished = Unfinished(task.made, name)
         tensors = task.method.make(given, unfinished.state(), unfinished.save)
         made = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
         check_made(task.method.name, made, given, len(part), task.inputs.shape)
+        if made_meanwhile(task.made, name) is not None:
+            continue
         note(task.made, name, write_class(task.made, name, made.pop("pixels"), indices=given.indices, **made))
         unfinished.forget()
 

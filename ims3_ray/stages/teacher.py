@@ -12,13 +12,14 @@ import ray
 import torch
 
 from ims3_ray.cluster.capacity import wait_for_capacity
-from ims3_ray.cluster.joining import own_device, placed, results
-from ims3_ray.config import EncoderTraining, WorkConfig, canonical, differing
+from ims3_ray.cluster.joining import own_device, placed
+from ims3_ray.config import EncoderTraining, TrainerConfig, WorkConfig, canonical, differing
 from ims3_ray.data.transforms import to_signed
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.sets import RealSplit
 from ims3_ray.engine.shards import commit_units
 from ims3_ray.engine.stage import Context, Stage, Worker
+from ims3_ray.engine.tasks import awaited
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import Artifact
@@ -34,8 +35,10 @@ from ims3_ray.models.encoder import (
     settings_beside,
 )
 from ims3_ray.models.teacher import TeacherNetwork
+from ims3_ray.progress import Progress
 from ims3_ray.stages.encode import Encode
 from ims3_ray.training.encoder import Images
+from ims3_ray.training.finetuning import Row
 
 SHARD = "teacher.safetensors"
 
@@ -51,7 +54,7 @@ class TrainTeacher(Stage):
         training, data = planner.work.evaluation.teacher.training, planner.work.data
         images, test = Encode.plan(planner, "train", data), Encode.plan(planner, "test", data)
         count, names = images.images * training.epochs, planner.classes.names
-        params = {"training": differing(training), "classes": list(names)}
+        params = {"training": differing(training), "classes": list(names), **_workers(planner.work.evaluation.teacher.trainer)}
         shape = shape_in_training(training, data.channels, len(names))
         flops = 3 * count * embedding_cost(shape.model_dump_json(), data.size)[0]
         return planner.add(cls("train the teacher", params, {"images": images, "test": test}, images=count, flops=flops))
@@ -67,7 +70,7 @@ class TrainTeacher(Stage):
     def run(self, context: Context) -> None:
         """Train, test and commit the teacher; an interrupted training continues from the last epoch."""
         from ims3_ray.engine.loops import encoder_loop  # Ray Train takes a second to import, which students do without
-        from ims3_ray.engine.train import fit
+        from ims3_ray.engine.train import watched_fit
 
         config, storage, artifact = context.config.evaluation.teacher, context.storage, self.artifact(context.storage)
         images = RealSplit.of(cast(Encode, self.inputs["images"]), storage)
@@ -77,22 +80,40 @@ class TrainTeacher(Stage):
             "training": canonical(config.training), "threads": trainer.threads_per_worker, "seed": 0,
             "images": partial(_with_names, images, context.classes.names),
         }  # fmt: skip
-        print(f"{self.title}: {config.training.epochs} epochs of {self.inputs['images'].images} images", flush=True)
         cluster, workers = context.config.cluster, [trainer.worker_resources] * trainer.num_workers
-        wait_for_capacity(cluster, "finetune", self.title, workers, trainer.num_workers)
-        labels = cluster.place.get("finetune")
-        outcome = fit(encoder_loop, arguments, trainer, "teacher", storage.address(checkpoints), labels)
+        watch = wait_for_capacity(cluster, "finetune", self.title, workers, trainer.num_workers)
+        total = config.training.epochs * -(-self.inputs["images"].images // config.training.batch_size)
+        with Progress(self.title, total, "steps") as progress:
+            outcome = watched_fit(
+                encoder_loop, arguments, trainer, "teacher", storage.address(checkpoints), watch, partial(_shown, progress)
+            )
+            progress.done = total
+        artifact.look_again()
+        if not self.missing(storage):  # another job has made it meanwhile, and others may have used it already
+            return
         digest = artifact.write(SHARD, outcome["weights"])
         judge = ray.remote(judged).options(
             num_cpus=trainer.cpus_per_worker, num_gpus=trainer.gpus_per_worker, **placed(cluster, "finetune")
         )
-        accuracy = results(judge.remote(artifact, test, trainer.threads_per_worker))
+        (accuracy,) = awaited([judge.remote(artifact, test, trainer.threads_per_worker)], self.title, watch)
         print(f"{self.title}: {accuracy:.1f} % on the test split", flush=True)
         context.spend(self, outcome["seconds"], trainer.num_workers)
         images_seen = outcome["images"] * config.training.epochs
         entry = {"sha256": digest, "images": images_seen, "loss": outcome["losses"][-1], "test_accuracy": accuracy}
         commit_units(artifact, {"result": entry}, outcome["seconds"])
         storage.delete(checkpoints)
+
+
+def _workers(trainer: TrainerConfig) -> dict[str, Any]:
+    """What the key of a teacher holds of its workers, if there may be several: each augments its own part of a batch, and
+    normalises it by itself."""
+    numbers = {"workers": trainer.num_workers, "most": trainer.max_workers}
+    return numbers if numbers != {"workers": 1, "most": None} else {}
+
+
+def _shown(progress: Progress, rows: list[Row], sheet: bytes | None) -> None:
+    if rows:
+        progress.at(min(int(rows[-1]["step"]), progress.total), f"loss {rows[-1]['loss']:.4f}")
 
 
 @dataclass(frozen=True)

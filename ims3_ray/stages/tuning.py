@@ -6,18 +6,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 import ray
 
-from ims3_ray.cluster.capacity import Bundle, Request, holds, wait_for_capacity
-from ims3_ray.cluster.joining import here, most_at_once, results
+from ims3_ray.cluster.capacity import LOST_S, Bundle, Request, holds, wait_for_capacity
+from ims3_ray.cluster.joining import here, most_at_once
 from ims3_ray.config import ClusterConfig, FinetuneConfig, TrainerConfig, WorkConfig, canonical
 from ims3_ray.engine.board import new_board
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.shards import parse_unit
 from ims3_ray.engine.stage import Context, Stage, Worker
+from ims3_ray.engine.tasks import ended_if_damaged, result_of
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
 from ims3_ray.models.generators.base import Generator
@@ -193,15 +195,18 @@ def _side_by_side(
     watch = wait_for_capacity(cluster, "finetune", title, _bundles(largest), largest.num_workers)
     request = Request(labels) if cluster.wait_s and len(groups) > 1 else None
     fit_at_once, grown = 0, time.monotonic()
-    try:
+    with ended_if_damaged(running), ExitStack() as at_end:
+        if request:
+            at_end.callback(request.let_go)
         while waiting or running:
             there = groups_at_once(largest, cluster)
             grown = time.monotonic() if there > fit_at_once else grown
             fit_at_once = there
-            if cluster.wait_s:
-                watch.look(ask=False)  # Ray Train asks for the nodes of the groups that run
+            watch.look(ask=False, patience_s=LOST_S)  # Ray Train asks for the nodes of the groups that run
             while waiting and len(running) < fit_at_once:
                 group = waiting.pop(0)
+                if Adapters.of(group.stage, storage).made_meanwhile(group.number):
+                    continue
                 place = storage.address(f"{group.stage.artifact(storage).folder}/{group_checkpoints(group.number)}")
                 name = checkpoints_name(group.stage.run_config.finetune)
                 task = fit_task.options(scheduling_strategy=here()).remote(
@@ -216,13 +221,10 @@ def _side_by_side(
                 outcome = None
                 if task in finished:
                     del running[task]
-                    outcome = results(task)
+                    outcome = result_of(task, group.stage.title)
                 rows: list[Row] = ray.get(group.arguments["board"].read.remote(group.number, seen[id(group)]))
                 seen[id(group)] = max([seen[id(group)], *(int(row["step"]) for row in rows)])
                 yield group, rows, outcome
-    finally:
-        if request:
-            request.let_go()
 
 
 def groups_at_once(trainer: TrainerConfig, cluster: ClusterConfig) -> int:

@@ -48,7 +48,7 @@ class Weigh(Stage):
     def run(self, context: Context) -> None:
         began, storage = time.monotonic(), context.storage
         shared = TaskInputs(*(stage.artifact(storage) for stage in (self.inputs["set"], self.inputs["modes"], self)))
-        entries = map_classes(weigh_classes, shared, list(self.units))
+        entries = map_classes(context, self.title, weigh_classes, shared, list(self.units))
         commit_set(shared.weighed, dict(zip(self.units, entries, strict=True)), time.monotonic() - began)
 
 

@@ -5,10 +5,11 @@ Everything that is tracked is also on the storage, so a lost server does not del
 rest later.
 """
 
-from ims3_ray.tracking.entries import DistilledSet, slug, table_of
+from ims3_ray.tracking.entries import DistilledSet, slug, slugs, table_of
 from ims3_ray.tracking.places import check_server, follow_moved_folder, tracking_uri
 from ims3_ray.tracking.tracker import PARENT, Tracker, Untracked
 
 __all__ = [
-    "PARENT", "DistilledSet", "Tracker", "Untracked", "check_server", "follow_moved_folder", "slug", "table_of", "tracking_uri",
+    "PARENT", "DistilledSet", "Tracker", "Untracked", "check_server", "follow_moved_folder", "slug", "slugs", "table_of",
+    "tracking_uri",
 ]  # fmt: skip

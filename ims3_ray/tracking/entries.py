@@ -19,6 +19,15 @@ def slug(title: str) -> str:
     return re.sub(r"\W+", "_", title.replace("+", "and")).strip("_")
 
 
+def slugs(titles: Sequence[str]) -> list[str]:
+    """A slug of each title. Of equal ones the later have their position appended."""
+    found: list[str] = []
+    for position, title in enumerate(titles):
+        name = slug(title)
+        found.append(f"{name}-{position}" if name in found else name)
+    return found
+
+
 def source_tags() -> dict[str, str]:
     """MLflow's own tags that say which program, at which commit, made a run."""
     tags = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ims3_ray.data.batches import batch_indices
+from ims3_ray.seeds import seed_for
 from ims3_ray.training.divergence import check_losses
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -82,6 +83,8 @@ class EpochTrainer(ABC, Generic[S]):
         )
         self.wrapped.train()
         while self.steps < self.config.epochs * self.steps_per_epoch:
+            if self.steps % self.steps_per_epoch == 0:  # what dropout draws does not depend on interruptions
+                torch.manual_seed(seed_for(self.seed, "epoch", self.steps, self.rank))
             self._step(next(batches))
             if self.steps % self.steps_per_epoch == 0:
                 recent = self.losses[-self.steps_per_epoch :]

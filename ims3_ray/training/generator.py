@@ -27,7 +27,7 @@ from ims3_ray.models.dit import DiT, DiTConfig
 from ims3_ray.models.ema import Ema
 from ims3_ray.models.generators.dit import DiTGenerator
 from ims3_ray.objectives.diffusion import diffusion_loss, drop_conditions, min_snr_weight
-from ims3_ray.seeds import generator_for
+from ims3_ray.seeds import generator_for, seed_for
 from ims3_ray.training.capture import Captured
 from ims3_ray.training.divergence import check_losses
 from ims3_ray.training.pace import Pace
@@ -118,7 +118,7 @@ class GeneratorTrainer:
 
     def _step(self, index: Tensor, lr: float) -> None:
         g, count = self.config, len(index)
-        rng = torch.Generator(self.device).manual_seed((self.seed * 7919 + self.steps) * self.world + self.rank)
+        rng = torch.Generator(self.device).manual_seed(seed_for(self.seed, "generator", self.steps, self.rank))
         z0 = self.images.batch(index, rng)
         noise = torch.randn(z0.shape, generator=rng, device=self.device)
         t = torch.randint(self.schedule.num_steps, (count,), generator=rng, device=self.device)

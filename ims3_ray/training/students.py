@@ -93,6 +93,7 @@ class Training:
         if protocol.labels == "stored" and train.logits is None:
             raise ValueError("the set has no stored soft labels")
         self.protocol, self.device, self.teacher, self.batch_labels = protocol, device, teacher, batch_labels
+        self.seed = seed
         self.size = protocol.size or train.pixels.shape[-1]
         self.logits = train.logits.to(device).float() if protocol.labels == "stored" and train.logits is not None else None
         self.weights = (train.weights / train.weights.mean()).to(device) if train.weights is not None else None
@@ -117,6 +118,7 @@ class Training:
         """Train on every image once; returns the mean loss of the batches, still on the device."""
         self.student.train()
         losses, number, seen = [], self.decay.last_epoch, 0
+        torch.manual_seed(seed_for(self.seed, "student-epoch", number))  # what dropout draws does not depend on interruptions
         stored = self.batch_labels(number).to(self.device) if self.batch_labels is not None else None
         for batch in self.batches.epoch(number):
             count = len(batch.members)
@@ -135,14 +137,23 @@ class Training:
         """Everything that is needed to resume the training, possibly on another machine."""
         return {
             "student": self.student.state_dict(), "optimizer": self.optimizer.state_dict(), "decay": self.decay.state_dict(),
-            "cpu_rng": self.batches.cpu_rng.get_state(), "rng": self.batches.rng.get_state(),
+            "kind": torch.device(self.device).type, **{name: rng.get_state() for name, rng in self._generators().items()},
         }  # fmt: skip
+
+    def continues(self, state: Mapping[str, Any]) -> bool:
+        """Whether a state of :meth:`state_dict` was saved on the same kind of device: another one draws other random
+        numbers."""
+        return bool(state.get("kind") == torch.device(self.device).type)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in ("student", "optimizer", "decay"):
             getattr(self, name).load_state_dict(state[name])
-        for name in ("cpu_rng", "rng"):
-            getattr(self.batches, name).set_state(state[name])
+        for name, rng in self._generators().items():
+            rng.set_state(state[name])
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        """The random generators that go on from epoch to epoch: none where each epoch begins with new ones."""
+        return {} if self.batches.shared else {"cpu_rng": self.batches.cpu_rng, "rng": self.batches.rng}
 
     def _loss(self, batch: Batch, stored: Tensor | None = None) -> Tensor:
         """The loss of a batch, for which ``stored`` are the teacher's logits, if they are stored."""
@@ -195,7 +206,8 @@ def train_student(
     ``teacher``, stored labels of batches without ``batch_labels``, and ``normalise: real`` without ``statistics``.
 
     ``save`` is called with the state of the training after a validation, at most every :data:`ims3_ray.saving.SAVE_EVERY_S`
-    seconds. With such a state as ``resume`` the training continues from there and yields the same student.
+    seconds. With such a state as ``resume`` the training continues from there and yields the same student; a state that was
+    saved on another kind of device is not used, and the training begins anew.
     """
     teacher = teacher if protocol.labels == "soft" else None
     training = Training(name, train, num_classes, protocol, seed, device, teacher, batch_labels, statistics)
@@ -209,8 +221,9 @@ def train_student(
     curve, losses, confusions = [], [], {}
     if resume is not None:
         state = unpack_state(resume, "cpu")
-        training.load_state_dict(state["training"])
-        curve = [Check(*check) for check in state["curve"]]
+        if training.continues(state["training"]):
+            training.load_state_dict(state["training"])
+            curve = [Check(*check) for check in state["curve"]]
     saver = Saver(save)
     for epoch in range(curve[-1].epoch + 1 if curve else 1, training.epochs + 1):
         losses.append(training.epoch())

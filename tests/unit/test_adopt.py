@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from ims3_ray.config import AdoptConfig, FinetuneConfig, RunConfig
 from ims3_ray.errors import UserError
+from ims3_ray.io.storage import Storage
 from ims3_ray.models.dit import DiT
 from ims3_ray.models.dit_files import write_dit
 from ims3_ray.models.generator import load_generator, open_generator
@@ -55,6 +56,20 @@ def test_the_trained_teacher_serves_as_the_encoder(tiny_world: Path, tmp_path: P
     assert embed.inputs["phi"].name == "teacher"
     assert not plan.weights
     assert [stage.name for stage in plan.stages if stage.name in ("teacher", "embed")] == ["teacher", "embed"]
+
+
+def test_a_teacher_of_several_workers_is_another_one(tiny_world: Path, tmp_path: Path):
+    """Each worker augments its own part of a batch and normalises it by itself."""
+    arms = {"herding": {"title": "Herding", "images": "real", "select": "herding"}}
+    keys, storage = [], Storage.at(str(tmp_path))
+    one = {"num_workers": 1}
+    for trainer in (one, {**one, "cpus_per_worker": 2}, {"num_workers": 2}, {**one, "max_workers": 2}):
+        values = {**tiny_values(tiny_world, tmp_path), "arms": arms, "encoder": "teacher", "export": None}
+        values["evaluation"] = {**values["evaluation"], "teacher": {"trainer": trainer}}
+        plan = make_plan(RunConfig.model_validate(values))
+        keys.append(next(stage.key(storage) for stage in plan.stages if stage.name == "teacher"))
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
 
 
 def test_what_phi_compares_is_there_before_the_samples(tiny_world: Path, tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,3 +74,23 @@ def test_a_key_changes_with_whatever_it_names_and_not_with_order():
         key_of("select", 1, {"k": 10, "alpha": 0.4}, {"images": "b", "embed": "a"}),
     }
     assert len(others | {base}) == 5
+
+
+def test_a_storage_that_cannot_be_read_is_one_line(storage: Storage, monkeypatch: pytest.MonkeyPatch):
+    storage.write("a/b.json", b"{}")
+    with pytest.raises(FileNotFoundError):
+        storage.read("a/c.json")
+
+    class Refusing:
+        type_name = "s3"
+
+        def __getattr__(self, name: str) -> Any:
+            def refuse(*_: object, **__: object) -> None:
+                raise OSError("AWS Error ACCESS_DENIED: the token has expired")
+
+            return refuse
+
+    monkeypatch.setattr(Storage, "filesystem", Refusing())
+    for look in (storage.read, storage.exists, storage.names, storage.folders, storage.is_folder):
+        with pytest.raises(UserError, match=r"cannot read .*: AWS Error ACCESS_DENIED.*the credentials for it"):
+            look("a/b.json")

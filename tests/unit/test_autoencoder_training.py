@@ -34,7 +34,7 @@ from ims3_ray.models.generator import load_generator
 from ims3_ray.plan import make_plan
 from ims3_ray.pretraining.expected import with_expected_weights
 from ims3_ray.pretraining.plan import described
-from ims3_ray.pretraining.quality import Splits
+from ims3_ray.pretraining.quality import Splits, judge_generator, splits_of
 from ims3_ray.pretraining.targets import TARGETS
 from ims3_ray.training.autoencoder import AutoencoderTrainer, divergence, latents_of, pixels_of
 from ims3_ray.training.generator import PREVIEW_IMAGES, GeneratorTrainer
@@ -265,3 +265,31 @@ def test_an_untrained_autoencoder_has_the_shape_of_the_config():
     plain = AutoencoderTraining.model_validate(SMALL)
     assert isinstance(trainer().autoencoder, Autoencoder)
     assert trainer().autoencoder.vae.config.block_out_channels == list(plain.widths)
+
+
+@pytest.mark.parametrize(
+    ("judge", "says"),
+    [
+        ({"labels": "soft"}, "quality.judge has labels=soft"),
+        ({"normalise": "real"}, "normalise=real"),
+        ({"students": ["convnet-6"], "size": 8}, "convnet-6"),
+    ],
+)
+def test_a_judge_that_cannot_judge_is_refused_before_the_training(
+    judge: dict[str, Any], says: str, tiny_world: Path, tmp_path: Path
+):
+    wanted = config(tiny_world, tmp_path, target="generator", quality={"judge": judge})
+    with pytest.raises(UserError, match=says):
+        open_pretraining(wanted)
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_a_judge_sees_samples_at_its_own_size(size: int, tiny_world: Path, tmp_path: Path):
+    sampling = {"steps": 2, "unit_size": 4}
+    judge = {"students": ["convnet-2"], "width": 4, "epochs": 1, "size": size, "augment": {}}
+    quality = {"judge": judge, "images_per_class": 4, "sampling": sampling}
+    wanted = config(tiny_world, tmp_path, target="generator", quality=quality)
+    _, _, _ = open_pretraining(wanted)
+    found = judge_generator(wanted, tiny_world / "dit.safetensors", splits_of(wanted.data), "cpu")
+    assert found.judged
+    assert 0 <= found.figures["agreement"] <= 100

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import yaml
 
-from ims3_ray.config import RunConfig
+from ims3_ray.config import RunConfig, canonical
 from ims3_ray.data.classes import ClassTable
 from ims3_ray.report.card import accuracy_rows, chosen_text, dataset_card, plain
 from ims3_ray.report.html import render_report
@@ -109,6 +110,39 @@ def test_the_report_shows_every_set_its_curve_and_what_was_left_out(results: dic
     assert "<q>" not in page
     assert "data:image/png;base64,dHdv" in page, "the sheet lies in the page"
     assert 'src="http' not in page
+
+
+def test_the_report_says_what_ran_and_nothing_else(results: dict[str, Any]):
+    def page(**values: Any) -> str:
+        changed = RunConfig.model_validate({**canonical(config()), **values})
+        return render_report(changed, classes(), results, sheets={}, confusions={}, losses={}, tables={})
+
+    assert "S3 chooses among" in page()
+    assert "DiffFit&#39;s parameters only" in page()
+    first = {"title": "DiT", "images": "generated", "select": "first"}
+    assert "S3 chooses among" not in page(arms={"random": {**first, "title": "A"}, "ims3": first}, export="ims3")
+    lora = page(finetune={"parameters": "lora"})
+    assert "low-rank adapters only" in lora
+    assert "all parameters" not in lora
+
+
+def test_every_encoder_has_its_own_row_of_real_images(results: dict[str, Any]):
+    samples = {"cat": 0.5, "eel": 0.25}
+    results["recognised"] = {
+        "pool": {"real": {"cat": 1.0, "eel": 0.9}, "samples": samples},
+        "tuned": {"real": {"cat": 1.0, "eel": 0.9}, "samples": samples},
+        "pool by other": {"real": {"cat": 0.6, "eel": 0.7}, "samples": samples},
+    }  # fmt: skip
+    page = render_report(config(), classes(), results, sheets={}, confusions={}, losses={}, tables={})
+    rows = re.findall(r"<tr><td>([^<]*)</td><td>(\d+)</td>", page[page.index("What φ recognises") :])
+    assert rows[:5] == [("real images", "95"), ("pool", "38"), ("tuned", "38"), ("real images", "65"), ("pool by other", "38")]
+
+
+def test_the_card_of_a_set_of_all_images_counts_them(results: dict[str, Any]):
+    results["sets"]["ims3"]["images"] = 30
+    card = dataset_card(config(), classes(), results)
+    assert "my photos: 30 images" in card
+    assert "images a class" not in card.partition("made by")[0]
 
 
 def test_the_card_says_what_chose_the_arm(results: dict[str, Any]):

@@ -30,6 +30,7 @@ from ims3_ray.report.comparison import (
 from ims3_ray.report.html import _compared
 from ims3_ray.report.ranking import label_robust_score
 from ims3_ray.report.results import summary, summary_text
+from ims3_ray.stages.finetune import Finetune
 from ims3_ray.synthesis.base import Costs
 from ims3_ray.synthesis.dm import DM
 from ims3_ray.synthesis.idc import IDC
@@ -182,6 +183,25 @@ def test_draws_are_runs_of_other_seeds_and_budgets_share_pools(tiny_world: Path,
     assert all(len(stage.units) == 3 * 2 for stage in pools)  # three subgroups of two images, in units of four
     embeds = [stage for stage in plan.stages if stage.name == "embed" and stage.inputs["images"] in pools]
     assert all(stage.units == stage.inputs["images"].units for stage in embeds)
+
+
+def test_stages_of_several_seeds_have_different_titles(tiny_world: Path, tmp_path: Path):
+    values = {**tiny_values(tiny_world, tmp_path), "name": "c", "budgets": [1], "draws": [0, 5], "against": "dit"}
+    methods = load_config(CompareConfig, CONFIGS / "methods" / "all.yaml").arms
+    values["arms"] = {name: arm.model_dump() for name, arm in methods.items() if name in ("dit", "ims3")}
+    plan = make_comparison(CompareConfig.model_validate(values))
+    titles = [stage.title for stage in plan.stages]
+    assert len(set(titles)) == len(titles)
+    assert {"fine-tune, seed 0", "fine-tune, seed 5", "generate (fine-tuned), seed 5"} <= set(titles)
+    tunings = [stage for stage in plan.stages if isinstance(stage, Finetune)]
+    assert [tuning.prefix(0) for tuning in tunings] == ["fine_tune_seed_0/", "fine_tune_seed_5/"]
+
+
+def test_more_images_than_a_class_has_are_refused_by_the_option_that_asks_for_them(tiny_world: Path, tmp_path: Path):
+    values = {**tiny_values(tiny_world, tmp_path), "name": "c", "budgets": [2000], "against": "random_real"}
+    random = load_config(CompareConfig, CONFIGS / "methods" / "random.yaml").arms
+    with pytest.raises(UserError, match=r"fewer than budgets=2000; lower it"):
+        make_comparison(CompareConfig.model_validate({**values, "arms": random}))
 
 
 def test_a_comparison_of_nothing_is_refused(tiny_world: Path, tmp_path: Path):

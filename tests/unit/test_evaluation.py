@@ -18,6 +18,7 @@ from ims3_ray.errors import Diverged, UserError
 from ims3_ray.models.student_costs import forward_flops
 from ims3_ray.models.students import build_student, constant_norms, student_builder
 from ims3_ray.training import augmented
+from ims3_ray.training import students as students_module
 from ims3_ray.training.accuracy import accuracy_of, confusion_of, resident, validation_epochs
 from ims3_ray.training.augmented import AugmentedBatches, scale_of
 from ims3_ray.training.students import LabelledSet, Student, Training, _optimizer, decay_factor, soft_label_loss, train_student
@@ -189,6 +190,34 @@ def test_an_interrupted_training_goes_on_to_the_same_student(monkeypatch: pytest
         assert torch.equal(same.confusion, accuracy.confusion)
         for mine, other in zip(again.parameters(), student.parameters(), strict=True):
             assert torch.equal(mine, other)
+
+
+def test_an_interrupted_training_with_dropout_goes_on_to_the_same_student(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(saving, "SAVE_EVERY_S", 0.0)
+    build = students_module.build_student
+
+    def with_dropout(*arguments: Any) -> nn.Module:
+        return nn.Sequential(nn.Dropout(0.3), build(*arguments))
+
+    monkeypatch.setattr(students_module, "build_student", with_dropout)
+    saved: list[bytes] = []
+    train, test = bars(4, 1), bars(5, 2)
+    student, _ = train_student("convnet-1", train, test, 3, quick(), 0, save=lambda state, _done=0.0: saved.append(state))
+    again, _ = train_student("convnet-1", train, test, 3, quick(), 0, resume=saved[0])
+    for mine, other in zip(again.parameters(), student.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_a_state_that_was_saved_on_another_kind_of_device_is_not_used(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(saving, "SAVE_EVERY_S", 0.0)
+    saved: list[bytes] = []
+    train, test = bars(4, 1), bars(5, 2)
+    whole = train_student("convnet-1", train, test, 3, quick(), 0, save=lambda state, _done=0.0: saved.append(state))[1]
+    state = saving.unpack_state(saved[0], "cpu")
+    state["training"] |= {"kind": "cuda", "rng": torch.zeros(16, dtype=torch.uint8)}
+    saving.Saver(lambda state, _done=0.0: saved.append(state))(0.5, **state)
+    anew = train_student("convnet-1", train, test, 3, quick(), 0, resume=saved[-1])[1]
+    assert anew.curve == whole.curve
 
 
 def test_without_held_out_images_nothing_is_chosen_by_them():

@@ -137,6 +137,27 @@ def test_what_another_job_has_made_meanwhile_is_not_made_again(tmp_path: Path):
     assert RAN == ["check only"]
 
 
+def test_a_record_that_another_job_has_replaced_is_noticed(tmp_path: Path):
+    mine, replaced = context(tmp_path), False
+
+    @dataclass(eq=False)
+    class Interrupted(Dummy):
+        def run(self, context: Context) -> None:
+            nonlocal replaced
+            super().run(context)
+            if not replaced:  # another job, which has made one unit, writes its own record over this one's
+                replaced = True
+                artifact = self.artifact(Storage.at(str(tmp_path)))
+                artifact.commit({"units": {"a": {}}, "seconds": 1.0, "stage": "dummy"})
+
+    Interrupted.name = "dummy"
+    both = Interrupted("both", {"title": "both"}, units=("a", "b"))
+    RAN.clear()
+    run_stages(mine, [both])
+    assert RAN == ["both", "both", "check both"]
+    assert not both.missing(Storage.at(str(tmp_path)))
+
+
 def test_a_stage_that_is_widened_costs_more_and_keeps_what_it_had():
     found = Dummy("make", {}, units=("a", "b"), images=10, flops=4.0, stored=6.0)
     found.widen(("b", "c"))

@@ -23,7 +23,7 @@ from ims3_ray.config import ActorsConfig, ClusterConfig, DataConfig, SamplingCon
 from ims3_ray.engine import pool
 from ims3_ray.engine.actors import units_at_once
 from ims3_ray.engine.images import Derived, ImageStore, Produced, Stored
-from ims3_ray.engine.noted import commit_noted
+from ims3_ray.engine.noted import check_alike, commit_noted, kind_of
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.pool import pool_price
 from ims3_ray.engine.sets import RealSplit
@@ -361,3 +361,25 @@ def test_an_interrupted_pass_over_images_that_are_not_stored_goes_on(tmp_path: P
         note(encode.artifact(storage), encode.units[0], entry)
         commit_noted(Mock(config=config, storage=storage), encode, encode, ())
         assert encode.missing(storage) == list(encode.units if keep else encode.units[1:]), "a kept image needs its shard"
+
+
+def test_a_pool_that_was_begun_on_two_kinds_of_hardware_goes_on_on_the_one_that_made_most(tmp_path: Path):
+    for split, name, number in itertools.product(("train", "test"), ("cat", "dog"), range(2)):
+        file = tmp_path / "photos" / split / name / f"{split}-{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode_png(Image.fromarray(np.full((4, 4), number, np.uint8))))
+    data = DataConfig(path=str(tmp_path / "photos"), size=4, keep=False, unit_size=1)
+    config, storage = WorkConfig(data=data), Storage.at(str(tmp_path / "runs"))
+    encode = Encode.plan(Planner(config), "train", data)
+    for unit, device in zip(encode.units, ("a laptop", "a GPU", "a GPU", "a laptop"), strict=True):
+        entry = {"images": 1, "broken": [], "seconds": 1.0, "hardware": {"device": device, "torch": "2"}}
+        if unit != encode.units[3]:
+            note(encode.artifact(storage), unit, entry)
+    encode.__class__ = type("Alike", (Encode,), {"same_hardware": True})
+    commit_noted(Mock(config=config, storage=storage), encode, encode, ())
+    assert encode.missing(storage) == [encode.units[0], encode.units[3]]
+    entry = {"hardware": {"device": "a laptop", "torch": "2"}}
+    artifact = encode.artifact(storage)
+    note(artifact, encode.units[0], entry)
+    with pytest.raises(UserError, match=r"use a GPU.*or delete '.*encode/"):
+        check_alike(kind_of(storage, encode), artifact, encode.units[0], entry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -21,6 +22,7 @@ from PIL import Image
 from ims3_ray.commands.pack import PackConfig, pack
 from ims3_ray.config import DataConfig
 from ims3_ray.data.batches import batch_indices, load_pixels
+from ims3_ray.data.decoding import Undecodable
 from ims3_ray.data.sources import Source, base, open_source, shared_file
 from ims3_ray.data.transforms import to_pil, to_pixels, to_signed, to_uint8
 from ims3_ray.errors import UserError
@@ -583,6 +585,79 @@ def test_packing_overwrites_nothing_and_names_a_folder_that_is_missing(tmp_path:
     with pytest.raises(UserError, match="does not exist; make it"):
         pack(config.model_copy(update={"out": str(tmp_path / "nowhere" / "train.parquet")}))
     assert len(open_source(str(tmp_path / "train.parquet"), "train").labels) == 5
+
+
+def test_packing_reads_splits_and_classes_as_a_run_does(tmp_path: Path):
+    for name, count, first in (("cat", 20, 0), ("dog", 10, 100), ("eel", 10, 200)):
+        for number in range(first, first + count):
+            file = tmp_path / "photos" / name / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(encode_png(Image.fromarray(np.full((4, 4), number, np.uint8))))
+
+    def packed(**values: object) -> Source:
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.parquet"
+        data = {"path": str(tmp_path / "photos"), **values.pop("data", {})}  # type: ignore[dict-item]
+        pack(PackConfig.model_validate({"data": data, "out": str(out), **values}))
+        return open_source(str(out), "train")
+
+    with pytest.raises(UserError, match=r"the test split of .* holds the training images .*data.test_share"):
+        packed(split="test")
+    apart = {"test_share": 0.2, "classes": ["eel", "cat"]}
+    train, test = packed(data=apart), packed(data=apart, split="test")
+    assert train.class_names == test.class_names == ("eel", "cat")
+    assert [np.bincount(source.labels).tolist() for source in (train, test)] == [[8, 16], [2, 4]]
+    shown = [{np.asarray(source.image(i)).tobytes() for i in range(len(source.labels))} for source in (train, test)]
+    assert shown[0].isdisjoint(shown[1])
+
+
+def with_columns(folder: Path, **columns: pa.Array) -> Path:
+    table = image_table(rows(), NAMES)
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    folder.mkdir(exist_ok=True)
+    pq.write_table(table, folder / "train.parquet")
+    return folder
+
+
+def test_soft_labels_and_weights_of_parquet_are_checked(tmp_path: Path):
+    logits = [[float(i), -1.0, 0.5] for i in range(5)]
+    whole = open_source(str(with_columns(tmp_path / "a", logits=pa.array(logits), weight=pa.array([1.0] * 5))), "train")
+    assert whole.extras([2])["logits"].tolist() == [[2.0, -1.0, 0.5]]
+    assert whole.extras([2])["weights"].tolist() == [1.0]
+    for wrong, says in (
+        ({"logits": pa.array([[0.2, 0.3, 0.5]] * 5)}, "holds probabilities, which would be taken for logits"),
+        ({"logits": pa.array([[float("nan"), 0.0, 1.0]] * 5)}, "no finite floating-point numbers"),
+        ({"logits": pa.array([*logits[:4], [1.0]])}, "rows that are missing or differ in length"),
+        ({"weight": pa.array([1.0, 1.0, None, 1.0, 1.0])}, "weights that are not above 0"),
+        ({"weight": pa.array([1.0, 1.0, -1.0, 1.0, 1.0])}, "weights that are not above 0"),
+    ):
+        assert says in refused(with_columns(tmp_path / "b", **wrong))
+    others = with_columns(tmp_path / "c", weight=pa.array(["6.9 kg"] * 5), logits=pa.array([1.0] * 5))
+    assert open_source(str(others), "train").extras([0]) == {}, "columns of the data that mean something else"
+
+
+def test_an_image_whose_sides_differ_too_much_is_no_image(tmp_path: Path):
+    with pytest.raises(Undecodable, match="65000 and 1 pixels, differ too much"):
+        to_pixels(Image.new("L", (65_000, 1)), 64, 1)
+    assert to_pixels(Image.new("L", (300, 1)), 8, 1).shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("wrong", [b"train/caf\xe9/0.png", b"train/cat/caf\xe9.png"])
+def test_a_name_that_is_not_utf_8_is_one_line(wrong: bytes, tmp_path: Path):
+    write_folder(tmp_path)
+    file = os.fsencode(tmp_path) + b"/" + wrong
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    with open(file, "wb") as out:
+        out.write(encode_png(Image.new("L", (4, 4))))
+    assert r"caf\xe9" in refused(tmp_path)
+
+
+def test_other_processes_find_a_source_at_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_parquet(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    sent = pickle.dumps(open_source("train.parquet", "train"))
+    monkeypatch.chdir("/")
+    assert pickle.loads(sent).class_names == tuple(NAMES)
 
 
 def names_of(source: Source) -> set[str]:

@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from ims3_ray.engine import per_class
+from ims3_ray.engine import tasks
 from ims3_ray.engine.sets import write_class
 from ims3_ray.errors import Damaged, IncompletePool, UserError
 from ims3_ray.io.artifacts import Artifact
@@ -43,6 +43,7 @@ def test_parts_are_compared_with_their_hashes_when_they_are_gathered(tmp_path: P
         (UserError("lower lr"), UserError, r"synthesise \(DM\): lower lr"),
         (Damaged("a shard is damaged"), Damaged, "^a shard is damaged"),
         (ray.exceptions.WorkerCrashedError(), IncompletePool, r"synthesise \(DM\): WorkerCrashedError: .*the same command"),
+        (IncompletePool("it failed on every attempt"), IncompletePool, r"^it failed on every attempt$"),
         (ray.exceptions.OutOfMemoryError("no memory"), IncompletePool, r"synthesise \(DM\): OutOfMemoryError: no memory"),
     ],
 )
@@ -52,10 +53,27 @@ def test_the_error_of_a_task_is_one_line_that_names_its_stage(
     def fail(task: object) -> None:
         raise error
 
-    monkeypatch.setattr(per_class, "results", fail)
+    monkeypatch.setattr(tasks, "results", fail)
     with pytest.raises(raised, match=says) as found:
-        per_class._raise_failure(None, "synthesise (DM)")
+        tasks.result_of(None, "synthesise (DM)")
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(("error", "ended"), [(Damaged("a shard is damaged"), ["b", "c"]), (UserError("lower lr"), [])])
+def test_tasks_end_before_the_same_work_begins_anew(error: Exception, ended: list[str], monkeypatch: pytest.MonkeyPatch):
+    cancelled: list[str] = []
+    monkeypatch.setattr(tasks.ray, "cancel", cancelled.append)
+    monkeypatch.setattr(tasks.ray, "wait", lambda left, **_: (left, []))
+    running = {"a": 1, "b": 2, "c": 3}
+
+    def work() -> None:
+        with tasks.ended_if_damaged(running):
+            running.pop("a")
+            raise error
+
+    with pytest.raises(type(error)):
+        work()
+    assert cancelled == ended
 
 
 def test_a_tensor_that_no_set_has_is_named():

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from ims3_ray.config import RunConfig
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
-from ims3_ray.tracking import PARENT, Tracker, slug, tracking_uri
+from ims3_ray.tracking import PARENT, Tracker, slug, slugs, tracking_uri
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,10 @@ def test_a_server_that_does_not_answer_a_new_run_is_an_error_of_one_line(tmp_pat
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(UserError, match=r"^MLflow at 'http://127.*' does not take the run \(.*\); check tracking.uri$"):
         Tracker(RunConfig(tracking={"uri": uri}), Storage.at(str(tmp_path)))
+
+
+def test_titles_that_would_have_one_name_have_different_ones():
+    assert slugs(["mine v1", "mine-v1", "mine"]) == ["mine_v1", "mine_v1-1", "mine"]
 
 
 def test_titles_become_names_that_mlflow_takes():

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -110,6 +111,18 @@ class Source(Component, ABC):
         return None
 
 
+SLACK = 0.02
+"""How far numbers that were rounded may lie beyond what they should be."""
+
+
+def check_logits(logits: NDArray[np.float32], path: str) -> None:
+    """Raises :class:`UserError` for soft labels [N, num_classes] that are not finite, or that are no logits."""
+    if not np.isfinite(logits).all():
+        raise UserError(f"'{path}' holds soft labels that are no finite floating-point numbers; save logits")
+    if (logits >= 0).all() and (np.abs(logits.sum(axis=1) - 1) < SLACK).all():
+        raise UserError(f"'{path}' holds probabilities, which would be taken for logits; save their logarithms")
+
+
 class Subset(Source):
     """The images of another source at ``indices``, in the order of that source."""
 
@@ -202,6 +215,12 @@ class Location:
         return [*folders, *files, *itertools.chain(*concurrently(parquet_files, folders))]
 
 
+def _from_anywhere(path: str) -> str:
+    """``path`` for other processes, whose working folders differ: a local one is made absolute."""
+    local = Path(path).expanduser()
+    return str(local.absolute()) if local.exists() else path
+
+
 def open_source(path: str, split: str, limit: int | None = None, apart: tuple[float, bool] | None = None) -> Source:
     """The image set at ``path`` (``embedded:NAME``, a folder, a Parquet file, a URI of either or a hub id), of one ``split``;
     with ``apart`` one of the two parts of :func:`set_apart`; with a ``limit`` the first so many images of each class.
@@ -211,7 +230,7 @@ def open_source(path: str, split: str, limit: int | None = None, apart: tuple[fl
     place = Location(path, split)
     for kind in sorted(Source.registry.values(), key=lambda kind: kind.order):
         if (source := kind.find(place)) is not None:
-            source.asked = path, split
+            source.asked = _from_anywhere(path), split
             if len(source.labels) == 0:
                 raise UserError(f"data source '{path}' (split '{split}') holds no image; check the path and data.*_split")
             if apart is not None:

@@ -18,7 +18,7 @@ from PIL import Image
 from pyarrow import fs
 
 from ims3_ray.data.decoding import decode
-from ims3_ray.data.sources.base import Location, Source, check_labels, numbered, parquet_files
+from ims3_ray.data.sources.base import Location, Source, check_labels, check_logits, numbered, parquet_files
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place, concurrently
 from ims3_ray.io.node_cache import cached
@@ -55,8 +55,8 @@ class ParquetSource(Source):
         try:
             opened = concurrently(_open_parquet, self.files)
             self._image = _image_column(opened[0].schema_arrow)
-            extras = [column for column in EXTRAS.values() if column in opened[0].schema_arrow.names]
-            columns = ["label", *extras]
+            extras = [name for name in EXTRAS if _holds_numbers(name, opened[0].schema_arrow)]
+            columns = ["label", *(EXTRAS[name] for name in extras)]
             for file, table in zip(self.files, opened, strict=True):
                 self._check_columns(file, table.schema_arrow)
             tables = concurrently(lambda table: table.read(columns=columns).select(columns), opened)
@@ -68,9 +68,7 @@ class ParquetSource(Source):
             if table["label"].null_count:
                 raise UserError(f"Parquet file '{file.path}' has {table['label'].null_count} rows without a label; remove them")
         self.labels = np.concatenate([t["label"].to_numpy().astype(np.int64) for t in tables])
-        self._extras = {
-            name: np.concatenate([_rows(t[column]) for t in tables]) for name, column in EXTRAS.items() if column in extras
-        }
+        self._extras = {name: np.concatenate([_rows(name, t, location) for t in tables]) for name in extras}
         self._starts = np.cumsum([0, *(t.num_rows for t in tables)])
         self._kept = sum(_encoded_bytes(file, self._image) for file in opened) <= KEPT_BYTES
         self._parts: dict[int, pa.ChunkedArray] = {}
@@ -211,9 +209,31 @@ def _image_column(schema: pa.Schema) -> str:
     return "image" if "image" in schema.names or not others else str(others[0])
 
 
-def _rows(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    """A column of numbers [N] or of lists of equal length [N, n]."""
-    return np.asarray(column.to_pylist(), np.float32)
+def _holds_numbers(name: str, schema: pa.Schema) -> bool:
+    """Whether a file has the column of ``name`` in :data:`EXTRAS`: lists of numbers for ``logits``, numbers for ``weights``. A
+    column of the same name and another kind belongs to the data and says nothing of labels."""
+    if EXTRAS[name] not in schema.names:
+        return False
+    kind = schema.field(EXTRAS[name]).type
+    if name == "weights":
+        return bool(pa.types.is_floating(kind))
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(lists and pa.types.is_floating(kind.value_type))
+
+
+def _rows(name: str, table: pa.Table, location: str) -> NDArray[np.float32]:
+    """The numbers [N] or lists of numbers [N, n] of the column of ``name`` in :data:`EXTRAS`. Raises :class:`UserError` for
+    soft labels that are no logits of equal length, and for weights that are not above 0."""
+    column = table[EXTRAS[name]]
+    try:
+        values = np.asarray(column.to_pylist(), np.float32)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"column '{EXTRAS[name]}' of '{location}' has rows that are missing or differ in length") from error
+    if name == "logits":
+        check_logits(values, location)
+    elif not (np.isfinite(values) & (values > 0)).all():
+        raise UserError(f"column '{EXTRAS[name]}' of '{location}' holds weights that are not above 0; correct or remove it")
+    return values
 
 
 def class_names_of(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:

@@ -12,15 +12,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ims3_ray.data.sources.base import Location, Source, check_labels, numbered
+from ims3_ray.data.sources.base import SLACK, Location, Source, check_labels, check_logits, numbered
 from ims3_ray.data.transforms import to_pil
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place
 
 IMAGES, LABELS, NAMES, NORMALISATION = "images.pt", "labels.pt", "classes.txt", "normalisation.json"
 EXAMPLE = '{"mean": [0.49, 0.48, 0.45], "std": [0.25, 0.24, 0.26]}'
-SLACK = 0.02
-"""By how much values may leave [0, 1]; optimised images leave it a little, and are clipped."""
 
 
 class TensorSource(Source):
@@ -85,10 +83,9 @@ def _check_labels(labels: torch.Tensor, count: int, path: str) -> None:
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise UserError(f"'{path}' holds values of type {labels.dtype} as class numbers; save integers")
         return
-    if not labels.is_floating_point() or not labels.isfinite().all():
+    if not labels.is_floating_point():
         raise UserError(f"'{path}' holds soft labels that are no finite floating-point numbers; save logits")
-    if bool((labels >= 0).all()) and bool(((labels.float().sum(dim=1) - 1).abs() < SLACK).all()):
-        raise UserError(f"'{path}' holds probabilities, which would be taken for logits; save their logarithms")
+    check_logits(labels.float().numpy(), path)
 
 
 def _bytes(images: torch.Tensor, location: str, normalisation: Place | None) -> torch.Tensor:
