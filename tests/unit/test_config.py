@@ -59,10 +59,10 @@ def test_several_files_add_up_and_tables_by_number_replace_each_other(tmp_path: 
 
 def test_a_pool_must_suffice_for_every_arm_and_every_budget():
     arms = "arms.x={title: X, images: generated, overrides: {selection: {groups: 20}}}"
-    with pytest.raises(UserError, match="20·10 = 200 images"):
+    with pytest.raises(UserError, match=r"200 images, which are selection.groups=20 times selection.images_per_class=10"):
         load_config(RunConfig, None, ["pool.per_class=50", arms])
     load_config(CompareConfig, None, ["pool.per_class=20", "selection.groups=20", "budgets=[1]"])
-    with pytest.raises(UserError, match="5·50 = 250 images"):
+    with pytest.raises(UserError, match=r"250 images, which are selection.groups=5 times budgets=50"):
         load_config(CompareConfig, None, ["pool.per_class=50", "budgets=[1, 50]"])
 
 

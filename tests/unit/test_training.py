@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pyarrow import fs
 from safetensors.torch import load
 
 from ims3_ray.cluster import speed
 from ims3_ray.config import EncoderTraining, GeneratorTraining, PretrainConfig, SamplingConfig
 from ims3_ray.config.loading import load_config
 from ims3_ray.data.clean_images import CleanImages
+from ims3_ray.engine.train import CHECKPOINTS, forget_broken_record
 from ims3_ray.errors import UserError
 from ims3_ray.models.encoder import encoder_config, known_classes
 from ims3_ray.objectives.diffusion import diffusion_loss
+from ims3_ray.seeds import seed_for
 from ims3_ray.training.encoder import EncoderTrainer
 from ims3_ray.training.generator import PREVIEW_IMAGES, GeneratorTrainer, in_bf16
 from ims3_ray.training.pace import ByClock, BySteps
@@ -71,8 +75,9 @@ def trainer(**settings: Any) -> GeneratorTrainer:
 
 def test_min_snr_weighting_trains_and_gives_other_losses():
     plain, weighted = trainer(), trainer(min_snr=5)
-    run(plain, 3), run(weighted, 3)
-    assert all(low < high for low, high in zip(weighted.losses, plain.losses, strict=True))
+    run(plain, 4), run(weighted, 4)
+    assert all(low <= high for low, high in zip(weighted.losses, plain.losses, strict=True)), "equal where the noise is strong"
+    assert weighted.losses != plain.losses
     assert weighted.losses[0] > 0
 
 
@@ -93,7 +98,7 @@ def test_a_generator_learns_and_its_file_holds_the_average():
 
 def test_the_first_loss_is_that_of_a_model_that_predicts_no_noise():
     learner = trainer(label_dropout=0.0)
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(seed_for(learner.seed, "generator", 0, 0))
     noise = torch.randn(8, 1, 8, 8, generator=rng)
     assert run(learner, 1)[0] == pytest.approx(diffusion_loss(torch.zeros_like(noise), noise).item(), rel=1e-5)
 
@@ -219,3 +224,23 @@ def test_steps_and_minutes_are_alternatives():
     assert load_config(PretrainConfig, None, ["generator.minutes=5"]).generator.steps is None
     with pytest.raises(UserError, match="set one of steps and minutes, and leave the other out"):
         load_config(PretrainConfig, None, ["generator.steps=5", "generator.minutes=5"])
+
+
+@pytest.mark.parametrize(
+    ("record", "kept"),
+    [
+        (json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_1"}]}), True),
+        (json.dumps({"checkpoint_results": []}), True),
+        (json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2"}]}), False),
+        ('{"checkpoint_results": [', False),
+        ("[]", False),
+    ],
+)
+def test_a_record_of_checkpoints_that_ray_train_cannot_use_is_deleted(record: str, kept: bool, tmp_path: Path):
+    (tmp_path / "checkpoint_1").mkdir()
+    file = tmp_path / CHECKPOINTS
+    filesystem = fs.LocalFileSystem()
+    forget_broken_record(filesystem, str(tmp_path))  # there is none
+    file.write_text(record)
+    forget_broken_record(filesystem, str(tmp_path))
+    assert file.exists() == kept

@@ -8,6 +8,7 @@ import json
 import re
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ class ParquetSource(Source):
             if table["label"].null_count:
                 raise UserError(f"Parquet file '{file.path}' has {table['label'].null_count} rows without a label; remove them")
         self.labels = np.concatenate([t["label"].to_numpy().astype(np.int64) for t in tables])
-        self._extras = {name: np.concatenate([_rows(name, t, location) for t in tables]) for name in extras}
+        self._numbers = {name: [table[EXTRAS[name]] for table in tables] for name in extras}
         self._starts = np.cumsum([0, *(t.num_rows for t in tables)])
         self._kept = sum(_encoded_bytes(file, self._image) for file in opened) <= KEPT_BYTES
         self._parts: dict[int, pa.ChunkedArray] = {}
@@ -138,7 +139,15 @@ class ParquetSource(Source):
         return [text for table in tables for text in table.read(columns=[column])[column].to_pylist()]
 
     def extras(self, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+        """Raises :class:`UserError` for soft labels and weights that are none."""
         return {name: values[list(indices)] for name, values in self._extras.items()}
+
+    @cached_property
+    def _extras(self) -> dict[str, NDArray[np.float32]]:
+        return {
+            name: np.concatenate([_rows(name, column, self.location) for column in columns])
+            for name, columns in self._numbers.items()
+        }
 
 
 def is_part_of(file: Place, split: str, root: Place) -> bool:
@@ -216,15 +225,14 @@ def _holds_numbers(name: str, schema: pa.Schema) -> bool:
         return False
     kind = schema.field(EXTRAS[name]).type
     if name == "weights":
-        return bool(pa.types.is_floating(kind))
+        return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return bool(lists and pa.types.is_floating(kind.value_type))
 
 
-def _rows(name: str, table: pa.Table, location: str) -> NDArray[np.float32]:
+def _rows(name: str, column: pa.ChunkedArray, location: str) -> NDArray[np.float32]:
     """The numbers [N] or lists of numbers [N, n] of the column of ``name`` in :data:`EXTRAS`. Raises :class:`UserError` for
     soft labels that are no logits of equal length, and for weights that are not above 0."""
-    column = table[EXTRAS[name]]
     try:
         values = np.asarray(column.to_pylist(), np.float32)
     except (ValueError, TypeError) as error:
