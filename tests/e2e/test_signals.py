@@ -83,6 +83,28 @@ def test_a_command_that_is_ended_says_so_and_goes_on(tiny_world: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("teacher", "students", "until"), [(100_000, 4, "train the teacher"), (1, 100_000, "evaluate: ")])
+def test_ctrl_c_ends_a_command_while_and_after_a_teacher_is_trained(
+    teacher: int, students: int, until: str, tiny_world: Path, tmp_path: Path
+):
+    evaluation = {
+        "protocols": {"hard": {"width": 8, "epochs": students, "validations": 1}}, "seeds": [0], "val_per_class": 0,
+        "teacher": {"training": {"epochs": teacher}, "trainer": {"num_workers": 1}},
+    }  # fmt: skip
+    herding = {"herding": {"title": "Herding", "images": "real", "select": "herding"}}
+    values = tiny_values(tiny_world, tmp_path / "runs", instability={"images": 0})
+    values |= {"arms": herding, "encoder": "teacher", "export": None, "evaluation": evaluation}
+    config, out = write_config(tmp_path / "mine.yaml", values), tmp_path / "out"
+    job = start(config, out, until=until)
+    time.sleep(5.0)  # the workers have begun
+    job.send_signal(signal.SIGINT)
+    assert job.wait(60) == 130, out.read_text()
+    assert out.read_text().splitlines()[-1] == "interrupted; the same command continues"
+    assert "Traceback" not in out.read_text()
+    assert status(tmp_path / "runs") == "KILLED"
+
+
+@pytest.mark.slow
 def test_a_pretraining_that_is_interrupted_ends_at_once_and_goes_on(tiny_world: Path, tmp_path: Path):
     values = {
         "name": "tiny", "storage": str(tmp_path / "runs"), "data": {"path": str(tiny_world / "data"), "size": 8},

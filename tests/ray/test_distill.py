@@ -210,7 +210,7 @@ def test_the_report_is_one_file_that_marks_the_chosen_subgroups(tiny_run: Run):
     assert html.count('class="chosen"') == 2 * len(CLASSES)
     assert html.count("data:image/png;base64,") == 4
     for text in (
-        *CLASSES, "Random real", "DiT + S3", "fine-tune", "Every image of the source could be decoded",
+        *CLASSES, "Random real", "DiT + S3", "fine-tune", "Every image that was read could be decoded",
         "Sampling: ddim, 3 steps", "references of all real images a class", "better by more than 0.0000",
     ):  # fmt: skip
         assert text in html
