@@ -44,7 +44,7 @@ def refused(job: Job, tmp_path: Path, *arguments: str) -> str:
     [
         ("selection.alhpa=0.4", ["selection.alhpa", "did you mean 'selection.alpha'"]),
         ("selektion.alpha=0.4", ["selektion", "did you mean 'selection"]),
-        ("pool.per_class=5", ["per_class=5", "2 = 6 images", "raise it"]),
+        ("pool.per_class=5", ["per_class=5", "fewer than 6 images", "selection.groups=3", "raise it"]),
         ("selection={alpha: 0, beta: 0}", ["alpha and beta are both 0", "raise one"]),
         ("selection.groups=0", ["selection.groups=0", "greater than or equal to 1"]),
         ("finetune={batch_size: 1, trainer: {num_workers: 2}}", ["batch_size=1", "2 workers"]),
