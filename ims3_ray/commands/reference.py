@@ -16,6 +16,7 @@ from ims3_ray.commands.table import COMMANDS, named
 from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, Section, SweepConfig, keys
 from ims3_ray.config.keys import DESCRIBED_KEYS, KNOWN_KEYS
 from ims3_ray.config.rows import key_tree, rows_of
+from ims3_ray.report.markdown import table
 
 
 def trees() -> tuple[type[Section], ...]:
@@ -42,8 +43,10 @@ def reference() -> str:
     lines = [REFERENCE_HEAD]
     for command, note, tree in parts:
         rows = main if tree is RunConfig else [row for row in rows_of(tree()) if not note or row not in main]
-        lines += [f"## ims3 {command}", "", *([note, ""] if note else []), "| key | default | meaning |", "|---|---|---|"]
-        lines += [f"| `{key}` | {_cell(key, default)} | {meaning} |" for key, default, meaning in rows]
+        lines += [f"## ims3 {command}", "", *([note, ""] if note else [])]
+        lines += table(
+            ["key", "default", "meaning"], ([f"`{key}`", _cell(key, default), meaning] for key, default, meaning in rows)
+        )
         lines += [""]
     return "\n".join(lines)
 

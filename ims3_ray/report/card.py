@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
-
 import yaml
 
 from ims3_ray.config import RunConfig, canonical
 from ims3_ray.data.classes import ClassTable
 from ims3_ray.provenance import PRIVATE, described, last_part, without_places
+from ims3_ray.report.markdown import plain, table
 from ims3_ray.report.results import KINDS, Results, summary_text
 
 CITATION = """\
@@ -30,12 +29,14 @@ SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_
 
 def accuracy_rows(results: Results) -> list[str]:
     """Markdown rows: arm and protocol with accuracies as mean ± std."""
-    rows = ["| images | protocol | last | best | val |", "|---|---|---|---|---|"]
-    for found in results["sets"].values():
-        for row, values in found["rows"].items():
-            cells = [plain(found["title"]), row, *(summary_text(values.get(kind)) for kind in KINDS)]
-            rows.append(f"| {' | '.join(cells)} |")
-    return rows
+    return table(
+        ["images", "protocol", *KINDS],
+        (
+            [plain(found["title"]), plain(row), *(summary_text(values.get(kind)) for kind in KINDS)]
+            for found in results["sets"].values()
+            for row, values in found["rows"].items()
+        ),
+    )
 
 
 def chosen_text(results: Results) -> str:
@@ -46,11 +47,6 @@ def chosen_text(results: Results) -> str:
     ranked = sorted(held_out, key=lambda name: -held_out[name])
     shares = ", ".join(f"{results['sets'][name]['title']} {held_out[name]:.1f} %" for name in ranked)
     return f", chosen by the accuracy of its students on held-out training images: {shares}"
-
-
-def plain(text: str) -> str:
-    """A name as plain text in Markdown, with special characters escaped."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
 
 
 def dataset_card(config: RunConfig, classes: ClassTable, results: Results) -> str:

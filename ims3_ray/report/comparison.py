@@ -9,6 +9,7 @@ from typing import Any
 
 from ims3_ray.config import CompareConfig
 from ims3_ray.plan.layout import Plan
+from ims3_ray.report.markdown import plain, table
 from ims3_ray.report.ranking import rank, ranking_note
 from ims3_ray.report.results import KINDS, Results, summary, summary_text
 
@@ -165,20 +166,20 @@ def markdown(config: CompareConfig, tables: Sequence[dict[str, Any]]) -> str:
         f"best epoch on held-out training images. {explained(config)} The mark is bold type.",
         *([note] if (note := ranking_note(tables)) else []), "",
     ]  # fmt: skip
-    for table in tables:
-        parts += [f"## {table['images_per_class']} a class, {table['row']}", ""]
-        if "note" in table:
-            parts += [table["note"], ""]
-        published = ["published"] if table["published"] else []
-        ranked = ["HLR", "IOR", "LRS"] if any(line["ranking"] for line in table["lines"]) else []
-        head = ["method", *KINDS, f"− {config.arms[config.base].title}", *published, *ranked, "sets"]
-        parts += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for line in table["lines"]:
-            cells = [line["title"], *(accuracy_text(line.get(kind)) for kind in KINDS), _difference(line["difference"])]
-            cells += [line["published"] or ""] if table["published"] else []
+    for found in tables:
+        parts += [f"## {found['images_per_class']} a class, {plain(found['row'])}", ""]
+        if "note" in found:
+            parts += [found["note"], ""]
+        published = ["published"] if found["published"] else []
+        ranked = ["HLR", "IOR", "LRS"] if any(line["ranking"] for line in found["lines"]) else []
+        head = ["method", *KINDS, f"− {plain(config.arms[config.base].title)}", *published, *ranked, "sets"]
+        rows = []
+        for line in found["lines"]:
+            cells = [plain(line["title"]), *(accuracy_text(line.get(kind)) for kind in KINDS), _difference(line["difference"])]
+            cells += [line["published"] or ""] if found["published"] else []
             cells += ranking_cells(line["ranking"]) if ranked else []
-            parts.append(f"| {' | '.join([*cells, ' '.join(f'`{content}`' for content in line['content'])])} |")
-        parts.append("")
+            rows.append([*cells, " ".join(f"`{content}`" for content in line["content"])])
+        parts += [*table(head, rows), ""]
     return "\n".join(parts)
 
 

@@ -12,6 +12,7 @@ from ims3_ray.io.storage import Storage
 from ims3_ray.plan.layout import Plan
 from ims3_ray.plan.sweep import before
 from ims3_ray.report.comparison import accuracy_text
+from ims3_ray.report.markdown import plain, table
 from ims3_ray.report.results import Results
 
 SMALL = "These runs have stand-ins in place of data and weights: their accuracies and times mean nothing."
@@ -51,14 +52,13 @@ def _pictures(config: CompareConfig) -> list[str]:
 
 def _of_times(config: CompareConfig | SweepConfig, found: Minutes, printed: Minutes) -> list[str]:
     columns = list(dict.fromkeys(column for of_arm in found.values() for column in of_arm))
-    lines = [f"| method | {' | '.join(columns)} | in all |", "|---" * (len(columns) + 2) + "|"]
+    rows = []
     for name, arm in config.arms.items():
-        cells = [f"{found[arm.title].get(column, 0.0):.1f}" for column in columns]
-        lines.append(f"| {arm.title} | {' | '.join(cells)} | {sum(found[arm.title].values()):.1f} |")
-        there = printed.get(name, {})
+        title, ours, there = plain(arm.title), found[arm.title], printed.get(name, {})
+        rows.append([title, *(f"{ours.get(column, 0.0):.1f}" for column in columns), f"{sum(ours.values()):.1f}"])
         cells = [f"{there[column]:g}" if column in there else "" for column in columns]
-        lines.append(f"| {arm.title}, printed | {' | '.join(cells)} | {sum(there.values()):g} |")
-    return lines
+        rows.append([f"{title}, printed", *cells, f"{sum(there.values()):g}"])
+    return table(["method", *columns, "in all"], rows)
 
 
 def minutes_of(plan: Plan[CompareConfig], storage: Storage) -> dict[str, dict[str, float]]:
@@ -76,14 +76,14 @@ def minutes_of(plan: Plan[CompareConfig], storage: Storage) -> dict[str, dict[st
 
 def _of_comparison(results: Results, compared: bool) -> list[str]:
     """A line for each method, number of images per class and student; of the accuracies the one after the last epoch."""
-    lines = ["| images per class | protocol/student | method | ours | printed | ours − printed |", "|---|---|---|---|---|---|"]
-    for table in results["tables"]:
-        for line in table["lines"]:
+    rows = []
+    for budget in results["tables"]:
+        for line in budget["lines"]:
             printed = line["published"]
             apart = f"{line['last']['mean'] - printed_mean(printed):+.1f}" if printed and compared else ""
-            cells = [table["images_per_class"], table["row"], line["title"], accuracy_text(line["last"]), printed or "", apart]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+            what = [budget["images_per_class"], plain(budget["row"]), plain(line["title"])]
+            rows.append([*what, accuracy_text(line["last"]), printed or "", apart])
+    return table(["images per class", "protocol/student", "method", "ours", "printed", "ours − printed"], rows)
 
 
 def printed_mean(text: str) -> float:
@@ -93,15 +93,12 @@ def printed_mean(text: str) -> float:
 
 def _of_sweep(config: SweepConfig, results: Results) -> list[str]:
     keys = list(config.values)
-    head = [*map(symbol, keys), "test", "held out"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for point in results["points"]:
         row = point["rows"].get(config.row, {})
         settings = ["all" if point["settings"][key] is None else point["settings"][key] for key in keys]
-        lines.append(
-            f"| {' | '.join(map(str, [*settings, accuracy_text(row.get('last')), accuracy_text(row.get('held_out'))]))} |"
-        )
-    return lines
+        rows.append([*settings, accuracy_text(row.get("last")), accuracy_text(row.get("held_out"))])
+    return table([*map(symbol, keys), "test", "held out"], rows)
 
 
 def figures_of(reproduction: Reproduction, found: Mapping[str, Results]) -> dict[str, bytes]:

@@ -10,8 +10,9 @@ import yaml
 
 from ims3_ray.config import RunConfig, canonical
 from ims3_ray.data.classes import ClassTable
-from ims3_ray.report.card import accuracy_rows, chosen_text, dataset_card, plain
+from ims3_ray.report.card import accuracy_rows, chosen_text, dataset_card
 from ims3_ray.report.html import render_report
+from ims3_ray.report.markdown import plain, table
 from ims3_ray.report.results import summary
 
 NAMES = ("cat", "dog|<q>", "eel")
@@ -85,6 +86,11 @@ def test_the_card_has_what_the_hub_reads_and_says_nothing_of_where_it_was_made(r
 
 def test_names_in_markdown_are_text():
     assert plain("a |\n<script>") == "a &#124; &lt;script&gt;"
+    assert table(["method", "last"], [[plain("mine | yours"), 3]]) == [
+        "| method | last |",
+        "|---|---|",
+        "| mine &#124; yours | 3 |",
+    ]
 
 
 def test_the_report_shows_every_set_its_curve_and_what_was_left_out(results: dict[str, Any]):
