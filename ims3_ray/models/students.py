@@ -255,12 +255,23 @@ def has_batch_norm(network: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
-def constant_norms(network: nn.Module, channels: int, size: int) -> str | None:
-    """Name of the first layer that normalises each channel of each image over a single pixel, for images of this size; None if
-    there is none. The output of such a layer is the same for all images, so the network cannot learn.
+def tried_out(
+    name: str, channels: int, size: int, num_classes: int, norm: Norm, width: int
+) -> tuple[nn.Module, str | None]:  # fmt: skip
+    """The network on the meta device, and the name of its first layer that normalises each channel of each image over a single
+    pixel; None if there is none. The output of such a layer is the same for all images, so the network cannot learn.
 
-    The network is moved to the meta device; it is of no use afterwards.
+    Raises :class:`UserError` for a network that cannot take images of this size.
     """
+    try:
+        with torch.device("meta"):
+            network = build_student(name, channels, size, num_classes, norm, width)
+        return network, _constant_norms(network, channels, size)
+    except (ValueError, RuntimeError, AssertionError) as error:  # raised by networks for images that are too small
+        raise UserError(f"{name} cannot take these images ({str(error).splitlines()[0]}); choose another") from error
+
+
+def _constant_norms(network: nn.Module, channels: int, size: int) -> str | None:
     found: list[str] = []
 
     def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -278,9 +289,8 @@ def constant_norms(network: nn.Module, channels: int, size: int) -> str | None:
 
 @cache
 def _check(name: str, channels: int, size: int, num_classes: int, norm: Norm, width: int) -> tuple[str | None, bool]:
-    with torch.device("meta"):
-        network = build_student(name, channels, size, num_classes, norm, width)
-    return constant_norms(network, channels, size), has_batch_norm(network)
+    network, constant = tried_out(name, channels, size, num_classes, norm, width)
+    return constant, has_batch_norm(network)
 
 
 def check_student(

@@ -55,9 +55,8 @@ class GeneratorTarget(Target):
             size, name = judge.size or data.size, judge.students[0]
             try:
                 check_student(name, data.channels, size, self.classes, judge.norm, judge.width)
-            except (ValueError, RuntimeError, AssertionError) as error:  # raised by networks for images that are too small
-                reason = str(error).splitlines()[0]
-                raise UserError(f"quality.judge: {name} cannot take these images ({reason}); choose another") from error
+            except UserError as error:
+                raise UserError(f"quality.judge: {error}") from error
         try:
             _ = self._shape
         except ValidationError as error:

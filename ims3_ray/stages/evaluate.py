@@ -130,13 +130,10 @@ def check_protocol(planner: Planner, name: str, protocol: ProtocolConfig, ipc: i
         what = "normalise=imagenet" if protocol.normalise == "imagenet" else f"augment.lighting={protocol.augment.lighting:g}"
         raise UserError(f"{where}.{what} is for colour images, but data.channels={data.channels}; set it otherwise")
     for student in protocol.students:
-        student_builder(student)
         try:
             check_student(student, data.channels, size, classes, protocol.norm, protocol.width, batch_size)
-            evaluation_flops(protocol, student, data.channels, size, classes, 0, 0)
-        except (ValueError, RuntimeError, AssertionError) as error:  # raised by networks for images that are too small
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{where}.students: {student} cannot take these images ({reason}); choose another") from error
+        except UserError as error:
+            raise UserError(f"{where}.students: {error}") from error
 
 
 def network_size(protocol: ProtocolConfig, size: int) -> int:

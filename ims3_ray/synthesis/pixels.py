@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ims3_ray.data.transforms import to_pil
 from ims3_ray.errors import UserError
-from ims3_ray.models.students import build_student, constant_norms, has_batch_norm, student_builder
+from ims3_ray.models.students import build_student, has_batch_norm, tried_out
 from ims3_ray.synthesis.base import Costs
 
 
@@ -55,16 +55,9 @@ def check_network(method: str, name: str, width: int, pad_to: int | None, costs:
     batch norm would couple them, or that has no convolutions or no linear layer at its end."""
     size, classes, key = max(costs.size, pad_to or 0), len(costs.counts), f"synthesis.{method}.network"
     try:
-        student_builder(name)
+        network, constant = tried_out(name, costs.channels, size, classes, "instance", width)
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
-    try:
-        with torch.device("meta"):
-            network = build_student(name, costs.channels, size, classes, "instance", width)
-        constant = constant_norms(network, costs.channels, size)
-    except (ValueError, RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{key}: {name} cannot take these images ({reason}); choose another") from error
     linear = any(isinstance(module, nn.Linear) for module in network.modules())
     if not linear or all(parameter.dim() != 4 for parameter in network.parameters()):
         raise UserError(f"{key}: {name} is no convolutional network with a linear layer; choose convnet-DEPTH or resnetap-10")

@@ -289,7 +289,7 @@ def test_a_judge_sees_samples_at_its_own_size(size: int, tiny_world: Path, tmp_p
     judge = {"students": ["convnet-2"], "width": 4, "epochs": 1, "size": size, "augment": {}}
     quality = {"judge": judge, "images_per_class": 4, "sampling": sampling}
     wanted = config(tiny_world, tmp_path, target="generator", quality=quality)
-    _, _, _ = open_pretraining(wanted)
+    open_pretraining(wanted)  # accepts the sizes of the judge
     found = judge_generator(wanted, tiny_world / "dit.safetensors", splits_of(wanted.data), "cpu")
     assert found.judged
     assert 0 <= found.figures["agreement"] <= 100

@@ -16,7 +16,7 @@ from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.data.augment import padded
 from ims3_ray.errors import Diverged, UserError
 from ims3_ray.models.student_costs import forward_flops
-from ims3_ray.models.students import build_student, constant_norms, student_builder
+from ims3_ray.models.students import build_student, student_builder, tried_out
 from ims3_ray.training import augmented
 from ims3_ray.training import students as students_module
 from ims3_ray.training.accuracy import accuracy_of, confusion_of, resident, validation_epochs
@@ -356,9 +356,9 @@ def test_batches_of_one_with_batch_norm_are_refused():
 @pytest.mark.parametrize(("name", "size", "fits"), [("convnet-3", 8, True), ("resnet-18", 8, False), ("resnet-18", 16, True)])
 def test_instance_norm_of_maps_of_one_pixel_is_refused(name: str, size: int, fits: bool):
     """An instance norm of one value gives zero whatever the image is, so such a network never learns."""
-    found = constant_norms(build_student(name, 1, size, 3, "instance", 8), 1, size)
+    found = tried_out(name, 1, size, 3, "instance", 8)[1]
     assert (found is None) == fits
-    assert constant_norms(build_student(name, 1, size, 3, "batch", 8), 1, size) is None
+    assert tried_out(name, 1, size, 3, "batch", 8)[1] is None
 
 
 def test_grey_images_reach_convolutions_with_the_strides_of_their_shape():
