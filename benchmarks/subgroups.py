@@ -25,6 +25,7 @@ import multiprocessing
 import platform
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +44,7 @@ from ims3_ray.data.transforms import to_signed
 from ims3_ray.engine.inputs import decoded_split
 from ims3_ray.engine.shards import units_of
 from ims3_ray.errors import UserError
-from ims3_ray.models.encoder import encoder_path, load_encoder
+from ims3_ray.models.encoder import Encoder, encoder_config, encoder_path, load_encoder
 from ims3_ray.models.generator import generator_path, open_generator
 from ims3_ray.seeds import generator_for
 from ims3_ray.selection.subgroups import scored
@@ -53,6 +54,7 @@ from ims3_ray.training.accuracy import Labelled
 from ims3_ray.training.students import train_student
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Features = Callable[[Tensor], Tensor]
 
 
 class BenchmarkConfig(Section):
@@ -63,6 +65,9 @@ class BenchmarkConfig(Section):
     pool: str | None = None
     """File that keeps the samples, so that a second call need not draw them again."""
     encoder: str = "embedded:fashion-mnist-phi"
+    features: Literal["encoder", "untrained", "pixels"] = "encoder"
+    """What φ is: the encoder, a network of its shape with random weights, or the pixels themselves as a vector. An encoder for
+    colour images gets grey ones in all of its channels."""
     alpha: float = 0.4
     beta: float = 0.9
     k: tuple[int, ...] = (1, 10)
@@ -89,7 +94,7 @@ def benchmark(config: BenchmarkConfig) -> None:
     (pixels, labels, names), _ = decoded_split(config.data, "train")
     real, tested = zip(*(_apart(pixels[labels == c], config.held_out, c) for c in range(len(names))), strict=True)
     test = decoded_split(config.data, "test")[0][:2] if config.test else _labelled(tested)
-    phi = load_encoder(encoder_path(config.encoder)).to(DEVICE)
+    phi = features_of(config)
     references = torch.stack([_features(phi, images).mean(dim=0) for images in real])
     most = max(k * max(config.ranked, *config.groups) for k in config.k)
     candidates = list(real) if config.candidates == "real" else sampled(config, names, most)
@@ -105,7 +110,7 @@ def benchmark(config: BenchmarkConfig) -> None:
             ]
 
             def choose(key: Any, groups: int, position: int, k: int = k, orders: list[Tensor] = orders) -> None:
-                """The set of the subgroups of a rank; -1 is the worst."""
+                """The set of the subgroups of a rank; −1 is the worst."""
                 members = [order[: groups * k].reshape(groups, k) for order in orders]
                 centroids = torch.stack([each[m].mean(dim=1) for each, m in zip(features, members, strict=True)])
                 proximity, repulsion, _ = scored(centroids, references)
@@ -115,8 +120,8 @@ def benchmark(config: BenchmarkConfig) -> None:
                 terms[key] = tuple(table.gather(1, ranks[:, None]).mean().item() for table in (proximity, repulsion))
 
             for groups in config.groups:
-                choose((k, "best", groups, draw), groups, 0)
-                choose((k, "worst", groups, draw), groups, -1)
+                for which, position in list({"best": 0, "worst": -1}.items())[:groups]:
+                    choose((k, which, groups, draw), groups, position)
             if draw == 0:
                 for rank in range(config.ranked):
                     choose((k, "rank", rank), config.ranked, rank)
@@ -142,8 +147,21 @@ def _labelled(of_class: Any) -> Labelled:
     return torch.cat(list(of_class)), torch.arange(len(counts)).repeat_interleave(counts)
 
 
+def features_of(config: BenchmarkConfig) -> Features:
+    """φ: images in [−1, 1], [B, C, H, W] → features [B, D]."""
+    if config.features == "pixels":
+        return partial(torch.flatten, start_dim=1)
+    path = encoder_path(config.encoder)
+    if config.features == "untrained":
+        torch.manual_seed(0)
+        phi = Encoder(encoder_config(path)).eval().requires_grad_(False)
+    else:
+        phi = load_encoder(path)
+    return lambda images: phi.to(DEVICE)(images.expand(-1, phi.config.channels, -1, -1))
+
+
 @torch.inference_mode()
-def _features(phi: Any, images: Tensor) -> Tensor:
+def _features(phi: Features, images: Tensor) -> Tensor:
     return torch.cat([normalize(phi(to_signed(part.to(DEVICE))).double(), dim=1).cpu() for part in images.split(500)])
 
 
@@ -185,7 +203,7 @@ def of_size(config: BenchmarkConfig, k: int, found: dict[Any, list[float]], term
     by_groups = []
     for groups in config.groups:
         row: dict[str, Any] = {"groups": groups}
-        for which in ("best", "worst"):
+        for which in ("best", "worst")[:groups]:
             draws = [statistics.fmean(found[k, which, groups, draw]) for draw in range(config.draws)]
             row[which] = round(statistics.fmean(draws), 2)
             row[f"{which}_sem"] = round(statistics.stdev(draws) / len(draws) ** 0.5, 2) if len(draws) > 1 else None
