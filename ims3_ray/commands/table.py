@@ -172,7 +172,7 @@ Upload a distilled set, weights or adapters, with their card, as a repository of
 `hf auth login` or a token in HF_TOKEN.
 
     ims3 push runs/demo user/fashion-10 license=mit      the distilled set of a run
-    ims3 push runs/my-dit user/my-dit                    weights of ims3 pretrain
+    ims3 push runs/pretrain/my-dit user/my-dit           weights of ims3 pretrain
     ims3 push runs/artifacts/finetune/KEY user/adapter   adapters of a fine-tuning; `ims3 artifacts list` shows the keys
     ims3 push runs/demo user/fashion-10 --dry-run        the files and the card
 

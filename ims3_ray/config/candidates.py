@@ -66,6 +66,8 @@ class SamplingConfig(Components):
         if len(on) > 1:
             names, switches = " and ".join(each.name for each in on), " and ".join(each.switch for each in on)
             raise ValueError(f"{names} exclude each other; set one of {switches} to 0")
+        if on and self.steps < on[0].least_steps:
+            raise ValueError(f"{on[0].name}.{on[0].switch} needs steps={on[0].least_steps} or more, not {self.steps}")
         return self
 
     @property

@@ -124,6 +124,13 @@ class ProtocolConfig(Section):
     """Number format of the student's arithmetic; weights and losses stay in float32."""
 
 
+def for_colour_alone(augment: AugmentConfig, normalise: str = "set") -> str | None:
+    """The setting that grey images cannot have, as ``key=value``; None if there is none."""
+    if normalise == "imagenet":
+        return "normalise=imagenet"
+    return f"augment.lighting={augment.lighting:g}" if augment.lighting else None
+
+
 class EncoderTraining(Section):
     """Training of a timm network as a classifier of the training split. It becomes the encoder φ or the teacher of soft
     labels."""

@@ -129,6 +129,14 @@ class QualityConfig(Section):
     threads: int = Field(default=2, ge=1)
     """Number of PyTorch threads of the judge."""
 
+    @model_validator(mode="after")
+    def _steered_by_nothing(self) -> QualityConfig:
+        if (steering := self.sampling.steering) is not None:
+            raise ValueError(
+                f"sampling.{steering.name}.{steering.switch} steers by real images, which no judge does; set it to 0"
+            )
+        return self
+
 
 class PretrainConfig(Section):
     """Training of the weights that a distillation starts from (`ims3 pretrain`)."""
@@ -137,7 +145,7 @@ class PretrainConfig(Section):
     """The weights go to {storage}/{name}/{name}.safetensors."""
     storage: Text = "runs/pretrain"
     """Folder or URI that holds the weights and the state of the training."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of all random numbers of the training."""
     target: Literal["generator", "encoder", "autoencoder"] = "generator"
     """What is trained: the generator, the encoder φ, or an autoencoder for generators of latents."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
@@ -211,6 +212,8 @@ class RunConfig(WorkConfig):
     def _overridden(self, arm: ArmConfig, key: Overridable) -> Any:
         here, there = getattr(self, key), arm.overrides[key]
         if isinstance(here, Section):
+            if not isinstance(there, Mapping):
+                raise ValueError(f"overrides.{key} has keys of its own, so it cannot be {there!r}; write them under it")
             return type(here).model_validate(merge(canonical(here), there))
         if there is None and key == "autoencoder":
             return None

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ims3_ray.config.base import Section, Seeds, canonical, merge
+from ims3_ray.config.files import alternatives_to
 from ims3_ray.config.messages import reason
 from ims3_ray.config.run import Overridable, RunConfig
 from ims3_ray.selection.s3 import S3
@@ -170,7 +171,11 @@ class SweepConfig(RunConfig):
             raise ValueError(
                 "search.method=optuna chooses settings of finetune and sampling, of which space has none; use grid"
             )
+        if not self.inner():
+            raise ValueError("alpha and beta are both 0 everywhere in space, which scores every subgroup alike; raise one")
         for key, values in self.values.items():
+            if other := next((other for other in alternatives_to(key) if other in self.values), None):
+                raise ValueError(f"{key} and {other} exclude each other, so that only one of them can be swept")
             section, _, rest = key.partition(".")
             here = arm.overrides.get(section) if section in get_args(Overridable) else None  # type: ignore[call-overload]
             own = dict(_leaves(here)) if isinstance(here, Mapping) else {}

@@ -63,14 +63,24 @@ def in_threads(decode: Callable[[int], T], indices: Sequence[int], threads: int)
         return found + list(pool.map(decode, indices[TRIED:]))
 
 
+def part_of_batch(batch_size: int, rank: int, world: int) -> range:
+    """The positions within each global batch that a worker computes."""
+    return range(batch_size * rank // world, batch_size * (rank + 1) // world)
+
+
+def weight_of_part(batch_size: int, rank: int, world: int) -> float:
+    """What a worker's mean loss is multiplied by, so that the mean of the workers' gradients weighs all images of the global
+    batch equally: 1 if all parts have the same size."""
+    return len(part_of_batch(batch_size, rank, world)) * world / batch_size
+
+
 def batch_indices(count: int, batch_size: int, rank: int, world: int, seed: int, first_step: int = 0) -> Iterator[Tensor]:
     """Yield this rank's part of each global batch, without end, from step ``first_step`` on.
 
     Every epoch is a new permutation that depends only on (seed, epoch), so a worker that is restarted continues with the same
     batches. Batches continue across the borders of epochs; all batches of a rank have the same size.
     """
-    first, end = batch_size * rank // world, batch_size * (rank + 1) // world
-    step = first_step
+    part, step = part_of_batch(batch_size, rank, world), first_step
     permutations: dict[int, Tensor] = {}
 
     def at(epoch: int) -> Tensor:
@@ -80,7 +90,7 @@ def batch_indices(count: int, batch_size: int, rank: int, world: int, seed: int,
         return permutations[epoch]
 
     while True:
-        position, stop, parts = step * batch_size + first, step * batch_size + end, []
+        position, stop, parts = step * batch_size + part.start, step * batch_size + part.stop, []
         while position < stop:
             epoch, offset = divmod(position, count)
             parts.append(at(epoch)[offset : offset + stop - position])

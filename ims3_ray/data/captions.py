@@ -92,7 +92,7 @@ def caption_of_clusters(
 def below_split(name: str) -> str:
     """The name of a file below the folder of the training split."""
     parts = [part for part in PurePosixPath(name).parts if part != "."]
-    return "/".join(parts[1:] if parts[0] == "train" and len(parts) > 2 else parts)
+    return "/".join(parts[1:] if parts[:1] == ["train"] and len(parts) > 2 else parts)
 
 
 def _read(path: Path) -> Mapping[str, str | None]:

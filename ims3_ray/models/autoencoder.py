@@ -137,9 +137,13 @@ def load_autoencoder(path: Path) -> Autoencoder:
         load_into(model.vae, path)
         return model.eval().requires_grad_(False)
     try:
-        model.vae = AutoencoderKL.from_pretrained(path.parent, local_files_only=True, low_cpu_mem_usage=False)
+        model.vae, loaded = AutoencoderKL.from_pretrained(
+            path.parent, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"autoencoder '{path}' does not load ({str(error).splitlines()[0]}); fetch it again") from error
+    if missing := loaded["missing_keys"]:
+        raise UserError(f"autoencoder '{path}' lacks {len(missing)} tensors, among them {min(missing)}; fetch it again")
     return model.eval().requires_grad_(False)
 
 

@@ -36,6 +36,17 @@ class DiTFile:
     classes: tuple[str, ...]
     """Class names by label; empty if the file does not name its classes. Classes of ImageNet-1K are named by their wnids."""
 
+    @property
+    def described_by(self) -> list[Path]:
+        """The files beside the weights that say what they compute: those of a diffusers pipeline."""
+        if self.layout != "diffusers":
+            return []
+        pipeline = self.path.parent.parent
+        files = (
+            self.path.with_name("config.json"), pipeline / "scheduler" / "scheduler_config.json", pipeline / "model_index.json"
+        )  # fmt: skip
+        return [file for file in files if file.is_file()]
+
     def state(self, meta: bool = False) -> dict[str, Tensor]:
         """The tensors under the names of the DiT release. With ``meta`` they are on the meta device and no weights are read.
 
@@ -61,6 +72,16 @@ def open_dit(path: Path) -> DiTFile:
 
     Raises :class:`UserError` for anything else.
     """
+    try:
+        return _open(path)
+    except (ValueError, KeyError, TypeError) as error:  # a ValidationError is a ValueError
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"generator '{path}' has a description that cannot be used ({reason}); fetch or convert it again"
+        ) from error
+
+
+def _open(path: Path) -> DiTFile:
     beside = _json(path.with_name("config.json"))
     if _is_diffusers_dit(beside):
         config = _diffusers_config(beside)

@@ -161,7 +161,7 @@ def check_encoder(path: Path) -> None:
     config = encoder_config(path)
     try:
         check_fit(lambda shape: Encoder(shape).network if _of_timm(path) else Encoder(shape), config, path)
-    except RuntimeError as error:  # timm's error for an unknown architecture
+    except (RuntimeError, TypeError) as error:  # timm's errors for an unknown architecture and for unknown arguments
         raise UserError(f"encoder '{path}' is a network that timm does not build ({error})") from error
 
 

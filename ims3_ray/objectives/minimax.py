@@ -59,7 +59,7 @@ class Minimax(Objective):
             if label in self.predicted:
                 apart.append((of_class @ self.predicted[label].T).max())
         self._remember(step, z0_hat.detach())
-        zero = z0_hat.new_zeros(())
+        zero = z0_hat.sum() * 0  # of the first step, which has nothing to compare with, and may have no other objective
         return {
             "representativeness": torch.stack(near).mean() if near else zero,
             "diversity": torch.stack(apart).mean() if apart else zero,

@@ -14,7 +14,7 @@ from ims3_ray.models.encoder import Encoder, EncoderConfig, embedding_cost, load
 from ims3_ray.plan.estimate import scaled
 from ims3_ray.pretraining.by_epochs import EpochTarget
 from ims3_ray.pretraining.quality import Quality, Splits
-from ims3_ray.stages.teacher import shape_in_training
+from ims3_ray.stages.teacher import check_training, shape_in_training
 
 
 class EncoderTarget(EpochTarget):
@@ -24,6 +24,7 @@ class EncoderTarget(EpochTarget):
 
     def check(self) -> None:
         _ = self.flops  # counted on a network that is built for it
+        check_training(self.config.encoder, self.config.data.channels, self.classes, "encoder")
 
     @property
     def network(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ims3_ray.config import PretrainConfig, canonical
-from ims3_ray.config.evaluation import for_ipc
+from ims3_ray.config.evaluation import for_colour_alone, for_ipc
 from ims3_ray.errors import UserError
 from ims3_ray.models.autoencoder import KIND, Autoencoder, decoding_flops, empty_autoencoder, encoding_flops
 from ims3_ray.models.dit import DiT, DiTConfig
@@ -52,11 +52,21 @@ class GeneratorTarget(Target):
                     f"quality.judge has labels={judge.labels} and normalise={judge.normalise}, but it learns from real images "
                     "alone; set labels=hard and normalise=set"
                 )
+            if data.channels != 3 and (what := for_colour_alone(judge.augment, judge.normalise)):
+                raise UserError(
+                    f"quality.judge.{what} is for colour images, but data.channels={data.channels}; set it otherwise"
+                )
             size, name = judge.size or data.size, judge.students[0]
             try:
                 check_student(name, data.channels, size, self.classes, judge.norm, judge.width)
             except UserError as error:
                 raise UserError(f"quality.judge: {error}") from error
+        guidance, dropout = self.config.quality.sampling.cfg_scale, self.config.generator.label_dropout
+        if guidance > 1 and not dropout:
+            raise UserError(
+                f"quality.sampling.cfg_scale={guidance:g} needs a generator that has learnt images without a class, but "
+                "generator.label_dropout=0; set quality.sampling.cfg_scale=1, or a label_dropout above 0"
+            )
         try:
             _ = self._shape
         except ValidationError as error:

@@ -31,7 +31,7 @@ from ims3_ray.stages.adapters import Pretrained, group_unit
 from ims3_ray.stages.embed import TEACHER
 from ims3_ray.stages.encode import Encode
 from ims3_ray.stages.latents import EncodeLatents
-from ims3_ray.stages.tuning import PLACES_AND_SPEED, Tuning, check_variance, finetune_groups
+from ims3_ray.stages.tuning import PLACES_AND_SPEED, Tuning, check_parameters, check_variance, finetune_groups
 from ims3_ray.training.finetuning import finetune_flops
 
 SEEN_PER_CLASS = 200
@@ -56,6 +56,7 @@ class Adopt(Tuning):
             return None
         tuning, images = adopt.tuning, Encode.plan(planner, "train", config.data)
         check_variance(tuning, models.generator, "adopt")
+        check_parameters(tuning, models.generator, "adopt")
         _check_start(adopt, models.generator, models.added)
         config = config.model_copy(update={"finetune": tuning})
         params: dict[str, Any] = {

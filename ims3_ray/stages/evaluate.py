@@ -15,7 +15,7 @@ from ims3_ray import plugins
 from ims3_ray.cluster.capacity import largest_memory, wait_for_capacity
 from ims3_ray.cluster.joining import most_at_once, placed, results
 from ims3_ray.config import ProtocolConfig, WorkConfig, differing, reserved
-from ims3_ray.config.evaluation import for_ipc
+from ims3_ray.config.evaluation import for_colour_alone, for_ipc
 from ims3_ray.engine.mapped import MAPPED_ABOVE
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.sets import RealSplit
@@ -126,8 +126,7 @@ def check_protocol(planner: Planner, name: str, protocol: ProtocolConfig, ipc: i
     batch_size = min(for_ipc(protocol.batch_size, ipc), ipc * classes)
     where, data = f"evaluation.protocols.{name}", planner.work.data
     size = network_size(protocol, data.size)
-    if data.channels != 3 and (protocol.normalise == "imagenet" or protocol.augment.lighting):
-        what = "normalise=imagenet" if protocol.normalise == "imagenet" else f"augment.lighting={protocol.augment.lighting:g}"
+    if data.channels != 3 and (what := for_colour_alone(protocol.augment, protocol.normalise)):
         raise UserError(f"{where}.{what} is for colour images, but data.channels={data.channels}; set it otherwise")
     for student in protocol.students:
         try:

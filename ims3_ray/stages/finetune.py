@@ -32,7 +32,7 @@ class Finetune(Tuning):
         models, tuning = planner.models(config), config.finetune
         generator, objectives = models.generator, tuning.objectives
         check_variance(tuning, generator, "finetune")
-        check_parameters(tuning, generator)
+        check_parameters(tuning, generator, "finetune")
         images = Encode.plan(planner, "train", models.data_at_its_size)
         groups = class_groups(models.labels, tuning.classes_per_group)
         params: dict[str, Any] = {

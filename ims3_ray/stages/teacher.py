@@ -14,6 +14,7 @@ import torch
 from ims3_ray.cluster.capacity import wait_for_capacity
 from ims3_ray.cluster.joining import own_device, placed
 from ims3_ray.config import EncoderTraining, TrainerConfig, WorkConfig, canonical, differing
+from ims3_ray.config.evaluation import for_colour_alone
 from ims3_ray.data.transforms import to_signed
 from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.sets import RealSplit
@@ -33,6 +34,7 @@ from ims3_ray.models.encoder import (
     encoder_path,
     load_encoder,
     settings_beside,
+    uses_batch_norm,
 )
 from ims3_ray.models.teacher import TeacherNetwork
 from ims3_ray.progress import Progress
@@ -54,6 +56,7 @@ class TrainTeacher(Stage):
         training, data = planner.work.evaluation.teacher.training, planner.work.data
         images, test = Encode.plan(planner, "train", data), Encode.plan(planner, "test", data)
         count, names = images.images * training.epochs, planner.classes.names
+        check_training(training, data.channels, len(names), "evaluation.teacher.training")
         params = {"training": differing(training), "classes": list(names), **_workers(planner.work.evaluation.teacher.trainer)}
         shape = shape_in_training(training, data.channels, len(names))
         flops = 3 * count * embedding_cost(shape.model_dump_json(), data.size)[0]
@@ -184,6 +187,16 @@ def judged(teacher: Artifact, test: RealSplit, threads: int) -> float:
 
 def _with_names(images: RealSplit, names: tuple[str, ...]) -> Images:
     return *images.read(), names
+
+
+def check_training(training: EncoderTraining, channels: int, num_classes: int, where: str) -> None:
+    """Raises :class:`UserError` for settings that do not fit the images or the network; ``where`` is their key."""
+    if channels != 3 and (what := for_colour_alone(training.augment)):
+        raise UserError(f"{where}.{what} is for colour images, but data.channels={channels}; set it to 0")
+    if training.batch_size == 1 and uses_batch_norm(shape_in_training(training, channels, num_classes).model_dump_json()):
+        raise UserError(
+            f"{where}.batch_size=1 is too small for {training.model}, which normalises over the images of a batch; raise it"
+        )
 
 
 def shape_in_training(training: EncoderTraining, channels: int, num_classes: int) -> EncoderConfig:

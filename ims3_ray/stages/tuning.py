@@ -110,15 +110,15 @@ def check_variance(config: FinetuneConfig, generator: Generator, section: str) -
             raise UserError(f"generator '{generator.title}' predicts no variance; set {key}=false")
 
 
-def check_parameters(config: FinetuneConfig, generator: Generator) -> None:
-    """Raises :class:`UserError` for parameters, or words, that the generator does not have."""
+def check_parameters(config: FinetuneConfig, generator: Generator, section: str) -> None:
+    """Raises :class:`UserError` for parameters, or words, that the generator does not have; ``section`` is that of the keys."""
     if config.parameters not in generator.trainable:
         able = " or ".join(generator.trainable)
         raise UserError(
-            f"generator '{generator.title}' has no parameters called {config.parameters}; set finetune.parameters={able}"
+            f"generator '{generator.title}' has no parameters called {config.parameters}; set {section}.parameters={able}"
         )
     if config.words == "captions" and not generator.takes_words:
-        raise UserError(f"generator '{generator.title}' is told labels, not words; set finetune.words=class")
+        raise UserError(f"generator '{generator.title}' is told labels, not words; set {section}.words=class")
 
 
 def groups_of(context: Context, stage: Tuning) -> list[Group]:

@@ -65,7 +65,8 @@ def weigh_classes(task: TaskInputs, units: Sequence[str]) -> list[dict[str, Any]
     """Write the shards of some classes again, with weights. Image i of the candidates belongs to mode i mod K."""
 
     def weights_of(unit: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        counts = load(task.modes.read(f"{unit}.safetensors"))["counts"].float()
+        # Among duplicates a cluster may be empty. Its image counts as one, since weights are above 0.
+        counts = load(task.modes.read(f"{unit}.safetensors"))["counts"].float().clamp(min=1)
         weights = counts[tensors["indices"] % len(counts)]
         return {"weights": weights / weights.mean()}
 

@@ -55,7 +55,7 @@ def validation_epochs(epochs: int, validations: int, validate_from: float) -> se
 def resident(pixels: Tensor, size: int, keep: float = 1.0) -> Tensor:
     """Centre crops, of the share ``keep`` of each side, scaled to uint8 images [N, C, size, size]."""
     whole = pixels.shape[-1]
-    side = round(whole * keep)
+    side = max(1, round(whole * keep))
     start = (whole - side) // 2
     pixels = pixels[..., start : start + side, start : start + side]
     if side == size:

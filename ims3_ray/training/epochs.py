@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ims3_ray.data.batches import batch_indices
+from ims3_ray.data.batches import batch_indices, weight_of_part
 from ims3_ray.seeds import seed_for
 from ims3_ray.training.divergence import check_losses
 
@@ -94,7 +94,7 @@ class EpochTrainer(ABC, Generic[S]):
     def _step(self, index: Tensor) -> None:
         loss = self.loss(index)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * weight_of_part(self.config.batch_size, self.rank, self.world)).backward()
         self.optimizer.step()
         self.decay.step()
         self.losses.append(loss.item())

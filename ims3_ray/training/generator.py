@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ims3_ray.config.base import canonical
 from ims3_ray.config.candidates import SamplingConfig
 from ims3_ray.config.pretrain import GeneratorTraining
-from ims3_ray.data.batches import batch_indices
+from ims3_ray.data.batches import batch_indices, weight_of_part
 from ims3_ray.data.clean_images import CleanImages
 from ims3_ray.data.transforms import to_uint8
 from ims3_ray.diffusion.prediction import target_of
@@ -46,6 +46,7 @@ def dit_config(
     return DiTConfig(
         input_size=size, in_channels=channels, patch_size=training.patch_side(size, latents), hidden_size=training.hidden_size,
         depth=training.depth, num_heads=training.num_heads, num_classes=num_classes, prediction=training.prediction,
+        null_row=training.label_dropout > 0,
     )  # fmt: skip
 
 
@@ -74,6 +75,7 @@ class GeneratorTrainer:
     ) -> None:  # fmt: skip
         self.config, self.seed, self.device, self.rank, self.world = config, seed, torch.device(device), rank, world
         self.images, self.pixels = images.to(self.device), pixels
+        self._weight = weight_of_part(config.batch_size, rank, world)
         torch.manual_seed(seed)
         shape = dit_config(config, images.shape[-1], images.shape[0], num_classes, latents="pixels" not in images.tensors)
         self.model = DiT(shape).to(self.device)
@@ -138,7 +140,7 @@ class GeneratorTrainer:
         with self.autocast:
             predicted = self.wrapped(self.schedule.add_noise(z0, noise, t), t, y)
             loss = diffusion_loss(predicted, target_of(z0, noise, t, self.schedule, kind), weight)
-        loss.backward()
+        (loss * self._weight).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -106,6 +106,18 @@ def test_a_generator_without_a_condition_for_no_class_adopts_from_known_classes_
     make_plan(RunConfig.model_validate({**values, "adopt": {"label_dropout": 0, "like": {"middle": "left"}}}))
 
 
+def test_what_the_generator_cannot_learn_is_refused(tmp_path: Path, tiny_world: Path):
+    without = DiT(load_generator(tiny_world / "dit.safetensors").config.model_copy(update={"num_classes": 2}))
+    write_dit(without, CLASSES[:2], tmp_path / "two.safetensors")
+    values = tiny_values(tiny_world, tmp_path, generator=str(tmp_path / "two.safetensors"))
+    for adopt, message in (
+        ({"parameters": "lora"}, r"set adopt\.parameters="),
+        ({"words": "captions"}, r"set adopt\.words=class"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_plan(RunConfig.model_validate({**values, "adopt": adopt}))
+
+
 def test_only_the_denoising_loss_adopts_classes():
     with pytest.raises(ValidationError, match="classes are adopted by diffusion alone"):
         AdoptConfig.model_validate({"objectives": {"inversion_matching": {"weight": 0.1}}})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ims3_ray import UserError
 from ims3_ray.config import RunConfig
@@ -61,6 +62,15 @@ def test_latents_are_shifted_as_the_autoencoder_says(world: Path, tmp_path: Path
 
 def test_a_pipelines_folder_and_the_autoencoders_own_are_the_same(world: Path):
     assert autoencoder_path(str(world)) == autoencoder_path(str(world / "vae"))
+
+
+def test_an_autoencoder_that_lacks_tensors_is_refused(world: Path, tmp_path: Path):
+    shutil.copytree(world / "vae", tmp_path / "vae")
+    path = autoencoder_path(str(tmp_path / "vae"))
+    left = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("decoder.up_blocks")}
+    save_file(left, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks \d+ tensors, among them decoder\.up_blocks"):
+        load_autoencoder(path)
 
 
 def test_a_folder_without_an_autoencoder_is_refused(tmp_path: Path):

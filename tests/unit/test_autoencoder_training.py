@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 from torch.distributions import Normal, kl_divergence
 
 from ims3_ray import UserError
@@ -273,6 +274,8 @@ def test_an_untrained_autoencoder_has_the_shape_of_the_config():
         ({"labels": "soft"}, "quality.judge has labels=soft"),
         ({"normalise": "real"}, "normalise=real"),
         ({"students": ["convnet-6"], "size": 8}, "convnet-6"),
+        ({"augment": {"lighting": 0.1}}, r"quality\.judge\.augment\.lighting=0\.1 is for colour images"),
+        ({"normalise": "imagenet"}, r"quality\.judge\.normalise=imagenet is for colour images"),
     ],
 )
 def test_a_judge_that_cannot_judge_is_refused_before_the_training(
@@ -281,6 +284,27 @@ def test_a_judge_that_cannot_judge_is_refused_before_the_training(
     wanted = config(tiny_world, tmp_path, target="generator", quality={"judge": judge})
     with pytest.raises(UserError, match=says):
         open_pretraining(wanted)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"target": "generator", "generator": {"label_dropout": 0}}, r"set quality\.sampling\.cfg_scale=1"),
+        ({"target": "encoder", "encoder": {"augment": {"lighting": 0.1}}}, r"encoder\.augment\.lighting=0\.1 is for colour"),
+        ({"target": "encoder", "encoder": {"batch_size": 1}}, r"encoder\.batch_size=1 is too small"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused_before_the_training(
+    values: dict[str, Any], says: str, tiny_world: Path, tmp_path: Path
+):
+    with pytest.raises(UserError, match=says):
+        open_pretraining(config(tiny_world, tmp_path, **values))
+
+
+def test_a_judge_is_not_steered_by_real_images(tiny_world: Path, tmp_path: Path):
+    steered = {"sampling": {"sampler": "ddim", "inverted_gaussian": {"groups": 5}}}
+    with pytest.raises(ValidationError, match="steers by real images, which no judge does"):
+        config(tiny_world, tmp_path, target="generator", quality=steered)
 
 
 @pytest.mark.parametrize("size", [8, 16])

@@ -88,6 +88,10 @@ def test_a_pool_must_suffice_for_every_arm_and_every_budget():
         ("export=nothing", "export='nothing' is no arm; there is: random_real, dit, dit_s3, ims3"),
         ("sampling.mode_guidance.strength=0.1", "mode_guidance.strength needs sampler=ddpm, not ddim"),
         (
+            "sampling={sampler: ddim, steps: 1, inverted_gaussian: {groups: 5}}",
+            "inverted_gaussian.groups needs steps=2 or more, not 1",
+        ),
+        (
             "sampling={sampler: ddpm, inverted_gaussian: {groups: 5}}",
             "inverted_gaussian.groups needs sampler=ddim or pndm, not ddpm",
         ),
@@ -110,6 +114,7 @@ def test_a_pool_must_suffice_for_every_arm_and_every_budget():
         ("arms.dit.overrides={evaluation: {}}", "input should be 'finetune', 'sampling', 'selection', 'pool', 'synthesis'"),
         ("arms.dit.overrides={data: {classes: [a, b]}}", "overrides.data.classes: arms share their data"),
         ("arms.random_real.overrides={data: {size: 14}}", "overrides.data.size: real images have the size"),
+        ("arms.dit.overrides.synthesis=dm", "overrides.synthesis has keys of its own, so it cannot be 'dm'"),
         ("arms.dit.overrides={generator: {}}", "overrides.generator names weights, so it must be text"),
         ("arms.dit.synthesise=cao", "no synthesis method is called 'cao'; did you mean 'cao2'?"),
         ("arms.dit.synthesise=rded", "synthesise: rded does not start from images: generated; set images: none"),

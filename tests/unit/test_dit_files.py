@@ -93,6 +93,18 @@ def test_a_pipeline_of_diffusers_is_read(model: DiT, tmp_path: Path, safe: bool)
     assert_same(load_generator(path), model)
 
 
+def test_what_describes_a_pipeline_belongs_to_its_weights(model: DiT, tmp_path: Path):
+    write_dit(model, tuple("abcde"), tmp_path / "pipeline")
+    path = generator_path(str(tmp_path / "pipeline"))
+    parts = {file.relative_to(tmp_path / "pipeline").as_posix() for file in open_generator(path).parts}
+    assert {"transformer/config.json", "model_index.json"} <= parts
+    broken = path.with_name("config.json")
+    plain = json.loads(broken.read_text())
+    broken.write_text(json.dumps({key: value for key, value in plain.items() if key != "num_embeds_ada_norm"}))
+    with pytest.raises(UserError, match=r"a description that cannot be used \(KeyError: 'num_embeds_ada_norm'\)"):
+        open_generator(path)
+
+
 def test_a_pipeline_as_the_hub_has_it_is_read(tmp_path: Path):
     torch.manual_seed(0)
     model = DiT(CONFIG.model_copy(update={"num_classes": 1000}))

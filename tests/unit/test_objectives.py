@@ -392,3 +392,9 @@ def test_min_snr_weighs_the_error_of_the_clean_image(parametrisation: str):
     weight = min_snr_weight(t, schedule, gamma, parametrisation)  # type: ignore[arg-type]
     snr = (alpha_bar / (1 - alpha_bar)).clamp(max=gamma)
     assert diffusion_loss(predicted, target, weight).item() == pytest.approx((snr * wrong.square()).mean().item(), rel=1e-4)
+
+
+def test_minimax_alone_has_a_gradient_on_the_first_step():
+    """Its memories are empty then, so both terms are 0."""
+    network = difffit_model()
+    add_up([minimax_of(0.002, 0.008)], step_of(network)).total.backward()

@@ -256,6 +256,11 @@ def test_idx_files_of_another_number_type_are_refused(tmp_path: Path):
     assert "0xd" in refused(tmp_path)
 
 
+def test_idx_files_of_other_dimensions_are_refused(tmp_path: Path):
+    assert "train-labels-idx1-ubyte' in" in refused(write_idx(tmp_path, PIXELS, [[label] for label in LABELS]))
+    assert "has 2 dimensions instead of 3" in refused(write_idx(tmp_path, PIXELS[:, 0], LABELS))
+
+
 def test_idx_images_and_labels_must_be_equally_many(tmp_path: Path):
     assert "5 images but 4 labels" in refused(write_idx(tmp_path, PIXELS, LABELS[:4]))
 

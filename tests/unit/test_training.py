@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyarrow import fs
 from safetensors.torch import load
+from torch import nn
 
 from ims3_ray.cluster import speed
 from ims3_ray.config import EncoderTraining, GeneratorTraining, PretrainConfig, SamplingConfig
@@ -22,6 +23,7 @@ from ims3_ray.models.encoder import encoder_config, known_classes
 from ims3_ray.objectives.diffusion import diffusion_loss
 from ims3_ray.seeds import seed_for
 from ims3_ray.training.encoder import EncoderTrainer
+from ims3_ray.training.epochs import EpochTrainer
 from ims3_ray.training.generator import PREVIEW_IMAGES, GeneratorTrainer, in_bf16
 from ims3_ray.training.pace import ByClock, BySteps
 
@@ -140,6 +142,32 @@ def test_parts_of_two_workers_are_the_whole_batch():
         list(part.run(BySteps(3, 0.1, 0.1)))
     assert not seen[0] & seen[1]
     assert seen[0] | seen[1] == set(range(24))
+
+
+class Sums(EpochTrainer[EncoderTraining]):
+    """One linear layer, whose gradient is the mean of the inputs."""
+
+    setting = "lr"
+
+    @property
+    def trained(self) -> nn.Module:
+        return self.wrapped
+
+    def loss(self, index: torch.Tensor) -> torch.Tensor:
+        return self.wrapped(torch.tensor([[1.0], [10.0], [100.0]])[index]).mean()
+
+    def weights(self) -> bytes:
+        return b""
+
+
+def test_workers_whose_parts_differ_in_size_weigh_all_images_of_a_batch_equally():
+    """Three images for two workers: the mean of the workers' gradients is that of all images."""
+    settings = EncoderTraining(batch_size=3, epochs=1)
+    parts = [Sums(settings, nn.Linear(1, 1), torch.zeros(3), 0, "cpu", rank, 2, None) for rank in range(2)]
+    for part in parts:
+        list(part.epochs())
+    assert [part.wrapped.weight.grad.item() for part in parts] != [37.0, 37.0]
+    assert sum(part.wrapped.weight.grad.item() for part in parts) / 2 == pytest.approx(37.0)
 
 
 @pytest.mark.parametrize(("flops_per_s", "side"), [(1e15, 2048), (1e12, 2048), (1e9, 256)])

@@ -36,6 +36,9 @@ class IdxSource(Source):
             self._pixels, self.labels = _read_idx(images), _read_idx(labels).astype(np.int64)
         except (OSError, struct.error, ValueError, EOFError, zlib.error) as error:
             raise UserError(f"IDX file in '{location}' cannot be read ({error}); fetch it again") from error
+        for file, values, dimensions in ((images, self._pixels, 3), (labels, self.labels, 1)):
+            if values.ndim != dimensions and not (dimensions == 3 and values.ndim == 4 and values.shape[-1] == 3):
+                raise UserError(f"IDX file '{file.name}' in '{location}' has {values.ndim} dimensions instead of {dimensions}")
         if len(self._pixels) != len(self.labels):
             raise UserError(f"IDX files in '{location}' hold {len(self._pixels)} images but {len(self.labels)} labels")
         if names is not None:

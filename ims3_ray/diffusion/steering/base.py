@@ -29,6 +29,8 @@ class Steering(Component, ABC):
     """The option that samplers must take (:attr:`ims3_ray.diffusion.samplers.base.Sampler.takes`)."""
     switch: ClassVar[str]
     """Name of the setting that turns the steering on; its value 0 turns it off."""
+    least_steps: ClassVar[int] = 1
+    """The fewest sampling steps with which the steering can work."""
 
     def __init__(self, config: Any, k: int, seed: int, steps: int, shards: Shards, device: str) -> None:
         """``k`` is the number of images per class in a set, ``seed`` the run's seed, ``steps`` the number of sampling steps."""

@@ -85,6 +85,7 @@ class InvertedGaussian(Steering):
     """Samples gK … (g+1)K−1 of a class start from the best of the groups of starts that were drawn for them."""
 
     name, source, option, switch = "inverted_gaussian", "inverted", "first", "groups"
+    least_steps = 2  # one to invert to, and one to start from
     version = 2
 
     class Config(Section):

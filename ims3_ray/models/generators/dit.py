@@ -25,7 +25,7 @@ class DiTGenerator(Generator):
     """A class-conditional DiT in one of the layouts of :mod:`ims3_ray.models.dit_files`."""
 
     name = "dit"
-    hub_files = ("model_index.json", "transformer/*", OWN_GENERATOR)
+    hub_files = ("model_index.json", "transformer/*", "scheduler/scheduler_config.json", OWN_GENERATOR)
 
     def __init__(self, file: DiTFile, added: Mapping[str, int] | None = None) -> None:
         """``added`` are classes beside those of the file, each with the label whose row of the table it starts from."""
@@ -97,6 +97,10 @@ class DiTGenerator(Generator):
 
     def condition(self, label: int, words: str | None = None) -> Tensor:
         return labels_as_conditions(label)
+
+    @property
+    def parts(self) -> Sequence[Path]:
+        return (self.path, *self.file.described_by)
 
     def forward_flops(self) -> float:
         return float(self.config.forward_flops())
