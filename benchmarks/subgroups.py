@@ -55,6 +55,8 @@ from ims3_ray.training.students import train_student
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Features = Callable[[Tensor], Tensor]
+CHOICES = (("best", 0), ("worst", -1))
+"""Name of a choice and its rank; of a single subgroup there is only the first."""
 
 
 class BenchmarkConfig(Section):
@@ -120,7 +122,7 @@ def benchmark(config: BenchmarkConfig) -> None:
                 terms[key] = tuple(table.gather(1, ranks[:, None]).mean().item() for table in (proximity, repulsion))
 
             for groups in config.groups:
-                for which, position in list({"best": 0, "worst": -1}.items())[:groups]:
+                for which, position in CHOICES[:groups]:
                     choose((k, which, groups, draw), groups, position)
             if draw == 0:
                 for rank in range(config.ranked):
@@ -203,7 +205,7 @@ def of_size(config: BenchmarkConfig, k: int, found: dict[Any, list[float]], term
     by_groups = []
     for groups in config.groups:
         row: dict[str, Any] = {"groups": groups}
-        for which in ("best", "worst")[:groups]:
+        for which, _ in CHOICES[:groups]:
             draws = [statistics.fmean(found[k, which, groups, draw]) for draw in range(config.draws)]
             row[which] = round(statistics.fmean(draws), 2)
             row[f"{which}_sem"] = round(statistics.stdev(draws) / len(draws) ** 0.5, 2) if len(draws) > 1 else None
