@@ -96,14 +96,17 @@ def _understood(
             record_command([*program, *given, *words])
             named(command.run)(list(words), **flags)
             return
-        values = read_values(config, _with_keys(command, words))
+        overrides = _with_keys(command, words)
+        values = read_values(config, overrides)
         names = [part for file in config for part in ("--config", Path(file).name if Path(file).is_file() else file)]
         record_command([*program, *names, *words])
         if isinstance(command.tree, str):
             check_keys(command.tree.partition(":")[2], values)
-        from ims3_ray.config.loading import build
+        from ims3_ray.config.loading import build, check_effect
 
-        built: Any = build(named(command.tree), values)
+        tree: Any = named(command.tree)
+        check_effect(tree, overrides)
+        built: Any = build(tree, values)
         if flags.get("dry_run"):
             print(named(command.plan)(built))
         else:

@@ -78,7 +78,12 @@ def convert(config: ConvertConfig) -> None:
         generator = generator.adopting(added)
     network = generator.load()
     for adapter in adapters:
-        generator.merge(network, load_file(adapter))
+        try:
+            generator.merge(network, load_file(adapter))
+        except (RuntimeError, KeyError) as error:  # tensors that the network lacks, or of other shapes
+            raise UserError(
+                f"'{adapter}' is no adapter of '{path}'; give the adapter-0.safetensors of a fine-tuning"
+            ) from error
     model, classes = generator.with_its_classes(network), (*file.classes, *added)
     trained = trained_on(path)
     write_dit(model, classes, out, **({} if trained is None else {KIND: trained}))

@@ -89,10 +89,16 @@ def is_given(value: Any) -> bool:
     return getattr(value, "value", value) is not None
 
 
+def _of_numbers(table: Mapping[Any, Any]) -> bool:
+    """Whether keys of a table are numbers. A number as the name of an arm, whose value is a section or null, is a name."""
+    return any(isinstance(key, int) and is_given(value) and not isinstance(value, Mapping) for key, value in table.items())
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """``base`` updated by ``over``: mappings merge key by key; any other value replaces the one in ``base``, and so do a table
-    whose keys are numbers (of images per class, say) and the mappings of :data:`WHOLE`. A length of a training replaces one
-    of another kind (:data:`ALTERNATIVES`), and a network that is named without arguments has none of the one in ``base``."""
+    from numbers (of images per class, say) to single values and the mappings of :data:`WHOLE`. A length of a training replaces
+    one of another kind (:data:`ALTERNATIVES`), and a network that is named without arguments has none of the one in
+    ``base``."""
     merged = dict(base)
     if "model" in over and "model_args" in base:
         merged["model_args"] = {}
@@ -100,7 +106,6 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         merged |= {key: None for key in ALTERNATIVES if is_given(merged.get(key)) and key not in over}
     for key, value in over.items():
         inner = merged.get(key)
-        whole = key in WHOLE or (isinstance(value, Mapping) and any(isinstance(name, int) for name in value))
-        both = isinstance(value, Mapping) and isinstance(inner, Mapping) and not whole
+        both = isinstance(value, Mapping) and isinstance(inner, Mapping) and key not in WHOLE and not _of_numbers(value)
         merged[key] = merge(inner or {}, value) if both else value
     return merged

@@ -130,7 +130,10 @@ def read_runs(file: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 def _read_yaml(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if file.resolve() in seen:
         raise UserError(f"config '{file}' extends itself; remove the circle")
-    return _over_parents(_parsed(file), file, (*seen, file.resolve()))
+    values = _parsed(file)
+    if isinstance(values.get("runs"), dict):
+        raise UserError(f"config '{file}' describes several runs; ims3 reproduce {file.stem} makes them")
+    return _over_parents(values, file, (*seen, file.resolve()))
 
 
 def _over_parents(values: dict[str, Any], file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -27,7 +27,18 @@ def load_config(tree: type[Tree], file: str | Path | Sequence[str] | None = None
 
     Raises :class:`UserError` with one line for an unreadable file, an unknown key or an impossible value.
     """
+    overrides = list(overrides)
+    check_effect(tree, overrides)
     return build(tree, read_values(file, overrides))
+
+
+def check_effect(tree: type[Section], overrides: Iterable[str]) -> None:
+    """Raises :class:`UserError` for an override of an option that has no effect in this kind of job. Files may set such
+    options, since several kinds of job extend the same files."""
+    replaced: Mapping[str, str] = getattr(tree, "replaced", {})
+    for override in overrides:
+        if (other := replaced.get(key := override.partition("=")[0])) is not None:
+            raise UserError(f"override '{override}' has no effect here, where {other} takes the place of {key}; set {other}")
 
 
 def build(tree: type[Tree], values: Mapping[str, Any]) -> Tree:

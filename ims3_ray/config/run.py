@@ -237,6 +237,7 @@ class CompareConfig(RunConfig):
 
     job: ClassVar[str] = "compare"
     size_key: ClassVar[str] = "budgets"
+    replaced: ClassVar[Mapping[str, str]] = {"seed": "draws", "selection.images_per_class": "budgets"}
     name: str = Field(default="compare", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Results go to `{storage}/{name}`; `-compare` is added to a name without this word."""
     budgets: Annotated[tuple[Annotated[int, Field(ge=1)], ...], AfterValidator(distinct)] = Field(

@@ -109,6 +109,7 @@ class SweepConfig(RunConfig):
     """A search for the best settings of one arm (`ims3 sweep`)."""
 
     job: ClassVar[str] = "sweep"
+    replaced: ClassVar[Mapping[str, str]] = {"seed": "draws"}
     name: str = Field(default="sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Results go to `{storage}/{name}`; `-sweep` is added to a name without this word."""
     space: dict[str, Any] = Field(
@@ -141,7 +142,10 @@ class SweepConfig(RunConfig):
             if isinstance(values, Mapping):
                 if key in INNER:
                     raise ValueError(f"{key}: give a list; all of its values are looked at, whatever the method")
-                Range.model_validate(values)
+                try:
+                    Range.model_validate(values)
+                except ValidationError as error:
+                    raise ValueError(f"{key}: {reason(Range, error)}") from error
             elif not isinstance(values, Sequence) or isinstance(values, str) or not values:
                 raise ValueError(f"{key}: {values!r} is no list of values and no range")
         if not any(_leaves(space)):

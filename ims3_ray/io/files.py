@@ -44,8 +44,10 @@ def open_filesystem(location: str) -> tuple[fs.FileSystem, str]:
     """
     if not is_remote(location):
         return fs.LocalFileSystem(), str(_local(location).absolute())
-    parts = _plain(location)
-    return _opened(location, ATTEMPTS), f"{parts.netloc}{parts.path}".rstrip("/")
+    parts, filesystem = _plain(location), _opened(location, ATTEMPTS)
+    if isinstance(filesystem, fs.PyFileSystem):  # whether the host is a part of the path differs from one storage to another
+        return filesystem, str(filesystem.handler.fs._strip_protocol(location)).rstrip("/")
+    return filesystem, f"{parts.netloc}{parts.path}".rstrip("/")
 
 
 def check_bucket(location: str) -> None:
@@ -80,7 +82,7 @@ def _opened(location: str, attempts: int) -> fs.FileSystem:
     parts = urlsplit(location)
     try:
         return _remote(parts.scheme, parts.netloc, attempts)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, TypeError) as error:  # TypeError: a storage that needs more than a URI
         raise UserError(f"'{location}' cannot be reached: {str(error).splitlines()[0]}") from error
 
 
@@ -99,9 +101,9 @@ def _remote(scheme: str, bucket: str, attempts: int) -> fs.FileSystem:
         )  # fmt: skip
     if scheme in ("gs", "gcs"):
         return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=8 * attempts))
-    import fsspec
+    from fsspec.core import url_to_fs
 
-    return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
+    return fs.PyFileSystem(fs.FSSpecHandler(url_to_fs(f"{scheme}://{bucket}/")[0]))
 
 
 NUMBERS = re.compile(r"\d+")

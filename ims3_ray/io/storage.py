@@ -137,6 +137,8 @@ class Storage:
             reason = error.strerror or str(error).splitlines()[0]
             check = "check storage and its free space" if verb == "write" else "check storage and the credentials for it"
             raise UserError(f"cannot {verb} {self.address(path)}: {reason}; {check}") from error
+        except NotImplementedError as error:  # a web server, say
+            raise UserError(f"storage of this kind cannot be used to {verb} {self.address(path)}; choose another") from error
 
     def files(self, folder: str, recursive: bool = False) -> dict[str, fs.FileInfo]:
         """Path within ``folder`` → size and time of each file directly in it, or of each file below it if ``recursive`` is set;

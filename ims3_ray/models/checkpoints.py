@@ -162,15 +162,13 @@ def check_fit(build: Callable[[Any], nn.Module], config: Any, path: Path) -> Non
     """Raise :class:`UserError` naming the first tensor of ``path`` that does not fit ``build(config)``; reads no weights."""
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in build(config).state_dict().items()}
-    with safe_open(path, framework="pt") as file:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    compare_shapes(wanted, found, path)
+    compare_shapes(wanted, {name: tuple(tensor.shape) for name, tensor in read_tensors(path, meta=True).items()}, path)
 
 
 def load_into(model: nn.Module, path: Path) -> None:
     """Copy the tensors of ``path`` into ``model``. Raises :class:`UserError` naming the first tensor that does not fit."""
     wanted = model.state_dict()
-    state = load_file(path)
+    state = read_tensors(path)
     compare_shapes({k: tuple(v.shape) for k, v in wanted.items()}, {k: tuple(v.shape) for k, v in state.items()}, path)
     model.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in state.items()})
 

@@ -43,6 +43,10 @@ def test_an_adapter_is_merged_into_a_pipeline_that_keeps_its_class_names(tiny_wo
     with torch.no_grad():
         torch.testing.assert_close(load_generator(path)(*inputs), tuned(*inputs), rtol=1e-4, atol=1e-5)
     assert convert(f"generator={out}", f"out={out}").returncode == 2
+    other = convert(f"generator={out}", f"adapter={tiny_world / 'phi.safetensors'}", f"out={tmp_path / 'no.safetensors'}")
+    assert other.returncode == 2
+    assert "is no adapter of" in other.stderr
+    assert not (tmp_path / "no.safetensors").exists()
 
 
 def test_names_are_given_to_weights_that_have_none(tiny_world: Path, tmp_path: Path):

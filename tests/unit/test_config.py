@@ -57,6 +57,32 @@ def test_several_files_add_up_and_tables_by_number_replace_each_other(tmp_path: 
     assert config.evaluation.protocols["hard"].lr == 0.1
 
 
+def test_a_number_as_the_name_of_an_arm_leaves_the_other_arms(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("arms: {2: {title: Two, images: real, select: random}}\n")
+    assert list(load_config(RunConfig, tmp_path / "a.yaml").arms) == ["random_real", "dit", "dit_s3", "ims3", "2"]
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\narms: {2: null}\n")
+    assert list(load_config(RunConfig, tmp_path / "b.yaml").arms) == ["random_real", "dit", "dit_s3", "ims3"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "override", "instead"),
+    [
+        (CompareConfig, "seed=3", "draws"),
+        (CompareConfig, "selection.images_per_class=3", "budgets"),
+        (SweepConfig, "seed=3", "draws"),
+    ],
+)
+def test_an_override_without_effect_is_refused(tree: type[RunConfig], override: str, instead: str):
+    with pytest.raises(UserError, match=f"'{override}' has no effect here, where {instead} takes the place"):
+        load_config(tree, "methods/random", [override])
+    assert load_config(RunConfig, "methods/random", [override])
+
+
+def test_a_table_of_the_paper_is_no_config_of_one_run():
+    with pytest.raises(UserError, match="describes several runs; ims3 reproduce table-4 makes them"):
+        load_config(RunConfig, "paper/table-4")
+
+
 def test_a_pool_must_suffice_for_every_arm_and_every_budget():
     arms = "arms.x={title: X, images: generated, overrides: {selection: {groups: 20}}}"
     with pytest.raises(UserError, match=r"200 images, which are selection.groups=20 times selection.images_per_class=10"):

@@ -146,6 +146,10 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str):
 
 
 def test_other_places_are_reached_by_fsspec():
+    with pytest.raises(UserError, match=r"'ftp://127.0.0.1:9/runs' cannot be reached"):
+        Storage.at("ftp://127.0.0.1:9/runs")
+    with pytest.raises(UserError, match=r"cannot be used to write http://127.0.0.1:9/runs/a; choose another"):
+        Storage.at("http://127.0.0.1:9/runs").write("a", b"1")
     storage = Storage.at("memory://place/runs")
     storage.write("a.bin", b"abc")
     assert storage.read("a.bin") == b"abc"

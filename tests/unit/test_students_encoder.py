@@ -181,6 +181,11 @@ def test_encoders_that_cannot_be_are_told_in_a_line(tmp_path: Path):
     ):
         with pytest.raises(UserError, match=says):
             check_encoder(encoder_path(str(timm_folder(tmp_path / "phi", **changes))))
+    damaged = encoder_path(str(timm_folder(tmp_path / "phi")))
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    for look in (check_encoder, load_encoder):
+        with pytest.raises(UserError, match="not a readable safetensors file"):
+            look(damaged)
 
 
 def test_a_packed_generator_comes_back_with_its_weights_and_shape(tmp_path: Path):

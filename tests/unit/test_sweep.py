@@ -94,7 +94,7 @@ def test_a_point_is_a_distillation_of_the_arm_with_its_settings():
         ({"space": {"selection": {"alpha": [-1]}}}, "space.selection.alpha=-1: "),
         ({"space": {"sampling": {"stepps": [1]}}}, "space.sampling.stepps=1: "),
         ({"space": {"sampling": {"cfg_scale": {"low": 1, "high": 2}}}}, "set search.method to random or optuna"),
-        ({"space": {"sampling": {"cfg_scale": {"low": 2, "high": 1}}}}, "low=2, high=1 is no range"),
+        ({"space": {"sampling": {"cfg_scale": {"low": 2, "high": 1}}}}, "sampling.cfg_scale: low=2, high=1 is no range"),
         ({"space": {"sampling": {"cfg_scale": {"low": 0, "high": 1, "log": True}}}}, "no range of logarithms"),
         ({"search": {"method": "optuna"}, "space": {"selection": {"alpha": [1]}}}, "of which space has none"),
         ({"arm": "dit_s3"}, f"{LAMBDA} is swept, but arm 'dit_s3' fine-tunes nothing"),
