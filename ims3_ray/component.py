@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -104,6 +104,15 @@ class Component:
         super().__init_subclass__()
         if cls.__dict__.get("name"):
             cls.registry.add(cls.name, cls)
+
+
+def check_known(component: type[Component], attribute: str, known: Any) -> None:
+    """Raises :class:`UserError` if ``component`` names something under ``attribute`` that the ``Literal`` type ``known`` has
+    not."""
+    if unknown := sorted(set(getattr(component, attribute)) - set(get_args(known))):
+        raise UserError(
+            f"{component.__qualname__}.{attribute} has '{unknown[0]}'; it may have {', '.join(map(repr, get_args(known)))}"
+        )
 
 
 class Components(Section):

@@ -104,7 +104,7 @@ def load_in_worker() -> None:
 def _import(name: str) -> None:
     try:
         module = importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"plugin '{name}' cannot be imported ({type(error).__name__}: {error}); correct it") from error
     if hasattr(module, "__path__") or module.__file__ is None:
         raise UserError(f"plugin '{name}' is a package; name the modules in it that have components, as in {name}.MODULE")
@@ -129,7 +129,7 @@ def _define(name: str, source: str, origin: str) -> None:
     except UserError:
         del sys.modules[name]
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         where = error.__traceback__.tb_next if error.__traceback__ else None
         line = f", line {where.tb_lineno}" if where else ""

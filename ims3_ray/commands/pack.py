@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import numpy as np
 from pydantic import Field
 
@@ -17,8 +20,12 @@ from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
 
 
 class PackConfig(Section):
-    """What `ims3 pack` reads and writes."""
+    """What `ims3 pack` reads and writes. Images are written as the source has them, so that settings of their size and colour
+    have no effect."""
 
+    replaced: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (f"data.{key}" for key in ("size", "channels", "background", "prompts", "captions", "unit_size", "keep")), ""
+    )
     data: DataConfig = DataConfig()
     split: str = "train"
     """Split of the data to read."""
@@ -27,7 +34,7 @@ class PackConfig(Section):
     seed: int = 0
     """Seed of the random choice."""
     out: str = "packed.parquet"
-    """Parquet file to write."""
+    """Parquet file to write. Its name ends in `.parquet`."""
 
 
 def _opened(config: PackConfig) -> Source:
@@ -48,6 +55,8 @@ def _opened(config: PackConfig) -> Source:
 
 def pack(config: PackConfig) -> None:
     """Write the packed images. Raises :class:`UserError` for a class with too few, and for a file that exists."""
+    if not config.out.endswith(".parquet"):
+        raise UserError(f"out='{config.out}' is no name of a Parquet file; end it in .parquet")
     out = new_file(config.out)
     source = _opened(config)
     labels = chosen_labels(source.class_names, config.data.classes)

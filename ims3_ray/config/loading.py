@@ -38,7 +38,8 @@ def check_effect(tree: type[Section], overrides: Iterable[str]) -> None:
     replaced: Mapping[str, str] = getattr(tree, "replaced", {})
     for override in overrides:
         if (other := replaced.get(key := override.partition("=")[0])) is not None:
-            raise UserError(f"override '{override}' has no effect here, where {other} takes the place of {key}; set {other}")
+            instead = f"where {other} takes the place of {key}; set {other}" if other else "since nothing uses it; leave it out"
+            raise UserError(f"override '{override}' has no effect here, {instead}")
 
 
 def build(tree: type[Tree], values: Mapping[str, Any]) -> Tree:

@@ -182,7 +182,7 @@ class WorkConfig(Section):
     size_key: ClassVar[str] = "selection.images_per_class"
     """The option that holds the numbers of images per class."""
     replaced: ClassVar[Mapping[str, str]] = {}
-    """Options of other jobs that have no effect in this one → the option that it has in their place."""
+    """Options of other jobs that have no effect in this one → the option that it has in their place, or an empty text."""
 
     @field_validator("name")
     @classmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Formats that are decoded. Pillow reads others too, some of them by starting other programs."""
@@ -42,6 +42,8 @@ def decode(encoded: bytes) -> Image.Image:
             raise Undecodable(f"{image.width}×{image.height} pixels are more than {MOST_PIXELS:,}")
         image.load()
         return _as_8_bits(_upright(image), image.format)
+    except UnidentifiedImageError as error:
+        raise Undecodable(f"it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for broken files
         raise Undecodable(str(error)) from error
 

@@ -15,7 +15,7 @@ from ims3_ray.data.batches import load_pixels
 from ims3_ray.data.captions import Captions
 from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
 from ims3_ray.data.prompts import prompts_of
-from ims3_ray.data.sources import Source, open_source, shared_file
+from ims3_ray.data.sources import Source, copied_files, open_source, shared_file
 from ims3_ray.data.sources.base import SPLIT_NAMES
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
@@ -66,8 +66,17 @@ class Data:
         self._hashes: dict[str, str] = {}
 
     def _check_splits(self, data: DataConfig) -> None:
-        """Raises :class:`UserError` if the test split has training images, of which students would know the answers."""
-        if data.test_share is not None or not shared_file(self.train, self.test):
+        """Raises :class:`UserError` if the test split is the training split, of which students would know the answers. Says how
+        many of its files are copies of training files."""
+        if data.test_share is not None:
+            return
+        if not shared_file(self.train, self.test):
+            if copies := copied_files(self.train, self.test):
+                print(
+                    f"note: {copies} of {len(self.test.files)} files of the test split are copies of training files; students "
+                    "know these images, so that accuracies are too high",
+                    flush=True,
+                )
             return
         names = self.train.class_names
         if all(name.lower() in SPLIT_NAMES for name in names):

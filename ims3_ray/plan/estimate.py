@@ -104,7 +104,8 @@ def describe(plan: Plan[Config], storage: Storage | None = None) -> str:
 
 
 LONG_ENOUGH_HOURS = 0.25
-"""Device-hours of a command from which its speed is printed as advice for later estimates: shorter commands mostly start up."""
+"""Device-hours of a command from which its speed is printed as advice for later estimates, and the error of the estimate:
+shorter commands mostly start up."""
 
 
 def account(expected: Iterable[Expected], spent: Mapping[Stage, float], cluster: ClusterConfig) -> dict[str, Any]:
@@ -144,11 +145,12 @@ def _account_text(found: Mapping[str, Any]) -> list[str]:
     lines = []
     for unit, each in found["devices"].items():
         key, scale = ("cluster.gpu_tflops", 1e12) if unit == "GPU" else ("cluster.core_gflops", 1e9)
-        tells = each["sustained"] and each["hours"] >= LONG_ENOUGH_HOURS
-        right = f"; {key}={each['sustained'] / scale:.3g} would have been right" if tells else ""
+        tells = each["hours"] >= LONG_ENOUGH_HOURS
+        error = f" ({each['error']:+.0%})" if tells else ""
+        right = f"; {key}={each['sustained'] / scale:.3g} would have been right" if tells and each["sustained"] else ""
         lines.append(
-            f"took {each['hours']:.2g} {unit}-hours, start-up included; the estimate was {each['expected_hours']:.2g} "
-            f"({each['error']:+.0%}){right}"
+            f"took {each['hours']:.2g} {unit}-hours, start-up included; the estimate was "
+            f"{each['expected_hours']:.2g}{error}{right}"
         )
     if found["money"]:
         lines.append(f"cost {found['money']:.2f}; the estimate was {found['expected_money']:.2f}")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from ims3_ray.component import Component, Registry, Section
+from ims3_ray.component import Component, Registry, Section, check_known
 
 Per = Literal["image", "group"]
 Need = Literal["features", "references", "confidence"]
@@ -57,6 +57,10 @@ class Selector(Component):
     """Whether the selector draws at random."""
     whole: ClassVar[bool] = False
     """Whether the selector takes all images of the training split, instead of K of each class."""
+
+    def __init_subclass__(cls) -> None:
+        check_known(cls, "needs", Need)
+        super().__init_subclass__()
 
     def __init__(self, config: Section | None = None) -> None:
         self.config: Any = config or self.Config()

@@ -109,15 +109,18 @@ class Encode(ImagePool):
                 f"{self.data.background} (data.background)",
                 flush=True,
             )
-        decoded, broken = (dict.fromkeys(self.labels, 0) for _ in range(2))
+        decoded = dict.fromkeys(self.labels, 0)
+        broken: dict[int, list[str]] = {label: [] for label in self.labels}  # "name: reason"
         for unit in self.units:
             decoded[parse_unit(unit)[0]] += units[unit]["images"]
-            broken[parse_unit(unit)[0]] += len(units[unit]["broken"])
+            broken[parse_unit(unit)[0]] += units[unit]["broken"]
         for name, label in zip(context.classes.names, self.labels, strict=True):
             if decoded[label] < self.needed:
+                count = len(broken[label])
+                others = f"{count} cannot, as {broken[label][0]}" if count else "none cannot"
                 raise UserError(
-                    f"class '{name}' has {decoded[label]} {self.label} images that can be decoded ({broken[label]} cannot), "
-                    f"fewer than {self.needed}; replace the broken files or leave the class out with data.classes"
+                    f"class '{name}' has {decoded[label]} {self.label} images that can be decoded ({others}), fewer than "
+                    f"{self.needed}; replace these files or leave the class out with data.classes"
                 )
 
 

@@ -13,7 +13,7 @@ import torch
 from ims3_ray.config import DataConfig
 from ims3_ray.data.classes import match_classes
 from ims3_ray.data.decoding import Undecodable
-from ims3_ray.data.sources import Source, open_source
+from ims3_ray.data.sources import Source, open_source, shared_file
 from ims3_ray.data.transforms import to_pixels
 from ims3_ray.engine.inputs import source_params
 from ims3_ray.engine.per_class import map_classes
@@ -40,6 +40,11 @@ class ReadGiven(Stage):
         source, names = open_source(path, "train"), planner.classes.names
         for notice in source.notices:
             print(f"note: {notice}", flush=True)
+        if shared := shared_file(planner.data.test, source):
+            raise UserError(
+                f"set '{path}' has the test images ('{shared}'), so that students would be tested on what they were trained "
+                "on; name a set of other images"
+            )
         labels = match_classes(names, source.class_names, path)
         logits = source.extras([0]).get("logits")
         if logits is not None and logits.shape[1] != len(source.class_names):

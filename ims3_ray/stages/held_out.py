@@ -26,7 +26,7 @@ class HoldOut(Stage):
             **planner.data.params("train"), "split": data.train_split, "size": data.size, "channels": data.channels,
             "classes": list(planner.classes.names), "per_class": per_class, **data.background_params,
         }  # fmt: skip
-        images = per_class * len(planner.classes.names)
+        images = sum(min(per_class, count) for count in planner.classes.counts)
         return planner.add(
             cls(
                 "hold out train images",

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from PIL import Image
 from torch import Tensor
 
-from ims3_ray.component import Component, Registry, Section
+from ims3_ray.component import Component, Registry, Section, check_known
 from ims3_ray.diffusion.prediction import Predictor
 from ims3_ray.diffusion.schedule import NoiseSchedule
 from ims3_ray.models.encoder import EncoderConfig
@@ -133,6 +133,12 @@ class Synthesis(Component, ABC):
     """Number of pieces of the preparation in one task: more than one where a piece takes seconds."""
     prepared_by: ClassVar[frozenset[str]] = frozenset()
     """Names of the settings on which the preparation depends."""
+
+    def __init_subclass__(cls) -> None:
+        check_known(cls, "starts", Start)
+        check_known(cls, "needs", Need)
+        check_known(cls, "preparation_needs", Need)
+        super().__init_subclass__()
 
     def __init__(self, config: Section | None = None) -> None:
         self.config: Any = config or self.Config()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ims3_ray.config import DataConfig, RunConfig, WorkConfig
+from ims3_ray.config import DataConfig, EvaluateConfig, RunConfig, WorkConfig
 from ims3_ray.config.loading import load_config
 from ims3_ray.data.batches import load_pixels
 from ims3_ray.data.decoding import decode
@@ -23,6 +24,7 @@ from ims3_ray.engine.inputs import Data
 from ims3_ray.engine.planner import Planner
 from ims3_ray.errors import UserError
 from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
+from ims3_ray.plan import make_evaluation
 from ims3_ray.stages.encode import Encode, RealImages
 
 GREY = Image.new("L", (4, 4), 100)
@@ -284,6 +286,28 @@ def test_a_copy_of_the_training_images_is_no_test_split(tmp_path: Path):
         data_of(tmp_path)
 
 
+def test_copies_of_single_training_images_in_the_test_split_are_counted_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for number, name in enumerate(("train/a/0.png", "train/b/1.png", "test/a/2.png", "test/b/3.png")):
+        write(tmp_path / name, Image.new("L", (4, 4), number))
+    data_of(tmp_path)
+    assert "copies" not in capsys.readouterr().out
+    write(tmp_path / "test" / "a" / "other.png", Image.new("L", (4, 4), 1))  # the training image of b
+    data_of(tmp_path)
+    assert "note: 1 of 3 files of the test split are copies of training files" in capsys.readouterr().out
+
+
+def test_the_test_images_are_no_set_to_be_scored(tmp_path: Path):
+    for number, name in enumerate(("train/a/0.png", "train/b/1.png", "test/a/2.png", "test/b/3.png")):
+        write(tmp_path / name, Image.new("L", (4, 4), number))
+    plan = partial(load_config, EvaluateConfig, None)
+    apart = [f"data.path={tmp_path}", "data.size=8", "data.channels=1", f"storage={tmp_path / 'runs'}"]
+    make_evaluation(plan([*apart, f"sets.x={tmp_path / 'train'}"]))
+    with pytest.raises(UserError, match=r"has the test images .*name a set of other images"):
+        make_evaluation(plan([*apart, f"sets.x={tmp_path / 'test'}"]))
+
+
 def test_one_class_is_no_data_set(tmp_path: Path):
     for split in ("train", "test"):
         write(tmp_path / split / "photos" / "x" / f"{split}.png", Image.new("L", (4, 4), len(split)))
@@ -525,5 +549,10 @@ def test_a_folder_without_a_test_split_has_a_share_set_apart(tmp_path: Path):
     data = data_of(tmp_path, "data.test_share=0.3")
     assert (data.classes.counts, len(data.test.labels)) == ((7, 7), 6)
     assert files_of(data.train).isdisjoint(files_of(data.test))
+    assert "is not used" not in "".join(data.test.notices)
+    for name in ("train/cat/x.png", "train/cat/y.png", "train/dog/x.png", "train/dog/y.png", "test/cat/z.png"):
+        write(tmp_path / "split" / name)
+    with_split = data_of(tmp_path / "split", "data.test_share=0.5")
+    assert "set apart for testing (data.test_share); its split 'test' is not used" in "".join(with_split.test.notices)
     with pytest.raises(UserError, match="test_share sets images of the training split apart"):
         data_of(tmp_path, "data.test_share=0.3", f"data.test_path={tmp_path}")

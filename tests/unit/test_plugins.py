@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ims3_ray import plugins
 from ims3_ray.errors import UserError
 
 SELECTOR = """
@@ -70,6 +71,20 @@ def test_a_package_is_refused_since_its_modules_have_the_components(tmp_path: Pa
         "try:\n    plugins.load(['mypackage'])\nexcept UserError as error:\n    print(error)"
     )
     assert "plugin 'mypackage' is a package; name the modules in it" in in_a_process_of_its_own(code, tmp_path)
+
+
+def test_a_plugin_that_ends_the_program_is_an_error(tmp_path: Path):
+    (tmp_path / "ending.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(UserError, match=r"fails when it is loaded, line 2 \(SystemExit: 0\)"):
+        plugins.load([str(tmp_path / "ending.py")])
+
+
+def test_a_component_needs_what_there_is():
+    from ims3_ray.selection.base import ClassSelector, Selector
+
+    with pytest.raises(UserError, match=r"Odd.needs has 'feature'; it may have 'features', 'references', 'confidence'"):
+        type("Odd", (ClassSelector,), {"name": "odd", "needs": frozenset({"feature"})})
+    assert "odd" not in Selector.registry
 
 
 @pytest.mark.parametrize("name", ["resnet-18", "convnet-3", "timm/resnet18"])

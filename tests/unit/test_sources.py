@@ -21,6 +21,7 @@ from PIL import Image
 
 from ims3_ray.commands.pack import PackConfig, pack
 from ims3_ray.config import DataConfig
+from ims3_ray.config.loading import load_config
 from ims3_ray.data.batches import batch_indices, load_pixels
 from ims3_ray.data.decoding import Undecodable
 from ims3_ray.data.sources import Source, base, open_source, shared_file
@@ -332,6 +333,9 @@ def test_a_parquet_row_without_bytes_is_named(tmp_path: Path):
     pixels, labels, names = load_pixels(open_source(str(tmp_path), "train"), 8, 3)
     assert names == ["train.parquet row 1"]
     assert (len(pixels), labels.tolist()) == (1, [1])
+    packing = {"data": {"path": str(tmp_path / "train.parquet")}, "out": str(tmp_path / "packed.parquet")}
+    with pytest.raises(UserError, match=r"row 1' cannot be decoded \(its row holds no bytes of an image; a path alone is not"):
+        pack(PackConfig.model_validate(packing))
 
 
 def test_load_pixels_of_nothing_readable_is_empty(tmp_path: Path):
@@ -587,6 +591,10 @@ def test_packing_overwrites_nothing_and_names_a_folder_that_is_missing(tmp_path:
     pack(config)
     with pytest.raises(UserError, match="exists; choose another out="):
         pack(config)
+    with pytest.raises(UserError, match=r"is no name of a Parquet file; end it in \.parquet"):
+        pack(config.model_copy(update={"out": str(tmp_path / "packed.txt")}))
+    with pytest.raises(UserError, match=r"'data.size=9' has no effect here, since nothing uses it"):
+        load_config(PackConfig, None, ["data.size=9"])
     with pytest.raises(UserError, match="does not exist; make it"):
         pack(config.model_copy(update={"out": str(tmp_path / "nowhere" / "train.parquet")}))
     assert len(open_source(str(tmp_path / "train.parquet"), "train").labels) == 5

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -214,6 +215,12 @@ class Location:
         files = [child for child in self.children if child.is_file and child.name.endswith(PARQUET)]
         return [*folders, *files, *itertools.chain(*concurrently(parquet_files, folders))]
 
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits that are folders or Parquet files."""
+        names = [place.name if place.is_folder else re.split(r"\W", place.name)[0] for place in self.nearby]
+        return [name for name in SPLIT_NAMES if name in names]
+
 
 def _from_anywhere(path: str) -> str:
     """``path`` for other processes, whose working folders differ: a local one is made absolute."""
@@ -237,6 +244,8 @@ def open_source(path: str, split: str, limit: int | None = None, apart: tuple[fl
                 whole, source = source, Subset(source, set_apart(source, *apart))
                 if apart[1]:
                     used = f"{len(source.labels)} of {len(whole.labels)} images of '{path}' are set apart for testing"
+                    if others := [f"'{name}'" for name in place.splits if name != split]:
+                        used += f" (data.test_share); its split {' and '.join(others)} is not used"
                     source.notices = (*whole.notices, used)
             if limit is None or np.bincount(source.labels).max() <= limit:
                 return source
@@ -245,7 +254,9 @@ def open_source(path: str, split: str, limit: int | None = None, apart: tuple[fl
             few.notices = (*source.notices, used)
             return few
     splits = [child.name for child in place.children if child.is_folder and child.name in SPLIT_NAMES]
-    there = f"; it has the splits {', '.join(splits)}: set data.train_split and data.test_split" if splits else ""
+    there = ""
+    if splits:
+        there = f"; it has the splits {', '.join(splits)}: set data.train_split and data.test_split (for ims3 pack: split)"
     if splits == ["train"]:
         there = "; it has the split train alone: put other images into a folder 'test' beside it, or set data.test_share=0.2"
     alike = [file.name for file in place.nearby if file.is_file and fnmatch(file.name, f"{split}*.parquet")]
@@ -281,6 +292,20 @@ def shared_file(train: Source, test: Source) -> str | None:
         return shared.path
     known = bool(train.files) and hashed_whole(train) and hashed_whole(test)
     return test.files[0].path if known and train.unlimited.fingerprint == test.unlimited.fingerprint else None
+
+
+def copied_files(train: Source, test: Source) -> int:
+    """Number of files of ``test`` that have the bytes of a file of ``train``; 0 for splits whose bytes are not read as a whole
+    (:func:`hashed_whole`). Only files whose size the other split has too are read."""
+    if not (hashed_whole(train) and hashed_whole(test)):
+        return 0
+    mine, other = Listing.of(train.files), Listing.of(test.files)
+    known = {_digest(mine[int(i)]) for i in np.flatnonzero(np.isin(mine.sizes, other.sizes))}
+    return sum(_digest(other[int(i)]) in known for i in np.flatnonzero(np.isin(other.sizes, mine.sizes)))
+
+
+def _digest(file: Place) -> bytes:
+    return hashlib.sha256(file.read()).digest()
 
 
 def numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:

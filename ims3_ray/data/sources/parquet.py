@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pyarrow import fs
 
-from ims3_ray.data.decoding import decode
+from ims3_ray.data.decoding import Undecodable, decode
 from ims3_ray.data.sources.base import Location, Source, check_labels, check_logits, numbered, parquet_files
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place, concurrently
@@ -104,9 +104,11 @@ class ParquetSource(Source):
         return decode(self.encoded(index))
 
     def encoded(self, index: int) -> bytes:
-        """An image as the file has it, as PNG or JPEG."""
+        """An image as the file has it, as PNG or JPEG. Raises :class:`Undecodable` for a row without one."""
         part = self._part(index)
-        data: bytes = self._encoded(part)[index - int(self._starts[part])].as_py()
+        data: bytes | None = self._encoded(part)[index - int(self._starts[part])].as_py()
+        if data is None:
+            raise Undecodable("its row holds no bytes of an image; a path alone is not followed")
         return data
 
     def _part(self, index: int) -> int:
