@@ -319,7 +319,7 @@ def test_a_class_left_with_too_few_whole_images_is_an_error(tiny_world: Path, tm
     write_folders(data)
     for file in sorted((data / "train" / "right").iterdir())[:-1]:
         file.write_bytes(file.read_bytes()[:60])
-    with pytest.raises(UserError, match=r"class 'right' has 1 train images that can be decoded \(3 cannot\)"):
+    with pytest.raises(UserError, match=r"class 'right' has 1 train images that can be decoded \(3 cannot, as .*: "):
         distill(RunConfig.model_validate(real_only(tiny_world, data, tmp_path / "runs")))
     assert not Storage.at(str(tmp_path / "runs")).exists("tiny/results.json")
 
