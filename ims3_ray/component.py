@@ -24,6 +24,8 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
+    replaced: ClassVar[Mapping[str, str]] = {}
+    """Options that have no effect in the config of this kind of job → the option in their place, or an empty text."""
 
 
 class NoSettings(Section):

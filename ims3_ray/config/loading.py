@@ -35,9 +35,8 @@ def load_config(tree: type[Tree], file: str | Path | Sequence[str] | None = None
 def check_effect(tree: type[Section], overrides: Iterable[str]) -> None:
     """Raises :class:`UserError` for an override of an option that has no effect in this kind of job. Files may set such
     options, since several kinds of job extend the same files."""
-    replaced: Mapping[str, str] = getattr(tree, "replaced", {})
     for override in overrides:
-        if (other := replaced.get(key := override.partition("=")[0])) is not None:
+        if (other := tree.replaced.get(key := override.partition("=")[0])) is not None:
             instead = f"where {other} takes the place of {key}; set {other}" if other else "since nothing uses it; leave it out"
             raise UserError(f"override '{override}' has no effect here, {instead}")
 

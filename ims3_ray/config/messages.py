@@ -66,17 +66,17 @@ def _named(place: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _sentence(error: ValidationError) -> str:
-    kind, message, _, value = first_error(error)
+    kind, message, place, value = first_error(error)
     if kind in LISTS:
         return f"write a list, as in [{value}]"
     if kind == "dict_type" and not isinstance(value, list):
-        return f"it holds values by name: write a name after it, as in {'.'.join(_named(first_error(error)[2]))}.NAME={value}"
+        return f"it holds values by name: write a name after it, as in {'.'.join(_named(place))}.NAME={value}"
     if kind in SECTIONS:
         return "it has keys of its own: write them under it, or leave it out"
     if kind == "string_type":
         return "must be a single text"
-    if kind == "too_short":
-        return f"needs at least {error.errors()[0]['ctx']['min_length']}"
+    if kind == "too_short" and (least := re.search(r"at least \d+", message)):
+        return f"needs {least[0]}"
     if kind == "string_pattern_mismatch":
         return "use letters, digits, '.', '_' and '-', and begin with a letter or a digit"
     if kind == "string_too_short":

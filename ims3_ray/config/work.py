@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -181,8 +180,6 @@ class WorkConfig(Section):
     """Word that the folder's name has, so that another kind of job with the same config has a folder of its own."""
     size_key: ClassVar[str] = "selection.images_per_class"
     """The option that holds the numbers of images per class."""
-    replaced: ClassVar[Mapping[str, str]] = {}
-    """Options of other jobs that have no effect in this one → the option that it has in their place, or an empty text."""
 
     @field_validator("name")
     @classmethod

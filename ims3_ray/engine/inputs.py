@@ -16,7 +16,7 @@ from ims3_ray.data.captions import Captions
 from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
 from ims3_ray.data.prompts import prompts_of
 from ims3_ray.data.sources import Source, copied_files, open_source, shared_file
-from ims3_ray.data.sources.base import SPLIT_NAMES
+from ims3_ray.data.sources.location import SPLIT_NAMES
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
 from ims3_ray.models.autoencoder import Autoencoder, autoencoder_path, empty_autoencoder, trained_on

@@ -46,7 +46,9 @@ def open_filesystem(location: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), str(_local(location).absolute())
     parts, filesystem = _plain(location), _opened(location, ATTEMPTS)
     if isinstance(filesystem, fs.PyFileSystem):  # whether the host is a part of the path differs from one storage to another
-        return filesystem, str(filesystem.handler.fs._strip_protocol(location)).rstrip("/")
+        from fsspec.core import url_to_fs
+
+        return filesystem, str(url_to_fs(location)[1]).rstrip("/")
     return filesystem, f"{parts.netloc}{parts.path}".rstrip("/")
 
 

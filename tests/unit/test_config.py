@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from pydantic import Field, ValidationError, model_validator
 
+from ims3_ray.component import Section, first_error, nested_error
 from ims3_ray.config import CompareConfig, EncoderTraining, PretrainConfig, RunConfig, SweepConfig
 from ims3_ray.config.loading import as_yaml, build, load_config
+from ims3_ray.config.messages import one_line
 from ims3_ray.errors import UserError
 from ims3_ray.models.encoder import Encoder
 from ims3_ray.stages.teacher import shape_in_training
@@ -198,6 +202,25 @@ def test_a_circle_of_files_and_a_missing_file_are_errors(tmp_path: Path):
         load_config(RunConfig, tmp_path / "a.yaml")
     with pytest.raises(UserError, match="cannot be read"):
         load_config(RunConfig, tmp_path / "none.yaml")
+
+
+def test_a_list_that_is_too_short_is_told_within_the_settings_of_a_component_too():
+    class Inner(Section):
+        values: tuple[int, ...] = Field(default=(1, 2), min_length=2)
+
+    class Outer(Section):
+        @model_validator(mode="before")
+        @classmethod
+        def _checked(cls, values: Any) -> Any:
+            try:
+                Inner.model_validate(values)
+            except ValidationError as error:
+                kind, message, location, given = first_error(error)
+                raise nested_error(kind, message, ("inner", *location), given) from error
+
+    with pytest.raises(ValidationError) as raised:
+        Outer.model_validate({"values": [1]})
+    assert one_line(Outer, raised.value) == "config inner.values=[1]: needs at least 2"
 
 
 def test_pretraining_uses_the_same_tree():

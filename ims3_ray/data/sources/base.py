@@ -6,9 +6,7 @@ Every source gives the number of images, their classes, and the image at an inde
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -21,25 +19,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ims3_ray.component import Component, Registry
+from ims3_ray.data.sources.location import Location
 from ims3_ray.errors import UserError
-from ims3_ray.io.files import Place, check_bucket, concurrently, is_remote
-from ims3_ray.io.hub import fetch, is_hub_id
+from ims3_ray.io.files import Place, concurrently, is_remote
 from ims3_ray.io.listing import Listing
 
 LONGEST_NAME = 200
 """Largest length of a class name in bytes; class names become folder names."""
-SPLIT_NAMES = ("train", "test", "val", "valid", "validation")
-"""Names of folders that are splits if they hold folders, and classes if they hold images."""
 HASH_WHOLE_BELOW = 256 * 2**20
 """Files that have fewer bytes in total are fingerprinted by all of them, others by names, sizes and pieces."""
 PIECES, PIECE_BYTES = 64, 2**16
 """Number and length of the pieces, at even distances over all files of a large set, that its fingerprint covers."""
-PARQUET = ".parquet"
-
-
-def parquet_files(folder: Place) -> list[Place]:
-    """Folders and Parquet files in a folder."""
-    return folder.children(PARQUET)
 
 
 class Source(Component, ABC):
@@ -182,46 +172,6 @@ def set_apart(whole: Source, share: float, tested: bool) -> NDArray[np.int64]:
     return np.concatenate(found)
 
 
-class Location:
-    """A path, a split, and the files and folders at the path, which are looked up when they are first needed."""
-
-    def __init__(self, path: str, split: str) -> None:
-        self.path, self.split = path, split
-
-    @cached_property
-    def root(self) -> Place:
-        """The file or folder, fetched if the path is a hub id. Raises :class:`UserError` if there is none."""
-        check_bucket(self.path)
-        root = Place.at(self.path)
-        if not root.exists and is_hub_id(self.path):
-            names = (f"{self.split}*.parquet", f"{self.split}/*.parquet")
-            patterns = [pattern for name in names for pattern in (name, f"*/{name}")]
-            root = Place.at(str(fetch(self.path, patterns, "data source", "dataset")))
-        if not root.exists:
-            raise UserError(
-                f"data source '{self.path}' does not exist; give a folder, a Parquet file, embedded:NAME or a hub id"
-            )
-        return root
-
-    @cached_property
-    def children(self) -> list[Place]:
-        """Files and folders directly in the folder; none for a file."""
-        return [] if self.root.is_file else self.root.children()
-
-    @cached_property
-    def nearby(self) -> list[Place]:
-        """Folders and Parquet files in the folder and one level below."""
-        folders = [child for child in self.children if child.is_folder]
-        files = [child for child in self.children if child.is_file and child.name.endswith(PARQUET)]
-        return [*folders, *files, *itertools.chain(*concurrently(parquet_files, folders))]
-
-    @property
-    def splits(self) -> list[str]:
-        """Names of the splits that are folders or Parquet files."""
-        names = [place.name if place.is_folder else re.split(r"\W", place.name)[0] for place in self.nearby]
-        return [name for name in SPLIT_NAMES if name in names]
-
-
 def _from_anywhere(path: str) -> str:
     """``path`` for other processes, whose working folders differ: a local one is made absolute."""
     local = Path(path).expanduser()
@@ -253,8 +203,7 @@ def open_source(path: str, split: str, limit: int | None = None, apart: tuple[fl
             used = f"{len(few.labels)} of {len(source.labels)} images of '{path}' are used, at most {limit} a class"
             few.notices = (*source.notices, used)
             return few
-    splits = [child.name for child in place.children if child.is_folder and child.name in SPLIT_NAMES]
-    there = ""
+    there, splits = "", place.split_folders
     if splits:
         there = f"; it has the splits {', '.join(splits)}: set data.train_split and data.test_split (for ims3 pack: split)"
     if splits == ["train"]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from ims3_ray.data.sources.base import Location, Source
+from ims3_ray.data.sources.base import Source
+from ims3_ray.data.sources.location import Location
 from ims3_ray.data.sources.parquet import ParquetSource
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place

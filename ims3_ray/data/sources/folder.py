@@ -14,7 +14,8 @@ from PIL import Image
 from pyarrow import fs
 
 from ims3_ray.data.decoding import decode
-from ims3_ray.data.sources.base import SPLIT_NAMES, Location, Source, check_names
+from ims3_ray.data.sources.base import Source, check_names
+from ims3_ray.data.sources.location import SPLIT_NAMES, Location
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place, concurrently, natural, open_filesystem
 from ims3_ray.io.listing import Listing, files_below

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ims3_ray.data.sources.base import Location, Source, check_labels, numbered
+from ims3_ray.data.sources.base import Source, check_labels, numbered
+from ims3_ray.data.sources.location import Location
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place
 

@@ -19,7 +19,8 @@ from PIL import Image
 from pyarrow import fs
 
 from ims3_ray.data.decoding import Undecodable, decode
-from ims3_ray.data.sources.base import Location, Source, check_labels, check_logits, numbered, parquet_files
+from ims3_ray.data.sources.base import Source, check_labels, check_logits, numbered
+from ims3_ray.data.sources.location import Location, parquet_files
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place, concurrently
 from ims3_ray.io.node_cache import cached

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ims3_ray.data.sources.base import SLACK, Location, Source, check_labels, check_logits, numbered
+from ims3_ray.data.sources.base import SLACK, Source, check_labels, check_logits, numbered
+from ims3_ray.data.sources.location import Location
 from ims3_ray.data.transforms import to_pil
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place
