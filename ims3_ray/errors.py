@@ -34,6 +34,11 @@ def masked(text: str) -> str:
     return re.sub(r"//[^/@\s]+@", "//…@", text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def not_there(what: str, name: str, known: Iterable[str]) -> str:
     """The message for a ``name`` that no ``what`` has: the nearest of the ``known`` names, and all of them."""
     names = list(known)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 
@@ -13,7 +11,7 @@ from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import file_hash
 from ims3_ray.io.files import Place, new_file
 from ims3_ray.models.autoencoder import KIND, trained_on
-from ims3_ray.models.checkpoints import PICKLED, read_metadata, weights_path
+from ims3_ray.models.checkpoints import PICKLED, json_metadata, weights_path
 from ims3_ray.models.dit_files import open_dit, with_classes, write_dit
 from ims3_ray.models.generator import generator_path
 from ims3_ray.models.generators.dit import DiTGenerator
@@ -33,18 +31,12 @@ class ConvertConfig(Section):
     """Output: `*.safetensors`, `*.pt`, or a folder that is created in diffusers' layout."""
 
 
-def _about(adapter: Path) -> dict[str, Any]:
-    """What an adapter says of itself; nothing for one that was not made by this project."""
-    found: dict[str, Any] = json.loads(read_metadata(adapter).get("adapter", "{}"))
-    return found
-
-
 def _added_by(adapters: list[Path], generator: Path) -> tuple[str, ...]:
     """Names of the classes that the adapters add to the generator. Raises :class:`UserError` for adapters that were trained
     from another generator, or from other adopted classes than those of the adapter before them."""
     added: tuple[str, ...] = ()
     before: list[str] = []
-    for adapter, about in ((adapter, _about(adapter)) for adapter in adapters):
+    for adapter, about in ((adapter, json_metadata(adapter, "adapter")) for adapter in adapters):
         if about.get("generator", file_hash(generator)) != file_hash(generator):
             raise UserError(
                 f"adapter '{adapter}' was trained from other weights than '{generator}'; give the generator of its run (a "

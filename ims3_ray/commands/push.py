@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place, local_copy
 from ims3_ray.io.hub import Kind, check_repository, upload
 from ims3_ray.models.autoencoder import KIND, OWN_AUTOENCODER
-from ims3_ray.models.checkpoints import read_metadata
+from ims3_ray.models.checkpoints import json_metadata, read_metadata
 from ims3_ray.models.encoder import OWN_ENCODER
 from ims3_ray.models.generators.dit import OWN_GENERATOR
 from ims3_ray.provenance import version
@@ -178,7 +177,7 @@ def _weights(paths: list[Path], where: str) -> Upload:
     kind = told[0].get("kind", "")
     if "adapter" in told[0]:
         card = {"library_name": "ims3-ray", "tags": ["dataset-distillation", "diffusion", "adapter"]}
-        text = _adapter_text(json.loads(told[0]["adapter"]), paths[0].name)
+        text = _adapter_text(json_metadata(paths[0], "adapter"), paths[0].name)
         return Upload("model", {path.name: path for path in paths}, card, text, "adapter-*")
     if kind not in KINDS:
         raise UserError(
@@ -186,7 +185,7 @@ def _weights(paths: list[Path], where: str) -> Upload:
             "with huggingface_hub itself"
         )
     beside = Place.at(f"{where.removesuffix(WEIGHTS)}.md")
-    text = beside.read().decode() if beside.is_file else _text(paths[0].stem, kind, told[0]["config"])
+    text = beside.read().decode() if beside.is_file else _text(paths[0], kind)
     shared = KINDS[kind]
     card = {"library_name": "ims3-ray", "tags": ["dataset-distillation", *shared.tags]}
     more = " autoencoder=ITS-AUTOENCODER sampling.clip=false" if KIND in told[0] else ""
@@ -194,10 +193,10 @@ def _weights(paths: list[Path], where: str) -> Upload:
     return Upload("model", {shared.file: paths[0]}, card, text, shared.file)
 
 
-def _text(name: str, kind: str, config: str) -> str:
+def _text(weights: Path, kind: str) -> str:
     """The text of a card for weights that have none beside them."""
-    shown = yaml.safe_dump(json.loads(config), sort_keys=False).strip()
-    return f"# {name}\n\n{KINDS[kind].title}, written by ims3-ray {version()}.\n\n## Config\n\n```yaml\n{shown}\n```\n"
+    shown = yaml.safe_dump(json_metadata(weights, "config"), sort_keys=False).strip()
+    return f"# {weights.stem}\n\n{KINDS[kind].title}, written by ims3-ray {version()}.\n\n## Config\n\n```yaml\n{shown}\n```\n"
 
 
 def _adapter_text(about: Mapping[str, Any], first: str) -> str:

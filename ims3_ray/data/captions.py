@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from ims3_ray.data.sources.base import Source
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, first_line
 from ims3_ray.io.files import local_copy
 
 TOP_WORDS = 30
@@ -107,5 +107,5 @@ def _read(path: Path) -> Mapping[str, str | None]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"data.captions '{path}' is neither a column of the data's Parquet files nor JSON lines or Parquet with file_name "
-            f"and text ({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"and text ({type(error).__name__}: {first_line(error)})"
         ) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, first_line
 from ims3_ray.io.files import local_copy
 
 WNID = re.compile(r"n\d{8}")
@@ -47,7 +47,7 @@ def _read(path: Path) -> Mapping[str, str]:
     try:
         found = yaml.load(path.read_text("utf-8"), Loader=yaml.BaseLoader)  # names and texts as they are written
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"data.prompts '{path}' cannot be read ({str(error).splitlines()[0]})") from error
+        raise UserError(f"data.prompts '{path}' cannot be read ({first_line(error)})") from error
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
         raise UserError(f"data.prompts '{path}' must map the name of each class to a text")
     return found

@@ -16,7 +16,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from pyarrow import fs
 
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, first_line
 from ims3_ray.io.node_cache import cached
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ def check_bucket(location: str) -> None:
     try:
         there = _opened(location, 2).get_file_info(parts.netloc).type != fs.FileType.NotFound
     except OSError as error:
-        raise UserError(f"'{location}' cannot be reached: {str(error).splitlines()[0]}") from error
+        raise UserError(f"'{location}' cannot be reached: {first_line(error)}") from error
     if not there:
         raise UserError(f"'{location}' cannot be used: there is no bucket '{parts.netloc}', or none that you may see")
 
@@ -85,7 +85,7 @@ def _opened(location: str, attempts: int) -> fs.FileSystem:
     try:
         return _remote(parts.scheme, parts.netloc, attempts)
     except (OSError, ValueError, ImportError, TypeError) as error:  # TypeError: a storage that needs more than a URI
-        raise UserError(f"'{location}' cannot be reached: {str(error).splitlines()[0]}") from error
+        raise UserError(f"'{location}' cannot be reached: {first_line(error)}") from error
 
 
 @cache

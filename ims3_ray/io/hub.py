@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, first_line
 
 FILES = (".safetensors", ".pt", ".pth", ".bin")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -97,4 +97,4 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
+    return first_line(error).rstrip(".")[:200]

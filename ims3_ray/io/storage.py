@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pyarrow import fs
 
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, first_line
 from ims3_ray.io.files import check_bucket, is_remote, natural, open_filesystem
 
 PASSING = (".tmp", ".damaged")
@@ -134,7 +134,7 @@ class Storage:
         except OSError as error:
             if verb == "read" and isinstance(error, FileNotFoundError):
                 raise
-            reason = error.strerror or str(error).splitlines()[0]
+            reason = error.strerror or first_line(error)
             check = "check storage and its free space" if verb == "write" else "check storage and the credentials for it"
             raise UserError(f"cannot {verb} {self.address(path)}: {reason}; {check}") from error
         except NotImplementedError as error:  # a web server, say

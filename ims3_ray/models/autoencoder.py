@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ims3_ray.data.transforms import to_signed
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, first_line
 from ims3_ray.io.files import local_copy
 from ims3_ray.io.hub import fetch, is_hub_id
-from ims3_ray.models.checkpoints import load_into, read_json, read_metadata, weights_path
+from ims3_ray.models.checkpoints import json_metadata, load_into, read_json, read_metadata, weights_path
 
 CLASS = "AutoencoderKL"
 KIND = "autoencoder"
@@ -113,15 +112,21 @@ def trained_on(generator: Path) -> str | None:
 def empty_autoencoder(path: Path) -> Autoencoder:
     """The autoencoder in ``path`` on the meta device: tensors have shapes only, and no weights are read."""
     with torch.device("meta"):
-        return Autoencoder(_config_of(path))
+        return _with_config(path)
 
 
-def _config_of(path: Path) -> dict[str, Any]:
-    """The config of the autoencoder in a weights file: in its metadata, or beside it."""
-    if _is_own(path):
-        found: dict[str, Any] = json.loads(read_metadata(path, KIND)["config"])
-        return found
-    return read_json(path.with_name("config.json"))
+def _with_config(path: Path) -> Autoencoder:
+    """An autoencoder of the config of a weights file, which is in its metadata or beside it. Raises :class:`UserError` for a
+    config that describes none."""
+    config = json_metadata(path, "config", KIND) if _is_own(path) else read_json(path.with_name("config.json"))
+    try:
+        return Autoencoder(config)
+    except UserError:
+        raise
+    except Exception as error:  # diffusers checks nothing: wrong values fail wherever they are used
+        raise UserError(
+            f"autoencoder '{path}' has a config that cannot be used ({first_line(error)}); fetch it again"
+        ) from error
 
 
 def _is_own(path: Path) -> bool:
@@ -132,7 +137,7 @@ def load_autoencoder(path: Path) -> Autoencoder:
     """The autoencoder with its weights, frozen, in evaluation mode. Raises :class:`UserError` if the weights do not fit."""
     from diffusers import AutoencoderKL
 
-    model = Autoencoder(_config_of(path))
+    model = _with_config(path)
     if _is_own(path):
         load_into(model.vae, path)
         return model.eval().requires_grad_(False)
@@ -141,7 +146,7 @@ def load_autoencoder(path: Path) -> Autoencoder:
             path.parent, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"autoencoder '{path}' does not load ({str(error).splitlines()[0]}); fetch it again") from error
+        raise UserError(f"autoencoder '{path}' does not load ({first_line(error)}); fetch it again") from error
     if missing := loaded["missing_keys"]:
         raise UserError(f"autoencoder '{path}' lacks {len(missing)} tensors, among them {min(missing)}; fetch it again")
     return model.eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ims3_ray.errors import Diverged, UserError, not_there
+from ims3_ray.errors import Diverged, UserError, first_line, not_there
 from ims3_ray.io.files import local_copy
 
 EMBEDDED_PREFIX = "embedded:"
@@ -49,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' is not readable JSON ({str(error).splitlines()[0]}); fetch it again") from error
+        raise UserError(f"'{path}' is not readable JSON ({first_line(error)}); fetch it again") from error
     if not isinstance(found, dict):
         raise UserError(f"'{path}' must hold a JSON object; fetch it again")
     return found
@@ -128,7 +128,7 @@ def _unpickled(path: Path, meta: bool) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="meta" if meta else "cpu", weights_only=True, mmap=lazily)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"weights '{path}' hold more than tensors, and foreign objects are not unpickled ({reason})") from error
     except (RuntimeError, EOFError, ValueError, IndexError, OSError) as error:
         raise UserError(
@@ -156,6 +156,21 @@ def read_metadata(path: Path, kind: str | None = None) -> dict[str, str]:
         found = f"hold a '{metadata['kind']}'" if "kind" in metadata else "carry no model shape"
         raise UserError(f"weights '{path}' {found} where a '{kind}' is needed; see docs/weights.md")
     return metadata
+
+
+def json_metadata(path: Path, entry: str, kind: str | None = None) -> dict[str, Any]:
+    """The JSON object in an entry of the metadata of a weights file, checked for the given kind (if any); empty if the file has
+    no such entry. Raises :class:`UserError` for an entry that is no JSON object."""
+    text = read_metadata(path, kind).get(entry, "{}")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"the entry '{entry}' in the metadata of '{path}' is not readable JSON; fetch the file again"
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(f"the entry '{entry}' in the metadata of '{path}' must be a JSON object; fetch the file again")
+    return found
 
 
 def check_fit(build: Callable[[Any], nn.Module], config: Any, path: Path) -> None:

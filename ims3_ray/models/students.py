@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, first_line
 
 Norm = Literal["instance", "batch"]
 Downsample = Literal["stride", "pool"]
@@ -268,7 +268,7 @@ def tried_out(
             network = build_student(name, channels, size, num_classes, norm, width)
         return network, _constant_norms(network, channels, size)
     except (ValueError, RuntimeError, AssertionError) as error:  # raised by networks for images that are too small
-        raise UserError(f"{name} cannot take these images ({str(error).splitlines()[0]}); choose another") from error
+        raise UserError(f"{name} cannot take these images ({first_line(error)}); choose another") from error
 
 
 def _constant_norms(network: nn.Module, channels: int, size: int) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, first_line
 
 
 class TextEncoder:
@@ -31,9 +31,7 @@ class TextEncoder:
                 folder / "text_encoder", local_files_only=True, output_loading_info=True
             )
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise UserError(
-                f"the text encoder in '{folder}' does not load ({str(error).splitlines()[0]}); fetch it again"
-            ) from error
+            raise UserError(f"the text encoder in '{folder}' does not load ({first_line(error)}); fetch it again") from error
         if wrong := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
             raise UserError(f"the text encoder in '{folder}' has no fitting tensor '{wrong[0]}'; fetch it again")
         self.model = self.model.float().eval().requires_grad_(False)

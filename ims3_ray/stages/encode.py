@@ -22,7 +22,7 @@ from ims3_ray.engine.planner import Planner
 from ims3_ray.engine.pool import ImagePool
 from ims3_ray.engine.shards import by_class, parse_unit, units_of
 from ims3_ray.engine.stage import Context
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, first_line
 from ims3_ray.io.storage import Storage
 
 KEPT_BYTES = 5e10
@@ -168,7 +168,7 @@ class RealImages:
         for index, found in zip(indices.tolist(), decoded, strict=True):
             name = self.source.identify(index)
             if isinstance(found, Undecodable):
-                broken.append(f"{name}: {str(found).splitlines()[0]}")
+                broken.append(f"{name}: {first_line(found)}")
             else:
                 pixels.append(found[0])
                 transparent += found[1]

@@ -20,7 +20,7 @@ from ims3_ray.engine.per_class import map_classes
 from ims3_ray.engine.planner import Planner, pixel_bytes
 from ims3_ray.engine.sets import commit_set, write_class
 from ims3_ray.engine.stage import Context, Stage
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, first_line
 from ims3_ray.io.artifacts import Artifact
 
 
@@ -115,7 +115,7 @@ def pick_classes(picking: _Picking, classes: Sequence[tuple[str, list[int]]]) ->
                 pixels.append(to_pixels(source.image(index), data.size, data.channels, background=data.colour))
             except Undecodable as error:
                 if picking.labels is not None:
-                    name, reason = source.identify(index), str(error).splitlines()[0]
+                    name, reason = source.identify(index), first_line(error)
                     raise UserError(f"set '{source.location}': {name} cannot be decoded ({reason}); replace it") from error
         empty = np.zeros((0, data.channels, data.size, data.size), np.uint8)
         more = {}

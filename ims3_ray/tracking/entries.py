@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ims3_ray.errors import masked
+from ims3_ray.errors import first_line, masked
 from ims3_ray.provenance import PRIVATE, command, commit, version
 
 
@@ -107,7 +107,7 @@ def refused(error: Exception) -> bool:
 
 def reason(error: Exception) -> str:
     """The first line of an error, without passwords."""
-    return masked((str(error) or type(error).__name__).splitlines()[0])[:200]
+    return masked(first_line(error))[:200]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -41,6 +41,21 @@ def test_moments_and_images_are_those_of_diffusers_times_the_scale(world: Path):
     assert (ours.factor, ours.image_channels, ours.latent_channels) == (2, 1, 2)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ("{", "'config' in the metadata of .* is not readable JSON"),
+        ("[1]", "must be a JSON object"),
+        ('{"in_channels": "three"}', "has a config that cannot be used"),
+    ],
+)
+def test_a_file_with_a_broken_config_is_refused_in_one_line(tmp_path: Path, metadata: str, says: str):
+    path = tmp_path / "own.safetensors"
+    save_file({"weight": torch.zeros(1)}, path, metadata={"kind": "autoencoder", "config": metadata})
+    with pytest.raises(UserError, match=says):
+        empty_autoencoder(autoencoder_path(str(path)))
+
+
 def test_latents_are_shifted_as_the_autoencoder_says(world: Path, tmp_path: Path):
     """Stable Diffusion 3's autoencoder has a ``shift_factor``: latents are (z − shift) · scale."""
     shutil.copytree(world / "vae", tmp_path / "vae")

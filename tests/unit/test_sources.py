@@ -156,6 +156,14 @@ def test_parquet_without_class_names_numbers_its_classes(tmp_path: Path):
     assert open_source(str(tmp_path), "train").class_names == ("0", "1", "2")
 
 
+def test_parquet_whose_names_cannot_be_read_says_so(tmp_path: Path):
+    damaged = image_table(rows(), NAMES).replace_schema_metadata({"huggingface": '{"info": {"featu'})
+    pq.write_table(damaged, tmp_path / "train.parquet")
+    source = open_source(str(tmp_path), "train")
+    assert source.class_names == ("0", "1", "2")
+    assert any("metadata of the Hub that cannot be read" in notice for notice in source.notices)
+
+
 def test_parquet_in_row_groups_gives_the_same_images(tmp_path: Path):
     pq.write_table(image_table(rows(), NAMES), tmp_path / "train.parquet", row_group_size=2)
     source = open_source(str(tmp_path), "train")

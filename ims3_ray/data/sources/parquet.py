@@ -21,13 +21,15 @@ from pyarrow import fs
 from ims3_ray.data.decoding import Undecodable, decode
 from ims3_ray.data.sources.base import Source, check_labels, check_logits, numbered
 from ims3_ray.data.sources.location import Location, parquet_files
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, first_line
 from ims3_ray.io.files import Place, concurrently
 from ims3_ray.io.node_cache import cached
 from ims3_ray.io.parquet import EXTRAS
 
 KEPT_BYTES = 2**28
 """Encoded images of this many bytes in total are kept in memory, in every process that reads them."""
+HUB_METADATA = b"huggingface"
+"""Entry of a Parquet file's metadata that holds the names of the classes, as the library datasets writes it."""
 ROWS_AT_A_TIME = 256
 """Number of images in memory while a file is copied to the cache."""
 
@@ -65,7 +67,7 @@ class ParquetSource(Source):
         except UserError:
             raise
         except Exception as error:  # pyarrow raises many kinds of error; all mean the same to the user
-            raise UserError(f"Parquet data source '{location}' cannot be read: {str(error).splitlines()[0]}") from error
+            raise UserError(f"Parquet data source '{location}' cannot be read: {first_line(error)}") from error
         for file, table in zip(self.files, tables, strict=True):
             if table["label"].null_count:
                 raise UserError(f"Parquet file '{file.path}' has {table['label'].null_count} rows without a label; remove them")
@@ -77,6 +79,11 @@ class ParquetSource(Source):
         self._reading = threading.Lock()
         self.class_names = self._common_names([class_names_of(file.schema_arrow.metadata) for file in opened])
         check_labels(location, self.labels, self.class_names)
+        unreadable = [file for file, table in zip(self.files, opened, strict=True) if _unreadable_names(table.schema_arrow)]
+        if unreadable:
+            self.notices = [
+                f"'{unreadable[0].path}' has metadata of the Hub that cannot be read; its classes are called by their numbers"
+            ]
 
     def _check_columns(self, file: Place, schema: pa.Schema) -> None:
         """Raise :class:`UserError` for a file whose columns are not those of labelled images."""
@@ -247,10 +254,19 @@ def _rows(name: str, column: pa.ChunkedArray, location: str) -> NDArray[np.float
     return values
 
 
+def _unreadable_names(schema: pa.Schema) -> bool:
+    """Whether a Parquet file has metadata of the Hub that are no JSON, so that names of classes may be lost."""
+    try:
+        json.loads((schema.metadata or {}).get(HUB_METADATA, b"{}"))
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
 def class_names_of(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
     """ClassLabel names in the ``huggingface`` schema metadata of a Parquet file, if it has them."""
     try:
-        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
+        names = json.loads((metadata or {})[HUB_METADATA])["info"]["features"]["label"]["names"]
     except (KeyError, ValueError, TypeError, RecursionError):
         return None
     return tuple(names) if isinstance(names, list) else None

@@ -15,7 +15,7 @@ from PIL import Image
 from ims3_ray.data.sources.base import SLACK, Source, check_labels, check_logits, numbered
 from ims3_ray.data.sources.location import Location
 from ims3_ray.data.transforms import to_pil
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, first_line
 from ims3_ray.io.files import Place
 
 IMAGES, LABELS, NAMES, NORMALISATION = "images.pt", "labels.pt", "classes.txt", "normalisation.json"
@@ -67,8 +67,9 @@ def _tensor(location: str, file: Place) -> torch.Tensor:
     try:
         found = torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, IndexError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"'{location}/{file.name}' is not a readable PyTorch file of one tensor ({reason})") from error
+        raise UserError(
+            f"'{location}/{file.name}' is not a readable PyTorch file of one tensor ({first_line(error)})"
+        ) from error
     if not isinstance(found, torch.Tensor):
         raise UserError(f"'{location}/{file.name}' holds a {type(found).__name__}, not one tensor; save the tensor alone")
     return found.detach()

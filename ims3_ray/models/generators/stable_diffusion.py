@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ims3_ray.diffusion.prediction import Parametrisation
 from ims3_ray.diffusion.schedule import NoiseSchedule
-from ims3_ray.errors import UserError
+from ims3_ray.errors import UserError, first_line
 from ims3_ray.models.checkpoints import compare_shapes, read_json, read_tensors
 from ims3_ray.models.generators.base import Generator
 from ims3_ray.models.lora import add_lora, merge_lora
@@ -128,7 +128,7 @@ class StableDiffusion(Generator):
             with torch.device("meta"):
                 wanted = {name: tuple(tensor.shape) for name, tensor in TextUNet(self.config).unet.state_dict().items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"diffusers cannot build the UNet of '{self.folder}' ({reason}); fetch it again") from error
         found = read_tensors(self._unet_file, meta=True)
         compare_shapes(wanted, {name: tuple(tensor.shape) for name, tensor in found.items()}, self._unet_file)
