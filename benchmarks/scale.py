@@ -176,7 +176,7 @@ def parquet(config: BenchmarkConfig, folder: Path, meter: Meter) -> None:
     assert isinstance(source, ParquetSource)
     with meter.measured("read"):
         for index in range(0, config.rows, max(1, config.rows // 1000)):
-            source.encoded(index)
+            source.stored(index)
 
 
 # s3

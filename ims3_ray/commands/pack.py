@@ -12,8 +12,7 @@ from ims3_ray.config import DataConfig, Section
 from ims3_ray.config.work import Split
 from ims3_ray.data.classes import chosen_labels
 from ims3_ray.data.decoding import Undecodable
-from ims3_ray.data.sources import Source, open_source
-from ims3_ray.engine.inputs import check_apart
+from ims3_ray.data.sources import Source, check_apart, open_source
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import new_file
 from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes

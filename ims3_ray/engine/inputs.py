@@ -15,7 +15,7 @@ from ims3_ray.data.batches import load_pixels
 from ims3_ray.data.captions import Captions
 from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
 from ims3_ray.data.prompts import prompts_of
-from ims3_ray.data.sources import Source, copied_files, open_source, shared_file
+from ims3_ray.data.sources import Source, check_apart, copies_noticed, open_source, shared_file
 from ims3_ray.data.sources.location import SPLIT_NAMES
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
@@ -24,16 +24,6 @@ from ims3_ray.models.encoder import EncoderConfig, check_encoder, encoder_config
 from ims3_ray.models.generator import generator_files, generator_path, open_generator
 from ims3_ray.models.generators.base import Generator
 from ims3_ray.training.encoder import Images
-
-
-def check_apart(train: Source, other: Source, path: str, split: str) -> None:
-    """Raises :class:`UserError` if another split has training images."""
-    if shared := shared_file(train, other):
-        raise UserError(
-            f"the {split} split of '{path}' holds the training images ('{shared}'), so accuracies on it would mean nothing; "
-            "put images that are not trained on into a folder of their own (train/ and test/ side by side), name them with "
-            "data.test_path, or set a share of all images apart, as in data.test_share=0.2"
-        )
 
 
 class Data:
@@ -63,20 +53,13 @@ class Data:
                 f"are folders in '{names[0]}', put them directly into the folder of their split"
             )
         self.classes = ClassTable(names, tuple(labels), tuple(counts))
+        for notice in copies_noticed(self.train, self.test, "training images", names):
+            print(f"note: {notice}", flush=True)
         self._hashes: dict[str, str] = {}
 
     def _check_splits(self, data: DataConfig) -> None:
-        """Raises :class:`UserError` if the test split is the training split, of which students would know the answers. Says how
-        many of its files are copies of training files."""
-        if data.test_share is not None:
-            return
-        if not shared_file(self.train, self.test):
-            if copies := copied_files(self.train, self.test):
-                print(
-                    f"note: {copies} of {len(self.test.files)} files of the test split are copies of training files; students "
-                    "know these images, so that accuracies are too high",
-                    flush=True,
-                )
+        """Raises :class:`UserError` if the test split is the training split, of which students would know the answers."""
+        if data.test_share is not None or not shared_file(self.train, self.test):
             return
         names = self.train.class_names
         if all(name.lower() in SPLIT_NAMES for name in names):

@@ -13,7 +13,7 @@ import torch
 from ims3_ray.config import DataConfig
 from ims3_ray.data.classes import match_classes
 from ims3_ray.data.decoding import Undecodable
-from ims3_ray.data.sources import Source, open_source, shared_file
+from ims3_ray.data.sources import Source, copies_noticed, open_source, shared_file
 from ims3_ray.data.transforms import to_pixels
 from ims3_ray.engine.inputs import source_params
 from ims3_ray.engine.per_class import map_classes
@@ -45,6 +45,8 @@ class ReadGiven(Stage):
                 f"set '{path}' has the test images ('{shared}'), so that students would be tested on what they were trained "
                 "on; name a set of other images"
             )
+        for notice in copies_noticed(source, planner.data.test, f"images of set '{path}'"):
+            print(f"note: {notice}", flush=True)
         labels = match_classes(names, source.class_names, path)
         logits = source.extras([0]).get("logits")
         if logits is not None and logits.shape[1] != len(source.class_names):

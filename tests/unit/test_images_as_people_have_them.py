@@ -295,7 +295,7 @@ def test_copies_of_single_training_images_in_the_test_split_are_counted_aloud(
     assert "copies" not in capsys.readouterr().out
     write(tmp_path / "test" / "a" / "other.png", Image.new("L", (4, 4), 1))  # the training image of b
     data_of(tmp_path)
-    assert "note: 1 of 3 files of the test split are copies of training files" in capsys.readouterr().out
+    assert "note: 1 of 3 test images are copies of training images" in capsys.readouterr().out
 
 
 def test_the_test_images_are_no_set_to_be_scored(tmp_path: Path):

@@ -24,7 +24,8 @@ from ims3_ray.config import DataConfig
 from ims3_ray.config.loading import load_config
 from ims3_ray.data.batches import batch_indices, load_pixels
 from ims3_ray.data.decoding import Undecodable
-from ims3_ray.data.sources import Source, base, open_source, shared_file
+from ims3_ray.data.sources import Source, base, copies_noticed, open_source, shared_file
+from ims3_ray.data.sources.copies import find_copies
 from ims3_ray.data.transforms import to_pil, to_pixels, to_signed, to_uint8
 from ims3_ray.errors import UserError
 from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
@@ -120,6 +121,37 @@ def test_a_limit_hides_no_copy_of_the_training_split(tmp_path: Path):
     for limits in ((None, None), (1, 1), (2, 1), (None, 1)):
         train, test = (open_source(str(path), split, limit) for split, limit in zip(("train", "test"), limits, strict=True))
         assert shared_file(train, test) is not None, limits
+
+
+def write_images(folder: Path, kind: str, pixels: np.ndarray, labels: list[int]) -> Source:
+    """A set of these images as a source of this kind."""
+    if kind == "idx":
+        write_idx(folder, pixels, labels)
+    elif kind == "tensors":
+        folder.mkdir()
+        torch.save(torch.from_numpy(pixels)[:, None], folder / "images.pt")
+        torch.save(torch.tensor(labels), folder / "labels.pt")
+    elif kind == "parquet":
+        folder.mkdir()
+        encoded = [(encode_png(Image.fromarray(image)), "", label) for image, label in zip(pixels, labels, strict=True)]
+        pq.write_table(image_table(encoded, ["0", "1", "2"]), folder / "train.parquet")
+    else:
+        for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+            (folder / "train" / str(label)).mkdir(parents=True, exist_ok=True)
+            (folder / "train" / str(label) / f"{number}.png").write_bytes(encode_png(Image.fromarray(image)))
+    return open_source(str(folder), "train")
+
+
+@pytest.mark.parametrize("kind", ["folder", "idx", "parquet", "tensors"])
+def test_images_that_are_there_twice_are_found(tmp_path: Path, kind: str):
+    train = write_images(tmp_path / "a", kind, PIXELS[[0, 1, 2, 0, 2]], [0, 1, 2, 1, 2])
+    test = write_images(tmp_path / "b", kind, PIXELS[[3, 1, 2, 4]], [0, 1, 2, 2])
+    assert find_copies(train, test) == (2, 2)  # image 0 is in two classes, image 2 twice in one
+    assert find_copies(train, test, ["0", "2"]) == (1, 0)
+    assert find_copies(test, test, ["0"]) == (1, 0)
+    few = open_source(str(tmp_path / "a"), "train", limit=1)
+    assert find_copies(few, test) == (2, 0)  # the copy of image 0 is not used
+    assert copies_noticed(few, write_images(tmp_path / "c", kind, PIXELS[3:], [0, 1]), "training images") == []
 
 
 def test_the_test_split_of_idx_files_is_called_t10k(tmp_path: Path):

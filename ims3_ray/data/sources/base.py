@@ -88,6 +88,16 @@ class Source(Component, ABC):
                 digest.update(piece)
         return digest.hexdigest()[:16]
 
+    def stored(self, index: int) -> bytes | None:
+        """The image as the set's files hold it: images that are equal in these bytes are copies of each other. None for sets in
+        which copies are not looked for."""
+        return None
+
+    @property
+    def sizes(self) -> NDArray[np.int64] | None:
+        """Number of bytes of each image in its file; None if that is not known without reading the images."""
+        return None
+
     @abstractmethod
     def identify(self, index: int) -> str:
         """A name by which a person can find the image."""
@@ -135,6 +145,13 @@ class Subset(Source):
 
     def image(self, index: int) -> Image.Image:
         return self.whole.image(int(self.indices[index]))
+
+    def stored(self, index: int) -> bytes | None:
+        return self.whole.stored(int(self.indices[index]))
+
+    @property
+    def sizes(self) -> NDArray[np.int64] | None:
+        return None if (sizes := self.whole.sizes) is None else sizes[self.indices]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -232,29 +249,6 @@ def pieces(files: Listing) -> list[tuple[Place, int, int]]:
 def hashed_whole(source: Source) -> bool:
     """Whether the fingerprint covers the bytes of the source's files."""
     return int(Listing.of(source.files).sizes.sum()) < HASH_WHOLE_BELOW and not is_remote(source.location)
-
-
-def shared_file(train: Source, test: Source) -> str | None:
-    """A file that two splits share, or whose content they share because one split is a copy of the other; None if they are
-    different, as far as their files show."""
-    if (shared := Listing.of(test.files).first_shared(Listing.of(train.files))) is not None:
-        return shared.path
-    known = bool(train.files) and hashed_whole(train) and hashed_whole(test)
-    return test.files[0].path if known and train.unlimited.fingerprint == test.unlimited.fingerprint else None
-
-
-def copied_files(train: Source, test: Source) -> int:
-    """Number of files of ``test`` that have the bytes of a file of ``train``; 0 for splits whose bytes are not read as a whole
-    (:func:`hashed_whole`). Only files whose size the other split has too are read."""
-    if not (hashed_whole(train) and hashed_whole(test)):
-        return 0
-    mine, other = Listing.of(train.files), Listing.of(test.files)
-    known = {_digest(mine[int(i)]) for i in np.flatnonzero(np.isin(mine.sizes, other.sizes))}
-    return sum(_digest(other[int(i)]) in known for i in np.flatnonzero(np.isin(other.sizes, mine.sizes)))
-
-
-def _digest(file: Place) -> bytes:
-    return hashlib.sha256(file.read()).digest()
 
 
 def numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:

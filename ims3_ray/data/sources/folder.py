@@ -122,7 +122,14 @@ class FolderSource(Source):
         return cls(location, place, classes, Listing(filesystem, folder, paths, sizes), counts)
 
     def image(self, index: int) -> Image.Image:
-        return decode(self.files[index].read())
+        return decode(self.stored(index))
+
+    def stored(self, index: int) -> bytes:
+        return self.files[index].read()
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        return self.files.sizes
 
     def identify(self, index: int) -> str:
         return self.files.path(index)

@@ -61,6 +61,9 @@ class IdxSource(Source):
     def image(self, index: int) -> Image.Image:
         return Image.fromarray(self._pixels[index])
 
+    def stored(self, index: int) -> bytes:
+        return self._pixels[index].tobytes()
+
     def identify(self, index: int) -> str:
         return f"{self.files[0].name}[{index}]"
 

@@ -109,9 +109,9 @@ class ParquetSource(Source):
         return names[0] or numbered(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        return decode(self.encoded(index))
+        return decode(self.stored(index))
 
-    def encoded(self, index: int) -> bytes:
+    def stored(self, index: int) -> bytes:
         """An image as the file has it, as PNG or JPEG. Raises :class:`Undecodable` for a row without one."""
         part = self._part(index)
         data: bytes | None = self._encoded(part)[index - int(self._starts[part])].as_py()

@@ -55,6 +55,9 @@ class TensorSource(Source):
     def image(self, index: int) -> Image.Image:
         return to_pil(self._pixels[index])
 
+    def stored(self, index: int) -> bytes:
+        return self._pixels[index].numpy().tobytes()
+
     def identify(self, index: int) -> str:
         return f"{IMAGES}[{index}]"
 
