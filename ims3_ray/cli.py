@@ -177,9 +177,9 @@ def keys_of(command: Command) -> Iterable[tuple[str, str, str]]:
         return ()
     if isinstance(command.tree, str) and (known := described_keys(command.tree.partition(":")[2])):
         return known
-    from ims3_ray.config.rows import rows_of  # a class that is not on record
+    from ims3_ray.config.rows import options_of  # a class that is not on record
 
-    return rows_of(named(command.tree)())
+    return options_of(named(command.tree))
 
 
 def _complete_config(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -15,7 +15,7 @@ from typing import Any
 from ims3_ray.commands.table import COMMANDS, named
 from ims3_ray.config import CompareConfig, EvaluateConfig, PretrainConfig, RunConfig, Section, SweepConfig, keys
 from ims3_ray.config.keys import DESCRIBED_KEYS, KNOWN_KEYS
-from ims3_ray.config.rows import key_tree, rows_of
+from ims3_ray.config.rows import key_tree, options_of
 from ims3_ray.report.markdown import table
 
 
@@ -26,7 +26,7 @@ def trees() -> tuple[type[Section], ...]:
 
 def reference() -> str:
     """The text of ``docs/configuration.md``: every key of every config class, its default and its meaning."""
-    main = list(rows_of(RunConfig()))
+    main = options_of(RunConfig)
     these = "The keys of `ims3 distill`, and these."
     parts: tuple[tuple[str, str, type[Section]], ...] = (
         ("distill", "", RunConfig),
@@ -42,7 +42,7 @@ def reference() -> str:
     )
     lines = [REFERENCE_HEAD]
     for command, note, tree in parts:
-        rows = main if tree is RunConfig else [row for row in rows_of(tree()) if not note or row not in main]
+        rows = main if tree is RunConfig else [row for row in options_of(tree) if not note or row not in main]
         lines += [f"## ims3 {command}", "", *([note, ""] if note else [])]
         lines += table(
             ["key", "default", "meaning"], ([f"`{key}`", _cell(key, default), meaning] for key, default, meaning in rows)
@@ -72,13 +72,13 @@ def known_keys() -> str:
 
 
 def described_keys() -> str:
-    """The text of ``described_keys.json``: the rows of :func:`rows_of` for each config class. A class has only those that the
+    """The text of ``described_keys.json``: :func:`options_of` of each config class. A class has only those that the
     first class lacks, and the numbers of those that it shares with it."""
     first, *_ = every = trees()
-    main = list(rows_of(first()))
+    main = options_of(first)
     found: dict[str, list[Any]] = {}
     for tree in every:
-        rows = rows_of(tree())
+        rows = options_of(tree)
         found[tree.__name__] = [main.index(row) if tree is not first and row in main else row for row in rows]
     return json.dumps(found, indent=0, ensure_ascii=False) + "\n"
 

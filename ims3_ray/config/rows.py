@@ -12,6 +12,11 @@ from ims3_ray.component import descriptions_of
 from ims3_ray.config.base import Section, canonical
 
 
+def options_of(tree: type[Section]) -> list[tuple[str, str, str]]:
+    """:func:`rows_of` a config class, without the options that have no effect in its command."""
+    return [row for row in rows_of(tree()) if row[0] not in tree.replaced]
+
+
 def rows_of(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Key, default (as YAML) and meaning of every setting of a section; ``NAME`` stands for names that a config chooses."""
     for name, description in descriptions_of(section).items():

@@ -36,6 +36,15 @@ def test_every_key_has_a_meaning(command: Command):
         assert keys == list(keys_of(command))
 
 
+def test_help_leaves_out_the_options_that_are_refused():
+    listed = {name: {key for key, _, _ in keys_of(COMMANDS[name])} for name in ("distill", "compare", "sweep", "pack")}
+    assert {"seed", "selection.images_per_class", "data.size"} <= listed["distill"]
+    assert not {"seed", "selection.images_per_class"} & listed["compare"]
+    assert "seed" not in listed["sweep"]
+    assert "data.path" in listed["pack"]
+    assert "data.size" not in listed["pack"]
+
+
 @pytest.mark.parametrize("job", ["distill", "evaluate", "compare", "sweep", "pretrain"])
 @pytest.mark.parametrize("argument", ["--help", "storag=x"])
 def test_help_and_a_misspelt_key_load_neither_pytorch_nor_ray(job: str, argument: str):
