@@ -18,7 +18,7 @@ from ims3_ray.io.storage import Storage
 from ims3_ray.plan import Config, Plan, make_comparison, make_evaluation, make_plan
 from ims3_ray.plan.estimate import account, expect
 from ims3_ray.progress import Course
-from ims3_ray.report.publish import publish, publish_comparison, publish_scores
+from ims3_ray.report.publish import CARD, publish, publish_comparison, publish_scores
 from ims3_ray.report.results import Results, RunResult, gather
 from ims3_ray.tracking import Tracker, follow_moved_folder
 
@@ -62,11 +62,12 @@ def _complete(plan: Plan[Config], publish: Publish) -> RunResult:
 
 
 def is_finished(plan: Plan[Config], storage: Storage) -> bool:
-    """Whether the run folder holds the results of exactly these stages (same images, weights and code) and sets, and MLflow has
-    all of them."""
+    """Whether the run folder holds the results of exactly these stages (same images, weights and code) and sets with their
+    report and the exported set, and MLflow has all of them."""
     name = plan.config.name
     results = storage.read_json(f"{name}/results.json")
-    if results is None or not storage.exists(f"{name}/report.html"):
+    files = ["report.html", *([f"distilled/{CARD}"] if plan.export is not None else [])]
+    if results is None or not all(storage.exists(f"{name}/{file}") for file in files):
         return False
     same_stages = [row["key"] for row in results.get("stages", [])] == plan.keys(storage)
     same_sets = list(results.get("sets", {})) == list(plan.sets)

@@ -3,7 +3,6 @@ with its card."""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 import yaml
 
 from ims3_ray.cluster.capacity import wait_for_capacity
+from ims3_ray.cluster.hardware import hardware
 from ims3_ray.cluster.joining import connected, own_device, placed
 from ims3_ray.config import PretrainConfig, canonical, reserved
 from ims3_ray.data.contact_sheet import contact_sheet
@@ -162,7 +161,8 @@ def _is_local(place: str) -> bool:
 
 def _judge(target: Target, path: Path) -> Quality:
     splits = splits_of(target.config.data)
-    return replace(target.judge(path, splits, own_device()), broken=splits.broken)
+    device = own_device()
+    return replace(target.judge(path, splits, device), broken=splits.broken, device=hardware(device)["device"])
 
 
 FINGERPRINTS = "data_fingerprints"
@@ -201,10 +201,8 @@ def _what_matters(plain: Mapping[str, Any]) -> dict[str, Any]:
 def weights_card(target: Target, outcome: dict[str, Any], path: Path, quality: Quality) -> str:
     """The Markdown card of the weights: data, steps, seconds, hardware, quality, and the config that reproduces them."""
     config, trainer = target.config, target.config.trainer
-    device = torch.cuda.get_device_name() if trainer.gpus_per_worker else platform.processor() or platform.machine()
-    hardware = f"{trainer.num_workers} worker(s), each with {trainer.threads_per_worker} CPU threads ({device})"
-    if trainer.gpus_per_worker:
-        hardware = f"{trainer.num_workers} worker(s), each with {trainer.gpus_per_worker:g} GPU ({device})"
+    each = f"{trainer.gpus_per_worker:g} GPU" if trainer.gpus_per_worker else f"{trainer.threads_per_worker} CPU threads"
+    workers = f"{trainer.num_workers} worker(s), each with {each} ({quality.device})"
     recent = outcome["losses"][-250:]
     kept = {"name", "seed", "target", "data", target.section, "trainer", *target.weights}
     kept |= {"quality"} if quality.judged else set()
@@ -217,7 +215,7 @@ def weights_card(target: Target, outcome: dict[str, Any], path: Path, quality: Q
             + (f"; {len(quality.broken)} images of both splits cannot be decoded and were left out" if quality.broken else ""),
             *(f"- {name}: SHA-256 begins with {weights.digest}" for name, weights in target.weights.items()),
             f"- steps: {outcome['steps']} of {target.batch_size} images, mean loss at the end {sum(recent) / len(recent):.4f}",
-            f"- seconds: {outcome['seconds']:.0f}", f"- hardware: {hardware}",
+            f"- seconds: {outcome['seconds']:.0f}", f"- hardware: {workers}",
             f"- file: {path.stat().st_size / 1e6:.1f} MB, safetensors, half precision", "",
             "## Quality", "", *(f"- {line}" for line in quality.lines), "",
             "The test split was used for these figures alone, after training.", "",

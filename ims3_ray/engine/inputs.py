@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -33,8 +34,8 @@ class Data:
         """Every class must have ``images_per_class`` training images."""
         data = config.data
         self.train, self.test = open_source(*data.place("train")), open_source(*data.place("test"))
-        for notice in dict.fromkeys([*self.train.notices, *self.test.notices]):
-            print(f"note: {notice}", flush=True)
+        self._told = set[str]()
+        self.tell([*self.train.notices, *self.test.notices])
         self._check_splits(data)
         labels = chosen_labels(self.train.class_names, data.classes)
         wanted = set(data.classes or self.train.class_names)
@@ -53,8 +54,7 @@ class Data:
                 f"are folders in '{names[0]}', put them directly into the folder of their split"
             )
         self.classes = ClassTable(names, tuple(labels), tuple(counts))
-        for notice in copies_noticed(self.train, self.test, "training images", names):
-            print(f"note: {notice}", flush=True)
+        self.tell(copies_noticed(self.train, self.test, "training images", names))
         self._hashes: dict[str, str] = {}
 
     def _check_splits(self, data: DataConfig) -> None:
@@ -71,6 +71,13 @@ class Data:
                 )
             raise UserError(f"{found} in '{data.path}' hold images without classes; sort them into one folder per class")
         check_apart(self.train, self.test, data.place("test")[0], "test")
+
+    def tell(self, notices: Iterable[str]) -> None:
+        """Print what a user should know of the data and of sets, each sentence once."""
+        for notice in notices:
+            if notice not in self._told:
+                self._told.add(notice)
+                print(f"note: {notice}", flush=True)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

@@ -74,7 +74,7 @@ class Trial:
     @staticmethod
     def _made_of(stage: Stage, storage: Storage) -> list[Any]:
         """What a stage depends on beside the set that it is made of."""
-        inputs = {name: one.key(storage) for name, one in stage.inputs.items() if name != "set"}
+        inputs = {name: one.key(storage) for name, one in stage.inputs.items() if name != "set" and not _of_set(one)}
         return [stage.name, stage.version, stage.params, plugins.hashes(type(stage)), inputs]
 
     def weighing(self, position: int) -> Weighing:
@@ -144,8 +144,13 @@ def make_sweep(config: SweepConfig) -> SweepPlan:
 
 def after_choice(trial: Trial) -> list[Stage]:
     """The stages after each selection of a trial that is evaluated: its synthesis and labels, if any, and its students."""
-    made = [stage for stage in before(trial.scoring) if stage.makes_set and "set" in stage.inputs]
+    made = [stage for stage in before(trial.scoring) if "set" in stage.inputs]
     return [*made, *trial.scoring]
+
+
+def _of_set(stage: Stage) -> bool:
+    """Whether what a stage makes depends on the set that is scored, as labels of its batches do."""
+    return "set" in stage.inputs or any(map(_of_set, stage.inputs.values()))
 
 
 def make_trial(config: SweepConfig, planner: Planner, settings: Settings, draw: int) -> Trial:

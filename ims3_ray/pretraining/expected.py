@@ -85,11 +85,11 @@ def weights_file(config: PretrainConfig) -> Path:
 
 
 def _stored(file: Path) -> PretrainConfig | None:
-    """The config in a pretraining's folder; None for that of another job or another version."""
-    plain = yaml.safe_load(file.read_text("utf-8"))
+    """The config in a pretraining's folder; None for that of another job or another version, and for one that is damaged."""
     try:
+        plain = yaml.safe_load(file.read_text("utf-8"))
         return PretrainConfig.model_validate({k: v for k, v in plain.items() if k in PretrainConfig.model_fields})
-    except (AttributeError, ValueError):
+    except (AttributeError, ValueError, OSError, yaml.YAMLError):
         return None
 
 

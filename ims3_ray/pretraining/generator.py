@@ -19,8 +19,9 @@ from ims3_ray.models.student_costs import forward_flops
 from ims3_ray.models.students import check_student
 from ims3_ray.plan.estimate import scaled
 from ims3_ray.pretraining.base import Loop, Target
-from ims3_ray.pretraining.quality import Quality, Splits, judge_generator
+from ims3_ray.pretraining.quality import Quality, Splits, judge_generator, judge_name
 from ims3_ray.stages.candidates import sampling_flops
+from ims3_ray.stages.evaluate import network_size
 from ims3_ray.training.generator import dit_config, packed
 
 
@@ -56,11 +57,13 @@ class GeneratorTarget(Target):
                 raise UserError(
                     f"quality.judge.{what} is for colour images, but data.channels={data.channels}; set it otherwise"
                 )
-            size, name = judge.size or data.size, judge.students[0]
+            size, name = network_size(judge, data.size), judge.students[0]
+            batch_size = min(for_ipc(judge.batch_size, -(-self.images // self.classes)), self.images)
             try:
-                check_student(name, data.channels, size, self.classes, judge.norm, judge.width)
+                check_student(name, data.channels, size, self.classes, judge.norm, judge.width, batch_size)
             except UserError as error:
-                raise UserError(f"quality.judge: {error}") from error
+                told = str(error).replace("evaluation.protocols.NAME", "quality.judge")
+                raise UserError(f"quality.judge: {told}") from error
         guidance, dropout = self.config.quality.sampling.cfg_scale, self.config.generator.label_dropout
         if guidance > 1 and not dropout:
             raise UserError(
@@ -113,7 +116,7 @@ class GeneratorTarget(Target):
         data, q = self.config.data, self.config.quality
         if q.judge is None:
             return 0.0
-        size = q.judge.size or data.size
+        size = network_size(q.judge, data.size)
         forward = forward_flops(q.judge.students[0], data.channels, size, self.classes, q.judge.norm, q.judge.width)
         epochs = for_ipc(q.judge.epochs, -(-self.images // self.classes))
         sample = forward + sampling_flops(DiTGenerator.of_shape(self._shape), q.sampling)
@@ -127,7 +130,7 @@ class GeneratorTarget(Target):
         if q.judge is None:
             return "none (quality.judge=null)"
         return (
-            f"{q.judge.students[0]} of width {q.judge.width}, trained on all training images, looks at {q.images_per_class} "
+            f"{judge_name(q.judge)}, trained on all training images, looks at {q.images_per_class} "
             f"samples a class; {scaled(self.judging_flops)}FLOP"
         )
 

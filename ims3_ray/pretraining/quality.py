@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ims3_ray.config import DataConfig, PretrainConfig
+from ims3_ray.config import DataConfig, PretrainConfig, ProtocolConfig
+from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.engine.inputs import decoded_split
 from ims3_ray.engine.shards import units_of
 from ims3_ray.stages.adapters import Pretrained
@@ -54,9 +55,17 @@ class Quality:
     """Whether the section `quality` of the config says how the figures were made."""
     broken: tuple[str, ...] = ()
     """Names of the images of both splits that cannot be decoded and were left out."""
+    device: str = ""
+    """Name of the device on which they were judged, which is one like that of the training."""
     samples: Tensor | None = None
     """For a generator: at most ten samples of each class, uint8 [N, C, H, W], in order of classes. For an autoencoder: test
     images, each followed by its reconstruction."""
+
+
+def judge_name(judge: ProtocolConfig) -> str:
+    """The judge's network, with its width if it is one that has any."""
+    student = judge.students[0]
+    return f"{student} of width {judge.width}" if student.startswith("convnet") else student
 
 
 def judge_generator(
@@ -81,10 +90,10 @@ def judge_generator(
         accuracy_of(student, (resident(of_class, size), torch.full((len(of_class),), label)), len(names), device)
         for label, of_class in enumerate(samples)
     ]
+    epochs = for_ipc(q.judge.epochs, -(-len(train[0]) // len(names)))
     s, agreement = q.sampling, sum(agreed) / len(agreed)
     lines = [
-        f"judge: {judge} of width {q.judge.width}, {q.judge.epochs} epochs on the real training split, "
-        f"{accuracy.last:.1f} % on the test split",
+        f"judge: {judge_name(q.judge)}, {epochs} epochs on the real training split, {accuracy.last:.1f} % on the test split",
         f"the judge names {agreement:.1f} % of {count} guided samples a class as they were "
         f"asked for ({s.sampler}, {s.steps} steps, guidance {s.cfg_scale:g}); chance is {100 / len(names):.1f} %",
         "by class: " + ", ".join(f"{name} {share:.0f} %" for name, share in zip(names, agreed, strict=True)),

@@ -86,7 +86,7 @@ def render_sweep(
     """The HTML of the report of ``ims3 sweep``; ``figures`` are by name and format."""
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # points that choose the same images
     for point in results["points"]:
-        if point["objective"] is not None:
+        if point["objective"] is not None and point["draws"] == len(config.draws):
             alike.setdefault((point["trial"], point["objective"], point["score"], *point["content"]), []).append(point)
     ranked = sorted(alike.values(), key=lambda points: -points[0]["objective"])
     svgs = {name: for_page(forms["svg"].decode(), f"{name} of the search") for name, forms in figures.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -59,14 +59,24 @@ def gather(plan: Plan[Config], storage: Storage) -> Results:
     return {
         "name": plan.config.name,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "metric": "top-1 accuracy in % on the real test split, mean ± standard deviation over student seeds "
-        + ", ".join(map(str, plan.config.evaluation.seeds)),
+        "metric": _metric(plan.config.evaluation.seeds, dict.fromkeys(scored.draw for scored in plan.sets.values())),
         "provenance": provenance_of(plan, storage),
         "sets": {name: _score(scored, storage) for name, scored in plan.sets.items()},
         "stages": [stage_row(stage, storage) for stage in plan.stages],
-        "skipped_images": skipped,
+        "skipped_images": list(dict.fromkeys(skipped)),
         **more,
     }
+
+
+def _metric(seeds: Iterable[int], draws: Collection[int]) -> str:
+    """A phrase that says what the accuracies are, and what ± is."""
+    listed = f"student seeds {', '.join(map(str, seeds))}"
+    if len(draws) <= 1:
+        return f"top-1 accuracy in % on the real test split, mean ± standard deviation over {listed}"
+    return (
+        f"top-1 accuracy in % on the real test split, mean over {listed} and run seeds {', '.join(map(str, draws))} ± standard "
+        "error over the sets of the run seeds (standard deviation over students where all run seeds give the same set)"
+    )
 
 
 def provenance_of(plan: Plan[Config], storage: Storage) -> dict[str, Any]:

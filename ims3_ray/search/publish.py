@@ -19,7 +19,7 @@ from ims3_ray.plan.sweep import SweepPlan
 from ims3_ray.report.html import render_sweep
 from ims3_ray.report.plots import FORMATS, curves, heat_map, scatter
 from ims3_ray.report.results import Results
-from ims3_ray.search.records import Point, Tried, points_of
+from ims3_ray.search.records import FINISHED, Point, Tried, points_of
 from ims3_ray.tracking import Tracker, slug
 
 WEIGHTS = ("selection.alpha", "selection.beta")
@@ -93,8 +93,8 @@ def table_of(config: SweepConfig, points: Sequence[Point]) -> list[dict[str, Any
     """One flat row per point."""
     return [
         {
-            **point["settings"], "trial": point["trial"], "content": " ".join(str(c) for c in point["content"] if c),
-            **metrics_of(point),
+            **point["settings"], "trial": point["trial"], "draws": point["draws"],
+            "content": " ".join(str(c) for c in point["content"] if c), **metrics_of(point),
         }
         for point in points
     ]  # fmt: skip
@@ -129,13 +129,15 @@ def figures_of(config: SweepConfig, results: Results) -> Figures:
     if best is None:
         return {}
     found, values = {}, config.values
+    points = [point for point in results["points"] if point["draws"] == len(config.draws)]
     lists = {key: each for key, each in values.items() if isinstance(each, list) and len(each) > 1}
     mapped = WEIGHTS if all(key in lists for key in WEIGHTS) else ()
     if mapped:
-        found["alpha-beta"] = _weights(config, results["points"], best["settings"])
+        found["alpha-beta"] = _weights(config, points, best["settings"])
     for key, drawn in values.items():
-        near = list(_along(results["points"], best["settings"], key)) if key in lists else []
-        trials = [(t["settings"].get(key), t["objective"]) for t in results["trials"] if t["objective"] is not None]
+        near = list(_along(points, best["settings"], key)) if key in lists else []
+        whole = [trial for trial in results["trials"] if trial["status"] == FINISHED and trial["objective"] is not None]
+        trials = [(trial["settings"].get(key), trial["objective"]) for trial in whole]
         numbers = [(x, value) for x, value in trials if isinstance(x, int | float)]
         if key in mapped or (key not in lists and isinstance(drawn, list)):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,8 @@ def read_records(config: SweepConfig, storage: Storage, settings: Settings, draw
 
 
 Point = dict[str, Any]
+FINISHED = "finished"
+"""Status of a trial of which all draws were run."""
 
 
 @dataclass
@@ -53,7 +56,18 @@ class Tried:
     def status(self, config: SweepConfig) -> str:
         if self.error:
             return "failed"
-        return "finished" if len(self.records) == len(config.draws) else f"stopped after {len(self.records)}"
+        return FINISHED if len(self.records) == len(config.draws) else f"stopped after {len(self.records)}"
+
+
+def farthest(trials: Sequence[Tried]) -> list[Tried]:
+    """The trials with each setting once, in an order of their settings. Of a setting that Optuna has repeated, it is the trial
+    that came farthest."""
+    found: dict[str, Tried] = {}
+    for tried in trials:
+        name = json.dumps(tried.settings, sort_keys=True)
+        if name not in found or (not tried.error, len(tried.records)) > (not found[name].error, len(found[name].records)):
+            found[name] = tried
+    return [found[name] for name in sorted(found)]
 
 
 def points_of(config: SweepConfig, tried: Tried) -> Iterator[Point]:
@@ -68,7 +82,8 @@ def points_of(config: SweepConfig, tried: Tried) -> Iterator[Point]:
         score = statistics.fmean(s["score"] for s in selections)
         decides = score if not config.search.trains_students else rows[config.row]["held_out"]["mean"] if rows else None
         yield {
-            "settings": {**tried.settings, **inner}, "trial": id_of(tried.settings), "objective": decides, "score": score,
+            "settings": {**tried.settings, **inner}, "trial": id_of(tried.settings), "draws": len(tried.records),
+            "objective": decides, "score": score,
             "proximity": statistics.fmean(p["proximity"] for p in points),
             "repulsion": statistics.fmean(p["repulsion"] for p in points),
             "content": [s["content"] for s in selections], "rows": rows,

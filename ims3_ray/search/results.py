@@ -12,7 +12,7 @@ from ims3_ray.config.sweep import Range, symbol, title_of
 from ims3_ray.engine.stage import Stage
 from ims3_ray.io.storage import Storage
 from ims3_ray.plan.estimate import hours_between
-from ims3_ray.plan.sweep import SweepPlan, id_of
+from ims3_ray.plan.sweep import SweepPlan
 from ims3_ray.report.results import Results, provenance_of, stage_row
 from ims3_ray.search.records import Tried, points_of
 
@@ -21,8 +21,7 @@ def gather_sweep(plan: SweepPlan, trials: Sequence[Tried], storage: Storage) -> 
     """The results of a search that has ended."""
     config = plan.config
     points = [point for tried in trials for point in points_of(config, tried)]
-    whole = {id_of(tried.settings) for tried in trials if tried.status(config) == "finished"}
-    candidates = [point for point in points if point["trial"] in whole and point["objective"] is not None]
+    candidates = [point for point in points if point["draws"] == len(config.draws) and point["objective"] is not None]
     return {
         "name": config.name,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

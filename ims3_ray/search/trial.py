@@ -99,6 +99,8 @@ class TrialActor:
     def run(self, settings: Settings, draw: int) -> float:
         """Run a draw, and store its record or its error; returns the objective over the draws up to this one."""
         self.storage.write_json(settings_path(self.config, settings), settings)
+        if self.storage.exists(earlier := error_path(self.config, settings)):
+            self.storage.delete_file(earlier)
         try:
             self.record(settings, draw)
         except Exception as error:
@@ -232,7 +234,7 @@ class TrialActor:
             number: plan_rows(self.planner, f"{title}, selection {number}", images, k) for number, images in sets.items()
         }  # fmt: skip
         stages: list[Stage] = [stage for found in rows.values() for stage in found.values()]
-        run_stages(context, arranged(stages))
+        run_stages(context, arranged([*before(stages), *stages]))
         found = {}
         for number, images in sets.items():
             manifest = images.manifest(self.storage) or {}

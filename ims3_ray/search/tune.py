@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -19,7 +18,7 @@ from ray.tune import Callback
 
 from ims3_ray.cluster.joining import connected, most_at_once
 from ims3_ray.config import SweepConfig, canonical
-from ims3_ray.config.sweep import Range, trial_title
+from ims3_ray.config.sweep import Range, Settings, trial_title
 from ims3_ray.engine.executor import run_stages
 from ims3_ray.engine.folder import check_folder, warn_if_lost_with_job
 from ims3_ray.engine.lease import check_free, working_on
@@ -27,15 +26,15 @@ from ims3_ray.engine.stage import Context
 from ims3_ray.errors import IncompletePool
 from ims3_ray.io.storage import Storage
 from ims3_ray.plan.layout import Plan
-from ims3_ray.plan.sweep import SweepPlan, make_sweep
+from ims3_ray.plan.sweep import SweepPlan, id_of, make_sweep
 from ims3_ray.progress import Progress
 from ims3_ray.report.results import RunResult
 from ims3_ray.search.publish import publish_sweep, tell
-from ims3_ray.search.records import Tried, error_path, objective_of, read_records
+from ims3_ray.search.records import Record, Tried, error_path, farthest, objective_of, read_records
 from ims3_ray.search.results import describe_sweep, gather_sweep
 from ims3_ray.search.shell import settings_of, wait_for_trial
 from ims3_ray.search.trial import Shared, TrialBoard, on_this_node
-from ims3_ray.tracking import Tracker
+from ims3_ray.tracking import Tracker, follow_moved_folder
 
 QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # SIGINT interrupts the search and is not handled by Tune
@@ -63,6 +62,8 @@ def sweep(config: SweepConfig | None = None) -> RunResult:
     elif not _is_told(config, storage):
         with working_on(storage, config.name):
             _run(plan, storage, trials)
+    else:
+        follow_moved_folder(config, storage)
     found = storage.read_json(f"{config.name}/results.json") or {}
     if found.get("failed"):
         first = found["failed"][0]
@@ -104,9 +105,11 @@ def trials_there(plan: SweepPlan, storage: Storage) -> list[Tried] | None:
 
 
 def _is_told(config: SweepConfig, storage: Storage) -> bool:
-    """Whether MLflow has received everything, and the report still exists."""
+    """Whether MLflow has received everything, and the report and the config of the best point still exist."""
     results = storage.read_json(f"{config.name}/results.json") or {}
-    return bool(results.get("mlflow", {}).get("complete") and storage.exists(f"{config.name}/report.html"))
+    files = ["report.html", *(["best.yaml"] if results.get("best") else [])]
+    there = all(storage.exists(f"{config.name}/{file}") for file in files)
+    return bool(results.get("mlflow", {}).get("complete") and there)
 
 
 def _run(plan: SweepPlan, storage: Storage, trials: list[Tried] | None) -> None:
@@ -170,8 +173,11 @@ class Search(Callback):
                 ).fit()  # fmt: skip
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        distinct = {json.dumps(tried.settings, sort_keys=True): tried for tried in self.trials}  # Optuna may repeat a setting
-        return [distinct[settings] for settings in sorted(distinct)]
+        found, last = farthest(self.trials), {id_of(tried.settings): tried for tried in self.trials}
+        for tried in found:
+            if tried is not last[id_of(tried.settings)]:
+                tell(self.plan, tried, self.tracker)  # what was told last is of a repetition
+        return found
 
     def _shared_stages(self) -> bool:
         """Whether trials share a stage that two of them must not make at once."""
@@ -241,14 +247,21 @@ class Search(Callback):
 
     def _note(self, trial: Any, error: str) -> None:
         settings = settings_of(trial.config)
-        records = read_records(self.config, self.storage, settings, self.config.draws)
-        tried = Tried(settings, records[: trial.last_result.get("draws", 0)] if not error else [], error)
+        tried = Tried(settings, [] if error else self._records(settings, trial.last_result.get("draws", 0)), error)
         self.trials.append(tried)
         tell(self.plan, tried, self.tracker)
         found = error or f"{objective_of(self.config, tried.records):.2f}"
         where = f"trial {len(self.trials)}/{self.plan.count}, {trial_title(settings)}"
         self.progress.line(f"{where}: {tried.status(self.config)}, {found}")
         self.progress.at(len(self.trials))
+
+    def _records(self, settings: Settings, run: int) -> list[Record]:
+        """The records of a trial that has run its first ``run`` draws: those of all draws if an earlier attempt has made the
+        others from the same data, weights and code."""
+        records = read_records(self.config, self.storage, settings, self.config.draws)
+        others = records[run:] if len(records) == len(self.config.draws) else []
+        same = all(record["keys"] == self.plan.trial(settings, record["draw"]).keys(self.storage) for record in others)
+        return records if others and same else records[:run]
 
 
 def _domain(values: list[Any] | Range) -> Any:

@@ -38,15 +38,13 @@ class ReadGiven(Stage):
     def plan(cls, planner: Planner, title: str, path: str, data: DataConfig, k: int | None = None) -> ReadGiven:
         """Plan to read the set at ``path``. Every class must have ``k`` images, or any number above 0 if ``k`` is None."""
         source, names = open_source(path, "train"), planner.classes.names
-        for notice in source.notices:
-            print(f"note: {notice}", flush=True)
+        planner.data.tell(source.notices)
         if shared := shared_file(planner.data.test, source):
             raise UserError(
                 f"set '{path}' has the test images ('{shared}'), so that students would be tested on what they were trained "
                 "on; name a set of other images"
             )
-        for notice in copies_noticed(source, planner.data.test, f"images of set '{path}'"):
-            print(f"note: {notice}", flush=True)
+        planner.data.tell(copies_noticed(source, planner.data.test, f"images of set '{path}'"))
         labels = match_classes(names, source.class_names, path)
         logits = source.extras([0]).get("logits")
         if logits is not None and logits.shape[1] != len(source.class_names):
@@ -111,19 +109,21 @@ def pick_classes(picking: _Picking, classes: Sequence[tuple[str, list[int]]]) ->
     source, data = picking.source, picking.data
     entries = []
     for unit, indices in classes:
-        pixels = []
+        pixels, broken = [], []
         for index in indices:
             try:
                 pixels.append(to_pixels(source.image(index), data.size, data.channels, background=data.colour))
             except Undecodable as error:
+                name, reason = source.identify(index), first_line(error)
                 if picking.labels is not None:
-                    name, reason = source.identify(index), first_line(error)
                     raise UserError(f"set '{source.location}': {name} cannot be decoded ({reason}); replace it") from error
+                broken.append(f"{name}: {reason}")
         empty = np.zeros((0, data.channels, data.size, data.size), np.uint8)
         more = {}
         if picking.labels is not None:
             more = {name: torch.from_numpy(values) for name, values in source.extras(indices).items()}
             if "logits" in more:  # in the order of the run's classes, which the source may have in another
                 more["logits"] = more["logits"][:, list(picking.labels)]
-        entries.append(write_class(picking.artifact, unit, torch.from_numpy(np.stack(pixels) if pixels else empty), **more))
+        entry = write_class(picking.artifact, unit, torch.from_numpy(np.stack(pixels) if pixels else empty), **more)
+        entries.append({**entry, "broken": broken} if broken else entry)
     return entries

@@ -167,6 +167,21 @@ def test_files_have_every_point_and_every_figure(swept: Swept):
     assert report.count("<svg") == len(figures) / 2
 
 
+def test_a_search_trains_students_with_labels_of_batches(tiny_world: Path, tmp_path: Path, encoded: Path):
+    shutil.copytree(encoded, tmp_path / "artifacts")
+    fkd = {"labels": "stored_batches", "width": 8, "epochs": 2, "validations": 1, "cutmix": True}
+    evaluation = {
+        "teacher": {"weights": str(tiny_world / "phi.safetensors")}, "protocols": {"hard": None, "fkd": fkd}, "seeds": [0],
+    }  # fmt: skip
+    values = tiny_values(
+        tiny_world, tmp_path, name="sweep", arm="dit_s3", evaluation=evaluation, space={"selection": {"groups": [1, 2]}}
+    )
+    found = sweep(build(SweepConfig, values)).results
+    assert found["best"]["rows"]["fkd/convnet-3"]["held_out"]["mean"] > 0
+    made = {kind: len(list(tmp_path.glob(f"artifacts/{kind}/*/manifest.json"))) for kind in ("label_batches", "evaluate")}
+    assert made == {"label_batches": 2, "evaluate": 2}, "of each selection"
+
+
 @pytest.fixture(scope="module")
 def halved(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, encoded: Path) -> Swept:
     """Optuna with ASHA over two draws; students of the best selection of each pool alone."""

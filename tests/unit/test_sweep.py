@@ -17,12 +17,15 @@ from ims3_ray.config.loading import as_yaml, build, load_config
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
 from ims3_ray.plan import make_sweep
+from ims3_ray.plan.sweep import after_choice
 from ims3_ray.search.publish import best_yaml, figures_of, table_of
-from ims3_ray.search.records import Tried, objective_of, points_of
+from ims3_ray.search.records import Tried, farthest, objective_of, points_of, record_path
 from ims3_ray.search.results import describe_sweep, gather_sweep
+from ims3_ray.search.tune import Search
 from ims3_ray.selection import path, select_subgroups
 from ims3_ray.selection.grid import Weighing, most_selections, select_grid, terms_of
 from ims3_ray.stages.synthesise import Synthesise
+from ims3_ray.tracking import Untracked
 from tests.conftest import tiny_values, write_idx_split
 
 LAMBDA = "finetune.objectives.inversion_matching.weight"
@@ -368,7 +371,7 @@ def test_a_trial_that_was_stopped_is_no_candidate_however_well_it_began(
     assert len(table) == 16
     assert table[0]["hard/convnet-3/last_mean"] == 58.0
     figures = figures_of(config, results)
-    assert set(figures) == {"alpha-beta", "G", "lambda_im"}
+    assert set(figures) == {"alpha-beta", "G"}, "only one λ_IM has run all draws"
     for forms in figures.values():
         assert forms["png"].startswith(b"\x89PNG")
         assert b"<svg" in forms["svg"]
@@ -378,6 +381,42 @@ def test_a_trial_that_was_stopped_is_no_candidate_however_well_it_began(
     assert best.finetune.objectives.inversion_matching.weight == 0.1
     assert best.selection.alpha == results["best"]["settings"]["selection.alpha"]
     assert best.name == "sweep-best"
+
+
+def test_of_a_repeated_setting_the_trial_that_came_farthest_counts(searched: tuple[SweepConfig, list[Tried]]):
+    _, (whole, stopped, failed) = searched
+    again = [Tried(whole.settings, whole.records[:1]), Tried(whole.settings, [], "its process has died")]
+    assert farthest([stopped, whole, *again, failed]) == [whole, stopped, failed]
+    assert farthest([*again[::-1], stopped]) == [again[0], stopped]
+
+
+def test_a_trial_whose_draws_are_all_there_counts_as_finished(tiny_world: Path, tmp_path: Path):
+    values = tiny_values(tiny_world, tmp_path, draws=[0, 1], space={"sampling": {"cfg_scale": [1.0]}})
+    config, storage = build(SweepConfig, values), Storage.at(str(tmp_path / "runs"))
+    plan, settings = make_sweep(config), {"sampling.cfg_scale": 1.0}
+    search = Search(plan, storage, Untracked())
+    for draw in (0, 1):
+        storage.write_json(
+            record_path(config, settings, draw), {"draw": draw, "keys": plan.trial(settings, draw).keys(storage)}
+        )
+    assert [record["draw"] for record in search._records(settings, 1)] == [0, 1]
+    storage.write_json(record_path(config, settings, 1), {"draw": 1, "keys": ["of other data"]})
+    assert [record["draw"] for record in search._records(settings, 1)] == [0]
+
+
+def test_labels_of_batches_are_among_what_is_made_of_each_selection(tiny_world: Path, tmp_path: Path):
+    fkd = {"labels": "stored_batches", "width": 8, "epochs": 2, "validations": 1}
+    evaluation = {"teacher": {"weights": str(tiny_world / "phi.safetensors")}, "protocols": {"hard": None, "fkd": fkd}}
+    values = tiny_values(tiny_world, tmp_path, evaluation=evaluation, space={"selection": {"alpha": [0.2, 0.8]}})
+    plan = make_sweep(build(SweepConfig, values))
+    (trial,) = plan.trials
+    assert [stage.name for stage in after_choice(trial)] == ["label_batches", "evaluate"]
+    labels, students = after_choice(trial)
+    storage = Storage.at(str(tmp_path / "runs"))
+    assert students.inputs["labels"] is labels
+    kept = trial._made_of(students, storage)[-1]
+    assert not {"set", "labels"} & kept.keys(), "what depends on the set is no part of a record's keys"
+    assert kept.keys() == students.inputs.keys() - {"set", "labels"}
 
 
 def test_s3s_terms_decide_without_students(searched: tuple[SweepConfig, list[Tried]]):

@@ -67,8 +67,9 @@ def copies_noticed(train: Source, test: Source, trained: str, names: Collection[
     on are called."""
     copies, notices = find_copies(train, test, names), []
     if copies.in_test:
+        tested = len(_of_classes(test, names))
         notices.append(
-            f"{copies.in_test} of {len(test.labels)} test images are copies of {trained}; students know them, so that "
+            f"{copies.in_test} of {tested} test images are copies of {trained}; students know them, so that "
             "accuracies are too high"
         )
     if copies.in_two_classes:
