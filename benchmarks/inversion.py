@@ -15,7 +15,8 @@ steps with gradient. A batch's gradient is the mean gradient, which all batches 
     length    norm of a batch's gradient (root of the mean square)
     mean      norm of the mean gradient, estimated from pairs of different batches; 0 where the estimate is negative. With few
               batches a small share of `length` may be chance
-    cosine    of the angle between the mean gradients of L_IM and L_Diff; null where one of them is 0
+    cosine    of the angle between the mean gradients of L_IM and L_Diff, which are estimates: it may lie beyond
+              ±1. Null where one of them is 0
     alike     mean cosine between the gradients of the two losses on the same batch
     balance   the weight λ_IM with which L_IM's gradient is as long as that of L_Diff on the same batch
 
@@ -166,7 +167,8 @@ def draw_figure(rows: list[dict[str, Any]], path: str) -> None:
             right.plot(middle, [row["loss"] for _, row in found], style, label=name.split(", ")[1], markersize=4)
     left.set(yscale="log", xlabel="timestep t", ylabel="norm of a batch's gradient", title="Gradients")
     right.set(xlabel="timestep t", ylabel="L_IM", title="The loss and the lowest value it can have")
-    left.legend(fontsize=7, loc="lower left")
+    left.set_ylim(bottom=left.get_ylim()[0] / 30)  # room for the legend below the curves
+    left.legend(fontsize=7, loc="lower left", ncols=2)
     right.legend(fontsize=8)
     figure.savefig(path, metadata={"Date": None} if Path(path).suffix == ".svg" else None, dpi=110)
 

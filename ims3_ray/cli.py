@@ -108,7 +108,8 @@ def _understood(
         check_effect(tree, overrides)
         built: Any = build(tree, values)
         if flags.get("dry_run"):
-            print(named(command.plan)(built))
+            for text in named(command.plan)(built):
+                print(text, flush=True)
         else:
             _run(named(command.run), built)
 

@@ -36,17 +36,25 @@ class Course:
         self._expected = {part: seconds + START_UP_S for part, seconds in expected.items()}
         self._total = sum(self._expected.values())
         self._done = self._running = 0.0
+        self._section = (0.0, 1.0)
         self._began = time.monotonic()
 
     def begin(self, parts: Iterable[Hashable]) -> None:
         """The parts before are done, and these run now."""
         self._done += self._running
         self._running = sum(self._expected.pop(part, 0.0) for part in parts)
+        self._section = (0.0, 1.0)
+
+    def section(self, begin: float, end: float) -> None:
+        """Until other parts begin, progress is that from the share ``begin`` to the share ``end`` of the running parts."""
+        self._section = (begin, end)
 
     def share(self, of_running: float) -> float | None:
-        """The share of the command that is done when the share ``of_running`` of the running parts is; None for a command
-        whose parts are not known."""
-        return (self._done + of_running * self._running) / self._total if self._total else None
+        """The share of the command that is done when the share ``of_running`` of the running parts, or of their section, is;
+        None for a command whose parts are not known."""
+        begin, end = self._section
+        running = (begin + of_running * (end - begin)) * self._running
+        return (self._done + running) / self._total if self._total else None
 
     def left(self, of_running: float) -> float | None:
         """Seconds to the end at the pace so far; None near the beginning."""

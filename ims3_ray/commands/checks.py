@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -14,7 +14,7 @@ from ims3_ray.plan.precision import decided
 from ims3_ray.tracking import check_server
 
 
-def refusals(config: WorkConfig | PretrainConfig, needed: Mapping[str, float]) -> list[str]:
+def refusals(config: WorkConfig | PretrainConfig, needed: Mapping[str, float]) -> Iterator[str]:
     """Lines about what this machine lacks of the resources ``needed``, if the run starts its own Ray on it; a cluster that is
     joined is asked when the run starts.
 
@@ -26,9 +26,7 @@ def refusals(config: WorkConfig | PretrainConfig, needed: Mapping[str, float]) -
         check_folder(decided(config) if isinstance(config, RunConfig) else config, storage)
     check_server(config, storage)
     if joins(config.cluster) is not None or config.cluster.wait_s:
-        return []
+        return
     there = {"CPU": float(local_cpus()), "GPU": float(torch.cuda.device_count())}
-    missing = shortage(needed, there)
-    if not missing:
-        return []
-    return [f"note: this machine alone is too small for the plan: it needs {missing}; cluster.address names a cluster"]
+    if missing := shortage(needed, there):
+        yield f"note: this machine alone is too small for the plan: it needs {missing}; cluster.address names a cluster"

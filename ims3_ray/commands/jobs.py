@@ -1,6 +1,9 @@
-"""Functions that the scripts of ``jobs/`` call with their config: ``run_…`` runs a job, ``plan_…`` describes its plan."""
+"""Functions that the scripts of ``jobs/`` call with their config: ``run_…`` runs a job, ``plan_…`` yields the texts of its
+``--dry-run``: the plan first, then what would refuse the run, which raises :class:`UserError` with the plan already shown."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from ims3_ray.commands.checks import refusals
 from ims3_ray.commands.distill import compare, distill, evaluate
@@ -15,29 +18,32 @@ def run_distill(config: RunConfig) -> None:
     print_result(distill(config))
 
 
-def plan_distill(config: RunConfig) -> str:
+def plan_distill(config: RunConfig) -> Iterator[str]:
     with with_expected_weights(config) as expected:
         plan = make_plan(expected.config)
-        return "\n".join([expected.told(describe(plan)), *refusals(config, plan.needed())])
+        yield expected.told(describe(plan))
+        yield from refusals(config, plan.needed())
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
     print_result(evaluate(config))
 
 
-def plan_evaluate(config: EvaluateConfig) -> str:
+def plan_evaluate(config: EvaluateConfig) -> Iterator[str]:
     plan = make_evaluation(config)
-    return "\n".join([describe(plan), *refusals(config, plan.needed())])
+    yield describe(plan)
+    yield from refusals(config, plan.needed())
 
 
 def run_compare(config: CompareConfig) -> None:
     print_comparison(compare(config))
 
 
-def plan_compare(config: CompareConfig) -> str:
+def plan_compare(config: CompareConfig) -> Iterator[str]:
     with with_expected_weights(config) as expected:
         plan = make_comparison(expected.config)
-        return "\n".join([expected.told(describe(plan)), *refusals(config, plan.needed())])
+        yield expected.told(describe(plan))
+        yield from refusals(config, plan.needed())
 
 
 def run_sweep(config: SweepConfig) -> None:
@@ -46,13 +52,14 @@ def run_sweep(config: SweepConfig) -> None:
     print_sweep(sweep(config))
 
 
-def plan_sweep(config: SweepConfig) -> str:
+def plan_sweep(config: SweepConfig) -> Iterator[str]:
     from ims3_ray.search.results import describe_sweep
     from ims3_ray.search.tune import needed
 
     with with_expected_weights(config) as expected:
         plan = make_sweep(expected.config)
-        return "\n".join([expected.told(describe_sweep(plan)), *refusals(config, needed(plan))])
+        yield expected.told(describe_sweep(plan))
+        yield from refusals(config, needed(plan))
 
 
 def run_pretrain(config: PretrainConfig) -> None:
@@ -61,9 +68,10 @@ def run_pretrain(config: PretrainConfig) -> None:
     pretrain(config)
 
 
-def plan_pretrain(config: PretrainConfig) -> str:
+def plan_pretrain(config: PretrainConfig) -> Iterator[str]:
     from ims3_ray.commands.pretrain import needed, open_pretraining
     from ims3_ray.pretraining.plan import described
 
     target, _, _ = open_pretraining(config)
-    return "\n".join([described(target), *refusals(config, needed(config))])
+    yield described(target)
+    yield from refusals(config, needed(config))

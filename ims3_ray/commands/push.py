@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,11 +94,12 @@ def push(config: PushConfig) -> None:
         print("note: the card names no licence; license=… sets it, as in license=cc-by-4.0")
 
 
-def plan_push(config: PushConfig) -> str:
-    """The repository, its files and its card, as text."""
+def plan_push(config: PushConfig) -> Iterator[str]:
+    """The repository with its files, and its card."""
     found = upload_of(config)
     sizes = [f"  {name}: {file.stat().st_size / 1e6:.1f} MB" for name, file in found.files.items()]
-    return "\n".join([f"{found.kind} repository '{config.to}', {_described(found)}:", *sizes, "", found.readme])
+    yield "\n".join([f"{found.kind} repository '{config.to}', {_described(found)}:", *sizes, ""])
+    yield found.readme
 
 
 def _described(found: Upload) -> str:

@@ -23,7 +23,7 @@ class Command:
     run: Any
     """Function that does the work: of the config, or of the list of words and the flags."""
     plan: Any = None
-    """Function of the config that returns what ``--dry-run`` prints; None for a command without ``--dry-run``."""
+    """Function of the config that yields the texts that ``--dry-run`` prints; None for a command without ``--dry-run``."""
     positions: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The keys whose values may be given as words without a key, in this order → the words that are offered for completion."""
     flags: Mapping[str, str] = field(default_factory=dict)

@@ -166,6 +166,11 @@ class Task:
     def images(self) -> ImagePool:
         return self.source or self.derived[0].source
 
+    @property
+    def count(self) -> float:
+        """Approximate number of images in the units."""
+        return self.stage.images / len(self.stage.units) * len(self.units)
+
 
 def produce(context: Context, pools: Mapping[ImagePool, Sequence[DerivedStage]]) -> None:
     """Make the missing units of stages that make images, and of the stages derived from each, in one pass of the actors; in
@@ -175,7 +180,11 @@ def produce(context: Context, pools: Mapping[ImagePool, Sequence[DerivedStage]])
             commit_noted(context, noted, source, derived)
     first = {source: set(source.looked_at_first()) for source in pools if pools[source] and source.missing(context.storage)}
     if any(first.values()):
-        run_tasks(context, _tasks(context, pools, first))
+        early, whole = _tasks(context, pools, first), _tasks(context, pools)
+        share = sum(task.count for task in early) / (sum(task.count for task in whole) or 1.0)
+        context.course.section(0.0, share)
+        run_tasks(context, early)
+        context.course.section(share, 1.0)
         for source in (source for source, units in first.items() if units):
             for stage in pools[source]:
                 stage.check(context)
@@ -214,13 +223,11 @@ def run_tasks(context: Context, tasks: Sequence[Task]) -> None:
     failed: list[dict[str, str]] = [{} for _ in tasks]
     alike = [kind_of(context.storage, task.source) for task in tasks]
     pending = [(number, unit) for number, task in enumerate(tasks) for unit in task.units]
-    per_unit = [task.stage.images / len(task.stage.units) for task in tasks]
     title = title_of(task.stage.title for task in tasks)
-    total = sum(each * len(task.units) for each, task in zip(per_unit, tasks, strict=True))
     workers = [config.actors.resources] * min(config.actors.count, len(pending))
     price, unit_s = pool_price(config.actors, config.cluster), max(_unit_seconds(context, task) for task in tasks)
     wait_for_capacity(config.cluster, "pool", title, workers)
-    with Progress(title, round(total), "images", price=price) as progress:
+    with Progress(title, round(sum(task.count for task in tasks)), "images", price=price) as progress:
         for _ in range(config.actors.max_attempts):
             failed = [{} for _ in tasks]
             made = run_units(pending, works, config.actors, config.cluster, unit_s=unit_s) if pending else []

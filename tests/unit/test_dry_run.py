@@ -36,12 +36,16 @@ def config_of(world: Path, project: Path, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(tiny_values(world, project / "runs", **changes))
 
 
+def planned(config: RunConfig) -> str:
+    return "\n".join(plan_distill(config))
+
+
 DIT, PHI = "weights/own-dit/own-dit.safetensors", "weights/own-phi/own-phi.safetensors"
 
 
 def test_a_plan_is_made_with_what_a_pretraining_will_make(tiny_world: Path, project: Path):
     config = config_of(tiny_world, project, generator=DIT, encoder=PHI, evaluation={"teacher": {"weights": PHI}})
-    text = plan_distill(config)
+    text = planned(config)
     for reference, file in ((DIT, "own-dit.yaml"), (PHI, "own-phi.yaml")):
         line = next(line for line in text.splitlines() if line.startswith("note:") and reference in line)
         command = f"ims3 pretrain --config configs/pretrain/{file} data.path={tiny_world / 'data'} data.size=8"
@@ -69,34 +73,36 @@ def test_a_training_that_has_begun_makes_what_it_began(size: int, tiny_world: Pa
     overrides = {"generator": "weights/begun/begun.safetensors"}
     config = config_of(tiny_world, project, arms={"own": {"title": "Own", "images": "generated", "overrides": overrides}})
     if size == 8:
-        assert "generate (pretrained, weights/begun/begun.safetensors)" in plan_distill(config)
+        assert "generate (pretrained, weights/begun/begun.safetensors)" in planned(config)
     else:
         with pytest.raises(UserError, match="makes 1×28×28 images"):
-            plan_distill(config)
+            planned(config)
 
 
 def test_a_config_that_cannot_be_read_is_none_that_makes_the_weights(tiny_world: Path, project: Path):
     (project / "configs" / "pretrain" / "mine.yaml").write_text("nonsense: 1")
-    plan_distill(config_of(tiny_world, project, generator=DIT))
+    planned(config_of(tiny_world, project, generator=DIT))
 
 
 def test_weights_that_nobody_makes_are_refused(tiny_world: Path, project: Path):
     with pytest.raises(UserError, match=r"weights 'weights/other/other.safetensors' do not exist"):
-        plan_distill(config_of(tiny_world, project, generator="weights/other/other.safetensors"))
+        planned(config_of(tiny_world, project, generator="weights/other/other.safetensors"))
 
 
 def test_what_would_refuse_the_run_is_said(tiny_world: Path, project: Path):
     config = config_of(tiny_world, project)
-    assert "note" not in plan_distill(config)
+    assert "note" not in planned(config)
     folder = project / "runs" / "tiny"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(canonical(config)))
-    plan_distill(config)
+    planned(config)
     with pytest.raises(UserError, match=r"holds another config \(seed: 0 there, 1 here\)"):
-        plan_distill(config_of(tiny_world, project, seed=1))
+        planned(config_of(tiny_world, project, seed=1))
+    texts = plan_distill(config_of(tiny_world, project, name="served", tracking={"uri": "http://127.0.0.1:9"}))
+    assert "left to compute" in next(texts), "the plan is shown before the run is refused"
     with pytest.raises(UserError, match=r"MLflow at 'http://127.0.0.1:9' does not take the run"):
-        plan_distill(config_of(tiny_world, project, name="served", tracking={"uri": "http://127.0.0.1:9"}))
+        next(texts)
     many = config_of(tiny_world, project, name="many", finetune={"batch_size": 512, "trainer": {"num_workers": 512}})
-    assert "too small for the plan: it needs 512 CPU (has" in plan_distill(many)
+    assert "too small for the plan: it needs 512 CPU (has" in planned(many)
     again = config_of(tiny_world, project, quality={"stop_below": 0.9, "warn_below": 0.9})
-    assert "results:" in plan_distill(again), "a run may go on with other limits of quality"
+    assert "results:" in planned(again), "a run may go on with other limits of quality"

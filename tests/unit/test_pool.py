@@ -331,8 +331,8 @@ def test_files_are_decoded_while_the_gpu_has_the_unit_before(tmp_path: Path, mon
 def test_samples_that_were_refused_are_refused_again_before_others_are_made(monkeypatch: pytest.MonkeyPatch):
     made: list[object] = []
     monkeypatch.setattr(pool, "commit_noted", lambda *_: None)
-    monkeypatch.setattr(pool, "_tasks", lambda context, pools, only=None: only)
-    monkeypatch.setattr(pool, "run_tasks", lambda context, tasks: made.append(tasks))
+    monkeypatch.setattr(pool, "_tasks", lambda context, pools, only=None: [Mock(count=1.0, only=only)])
+    monkeypatch.setattr(pool, "run_tasks", lambda context, tasks: made.extend(task.only for task in tasks))
     refusing, silent = Mock(), Mock()
     refusing.check.side_effect = UserError("φ recognises too few")
     long, short = Mock(), Mock()

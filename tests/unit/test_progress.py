@@ -86,6 +86,19 @@ def test_a_log_says_how_long_the_whole_command_will_take(clock: Clock):
     assert Course({}).left(1.0) is None
 
 
+def test_a_section_of_the_running_parts_is_not_taken_for_all_of_them(clock: Clock):
+    """A pool of which the first fifth is made and looked at before the rest."""
+    course = Course(dict.fromkeys(("pool", "students"), 100 - START_UP_S))
+    course.begin(["pool"])
+    course.section(0.0, 0.2)
+    assert course.share(0.5) == pytest.approx(0.05)
+    course.section(0.2, 1.0)
+    assert course.share(0.0) == pytest.approx(0.1)
+    assert course.share(0.5) == pytest.approx(0.3)
+    course.begin(["students"])
+    assert course.share(0.5) == pytest.approx(0.75)
+
+
 def test_with_a_price_it_says_what_was_spent_and_what_is_to_come(clock: Clock):
     lines = work(clock, io.StringIO(), price=360.0).splitlines()  # 0.1 a second
     assert lines[2] == "generate: 40/100 images, 2.0/s, 0:30 left, 4.50 spent, 3.00 to come"
