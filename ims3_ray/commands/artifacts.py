@@ -34,7 +34,7 @@ class ArtifactsConfig(Section):
     older_than_days: float = Field(default=7, ge=0)
     """Number of days without a change after which `prune` deletes an artifact that no run uses."""
     dry_run: bool = False
-    """Whether `prune` only shows what it would delete."""
+    """Whether `prune` only shows what it would delete. `verify` shows what `repair` would let count as missing."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Stored:
 
 def run(config: ArtifactsConfig) -> None:
     """Do what ``config.action`` says. Raises :class:`IncompletePool` if `verify` finds damaged shards."""
+    if config.dry_run and config.action != "prune":
+        raise UserError("dry_run=true is for ims3 artifacts prune; what repair would do, ims3 artifacts verify shows")
     plugins.load(config.plugins)
     storage = Storage.at(config.storage)
     if not storage.is_folder("artifacts"):
@@ -94,8 +96,9 @@ def show(config: ArtifactsConfig, storage: Storage) -> None:
     rows = [("artifact", "units", "MB", "days old", "used by")]
     found = found_in(storage)
     for stored in found:
-        manifest = stored.artifact.manifest()
-        units = f"{len(manifest['units'])}" if manifest else "unfinished"
+        damaged = stored.artifact.has_damaged_manifest()
+        manifest = None if damaged else stored.artifact.manifest()
+        units = f"{len(manifest['units'])}" if manifest else "damaged" if damaged else "unfinished"
         age = f"{(time.time() - stored.changed) / DAY_S:.1f}" if stored.changed else "?"
         rows.append((stored.name, units, f"{stored.size / 1e6:.1f}", age, ", ".join(stored.users) or "no run"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -120,10 +123,13 @@ def damaged_units(artifact: Artifact) -> list[tuple[str, str | None]]:
 
 
 def _damaged(storage: Storage) -> Iterator[tuple[Artifact, list[tuple[str, str | None]]]]:
-    """Artifacts with damaged units; each is printed."""
+    """Artifacts with damaged units; each is printed. Of an artifact whose manifest is damaged, no unit is known."""
     whole = 0
     for artifact in stored_artifacts(storage):
-        if found := damaged_units(artifact):
+        if artifact.has_damaged_manifest():
+            print(f"{artifact.address}: manifest.json is damaged, so that all its units count as missing", flush=True)
+            yield artifact, [("manifest.json", None)]
+        elif found := damaged_units(artifact):
             for unit, shard in found:
                 print(f"{artifact.address}: {unit} is {'lost' if shard is None else f'damaged (shards/{shard})'}", flush=True)
             yield artifact, found
@@ -136,13 +142,15 @@ def verify(config: ArtifactsConfig, storage: Storage) -> None:
     found = [unit for _, units in _damaged(storage) for unit in units]
     if found:
         raise IncompletePool(
-            f"{len(found)} units are damaged or lost; ims3 artifacts repair storage={config.storage} lets them count "
-            "as missing, and the command that made them makes them again"
+            f"{len(found)} units or manifests are damaged or lost; ims3 artifacts repair storage={config.storage} lets them "
+            "count as missing, and the command that made them makes them again"
         )
 
 
 def repair(config: ArtifactsConfig, storage: Storage) -> None:
     for artifact, units in list(_damaged(storage)):
+        if artifact.manifest() is None:  # it was damaged, and is set aside now
+            continue
         for _, shard in units:
             if shard is not None:
                 storage.set_aside(f"{artifact.folder}/shards/{shard}")

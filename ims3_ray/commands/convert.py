@@ -7,13 +7,14 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from ims3_ray.config import Section
+from ims3_ray.engine.weights import hash_of
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import file_hash
 from ims3_ray.io.files import Place, new_file
 from ims3_ray.models.autoencoder import KIND, trained_on
 from ims3_ray.models.checkpoints import PICKLED, json_metadata, weights_path
 from ims3_ray.models.dit_files import open_dit, with_classes, write_dit
-from ims3_ray.models.generator import generator_path
+from ims3_ray.models.generator import generator_files, generator_path
 from ims3_ray.models.generators.dit import DiTGenerator
 
 
@@ -34,10 +35,11 @@ class ConvertConfig(Section):
 def _added_by(adapters: list[Path], generator: Path) -> tuple[str, ...]:
     """Names of the classes that the adapters add to the generator. Raises :class:`UserError` for adapters that were trained
     from another generator, or from other adopted classes than those of the adapter before them."""
+    whole = hash_of(generator_files(generator))
     added: tuple[str, ...] = ()
     before: list[str] = []
     for adapter, about in ((adapter, json_metadata(adapter, "adapter")) for adapter in adapters):
-        if about.get("generator", file_hash(generator)) != file_hash(generator):
+        if about.get("generator", whole) != whole:
             raise UserError(
                 f"adapter '{adapter}' was trained from other weights than '{generator}'; give the generator of its run (a "
                 "converted file has other bytes: merge first, then convert)"
@@ -79,4 +81,5 @@ def convert(config: ConvertConfig) -> None:
     model, classes = generator.with_its_classes(network), (*file.classes, *added)
     trained = trained_on(path)
     write_dit(model, classes, out, **({} if trained is None else {KIND: trained}))
-    print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(classes)} class names")
+    named = "without class names, which such a file cannot hold" if out.suffix in PICKLED else f"{len(classes)} class names"
+    print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {named}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from ims3_ray.config import DataConfig, Section
@@ -14,8 +15,8 @@ from ims3_ray.data.classes import chosen_labels
 from ims3_ray.data.decoding import Undecodable
 from ims3_ray.data.sources import Source, check_apart, open_source
 from ims3_ray.errors import UserError
-from ims3_ray.io.files import new_file
-from ims3_ray.io.parquet import encode_png, image_table, parquet_bytes
+from ims3_ray.io.files import drafted, new_file
+from ims3_ray.io.parquet import EXTRAS, encode_png, image_table, parquet_bytes
 
 
 class PackConfig(Section):
@@ -37,19 +38,29 @@ class PackConfig(Section):
 
 
 def _opened(config: PackConfig) -> Source:
-    """The images of the split, as a run would read it. Raises :class:`UserError` for a split that has training images without
-    being the training split."""
+    """The images of the split, which a run reads as its training or test images if it is called like one of them.
+
+    Raises :class:`UserError` for a split that has training images without being the training split.
+    """
     data = config.data
-    names: dict[str, Split] = {"test": "test", data.test_split: "test", "train": "train", data.train_split: "train"}
+    names: dict[str, Split] = {data.test_split: "test", data.train_split: "train"}
     if (split := names.get(config.split)) is None:
         source = open_source(data.path, config.split, data.limit)
     else:
         source = open_source(*data.place(split))
     for notice in source.notices:
         print(f"note: {notice}", flush=True)
-    if split != "train" and data.test_share is None:
-        check_apart(open_source(*data.place("train")), source, data.test_path or data.path, config.split)
+    if split != "train" and data.test_share is None and (train := _training_images(data)) is not None:
+        check_apart(train, source, data.test_path or data.path, config.split)
     return source
+
+
+def _training_images(data: DataConfig) -> Source | None:
+    """The training split; None where there is none, of which another split cannot be a copy."""
+    try:
+        return open_source(*data.place("train"))
+    except UserError:
+        return None
 
 
 def pack(config: PackConfig) -> None:
@@ -66,10 +77,25 @@ def pack(config: PackConfig) -> None:
         if short := [source.class_names[c] for c, part in zip(labels, parts, strict=True) if len(part) < config.per_class]:
             raise UserError(f"class '{short[0]}' has fewer than per_class={config.per_class} images; lower per_class")
     numbers, rows = {label: number for number, label in enumerate(labels)}, []
-    for i in np.sort(np.concatenate(parts)).tolist():
+    chosen = np.sort(np.concatenate(parts)).tolist()
+    for i in chosen:
         try:
             rows.append((encode_png(source.image(i)), f"{i:05d}.png", numbers[int(source.labels[i])]))
         except Undecodable as error:
             raise UserError(f"'{source.identify(i)}' cannot be decoded ({error}); replace or remove it") from error
-    out.write_bytes(parquet_bytes(image_table(rows, [source.class_names[label] for label in labels])))
-    print(f"{out}: {len(rows)} images, {out.stat().st_size / 1e6:.1f} MB")
+    extras = _extras(source, chosen, labels)
+    with drafted(out) as draft:
+        draft.write_bytes(parquet_bytes(image_table(rows, [source.class_names[label] for label in labels], extras)))
+    with_what = f" with {' and '.join(EXTRAS[name] for name in extras)}" if extras else ""
+    print(f"{out}: {len(rows)} images{with_what}, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def _extras(source: Source, indices: Sequence[int], labels: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+    """The soft labels and weights of a set's images. Raises :class:`UserError` if soft labels are to be packed of some of the
+    set's classes, since students of a part would be told of classes that they do not have."""
+    extras = source.extras(indices)
+    if "logits" in extras and list(labels) != list(range(len(source.class_names))):
+        raise UserError(
+            f"'{source.location}' has soft labels of all its classes; pack all of them, in their order (without data.classes)"
+        )
+    return extras

@@ -8,6 +8,7 @@ from functools import partial
 from ims3_ray.commands.distill import compare
 from ims3_ray.config import CompareConfig, SweepConfig, WorkConfig
 from ims3_ray.config.paper import Reproduction, described_names, read_reproduction
+from ims3_ray.engine.folder import check_folder
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
 from ims3_ray.plan import make_comparison
@@ -22,6 +23,7 @@ def reproduce(reproduction: Reproduction) -> str:
 
     Raises the errors of :func:`ims3_ray.commands.distill.compare` and :func:`ims3_ray.search.tune.sweep`.
     """
+    check_runs(reproduction)
     found, minutes = dict[str, Results](), dict[str, Minutes]()
     for name, config in reproduction.runs.items():
         print(f"{reproduction.name}, {name}", flush=True)
@@ -38,6 +40,16 @@ def reproduce(reproduction: Reproduction) -> str:
     drawn = [file for file in figures if file.endswith(".png")]
     storage.write(f"{folder}/table.md", markdown_of(reproduction, found, minutes, drawn).encode())
     return storage.address(f"{folder}/table.md")
+
+
+def check_runs(reproduction: Reproduction) -> None:
+    """Raises :class:`UserError` for a run that would be refused, before any is made."""
+    for name, config in reproduction.runs.items():
+        if name in reproduction.minutes and isinstance(config, CompareConfig) and len(config.draws) * len(config.budgets) > 1:
+            raise UserError(
+                f"{reproduction.name} has the minutes of one set of each method; leave draws and budgets at one value each"
+            )
+        check_folder(plan_of(config).config, Storage.at(config.storage))
 
 
 def _check_nothing_is_there(config: CompareConfig | SweepConfig) -> None:
@@ -94,6 +106,7 @@ def run_words(words: Sequence[str], small: bool = False, dry_run: bool = False) 
         return
     reproduction = read_reproduction(words[0], words[1:], small)
     if dry_run:
-        print(described(reproduction))
+        print(described(reproduction), flush=True)
+        check_runs(reproduction)
     else:
         run_reproduction(reproduction)

@@ -144,7 +144,7 @@ class PretrainConfig(Section):
     name: str = Field(default="fashion-mnist-dit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The weights go to {storage}/{name}/{name}.safetensors."""
     storage: Text = "runs/pretrain"
-    """Folder or URI that holds the weights and the state of the training."""
+    """Folder that holds the weights and the state of the training; all nodes of the training have to reach it."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of all random numbers of the training."""
     target: Literal["generator", "encoder", "autoencoder"] = "generator"

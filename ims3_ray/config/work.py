@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ims3_ray.config.base import Section, Text, reserved
 from ims3_ray.config.evaluation import EvaluationConfig
+from ims3_ray.data.classes import composed
 
 Split = Literal["train", "test"]
 
@@ -69,6 +70,12 @@ class DataConfig(Section):
     def background_params(self) -> dict[str, Any]:
         """What the key of decoded images holds of the background: nothing if it is white."""
         return {} if self.colour == (255, 255, 255) else {"background": list(self.colour)}
+
+    @field_validator("classes")
+    @classmethod
+    def _composed(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """Names in the form in which data sources give them."""
+        return names and tuple(map(composed, names))
 
     @model_validator(mode="after")
     def _one_test_split(self) -> DataConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,11 @@ class ClassTable:
     """Label of each class in the data source."""
     counts: tuple[int, ...]
     """Number of training images of each class."""
+
+
+def composed(name: str) -> str:
+    """A class name in the composed form of Unicode (NFC). Some systems store "é" as two characters, others as one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def chosen_labels(class_names: Sequence[str], chosen: Sequence[str] | None) -> list[int]:
@@ -103,7 +109,7 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
     taken = set[str]()
     for label, name in enumerate(class_names):
         folder = folder_name(name)
-        if folder.casefold() in taken:  # some file systems ignore upper and lower case
+        while folder.casefold() in taken:  # some file systems ignore upper and lower case
             folder = f"{folder}-{label}"
         taken.add(folder.casefold())
         found.append(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from ims3_ray.data.classes import composed
 from ims3_ray.errors import UserError, first_line
 from ims3_ray.io.files import local_copy
 
@@ -50,4 +51,4 @@ def _read(path: Path) -> Mapping[str, str]:
         raise UserError(f"data.prompts '{path}' cannot be read ({first_line(error)})") from error
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
         raise UserError(f"data.prompts '{path}' must map the name of each class to a text")
-    return found
+    return {composed(name): text for name, text in found.items()}

@@ -17,7 +17,7 @@ from ims3_ray.data.captions import Captions
 from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
 from ims3_ray.data.prompts import prompts_of
 from ims3_ray.data.sources import Source, check_apart, copies_noticed, open_source, shared_file
-from ims3_ray.data.sources.location import SPLIT_NAMES
+from ims3_ray.data.sources.location import SPLIT_LIKE, SPLIT_NAMES
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
 from ims3_ray.models.autoencoder import Autoencoder, autoencoder_path, empty_autoencoder, trained_on
@@ -58,19 +58,23 @@ class Data:
         self._hashes: dict[str, str] = {}
 
     def _check_splits(self, data: DataConfig) -> None:
-        """Raises :class:`UserError` if the test split is the training split, of which students would know the answers."""
-        if data.test_share is not None or not shared_file(self.train, self.test):
-            return
+        """Raises :class:`UserError` if the test split is the training split, of which students would know the answers, and if
+        folders that are called like splits were read as classes."""
+        shared = data.test_share is not None or shared_file(self.train, self.test) is not None
         names = self.train.class_names
-        if all(name.lower() in SPLIT_NAMES for name in names):
+        if shared and all(name.lower() in (*SPLIT_NAMES, *SPLIT_LIKE) for name in names):
             found = " and ".join(f"'{name}'" for name in names)
+            trained = next((name for name in names if name.lower().startswith("train")), names[-1])
+            others = [name for name in names if name != trained]
+            tested = next((name for name in others if name.lower().startswith("test")), others[0] if others else "…")
             if any(name.count("/") > 1 for name in map(self.train.identify, range(len(self.train.labels)))):
                 raise UserError(
-                    f"'{data.path}' holds {found}; say which is which, as in data.train_split={names[-1]} "
-                    f"data.test_split={names[0]}"
+                    f"'{data.path}' holds {found}; say which is which, as in data.train_split={trained} "
+                    f"data.test_split={tested}"
                 )
             raise UserError(f"{found} in '{data.path}' hold images without classes; sort them into one folder per class")
-        check_apart(self.train, self.test, data.place("test")[0], "test")
+        if data.test_share is None:
+            check_apart(self.train, self.test, data.place("test")[0], "test")
 
     def tell(self, notices: Iterable[str]) -> None:
         """Print what a user should know of the data and of sets, each sentence once."""

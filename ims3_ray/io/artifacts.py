@@ -57,6 +57,16 @@ class Artifact:
             known[path] = found if found and isinstance(found.get("units"), dict) else None
         return known[path]
 
+    def has_damaged_manifest(self) -> bool:
+        """Whether there is a manifest that cannot be read. It is left where it is."""
+        if not self.storage.exists(self._manifest_path):
+            return False
+        try:
+            found = json.loads(self.storage.read(self._manifest_path))
+        except ValueError:
+            return True
+        return not (isinstance(found, dict) and isinstance(found.get("units"), dict))
+
     @property
     def units(self) -> dict[str, Any]:
         """Committed unit → its entry in the manifest."""

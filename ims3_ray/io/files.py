@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import SplitResult, unquote, urlsplit
+from uuid import uuid4
 
 from pyarrow import fs
 
@@ -150,6 +153,15 @@ def concurrently(request: Callable[[T], R], items: Iterable[T]) -> list[R]:
         return list(pool.map(request, items))
 
 
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Raises :class:`UserError` if the block may not read the file or folder ``path``."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"'{path}' may not be read by this user; correct its permissions, or leave it out") from error
+
+
 @dataclass(frozen=True)
 class Place:
     """A path with its file system and what is there: a file, a folder or nothing."""
@@ -198,7 +210,7 @@ class Place:
         """Contents of the folder without hidden ones, in the order of :func:`natural`; of its files only those whose names have
         this ``ending``."""
         if isinstance(self.filesystem, fs.LocalFileSystem):
-            with os.scandir(self.path) as entries:
+            with readable(self.path), os.scandir(self.path) as entries:
                 names = [entry.name for entry in entries if entry.name.endswith(ending) or entry.is_dir()]
             paths = [f"{self.path.rstrip('/')}/{check_name(name, self.path)}" for name in names]
             found = self.filesystem.get_file_info(paths)
@@ -219,11 +231,11 @@ class Place:
 
     def read_piece(self, first: int, count: int) -> bytes:
         """At most ``count`` bytes of the file from byte ``first`` on; fewer at its end."""
-        with self.filesystem.open_input_file(self.path) as file:
+        with readable(self.path), self.filesystem.open_input_file(self.path) as file:
             return bytes(file.read_at(min(count, self.size - first), first))
 
     def read(self) -> bytes:
-        with self.filesystem.open_input_stream(self.path, compression=None) as stream:
+        with readable(self.path), self.filesystem.open_input_stream(self.path, compression=None) as stream:
             return bytes(stream.read())
 
 
@@ -236,6 +248,23 @@ def new_file(out: str) -> Path:
     if not path.parent.is_dir():
         raise UserError(f"the folder of out='{path}' does not exist; make it, or choose another")
     return path
+
+
+@contextmanager
+def drafted(out: Path) -> Iterator[Path]:
+    """A path beside ``out`` for a file or folder that becomes ``out`` when the block has ended, and is removed if it fails.
+    Raises :class:`UserError` if it cannot be written."""
+    draft = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
+    try:
+        yield draft
+        draft.rename(out)
+    except OSError as error:
+        raise UserError(f"'{out}' cannot be written: {first_line(error)}") from error
+    finally:
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
 
 
 def remote_files(folder: Place) -> list[fs.FileInfo]:

@@ -18,8 +18,20 @@ Kind = Literal["model", "dataset"]
 
 
 def is_hub_id(reference: str) -> bool:
-    """Whether ``reference`` reads like ``org/name`` rather than like a file."""
-    return HUB_ID.fullmatch(reference) is not None and Path(reference).suffix not in FILES
+    """Whether ``reference`` reads like ``org/name`` rather than like a file, and can be one."""
+    return HUB_ID.fullmatch(reference) is not None and Path(reference).suffix not in FILES and _is_valid(reference)
+
+
+def _is_valid(name: str) -> bool:
+    """Whether a repository of the hub can have this name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def fetch(reference: str, patterns: list[str], what: str, kind: Kind = "model") -> Path:
@@ -39,13 +51,8 @@ def fetch(reference: str, patterns: list[str], what: str, kind: Kind = "model") 
 
 def check_repository(name: str) -> None:
     """Raises :class:`UserError` unless ``name`` can be that of a repository."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise UserError(f"'{name}' cannot name a repository of the hub; give user/name or organisation/name") from error
+    if not _is_valid(name):
+        raise UserError(f"'{name}' cannot name a repository of the hub; give user/name or organisation/name")
     if "/" not in name:
         raise UserError(f"'{name}' names no owner; give user/{name} or organisation/{name}")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import overload
 
 import numpy as np
@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import compute, fs
 
-from ims3_ray.io.files import Place, check_name, is_hidden, natural, remote_files
+from ims3_ray.io.files import Place, check_name, is_hidden, natural, readable, remote_files
 
 AT_A_TIME = 2**16
 """Number of names that are Python strings at the same time while a list is read from its columns."""
@@ -93,7 +93,10 @@ class Listing(Sequence[Place]):
         return self[int(shared[0])] if len(shared) else None
 
     def _whole(self) -> pa.LargeStringArray:
-        return _in_folder(self.root.rstrip("/"), self.paths) if self.root else self.paths
+        """Path of each file; links to the folder are followed."""
+        local = isinstance(self.filesystem, fs.LocalFileSystem)
+        root = os.path.realpath(self.root) if self.root and local else self.root
+        return _in_folder(root.rstrip("/"), self.paths) if root else self.paths
 
 
 def _column(texts: Sequence[str]) -> pa.LargeStringArray:
@@ -107,26 +110,34 @@ def _in_folder(folder: str, paths: pa.LargeStringArray) -> pa.LargeStringArray:
 
 def files_below(folder: Place) -> list[tuple[str, int]]:
     """Path below the folder, and size, of all files in and below it in the order of :func:`natural`, without hidden ones. Links
-    to folders are not followed."""
+    to folders are followed, except those to a folder that they are in. Raises :class:`UserError` for a folder that may not be
+    read."""
     if isinstance(folder.filesystem, fs.LocalFileSystem):
-        return sorted(_local_files(folder.path, ""), key=lambda each: natural(each[0]))
+        return sorted(_local_files(folder.path, "", ()), key=lambda each: natural(each[0]))
     start = len(folder.path.rstrip("/")) + 1
     return [(info.path[start:], info.size or 0) for info in remote_files(folder)]
 
 
-def _local_files(folder: str, within: str) -> Iterator[tuple[str, int]]:
-    """Path below the top folder, and size, of every file in ``folder``, which is ``within`` the top folder, and below it."""
-    with os.scandir(folder) as entries:
+def _local_files(folder: str, within: str, left: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """Path below the top folder, and size, of every file in ``folder``, which is ``within`` the top folder, and below it.
+    ``left`` holds the folders in which the links on the way to it are."""
+    with readable(folder), os.scandir(folder) as entries:
         seen = [entry for entry in entries if not is_hidden(check_name(entry.name, folder))]
-    yield from chain.from_iterable(
-        _local_files(entry.path, f"{within}{entry.name}/") for entry in seen if entry.is_dir(follow_symlinks=False)
-    )
     for entry in seen:
-        if entry.is_dir():
-            continue
         try:
             state = entry.stat()
-        except FileNotFoundError:  # a link that leads nowhere
-            continue
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):  # a link that leads nowhere
+                continue
+            raise
         if stat.S_ISREG(state.st_mode):
             yield f"{within}{entry.name}", state.st_size
+        elif stat.S_ISDIR(state.st_mode):
+            linked = (*left, os.path.realpath(folder)) if entry.is_symlink() else left
+            if not (entry.is_symlink() and _is_around(os.path.realpath(entry.path), linked)):
+                yield from _local_files(entry.path, f"{within}{entry.name}/", linked)
+
+
+def _is_around(folder: str, others: Sequence[str]) -> bool:
+    """Whether any of ``others`` is ``folder`` or in it."""
+    return any(f"{other}/".startswith(f"{folder.rstrip('/')}/") for other in others)

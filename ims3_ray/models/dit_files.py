@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ims3_ray.data.classes import imagenet_wnids
 from ims3_ray.errors import UserError
+from ims3_ray.io.files import drafted
 from ims3_ray.models.checkpoints import PICKLED, compare_shapes, pack, read_json, read_metadata, read_tensors
 from ims3_ray.models.dit import PUBLISHED, DiT, DiTConfig
 
@@ -105,10 +106,13 @@ def _open(path: Path) -> DiTFile:
 
 def with_classes(file: DiTFile, classes: tuple[str, ...]) -> DiTFile:
     """``file`` with class names, one per label. They also say whether a table of labels without a description holds a row for
-    no class. Raises :class:`UserError` for a number of names that does not fit the table."""
+    no class. Raises :class:`UserError` for a name that stands twice, and for a number of names that does not fit the table."""
     config = file.config
     if file.layout == "release" and len(classes) == config.rows:
         config = config.model_copy(update={"num_classes": config.rows, "null_row": False})
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if classes.count(name) > 1)
+        raise UserError(f"two classes are called '{twice}' in the list of class names; give each a name of its own")
     if len(classes) != config.num_classes:
         rows = f"; its table of labels has {config.rows} rows, of which the last may be that for images without a class"
         table = rows if file.layout == "release" else ""
@@ -136,19 +140,35 @@ def write_dit(model: DiT, classes: tuple[str, ...], out: Path, **about: str) -> 
     """
     if model.config.prediction != "epsilon" and out.suffix != ".safetensors":
         raise UserError(f"a DiT that predicts v has no form in which '{out}' could say so; write a .safetensors file")
-    draft = out.with_name(out.name + ".part")
-    if out.suffix == ".safetensors":
-        draft.write_bytes(pack(model, model.config.model_dump(), "dit", None, classes="\n".join(classes), **about))
-    elif out.suffix in PICKLED:
-        torch.save({**model.state_dict(), "pos_embed": model.get_buffer("pos_embed")}, draft)
-    else:
-        (draft / "transformer").mkdir(parents=True)
-        save_file(_to_diffusers(model.state_dict(), model.config.depth), draft / "transformer" / DIFFUSERS_NAMES[0])
-        (draft / "transformer" / "config.json").write_text(json.dumps(_diffusers_json(model.config), indent=2))
-        index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", DIFFUSERS_CLASS]}
-        labels = {str(label): name for label, name in enumerate(classes)}
-        (draft / "model_index.json").write_text(json.dumps({**index, "id2label": labels}, indent=2))
-    draft.rename(out)
+    with drafted(out) as draft:
+        if out.suffix == ".safetensors":
+            draft.write_bytes(pack(model, model.config.model_dump(), "dit", None, classes="\n".join(classes), **about))
+        elif out.suffix in PICKLED:
+            state = {**model.state_dict(), "pos_embed": model.get_buffer("pos_embed")}
+            _check_release(model.config, {name: tuple(tensor.shape) for name, tensor in state.items()}, out)
+            torch.save(state, draft)
+        else:
+            (draft / "transformer").mkdir(parents=True)
+            save_file(_to_diffusers(model.state_dict(), model.config.depth), draft / "transformer" / DIFFUSERS_NAMES[0])
+            (draft / "transformer" / "config.json").write_text(json.dumps(_diffusers_json(model.config), indent=2))
+            index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", DIFFUSERS_CLASS]}
+            labels = {str(label): name for label, name in enumerate(classes)}
+            (draft / "model_index.json").write_text(json.dumps({**index, "id2label": labels}, indent=2))
+
+
+def _check_release(config: DiTConfig, shapes: Mapping[str, tuple[int, ...]], out: Path) -> None:
+    """Raises :class:`UserError` for a network of another shape than would be derived from its tensors."""
+    try:
+        found = _release_config(out, shapes)
+    except UserError:
+        found = None
+    # A list of class names says later whether the last row of the table stands for no class.
+    named = {"num_classes": config.num_classes, "null_row": config.null_row}
+    if found is None or found.model_copy(update=named) != config:
+        raise UserError(
+            f"'{out}' could not say that this DiT of width {config.hidden_size} and depth {config.depth} has "
+            f"{config.num_heads} heads, since a {out.suffix} file holds tensors alone; write a .safetensors file or a folder"
+        )
 
 
 def _is_diffusers_dit(config: Mapping[str, Any]) -> bool:

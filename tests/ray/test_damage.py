@@ -179,7 +179,7 @@ def test_artifacts_are_listed_verified_repaired_and_pruned(
     flip(shard)
     lost = first_shard(artifact(config, "embed", "pretrained"))
     lost.unlink()
-    with pytest.raises(IncompletePool, match="2 units are damaged or lost"):
+    with pytest.raises(IncompletePool, match="2 units or manifests are damaged or lost"):
         said("verify")
     assert f"{pool}: {shard.stem} is damaged (shards/{shard.name})" in capsys.readouterr().out
     assert f"{pool}: 1 units count as missing" in said("repair")

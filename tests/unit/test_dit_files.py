@@ -14,16 +14,19 @@ import torch
 from safetensors.torch import save_file
 
 from ims3_ray import RunConfig, UserError
+from ims3_ray.commands.convert import ConvertConfig, convert
 from ims3_ray.config import merge
 from ims3_ray.data.classes import imagenet_wnids
+from ims3_ray.engine.weights import Weights
+from ims3_ray.models import dit_files
 from ims3_ray.models.difffit import add_difffit
 from ims3_ray.models.dit import PUBLISHED, DiT, DiTConfig
 from ims3_ray.models.dit_files import open_dit, with_classes, write_dit
-from ims3_ray.models.generator import generator_path, load_generator, open_generator
+from ims3_ray.models.generator import generator_files, generator_path, load_generator, open_generator
 from ims3_ray.models.generators.dit import DiTGenerator
 from ims3_ray.plan import make_plan
 from ims3_ray.stages.generate import Generate
-from tests.conftest import CLASSES, tiny_values
+from tests.conftest import CLASSES, adapter_of, tiny_values
 from tests.imagenet import as_on_the_hub
 
 CONFIG = DiTConfig(
@@ -286,3 +289,50 @@ def test_a_generator_without_a_null_label_is_not_guided(tiny_world: Path, tmp_pa
         make_plan(RunConfig.model_validate(values))
     plain = {"sampling": {"cfg_scale": 1}, "finetune": {"label_dropout": 0}}
     assert make_plan(RunConfig.model_validate(merge(values, plain))).stages
+
+
+def test_a_file_of_tensors_alone_is_not_written_of_a_network_that_would_be_read_as_another(tmp_path: Path):
+    """Two heads would be read of a width of 128."""
+    model = DiT(CONFIG.model_copy(update={"hidden_size": 128, "num_heads": 4}))
+    with pytest.raises(UserError, match=r"could not say that this DiT of width 128 and depth 2 has 4 heads, since a \.pt file"):
+        write_dit(model, (), tmp_path / "dit.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_of_weights_that_cannot_be_written(
+    model: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):  # fmt: skip
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(dit_files, "save_file", full)
+    for _ in range(2):
+        with pytest.raises(UserError, match="pipeline' cannot be written: No space left on device"):
+            write_dit(model, (), tmp_path / "pipeline")
+        assert not list(tmp_path.iterdir())
+
+
+def test_two_classes_of_one_name_are_told_apart_by_nobody(model: DiT, tmp_path: Path):
+    write_dit(model, tuple("abacd"), tmp_path / "dit.safetensors")
+    generator = open_generator(tmp_path / "dit.safetensors")
+    assert generator.labels(["b", "d"]) == [1, 4]
+    with pytest.raises(UserError, match="has two classes called 'a'; ims3 convert classes=FILE renames them"):
+        generator.labels(["a"])
+    with pytest.raises(UserError, match="two classes are called 'c' in the list of class names"):
+        with_classes(open_dit(tmp_path / "dit.safetensors"), tuple("abccd"))
+
+
+def test_an_adapter_of_a_pipeline_is_merged_into_it(model: DiT, tmp_path: Path):
+    """The adapter names its generator by a hash of all files of the pipeline."""
+    write_dit(model, tuple("abcde"), tmp_path / "pipeline")
+    pipeline, tuned = str(tmp_path / "pipeline"), load_generator(generator_path(str(tmp_path / "pipeline")))
+    add_difffit(tuned, scaled_blocks=2)
+    digest = Weights.of(generator_path, pipeline, generator_files).digest
+    for name, of in (("mine", digest), ("other", "0" * 64)):
+        about = {"adapter": json.dumps({"config": {}, "generator": of})}
+        save_file(adapter_of(tuned), tmp_path / f"{name}.safetensors", about)
+    out = tmp_path / "out.safetensors"
+    convert(ConvertConfig(generator=pipeline, adapter=str(tmp_path / "mine.safetensors"), out=str(out)))
+    assert open_dit(out).classes == tuple("abcde")
+    with pytest.raises(UserError, match="was trained from other weights"):
+        convert(ConvertConfig(generator=pipeline, adapter=str(tmp_path / "other.safetensors"), out=str(tmp_path / "no")))

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import io
 import itertools
+import unicodedata
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -18,6 +20,7 @@ from ims3_ray.config import DataConfig, EvaluateConfig, RunConfig, WorkConfig
 from ims3_ray.config.loading import load_config
 from ims3_ray.data.batches import load_pixels
 from ims3_ray.data.decoding import decode
+from ims3_ray.data.prompts import prompts_of
 from ims3_ray.data.sources import Source, open_source
 from ims3_ray.data.transforms import is_transparent, opaque, to_pixels
 from ims3_ray.engine.inputs import Data
@@ -519,6 +522,10 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_a_broken_image(tmp_path: Pa
     [
         (("Train/cat/1.png", "Train/dog/1.png", "Test/cat/2.png", "Test/dog/2.png"), (),
          "holds 'Test' and 'Train'; say which is which, as in data.train_split=Train data.test_split=Test"),
+        (("Train/cat/1.png", "Train/dog/1.png", "Test/cat/2.png", "Test/dog/2.png"), ("data.test_share=0.5",),
+         "holds 'Test' and 'Train'; say which is which, as in data.train_split=Train data.test_split=Test"),
+        (("Training/cat/1.png", "Training/dog/1.png", "Testing/cat/2.png", "Testing/dog/2.png", "Val/cat/3.png"), (),
+         "holds 'Testing' and 'Training' and 'Val'; say .* data.train_split=Training data.test_split=Testing"),
         (("train/1.png", "test/2.png"), (), "'test' and 'train' in .* hold images without classes; sort them"),
         (("train/cat/1.png", "train/dog/1.png"), (), "it has the split train alone: put other images into a folder 'test'"),
         (("train/cat/1.png", "train/dog/1.png", "test/cat/2.png"), (), "class 'dog' is in the training split only; give"),
@@ -556,3 +563,79 @@ def test_a_folder_without_a_test_split_has_a_share_set_apart(tmp_path: Path):
     assert "set apart for testing (data.test_share); its split 'test' is not used" in "".join(with_split.test.notices)
     with pytest.raises(UserError, match="test_share sets images of the training split apart"):
         data_of(tmp_path, "data.test_share=0.3", f"data.test_path={tmp_path}")
+
+
+def test_a_link_to_the_training_images_is_no_test_split(tmp_path: Path):
+    for number, label in enumerate(("a", "b")):
+        write(tmp_path / "train" / label / "0.png", Image.new("L", (4, 4), number))
+    (tmp_path / "test").symlink_to("train")
+    with pytest.raises(UserError, match="holds the training images"):
+        data_of(tmp_path)
+
+
+def test_a_large_copy_under_other_names_is_no_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ims3_ray.data.sources.base.HASH_WHOLE_BELOW", 0)
+    for split, (number, label) in itertools.product(("train", "test"), enumerate(("a", "b"))):
+        write(tmp_path / split / label / f"{split}.png", Image.new("L", (4, 4), number))
+    with pytest.raises(UserError, match="holds the training images"):
+        data_of(tmp_path)
+
+
+def test_images_in_linked_folders_are_read_once(tmp_path: Path):
+    write(tmp_path / "more" / "1.png", Image.new("L", (4, 4), 1))
+    write(tmp_path / "train" / "cat" / "0.png")
+    write(tmp_path / "train" / "dog" / "2.png")
+    (tmp_path / "train" / "cat" / "linked").symlink_to(tmp_path / "more")
+    (tmp_path / "more" / "back").symlink_to(tmp_path / "train" / "cat")
+    (tmp_path / "train" / "dog" / "self").symlink_to("self")
+    source = open_source(str(tmp_path), "train")
+    assert files_of(source) == {("cat", "0.png"), ("cat", "1.png"), ("dog", "2.png")}
+    assert [source.identify(index) for index in range(3)] == ["cat/0.png", "cat/linked/1.png", "dog/2.png"]
+
+
+def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    write(tmp_path / "train" / "cat" / "0.png")
+    monkeypatch.setattr("os.scandir", refused)
+    with pytest.raises(UserError, match=r"' may not be read by this user; correct its permissions, or leave it out"):
+        open_source(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("forms", [("NFD", "NFC"), ("NFC", "NFD")])
+def test_class_names_that_look_alike_are_equal(tmp_path: Path, forms: tuple[str, str]):
+    for split, form in zip(("train", "test"), forms, strict=True):
+        for number, label in enumerate(("café", "thé")):
+            image = Image.new("L", (4, 4), 10 * number + len(form) + ord(form[2]) + ord(split[1]))
+            write(tmp_path / split / unicodedata.normalize(form, label) / f"{split}.png", image)
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("".join(f"{unicodedata.normalize(forms[0], name)}: a cup\n" for name in ("café", "thé")))
+    chosen = [unicodedata.normalize(form, name) for form, name in zip(forms, ("café", "thé"), strict=True)]
+    data = data_of(tmp_path, f"data.classes=[{', '.join(chosen)}]")
+    assert data.classes.names == ("café", "thé")
+    assert prompts_of(data.classes.names, str(prompts)) == ("a cup", "a cup")
+
+
+def test_metadata_beside_images_are_no_images(tmp_path: Path):
+    write(tmp_path / "train" / "cat" / "0.png")
+    write(tmp_path / "train" / "dog" / "1.png")
+    pq.write_table(pa.table({"file_name": ["cat/0.png"], "text": ["a cat"]}), tmp_path / "train" / "metadata.parquet")
+    assert open_source(str(tmp_path), "train").class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("path", ["./phtos", "../phtos", "bilder/vögel", "a/my--set"])
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"'{path}' does not exist; give a folder"):
+        open_source(path, "train")
+
+
+def test_an_image_that_was_replaced_while_the_run_works_is_noticed(tmp_path: Path):
+    write(tmp_path / "train" / "cat" / "0.png")
+    write(tmp_path / "train" / "dog" / "1.png")
+    source = open_source(str(tmp_path), "train")
+    write(tmp_path / "train" / "dog" / "1.png", Image.new("L", (40, 40)))
+    source.image(0)
+    with pytest.raises(UserError, match=r"dog/1\.png' has changed since it was listed"):
+        source.image(1)

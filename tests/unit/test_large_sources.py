@@ -75,6 +75,7 @@ def test_a_listing_is_a_sequence_of_the_files_that_are_there(tmp_path: Path):
 
 def test_a_file_in_both_splits_is_found_however_they_were_listed(tmp_path: Path):
     root = write_classes(tmp_path)
+    (root / "test" / "dog" / "only.png").write_bytes(b"another image")
     train, test = (open_source(str(root), split) for split in ("train", "test"))
     assert shared_file(train, test) is None
     assert shared_file(train, train) == train.files[0].path

@@ -352,7 +352,7 @@ def test_an_interrupted_pass_over_images_that_are_not_stored_goes_on(tmp_path: P
     for split, name in itertools.product(("train", "test"), ("cat", "dog")):
         file = tmp_path / "photos" / split / name / f"{split}.png"
         file.parent.mkdir(parents=True)
-        file.write_bytes(encode_png(Image.fromarray(np.zeros((4, 4), np.uint8))))
+        file.write_bytes(encode_png(Image.fromarray(np.full((4, 4), len(split), np.uint8))))
     for keep in (False, True):
         data = DataConfig(path=str(tmp_path / "photos"), size=4, keep=keep)
         config, storage = WorkConfig(data=data), Storage.at(str(tmp_path / f"runs-{keep}"))
@@ -367,7 +367,7 @@ def test_a_pool_that_was_begun_on_two_kinds_of_hardware_goes_on_on_the_one_that_
     for split, name, number in itertools.product(("train", "test"), ("cat", "dog"), range(2)):
         file = tmp_path / "photos" / split / name / f"{split}-{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encode_png(Image.fromarray(np.full((4, 4), number, np.uint8))))
+        file.write_bytes(encode_png(Image.fromarray(np.full((4, 4), number + len(split), np.uint8))))
     data = DataConfig(path=str(tmp_path / "photos"), size=4, keep=False, unit_size=1)
     config, storage = WorkConfig(data=data), Storage.at(str(tmp_path / "runs"))
     encode = Encode.plan(Planner(config), "train", data)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from ims3_ray.commands.artifacts import ArtifactsConfig, run
 from ims3_ray.engine.lease import announce
-from ims3_ray.errors import UserError
+from ims3_ray.errors import IncompletePool, UserError
 from ims3_ray.io.artifacts import Artifact
 from ims3_ray.io.storage import Storage
 
@@ -68,3 +69,24 @@ def test_a_folder_without_artifacts_is_an_error(tmp_path: Path):
     for action in ("list", "verify", "repair", "prune"):
         with pytest.raises(UserError, match="holds no artifacts"):
             run(ArtifactsConfig.model_validate({"action": action, "storage": str(tmp_path / "typo")}))
+
+
+def test_a_damaged_manifest_is_told_and_left_until_it_is_repaired(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    storage = Storage.at(str(tmp_path))
+    artifact(storage, "6666")
+    manifest = tmp_path / artifact(storage, "7777").folder / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:9])
+    for action in ("list", "verify", "verify"):
+        storage.manifests.clear()
+        with pytest.raises(IncompletePool, match="1 units or manifests are damaged") if action == "verify" else nullcontext():
+            run(ArtifactsConfig.model_validate({"action": action, "storage": storage.uri}))
+    said = capsys.readouterr().out
+    assert said.count("manifest.json is damaged") == said.count("1 artifacts are intact") == 2
+    assert "damaged" in said.splitlines()[2]
+    with pytest.raises(UserError, match="dry_run=true is for ims3 artifacts prune"):
+        run(ArtifactsConfig(action="repair", storage=storage.uri, dry_run=True))
+    assert manifest.exists()
+    run(ArtifactsConfig(action="repair", storage=storage.uri))
+    assert not manifest.exists()
+    assert manifest.with_name("manifest.json.damaged").exists()
+    run(ArtifactsConfig(action="verify", storage=storage.uri))

@@ -104,10 +104,17 @@ def test_a_folder_keeps_the_spelling_of_its_class_where_file_systems_allow_it(na
     assert folder_name(name) == name
 
 
-def test_no_two_classes_share_a_folder():
-    names = ["a/b", "a_b", "A_B", "..", "."]
-    assert folder_names(names) == ["a_b", "a_b-1", "A_B-2", "class", "class-4"]
-    assert match_classes(names, folder_names(names), "there") == [0, 1, 2, 3, 4]
+@pytest.mark.parametrize(
+    ("names", "folders"),
+    [
+        (["a/b", "a_b", "A_B", "..", "."], ["a_b", "a_b-1", "A_B-2", "class", "class-4"]),
+        (["x_", "x_-2", "x:"], ["x_", "x_-2", "x_-2-2"]),
+        (["cat", "cat-2", "Cat"], ["cat", "cat-2", "Cat-2-2"]),
+    ],
+)
+def test_no_two_classes_share_a_folder(names: list[str], folders: list[str]):
+    assert folder_names(names) == folders
+    assert match_classes(names, folders, "there") == list(range(len(names)))
 
 
 @pytest.mark.parametrize("path", ["../out", "a/../../out", ".."])

@@ -750,3 +750,39 @@ def test_a_share_of_each_class_is_set_apart_by_the_hashes_of_its_names(tmp_path:
     (tmp_path / "train" / "eel" / "0.png").write_bytes(encode_png(Image.fromarray(np.zeros((4, 4), np.uint8))))
     with pytest.raises(UserError, match=r"class 'eel' .* has one image, of which none can be set apart"):
         opened(0.2)
+
+
+def test_packing_a_set_keeps_its_soft_labels_and_weights(tmp_path: Path):
+    pictures = [(encode_png(Image.fromarray(np.full((4, 4), i, np.uint8))), str(i), i % 3) for i in range(6)]
+    extras = {"logits": np.arange(18, dtype=np.float32).reshape(6, 3), "weights": np.arange(1, 7, dtype=np.float32)}
+    (tmp_path / "set.parquet").write_bytes(parquet_bytes(image_table(pictures, ["a", "b", "c"], extras)))
+
+    def packed(out: str, **more: object) -> Source:
+        data = {"path": str(tmp_path / "set.parquet"), **more.pop("data", {})}  # type: ignore[dict-item]
+        pack(PackConfig.model_validate({"data": data, "out": str(tmp_path / out), **more}))
+        return open_source(str(tmp_path / out), "train")
+
+    whole, part = packed("whole.parquet"), packed("part.parquet", per_class=1)
+    assert whole.extras(range(6))["logits"].tolist() == extras["logits"].tolist()
+    chosen = [int(np.asarray(part.image(i))[0, 0]) for i in range(3)]
+    assert part.extras(range(3))["weights"].tolist() == [number + 1 for number in chosen]
+    with pytest.raises(UserError, match="has soft labels of all its classes; pack all of them"):
+        packed("some.parquet", data={"classes": ["c", "a"]})
+
+
+def test_packing_reads_the_split_that_is_named(tmp_path: Path):
+    for split, count in (("train", 1), ("val", 2), ("test", 3)):
+        for name, number in itertools.product(("cat", "dog"), range(count)):
+            file = tmp_path / "photos" / split / name / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(encode_png(Image.fromarray(np.full((4, 4), 10 * count + number + ord(name[0]), np.uint8))))
+
+    def count(split: str, **data: str) -> int:
+        out = tmp_path / f"{split}{len(data)}{len(list(tmp_path.iterdir()))}.parquet"
+        config = {"data": {"path": str(tmp_path / "photos"), **data}, "split": split, "out": str(out)}
+        pack(PackConfig.model_validate(config))
+        return len(open_source(str(out), "train").labels)
+
+    assert [count(split, test_split="val") for split in ("train", "val", "test")] == [2, 4, 6]
+    shutil.rmtree(tmp_path / "photos" / "train")
+    assert count("test") == 6, "without a training split, no other can be its copy"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ims3_ray.component import Component, Registry
+from ims3_ray.data.classes import composed
 from ims3_ray.data.sources.location import Location
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place, concurrently, is_remote
@@ -255,8 +256,7 @@ def numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:
     return tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
 
 
-def check_labels(location: str, labels: NDArray[np.int64], class_names: tuple[str, ...]) -> None:
-    check_names(location, class_names)
+def check_labels(location: str, labels: NDArray[np.int64], class_names: Sequence[str]) -> None:
     outside = np.unique(labels[(labels < 0) | (labels >= len(class_names))])
     if len(outside):
         raise UserError(
@@ -265,8 +265,12 @@ def check_labels(location: str, labels: NDArray[np.int64], class_names: tuple[st
         )
 
 
-def check_names(location: str, class_names: tuple[str, ...]) -> None:
-    """Raise :class:`UserError` for class names that cannot be names of folders, lines of files and keys of tables."""
+def spelled(location: str, names: Iterable[str]) -> tuple[str, ...]:
+    """The class names in the composed form of Unicode, so that names are equal that look so.
+
+    Raises :class:`UserError` for names that cannot be names of folders, lines of files and keys of tables.
+    """
+    class_names = tuple(composed(name) if isinstance(name, str) else name for name in names)
     for name in class_names:
         if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
             raise UserError(
@@ -276,3 +280,4 @@ def check_names(location: str, class_names: tuple[str, ...]) -> None:
     if len(set(class_names)) < len(class_names):
         twice = next(name for name in class_names if class_names.count(name) > 1)
         raise UserError(f"data source '{location}' has two classes called '{twice}'; give each a name of its own")
+    return class_names

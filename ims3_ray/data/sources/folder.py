@@ -14,7 +14,7 @@ from PIL import Image
 from pyarrow import fs
 
 from ims3_ray.data.decoding import decode
-from ims3_ray.data.sources.base import Source, check_names
+from ims3_ray.data.sources.base import Source, spelled
 from ims3_ray.data.sources.location import SPLIT_NAMES, Location
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place, concurrently, natural, open_filesystem
@@ -103,9 +103,8 @@ class FolderSource(Source):
     def __init__(self, location: str, folder: Place, classes: Sequence[str], files: Listing, counts: Sequence[int]) -> None:
         """``files`` holds the images of each class in turn, and ``counts`` how many there are of each."""
         self.location, self._folder = location, folder
-        self.class_names, self.files = tuple(classes), files
+        self.class_names, self.files = spelled(location, classes), files
         self.labels = np.repeat(np.arange(len(classes)), counts).astype(np.int64)
-        check_names(location, self.class_names)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process is sent the list of files, since listing a million of them takes long."""
@@ -125,7 +124,14 @@ class FolderSource(Source):
         return decode(self.stored(index))
 
     def stored(self, index: int) -> bytes:
-        return self.files[index].read()
+        """Raises :class:`UserError` for a file of another size than when it was listed: the key of what is made of it has that
+        of the set as it was."""
+        file = self.files[index]
+        if len(data := file.read()) != file.size:
+            raise UserError(
+                f"'{file.path}' has changed since it was listed; run the command again, and leave the data as they are"
+            )
+        return data
 
     @property
     def sizes(self) -> NDArray[np.int64]:

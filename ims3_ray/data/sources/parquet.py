@@ -19,7 +19,7 @@ from PIL import Image
 from pyarrow import fs
 
 from ims3_ray.data.decoding import Undecodable, decode
-from ims3_ray.data.sources.base import Source, check_labels, check_logits, numbered
+from ims3_ray.data.sources.base import Source, check_labels, check_logits, numbered, spelled
 from ims3_ray.data.sources.location import Location, parquet_files
 from ims3_ray.errors import UserError, first_line
 from ims3_ray.io.files import Place, concurrently
@@ -77,7 +77,8 @@ class ParquetSource(Source):
         self._kept = sum(_encoded_bytes(file, self._image) for file in opened) <= KEPT_BYTES
         self._parts: dict[int, pa.ChunkedArray] = {}
         self._reading = threading.Lock()
-        self.class_names = self._common_names([class_names_of(file.schema_arrow.metadata) for file in opened])
+        names = self._common_names([class_names_of(file.schema_arrow.metadata) for file in opened])
+        self.class_names = spelled(location, names)
         check_labels(location, self.labels, self.class_names)
         unreadable = [file for file, table in zip(self.files, opened, strict=True) if _unreadable_names(table.schema_arrow)]
         if unreadable:
@@ -163,7 +164,9 @@ class ParquetSource(Source):
 def is_part_of(file: Place, split: str, root: Place) -> bool:
     """Whether a Parquet file below ``root`` holds a part of ``split`` by the Hub's naming: ``train.parquet``,
     ``train-00000-of-00002.parquet``, ``train_part1.parquet``, or any file in a folder called ``train``; but not
-    ``train_extra-00000-of-00001.parquet``, which is another split."""
+    ``train_extra-00000-of-00001.parquet``, which is another split, nor ``metadata.parquet``, which describes image files."""
+    if file.name == "metadata.parquet":
+        return False
     if file.path.rpartition("/")[0] != root.path and file.path.split("/")[-2] == split:
         return True
     return re.fullmatch(rf"{re.escape(split)}([-._ ]?(part|shard)?[-._ ]?\d.*)?\.parquet", file.name) is not None

@@ -86,6 +86,10 @@ class DiTGenerator(Generator):
             raise UserError(f"generator '{self.title}' does not name its classes; convert it with ims3 convert classes=FILE")
         indices = []
         for name in class_names:
+            if self.names.count(name) > 1:
+                raise UserError(
+                    f"the generator '{self.title}' has two classes called '{name}'; ims3 convert classes=FILE renames them"
+                )
             if name not in known:
                 near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.0)
                 raise UserError(
