@@ -46,6 +46,8 @@ class Stored:
     """Bytes of all its files."""
     changed: float
     """Time of the last change, in seconds since 1970."""
+    damaged: bool
+    """Whether its manifest cannot be read."""
     users: tuple[str, ...]
     """Names of the runs that use it and whose folders still exist."""
 
@@ -89,16 +91,16 @@ def _stored(artifact: Artifact, records: Mapping[str, str]) -> Stored:
     noted = {str(run) for run in (*artifact.users(), maker) if run in records}
     users = noted | {run for run, text in records.items() if artifact.key in text}
     changed = max((file.mtime_ns or 0 for file in files), default=0) / 1e9
-    return Stored(artifact, sum(file.size or 0 for file in files), changed, tuple(sorted(users)))
+    size = sum(file.size or 0 for file in files)
+    return Stored(artifact, size, changed, artifact.has_damaged_manifest(), tuple(sorted(users)))
 
 
 def show(config: ArtifactsConfig, storage: Storage) -> None:
     rows = [("artifact", "units", "MB", "days old", "used by")]
     found = found_in(storage)
     for stored in found:
-        damaged = stored.artifact.has_damaged_manifest()
-        manifest = None if damaged else stored.artifact.manifest()
-        units = f"{len(manifest['units'])}" if manifest else "damaged" if damaged else "unfinished"
+        manifest = None if stored.damaged else stored.artifact.manifest()
+        units = f"{len(manifest['units'])}" if manifest else "damaged" if stored.damaged else "unfinished"
         age = f"{(time.time() - stored.changed) / DAY_S:.1f}" if stored.changed else "?"
         rows.append((stored.name, units, f"{stored.size / 1e6:.1f}", age, ", ".join(stored.users) or "no run"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -125,9 +127,11 @@ def damaged_units(artifact: Artifact) -> list[tuple[str, str | None]]:
 def _damaged(storage: Storage) -> Iterator[tuple[Artifact, list[tuple[str, str | None]]]]:
     """Artifacts with damaged units; each is printed. Of an artifact whose manifest is damaged, no unit is known."""
     whole = 0
-    for artifact in stored_artifacts(storage):
-        if artifact.has_damaged_manifest():
-            print(f"{artifact.address}: manifest.json is damaged, so that all its units count as missing", flush=True)
+    artifacts = stored_artifacts(storage)
+    damaged = concurrently(Artifact.has_damaged_manifest, artifacts)
+    for artifact, is_damaged in zip(artifacts, damaged, strict=True):
+        if is_damaged:
+            print(f"{artifact.address}: manifest.json is damaged; units without an intact note are made again", flush=True)
             yield artifact, [("manifest.json", None)]
         elif found := damaged_units(artifact):
             for unit, shard in found:

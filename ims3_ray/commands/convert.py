@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from ims3_ray.config import Section
+from ims3_ray.data.classes import composed
 from ims3_ray.engine.weights import hash_of
 from ims3_ray.errors import UserError
 from ims3_ray.io.artifacts import file_hash
@@ -35,6 +36,8 @@ class ConvertConfig(Section):
 def _added_by(adapters: list[Path], generator: Path) -> tuple[str, ...]:
     """Names of the classes that the adapters add to the generator. Raises :class:`UserError` for adapters that were trained
     from another generator, or from other adopted classes than those of the adapter before them."""
+    if not adapters:
+        return ()
     whole = hash_of(generator_files(generator))
     added: tuple[str, ...] = ()
     before: list[str] = []
@@ -49,7 +52,7 @@ def _added_by(adapters: list[Path], generator: Path) -> tuple[str, ...]:
                 f"adapter '{adapter}' was trained after an adoption of classes; give the adapter of that adoption before it "
                 "(adapter=[adopted.safetensors, fine-tuned.safetensors])"
             )
-        mine = tuple(about.get("added", ()))
+        mine = tuple(map(composed, about.get("added", ())))
         if added and mine and mine != added:
             raise UserError(f"adapter '{adapter}' adds other classes than the one before it; merge one of them alone")
         added, before = added or mine, [*before, file_hash(adapter)]

@@ -14,6 +14,8 @@ from ims3_ray.config.work import Split
 from ims3_ray.data.classes import chosen_labels
 from ims3_ray.data.decoding import Undecodable
 from ims3_ray.data.sources import Source, check_apart, open_source
+from ims3_ray.data.sources.folder import check_classes_are_no_splits
+from ims3_ray.data.sources.location import Location
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import drafted, new_file
 from ims3_ray.io.parquet import EXTRAS, encode_png, image_table, parquet_bytes
@@ -38,28 +40,36 @@ class PackConfig(Section):
 
 
 def _opened(config: PackConfig) -> Source:
-    """The images of the split, which a run reads as its training or test images if it is called like one of them.
-
-    Raises :class:`UserError` for a split that has training images without being the training split.
-    """
-    data = config.data
-    names: dict[str, Split] = {data.test_split: "test", data.train_split: "train"}
-    if (split := names.get(config.split)) is None:
-        source = open_source(data.path, config.split, data.limit)
-    else:
-        source = open_source(*data.place(split))
+    """The images of the split. Raises :class:`UserError` for a split that has training images without being the training split,
+    and for folders of splits that would be read as classes."""
+    data, split = config.data, _split_of(config)
+    source = open_source(data.path, config.split, data.limit) if split is None else open_source(*data.place(split))
     for notice in source.notices:
         print(f"note: {notice}", flush=True)
+    check_classes_are_no_splits(source, data.path)
     if split != "train" and data.test_share is None and (train := _training_images(data)) is not None:
         check_apart(train, source, data.test_path or data.path, config.split)
     return source
 
 
+def _split_of(config: PackConfig) -> Split | None:
+    """Which of a run's two splits is meant: the one of this name or, if the data have no split that is called so, the one that
+    `train` and `test` stand for. None for another split."""
+    data = config.data
+    names: dict[str, Split] = {data.test_split: "test", data.train_split: "train"}
+    meant: dict[str, Split] = {"test": "test", "train": "train"}
+    elsewhere = data.test_share is not None or (config.split == "test" and data.test_path is not None)
+    if config.split in names or config.split not in meant:
+        return names.get(config.split)
+    return meant[config.split] if elsewhere or config.split not in Location(data.path, config.split).splits else None
+
+
 def _training_images(data: DataConfig) -> Source | None:
-    """The training split; None where there is none, of which another split cannot be a copy."""
+    """The training split; None, which a note says, if it cannot be read, as where there is none."""
     try:
         return open_source(*data.place("train"))
-    except UserError:
+    except UserError as error:
+        print(f"note: that the images are no copy of the training split was not checked: {error}", flush=True)
         return None
 
 

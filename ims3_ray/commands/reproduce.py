@@ -12,6 +12,7 @@ from ims3_ray.engine.folder import check_folder
 from ims3_ray.errors import UserError
 from ims3_ray.io.storage import Storage
 from ims3_ray.plan import make_comparison
+from ims3_ray.plan.precision import decided
 from ims3_ray.plan.reproduction import described, plan_of, share_of
 from ims3_ray.report.reproduction import Minutes, figures_of, markdown_of, minutes_of
 from ims3_ray.report.results import Results, RunResult
@@ -49,7 +50,7 @@ def check_runs(reproduction: Reproduction) -> None:
             raise UserError(
                 f"{reproduction.name} has the minutes of one set of each method; leave draws and budgets at one value each"
             )
-        check_folder(plan_of(config).config, Storage.at(config.storage))
+        check_folder(decided(config), Storage.at(config.storage))
 
 
 def _check_nothing_is_there(config: CompareConfig | SweepConfig) -> None:

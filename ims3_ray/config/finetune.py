@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ims3_ray.component import Components
 from ims3_ray.config.base import Fraction, Section, canonical, reserved, with_length
@@ -195,6 +196,12 @@ class AdoptConfig(FinetuneConfig):
     batch_size: int = Field(default=64, ge=1)
     """Number of images in the global batch, over all workers."""
     objectives: ObjectivesConfig = ObjectivesConfig.model_validate({"inversion_matching": {"weight": 0.0}})
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _without_inversion_matching(cls, given: Any) -> Any:
+        """Objectives of which inversion matching is none, unless it is named."""
+        return {"inversion_matching": {"weight": 0.0}, **given} if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
     def _one_group(self) -> AdoptConfig:

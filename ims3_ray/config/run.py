@@ -37,6 +37,10 @@ class InstabilityConfig(Section):
     """Largest number of values of a latent for which the determinant is computed exactly instead of estimated."""
 
 
+INSTABILITY = tuple(f"instability.{key}" for key in InstabilityConfig.model_fields)
+"""The keys of this measurement, which `ims3 distill` alone makes."""
+
+
 class ArmConfig(Section):
     """One way to obtain K images per class, in four slots: `images`, `select`, `synthesise` and `labels`. Arms share the stages
     that they have in common."""
@@ -237,7 +241,9 @@ class CompareConfig(RunConfig):
 
     job: ClassVar[str] = "compare"
     size_key: ClassVar[str] = "budgets"
-    replaced: ClassVar[Mapping[str, str]] = {"seed": "draws", "selection.images_per_class": "budgets"}
+    replaced: ClassVar[Mapping[str, str]] = {
+        "seed": "draws", "selection.images_per_class": "budgets", **dict.fromkeys(INSTABILITY, ""),
+    }  # fmt: skip
     name: str = Field(default="compare", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Results go to `{storage}/{name}`; `-compare` is added to a name without this word."""
     budgets: Annotated[tuple[Annotated[int, Field(ge=1)], ...], AfterValidator(distinct)] = Field(

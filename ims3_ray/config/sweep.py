@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ims3_ray.config.base import Section, Seeds, canonical, merge
 from ims3_ray.config.files import alternatives_to
 from ims3_ray.config.messages import reason
-from ims3_ray.config.run import Overridable, RunConfig
+from ims3_ray.config.run import INSTABILITY, Overridable, RunConfig
 from ims3_ray.selection.s3 import S3
 
 Settings = dict[str, Any]
@@ -109,7 +109,7 @@ class SweepConfig(RunConfig):
     """A search for the best settings of one arm (`ims3 sweep`)."""
 
     job: ClassVar[str] = "sweep"
-    replaced: ClassVar[Mapping[str, str]] = {"seed": "draws"}
+    replaced: ClassVar[Mapping[str, str]] = {"seed": "draws", **dict.fromkeys(INSTABILITY, "")}
     name: str = Field(default="sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Results go to `{storage}/{name}`; `-sweep` is added to a name without this word."""
     space: dict[str, Any] = Field(
@@ -185,6 +185,11 @@ class SweepConfig(RunConfig):
             own = dict(_leaves(here)) if isinstance(here, Mapping) else {}
             if (here is not None and not rest) or any(rest == name or rest.startswith(f"{name}.") for name in own):
                 raise ValueError(f"arms.{self.arm}.overrides sets {key}, which is swept; leave it out of one of the two")
+            if other := next((each for each in alternatives_to(rest) if own.get(each) is not None), None):
+                raise ValueError(
+                    f"arms.{self.arm}.overrides sets {section}.{other}, which takes the place of {key}, which is swept; leave "
+                    "it out of one of the two"
+                )
             if key.startswith("finetune.") and not arm.finetune:
                 raise ValueError(f"{key} is swept, but arm '{self.arm}' fine-tunes nothing")
             if isinstance(values, Range) and search.method == "grid":

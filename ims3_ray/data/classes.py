@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -63,11 +64,19 @@ def count_images(
 def match_classes(wanted: Sequence[str], found: Sequence[str], where: str) -> list[int]:
     """Position in ``found`` of each class in ``wanted``, matched by its name or by the name of its folder.
 
-    Raises :class:`UserError` if a wanted class is missing or ``found`` has another class.
+    Raises :class:`UserError` if a wanted class is missing, if ``found`` has another class, and for folders whose names do not
+    say which of two classes they hold.
     """
     positions = {name: position for position, name in enumerate(found)}
     labels = []
     keys = wanted if all(name in positions for name in wanted) else folder_names(wanted)
+    if keys is not wanted:
+        counted = Counter(folder_name(name).casefold() for name in wanted)
+        if alike := [name for name in wanted if counted[folder_name(name).casefold()] > 1]:
+            raise UserError(
+                f"the folders of set '{where}' do not say which of the classes '{alike[0]}' and '{alike[1]}' they hold; give "
+                "the set as Parquet, or rename one of the classes"
+            )
     for name, key in zip(wanted, keys, strict=True):
         label = positions.get(key)
         if label is None:

@@ -16,8 +16,8 @@ from ims3_ray.data.batches import load_pixels
 from ims3_ray.data.captions import Captions
 from ims3_ray.data.classes import ClassTable, chosen_labels, count_images
 from ims3_ray.data.prompts import prompts_of
-from ims3_ray.data.sources import Source, check_apart, copies_noticed, open_source, shared_file
-from ims3_ray.data.sources.location import SPLIT_LIKE, SPLIT_NAMES
+from ims3_ray.data.sources import Source, check_apart, copies_noticed, open_source
+from ims3_ray.data.sources.folder import check_classes_are_no_splits
 from ims3_ray.engine.weights import Weights
 from ims3_ray.errors import UserError
 from ims3_ray.models.autoencoder import Autoencoder, autoencoder_path, empty_autoencoder, trained_on
@@ -36,7 +36,9 @@ class Data:
         self.train, self.test = open_source(*data.place("train")), open_source(*data.place("test"))
         self._told = set[str]()
         self.tell([*self.train.notices, *self.test.notices])
-        self._check_splits(data)
+        check_classes_are_no_splits(self.train, data.path)
+        if data.test_share is None:  # otherwise students would know the answers
+            check_apart(self.train, self.test, data.place("test")[0], "test")
         labels = chosen_labels(self.train.class_names, data.classes)
         wanted = set(data.classes or self.train.class_names)
         if missing := (wanted - set(self.test.class_names)) or (set() if data.classes else {*self.test.class_names} - wanted):
@@ -56,25 +58,6 @@ class Data:
         self.classes = ClassTable(names, tuple(labels), tuple(counts))
         self.tell(copies_noticed(self.train, self.test, "training images", names))
         self._hashes: dict[str, str] = {}
-
-    def _check_splits(self, data: DataConfig) -> None:
-        """Raises :class:`UserError` if the test split is the training split, of which students would know the answers, and if
-        folders that are called like splits were read as classes."""
-        shared = data.test_share is not None or shared_file(self.train, self.test) is not None
-        names = self.train.class_names
-        if shared and all(name.lower() in (*SPLIT_NAMES, *SPLIT_LIKE) for name in names):
-            found = " and ".join(f"'{name}'" for name in names)
-            trained = next((name for name in names if name.lower().startswith("train")), names[-1])
-            others = [name for name in names if name != trained]
-            tested = next((name for name in others if name.lower().startswith("test")), others[0] if others else "…")
-            if any(name.count("/") > 1 for name in map(self.train.identify, range(len(self.train.labels)))):
-                raise UserError(
-                    f"'{data.path}' holds {found}; say which is which, as in data.train_split={trained} "
-                    f"data.test_split={tested}"
-                )
-            raise UserError(f"{found} in '{data.path}' hold images without classes; sort them into one folder per class")
-        if data.test_share is None:
-            check_apart(self.train, self.test, data.place("test")[0], "test")
 
     def tell(self, notices: Iterable[str]) -> None:
         """Print what a user should know of the data and of sets, each sentence once."""

@@ -59,10 +59,10 @@ class Artifact:
 
     def has_damaged_manifest(self) -> bool:
         """Whether there is a manifest that cannot be read. It is left where it is."""
-        if not self.storage.exists(self._manifest_path):
-            return False
         try:
             found = json.loads(self.storage.read(self._manifest_path))
+        except FileNotFoundError:
+            return False
         except ValueError:
             return True
         return not (isinstance(found, dict) and isinstance(found.get("units"), dict))

@@ -153,6 +153,11 @@ def concurrently(request: Callable[[T], R], items: Iterable[T]) -> list[R]:
         return list(pool.map(request, items))
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one; a link that leads round in a circle is none."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+
+
 @contextmanager
 def readable(path: str) -> Iterator[None]:
     """Raises :class:`UserError` if the block may not read the file or folder ``path``."""
@@ -211,7 +216,7 @@ class Place:
         this ``ending``."""
         if isinstance(self.filesystem, fs.LocalFileSystem):
             with readable(self.path), os.scandir(self.path) as entries:
-                names = [entry.name for entry in entries if entry.name.endswith(ending) or entry.is_dir()]
+                names = [entry.name for entry in entries if entry.name.endswith(ending) or _is_folder(entry)]
             paths = [f"{self.path.rstrip('/')}/{check_name(name, self.path)}" for name in names]
             found = self.filesystem.get_file_info(paths)
         else:

@@ -43,7 +43,7 @@ class Listing(Sequence[Place]):
     @classmethod
     def below(cls, folder: Place) -> Listing:
         """All files below a folder: see :func:`files_below`."""
-        return cls.from_rows(folder.filesystem, folder.path, files_below(folder))
+        return cls.from_rows(folder.filesystem, folder.path, files_below(folder)[0])
 
     @classmethod
     def joined(cls, filesystem: fs.FileSystem, root: str, parts: Sequence[tuple[str, Listing]]) -> Listing:
@@ -93,10 +93,7 @@ class Listing(Sequence[Place]):
         return self[int(shared[0])] if len(shared) else None
 
     def _whole(self) -> pa.LargeStringArray:
-        """Path of each file; links to the folder are followed."""
-        local = isinstance(self.filesystem, fs.LocalFileSystem)
-        root = os.path.realpath(self.root) if self.root and local else self.root
-        return _in_folder(root.rstrip("/"), self.paths) if root else self.paths
+        return _in_folder(self.root.rstrip("/"), self.paths) if self.root else self.paths
 
 
 def _column(texts: Sequence[str]) -> pa.LargeStringArray:
@@ -108,36 +105,32 @@ def _in_folder(folder: str, paths: pa.LargeStringArray) -> pa.LargeStringArray:
     return compute.binary_join_element_wise(pa.scalar(folder, pa.large_string()), paths, pa.scalar("/", pa.large_string()))
 
 
-def files_below(folder: Place) -> list[tuple[str, int]]:
-    """Path below the folder, and size, of all files in and below it in the order of :func:`natural`, without hidden ones. Links
-    to folders are followed, except those to a folder that they are in. Raises :class:`UserError` for a folder that may not be
-    read."""
+def files_below(folder: Place) -> tuple[list[tuple[str, int]], list[str]]:
+    """Path below the folder, and size, of all files in and below it in the order of :func:`natural`, without hidden ones; and
+    the links to folders, which are not followed. Raises :class:`UserError` for what may not be read."""
     if isinstance(folder.filesystem, fs.LocalFileSystem):
-        return sorted(_local_files(folder.path, "", ()), key=lambda each: natural(each[0]))
+        links = list[str]()
+        return sorted(_local_files(folder.path, "", links), key=lambda each: natural(each[0])), links
     start = len(folder.path.rstrip("/")) + 1
-    return [(info.path[start:], info.size or 0) for info in remote_files(folder)]
+    return [(info.path[start:], info.size or 0) for info in remote_files(folder)], []
 
 
-def _local_files(folder: str, within: str, left: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """Path below the top folder, and size, of every file in ``folder``, which is ``within`` the top folder, and below it.
-    ``left`` holds the folders in which the links on the way to it are."""
+def _local_files(folder: str, within: str, links: list[str]) -> Iterator[tuple[str, int]]:
+    """Path below the top folder, and size, of every file in ``folder``, which is ``within`` the top folder, and below it. Links
+    to folders are added to ``links``."""
     with readable(folder), os.scandir(folder) as entries:
         seen = [entry for entry in entries if not is_hidden(check_name(entry.name, folder))]
     for entry in seen:
         try:
-            state = entry.stat()
+            with readable(entry.path):
+                state = entry.stat()
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ELOOP):  # a link that leads nowhere
                 continue
             raise
         if stat.S_ISREG(state.st_mode):
             yield f"{within}{entry.name}", state.st_size
+        elif entry.is_dir(follow_symlinks=False):
+            yield from _local_files(entry.path, f"{within}{entry.name}/", links)
         elif stat.S_ISDIR(state.st_mode):
-            linked = (*left, os.path.realpath(folder)) if entry.is_symlink() else left
-            if not (entry.is_symlink() and _is_around(os.path.realpath(entry.path), linked)):
-                yield from _local_files(entry.path, f"{within}{entry.name}/", linked)
-
-
-def _is_around(folder: str, others: Sequence[str]) -> bool:
-    """Whether any of ``others`` is ``folder`` or in it."""
-    return any(f"{other}/".startswith(f"{folder.rstrip('/')}/") for other in others)
+            links.append(entry.path)

@@ -5,6 +5,7 @@ No file is opened by unpickling arbitrary objects, and the shape of a model is k
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -14,10 +15,10 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from ims3_ray.data.classes import imagenet_wnids
+from ims3_ray.data.classes import composed, imagenet_wnids
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import drafted
 from ims3_ray.models.checkpoints import PICKLED, compare_shapes, pack, read_json, read_metadata, read_tensors
@@ -74,7 +75,8 @@ def open_dit(path: Path) -> DiTFile:
     Raises :class:`UserError` for anything else.
     """
     try:
-        return _open(path)
+        file = _open(path)
+        return replace(file, classes=tuple(map(composed, file.classes)))
     except (ValueError, KeyError, TypeError) as error:  # a ValidationError is a ValueError
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
         raise UserError(
@@ -107,7 +109,7 @@ def _open(path: Path) -> DiTFile:
 def with_classes(file: DiTFile, classes: tuple[str, ...]) -> DiTFile:
     """``file`` with class names, one per label. They also say whether a table of labels without a description holds a row for
     no class. Raises :class:`UserError` for a name that stands twice, and for a number of names that does not fit the table."""
-    config = file.config
+    config, classes = file.config, tuple(map(composed, classes))
     if file.layout == "release" and len(classes) == config.rows:
         config = config.model_copy(update={"num_classes": config.rows, "null_row": False})
     if len(set(classes)) < len(classes):
@@ -146,10 +148,14 @@ def write_dit(model: DiT, classes: tuple[str, ...], out: Path, **about: str) -> 
         elif out.suffix in PICKLED:
             state = {**model.state_dict(), "pos_embed": model.get_buffer("pos_embed")}
             _check_release(model.config, {name: tuple(tensor.shape) for name, tensor in state.items()}, out)
-            torch.save(state, draft)
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            draft.write_bytes(buffer.getbuffer())
         else:
             (draft / "transformer").mkdir(parents=True)
-            save_file(_to_diffusers(model.state_dict(), model.config.depth), draft / "transformer" / DIFFUSERS_NAMES[0])
+            # Bytes, since the libraries report a full disk by errors of their own.
+            tensors = save(_to_diffusers(model.state_dict(), model.config.depth))
+            (draft / "transformer" / DIFFUSERS_NAMES[0]).write_bytes(tensors)
             (draft / "transformer" / "config.json").write_text(json.dumps(_diffusers_json(model.config), indent=2))
             index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", DIFFUSERS_CLASS]}
             labels = {str(label): name for label, name in enumerate(classes)}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ims3_ray.data.classes import imagenet_wnids
+from ims3_ray.data.classes import composed, imagenet_wnids
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import local_copy
 from ims3_ray.io.hub import fetch, is_hub_id
@@ -177,7 +177,7 @@ def known_classes(path: Path) -> tuple[str, ...]:
     if _of_timm(path):
         shape = encoder_config(path)
         return imagenet_wnids() if shape.num_classes == len(imagenet_wnids()) and not shape.projection else ()
-    return tuple(filter(None, read_metadata(path, "encoder").get("classes", "").split("\n")))
+    return tuple(map(composed, filter(None, read_metadata(path, "encoder").get("classes", "").split("\n"))))
 
 
 def class_positions(path: Path, class_names: Sequence[str], asked_by: str) -> list[int]:

@@ -50,7 +50,8 @@ class EncoderTarget(EpochTarget):
 
     @property
     def _shape(self) -> EncoderConfig:
-        return shape_in_training(self.config.encoder, self.config.data.channels, self.classes)
+        data = self.config.data
+        return shape_in_training(self.config.encoder, data.channels, self.classes, data.size)
 
     @property
     def flops(self) -> float:

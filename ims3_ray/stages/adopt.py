@@ -186,8 +186,8 @@ def nearest_classes(encoder: Weights, images: ImageStore, classes: dict[str, lis
 
 
 def assigned(scores: Tensor, known: Sequence[str]) -> list[str]:
-    """For each row of ``scores`` [new, known] the name of a column: each column serves equally many rows, but for one, and the
-    sum of the scores is as high as that allows."""
+    """For each row of ``scores`` [new, known] the name of a column: no column serves more than ⌈new / known⌉ rows, and the sum
+    of the scores is as high as that allows."""
     from scipy.optimize import linear_sum_assignment  # takes half a second to import, in every process
 
     copies = -(-len(scores) // len(known))

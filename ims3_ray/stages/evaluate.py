@@ -106,12 +106,12 @@ class Evaluate(Stage):
 
 
 def plan_test(planner: Planner, protocol: ProtocolConfig) -> Encode:
-    """Plan the test images of a protocol. If it names a size, they are scaled to it from the data set's files as torchvision's
-    Resize and CenterCrop do, before the protocol's own crop."""
+    """Plan the test images of a protocol. If it names a size or crops them, they are scaled from the data set's files as
+    torchvision's Resize and CenterCrop do, before the protocol's own crop."""
     data = planner.work.data
-    if protocol.size is None:
+    if protocol.size is None and protocol.test_crop == 1:
         return Encode.plan(planner, "test", data)
-    size = round(protocol.size / protocol.test_crop)
+    size = round((protocol.size or data.size) / protocol.test_crop)
     return Encode.plan(planner, "test", data.model_copy(update={"size": size}), filter="bilinear")
 
 

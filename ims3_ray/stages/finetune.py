@@ -45,7 +45,8 @@ class Finetune(Tuning):
         if tuning.words == "captions":
             params["captions"] = captions_hash(planner, config, "finetune.words")
         if objectives.couple_samples:  # such terms depend on how a batch is divided among workers
-            params["parts"] = [tuning.trainer.num_workers, tuning.accumulate]
+            most = tuning.trainer.max_workers
+            params["parts"] = [tuning.trainer.num_workers, tuning.accumulate, *([] if most is None else [most])]
         counts = dict(zip(models.labels, planner.classes.counts, strict=True))
         seen = sum(tuning.total_steps(sum(counts[label] for label in group)) * tuning.batch_size for group in groups)
         inputs: dict[str, Stage] = {"encode": images, **adopted_classes(planner, config)}

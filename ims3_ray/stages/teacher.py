@@ -49,7 +49,7 @@ SHARD = "teacher.safetensors"
 class TrainTeacher(Stage):
     """Trains the teacher. Its only shard is an encoder's weights file with the classes of the data in their order."""
 
-    name, settings, exclusive = "teacher", EncoderTraining, True
+    name, version, settings, exclusive = "teacher", 2, EncoderTraining, True
 
     @classmethod
     def plan(cls, planner: Planner) -> TrainTeacher:
@@ -150,7 +150,7 @@ def teacher_shape(planner: Planner) -> EncoderConfig:
     teacher, channels, classes = planner.work.evaluation.teacher, planner.work.data.channels, len(planner.classes.names)
     if teacher.weights is not None:
         return encoder_config(encoder_path(teacher.weights))
-    return shape_in_training(teacher.training, channels, classes)
+    return shape_in_training(teacher.training, channels, classes, planner.work.data.size)
 
 
 def teacher_of(stage: Stage, context: Context) -> Weights | Artifact:
@@ -199,8 +199,9 @@ def check_training(training: EncoderTraining, channels: int, num_classes: int, w
         )
 
 
-def shape_in_training(training: EncoderTraining, channels: int, num_classes: int) -> EncoderConfig:
+def shape_in_training(training: EncoderTraining, channels: int, num_classes: int, size: int | None = None) -> EncoderConfig:
     """Architecture of the network in training; its mean and standard deviation are known once it is trained."""
     return EncoderConfig(
-        model=training.model, model_args=training.model_args, channels=channels, num_classes=num_classes, mean=0.0, std=1.0
-    )
+        model=training.model, model_args=training.model_args, channels=channels, num_classes=num_classes, mean=0.0, std=1.0,
+        size=size,
+    )  # fmt: skip

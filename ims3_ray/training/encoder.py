@@ -33,7 +33,8 @@ class Classifier(nn.Module):
 
 
 def encoder_config(training: EncoderTraining, pixels: Tensor, num_classes: int) -> EncoderConfig:
-    """The network that ``training`` asks for, with the mean and standard deviation of the ``pixels``, scaled to [−1, 1]."""
+    """The network that ``training`` asks for, with the mean and standard deviation of the ``pixels``, scaled to [−1, 1]. It
+    scales images of other sizes to theirs, since it recognises little at a size that it was not trained at."""
     counts = sum(part.flatten().bincount(minlength=256) for part in pixels.split(1000))
     values = to_signed(torch.arange(256, dtype=torch.uint8)).double()
     shares = counts / pixels.numel()  # from the histogram, to avoid a copy of all images in floats
@@ -41,7 +42,7 @@ def encoder_config(training: EncoderTraining, pixels: Tensor, num_classes: int) 
     std = (shares * (values - mean).square()).sum().sqrt().item()
     return EncoderConfig(
         model=training.model, model_args=training.model_args, channels=pixels.shape[1], num_classes=num_classes,
-        mean=round(mean, 4), std=round(std, 4),
+        mean=round(mean, 4), std=round(std, 4), size=pixels.shape[-1],
     )  # fmt: skip
 
 

@@ -205,7 +205,7 @@ def train_student(
     training pixels in [0, 1], [C, 1, 1] each. Raises ``ValueError`` for test images of another size, for soft labels without a
     ``teacher``, stored labels of batches without ``batch_labels``, and ``normalise: real`` without ``statistics``.
 
-    ``save`` is called with the state of the training after a validation, at most every :data:`ims3_ray.saving.SAVE_EVERY_S`
+    ``save`` is called with the state of the training after an epoch, at most every :data:`ims3_ray.saving.SAVE_EVERY_S`
     seconds. With such a state as ``resume`` the training continues from there and yields the same student; a state that was
     saved on another kind of device is not used, and the training begins anew.
     """
@@ -218,14 +218,15 @@ def train_student(
         raise ValueError(f"{wrong} holds images of {tests[wrong][0].shape[-1]} pixels, and students take {training.size}")
     tests = {key: (on_device(pixels, device), labels) for key, (pixels, labels) in tests.items()}
     checks = validation_epochs(training.epochs, protocol.validations, protocol.validate_from)
-    curve, losses, confusions = [], [], {}
+    curve, losses, confusions, first = [], [], {}, 1
     if resume is not None:
         state = unpack_state(resume, "cpu")
         if training.continues(state["training"]):
             training.load_state_dict(state["training"])
-            curve = [Check(*check) for check in state["curve"]]
+            curve, losses = [Check(*check) for check in state["curve"]], [loss.to(device) for loss in state["losses"]]
+            first = state["epoch"] + 1
     saver = Saver(save)
-    for epoch in range(curve[-1].epoch + 1 if curve else 1, training.epochs + 1):
+    for epoch in range(first, training.epochs + 1):
         losses.append(training.epoch())
         if epoch in checks:
             confusions = {split: confusion_of(student, data, num_classes, device) for split, data in tests.items()}
@@ -235,8 +236,11 @@ def train_student(
                 raise Diverged(f"student {name} diverged: its loss by epoch {epoch} is not finite; lower the protocol's lr")
             curve.append(Check(epoch, loss, shares["test"], shares.get("val")))
             losses = []
-            if epoch < training.epochs:
-                saver(epoch / training.epochs, training=training.state_dict(), curve=[astuple(check) for check in curve])
+        if epoch < training.epochs:
+            saver(
+                epoch / training.epochs, epoch=epoch, training=training.state_dict(), losses=losses,
+                curve=[astuple(check) for check in curve],
+            )  # fmt: skip
     chosen = max(curve, key=lambda check: check.val or 0.0)
     return student, Accuracy(
         last=curve[-1].test, best=max(check.test for check in curve), val=chosen.test if "val" in tests else None,

@@ -121,3 +121,8 @@ def test_what_the_generator_cannot_learn_is_refused(tmp_path: Path, tiny_world: 
 def test_only_the_denoising_loss_adopts_classes():
     with pytest.raises(ValidationError, match="classes are adopted by diffusion alone"):
         AdoptConfig.model_validate({"objectives": {"inversion_matching": {"weight": 0.1}}})
+
+
+def test_other_settings_of_the_denoising_loss_may_be_given():
+    adopt = AdoptConfig.model_validate({"objectives": {"diffusion": {"weight": 2.0}}})
+    assert [objective.name for objective in adopt.objectives.active] == ["diffusion"]

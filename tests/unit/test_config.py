@@ -82,6 +82,12 @@ def test_an_override_without_effect_is_refused(tree: type[RunConfig], override: 
     assert load_config(RunConfig, "methods/random", [override])
 
 
+@pytest.mark.parametrize("tree", [CompareConfig, SweepConfig])
+def test_a_measurement_that_a_command_does_not_make_is_refused(tree: type[RunConfig]):
+    with pytest.raises(UserError, match=r"'instability.images=10' has no effect here, since nothing uses it"):
+        load_config(tree, "methods/random", ["instability.images=10"])
+
+
 def test_a_table_of_the_paper_is_no_config_of_one_run():
     with pytest.raises(UserError, match="describes several runs; ims3 reproduce table-4 makes them"):
         load_config(RunConfig, "paper/table-4")

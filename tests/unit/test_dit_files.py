@@ -6,6 +6,9 @@ import argparse
 import json
 import os
 import pickle
+import resource
+import signal
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,6 @@ from ims3_ray.commands.convert import ConvertConfig, convert
 from ims3_ray.config import merge
 from ims3_ray.data.classes import imagenet_wnids
 from ims3_ray.engine.weights import Weights
-from ims3_ray.models import dit_files
 from ims3_ray.models.difffit import add_difffit
 from ims3_ray.models.dit import PUBLISHED, DiT, DiTConfig
 from ims3_ray.models.dit_files import open_dit, with_classes, write_dit
@@ -299,17 +301,27 @@ def test_a_file_of_tensors_alone_is_not_written_of_a_network_that_would_be_read_
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_left_of_weights_that_cannot_be_written(
-    model: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):  # fmt: skip
-    def full(*_: object) -> None:
-        raise OSError("No space left on device")
+@pytest.mark.parametrize("name", ["dit.safetensors", "dit.pt", "pipeline"])
+def test_nothing_is_left_of_weights_that_cannot_be_written(model: DiT, tmp_path: Path, name: str):
+    """The limit on the size of a file stands for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"{name}' cannot be written: .*File too large"):
+                write_dit(model, (), tmp_path / name)
+            assert not list(tmp_path.iterdir())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
-    monkeypatch.setattr(dit_files, "save_file", full)
-    for _ in range(2):
-        with pytest.raises(UserError, match="pipeline' cannot be written: No space left on device"):
-            write_dit(model, (), tmp_path / "pipeline")
-        assert not list(tmp_path.iterdir())
+
+def test_names_of_classes_are_read_in_composed_form(model: DiT, tmp_path: Path):
+    names = tuple(unicodedata.normalize("NFD", name) for name in ("café", "thé", "c", "d", "e"))
+    write_dit(model, names, tmp_path / "dit.safetensors")
+    assert open_generator(tmp_path / "dit.safetensors").labels(["thé"]) == [1]
+    assert with_classes(open_dit(tmp_path / "dit.safetensors"), names).classes[0] == "café"
 
 
 def test_two_classes_of_one_name_are_told_apart_by_nobody(model: DiT, tmp_path: Path):

@@ -521,11 +521,13 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_a_broken_image(tmp_path: Pa
     ("files", "overrides", "says"),
     [
         (("Train/cat/1.png", "Train/dog/1.png", "Test/cat/2.png", "Test/dog/2.png"), (),
-         "holds 'Test' and 'Train'; say which is which, as in data.train_split=Train data.test_split=Test"),
+         "holds 'Test' and 'Train', which would be read as classes; name .*: data.train_split=Train data.test_split=Test$"),
         (("Train/cat/1.png", "Train/dog/1.png", "Test/cat/2.png", "Test/dog/2.png"), ("data.test_share=0.5",),
-         "holds 'Test' and 'Train'; say which is which, as in data.train_split=Train data.test_split=Test"),
+         "holds 'Test' and 'Train', which would be read as classes; name .*: data.train_split=Train data.test_split=Test$"),
         (("Training/cat/1.png", "Training/dog/1.png", "Testing/cat/2.png", "Testing/dog/2.png", "Val/cat/3.png"), (),
-         "holds 'Testing' and 'Training' and 'Val'; say .* data.train_split=Training data.test_split=Testing"),
+         "holds 'Testing' and 'Training' and 'Val', which .*: data.train_split=Training data.test_split=Testing$"),
+        (("train_set/cat/1.png", "train_set/dog/1.png"), ("data.test_share=0.5",),
+         "holds 'train_set', which .*: data.train_split=train_set$"),
         (("train/1.png", "test/2.png"), (), "'test' and 'train' in .* hold images without classes; sort them"),
         (("train/cat/1.png", "train/dog/1.png"), (), "it has the split train alone: put other images into a folder 'test'"),
         (("train/cat/1.png", "train/dog/1.png", "test/cat/2.png"), (), "class 'dog' is in the training split only; give"),
@@ -565,12 +567,23 @@ def test_a_folder_without_a_test_split_has_a_share_set_apart(tmp_path: Path):
         data_of(tmp_path, "data.test_share=0.3", f"data.test_path={tmp_path}")
 
 
-def test_a_link_to_the_training_images_is_no_test_split(tmp_path: Path):
-    for number, label in enumerate(("a", "b")):
-        write(tmp_path / "train" / label / "0.png", Image.new("L", (4, 4), number))
-    (tmp_path / "test").symlink_to("train")
+@pytest.mark.parametrize(("link", "to"), [("test", "train"), ("test/b", "../train/b"), ("test/b", "../train/b/more")])
+def test_a_link_to_training_images_is_no_test_split(tmp_path: Path, link: str, to: str):
+    for number, name in enumerate(("a/0.png", "b/0.png", "b/more/1.png")):
+        write(tmp_path / "train" / name, Image.new("L", (4, 4), number))
+    if link != "test":
+        write(tmp_path / "test" / "a" / "2.png", Image.new("L", (4, 4), 10))
+    (tmp_path / link).symlink_to(to)
     with pytest.raises(UserError, match="holds the training images"):
         data_of(tmp_path)
+
+
+def test_splits_with_some_images_in_common_are_no_copies_of_each_other(tmp_path: Path):
+    """Bitmaps of one size, of which the first ones are equal."""
+    for split, (number, label), image in itertools.product(("train", "test"), enumerate(("a", "b")), range(5)):
+        value = 0 if number == image == 0 else 100 * number + 10 * image + len(split)
+        write(tmp_path / split / label / f"{image}.bmp", Image.new("L", (4, 4), value), "BMP")
+    assert len(data_of(tmp_path).test.labels) == 10
 
 
 def test_a_large_copy_under_other_names_is_no_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -581,16 +594,19 @@ def test_a_large_copy_under_other_names_is_no_test_split(tmp_path: Path, monkeyp
         data_of(tmp_path)
 
 
-def test_images_in_linked_folders_are_read_once(tmp_path: Path):
+def test_links_inside_a_class_are_told_and_not_followed(tmp_path: Path):
+    """The folder of a class may be a link; what it links to may lead anywhere, and round in circles."""
     write(tmp_path / "more" / "1.png", Image.new("L", (4, 4), 1))
     write(tmp_path / "train" / "cat" / "0.png")
-    write(tmp_path / "train" / "dog" / "2.png")
     (tmp_path / "train" / "cat" / "linked").symlink_to(tmp_path / "more")
-    (tmp_path / "more" / "back").symlink_to(tmp_path / "train" / "cat")
-    (tmp_path / "train" / "dog" / "self").symlink_to("self")
+    (tmp_path / "train" / "dog").symlink_to(tmp_path / "more")
+    (tmp_path / "more" / "self").symlink_to("self")
     source = open_source(str(tmp_path), "train")
-    assert files_of(source) == {("cat", "0.png"), ("cat", "1.png"), ("dog", "2.png")}
-    assert [source.identify(index) for index in range(3)] == ["cat/0.png", "cat/linked/1.png", "dog/2.png"]
+    assert [source.identify(index) for index in range(len(source.labels))] == ["cat/0.png", "dog/1.png"]
+    link = tmp_path / "train" / "cat" / "linked"
+    assert source.notices == [
+        f"'{tmp_path}/train' holds a link to a folder ('{link}') inside its classes, which is not followed"
+    ]
 
 
 def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

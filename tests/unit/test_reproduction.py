@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
-from ims3_ray.config import CompareConfig, SweepConfig
+from ims3_ray.commands.reproduce import check_runs, reproduce
+from ims3_ray.config import CompareConfig, SweepConfig, canonical
 from ims3_ray.config.evaluation import for_ipc
 from ims3_ray.config.paper import described_names, names, read_reproduction
 from ims3_ray.errors import UserError
@@ -175,3 +177,15 @@ def test_curves_of_all_runs_are_one_figure():
         assert text in svg
     assert "| G | test | held out |" in markdown_of(reproduction, found)
     assert printed_mean("41.8 ± 0.3") == 41.8
+
+
+def test_runs_that_would_be_refused_are_named_before_any_is_made(tmp_path: Path):
+    overrides = [f"storage={tmp_path}", "data.classes=[Bag, Sandal]"]
+    table = read_reproduction("table-4", overrides, small=True)
+    check_runs(table)
+    last = list(table.runs.values())[-1]
+    Storage.at(str(tmp_path)).write(f"{last.name}/config.yaml", yaml.safe_dump({**canonical(last), "seed": 5}).encode())
+    with pytest.raises(UserError, match=rf"run folder '.*{last.name}' holds another config \(seed: 5 there"):
+        reproduce(table)
+    with pytest.raises(UserError, match="table-9 has the minutes of one set of each method; leave draws and budgets at one"):
+        check_runs(read_reproduction("table-9", [*overrides, "draws=[0,1]"], small=True))

@@ -114,7 +114,14 @@ def test_a_folder_keeps_the_spelling_of_its_class_where_file_systems_allow_it(na
 )
 def test_no_two_classes_share_a_folder(names: list[str], folders: list[str]):
     assert folder_names(names) == folders
-    assert match_classes(names, folders, "there") == list(range(len(names)))
+
+
+def test_folders_of_classes_whose_names_differ_in_replaced_characters_alone_are_no_set():
+    assert match_classes(["a/b", "c"], ["a_b", "c"], "there") == [0, 1]
+    assert match_classes(["a/b", "a:b"], ["a:b", "a/b"], "there") == [1, 0]
+    for names in (["a/b", "a:b"], ["a:b", "a/b"]):
+        with pytest.raises(UserError, match=f"do not say which of the classes '{names[0]}' and '{names[1]}' they hold"):
+            match_classes(names, folder_names(names), "there")
 
 
 @pytest.mark.parametrize("path", ["../out", "a/../../out", ".."])

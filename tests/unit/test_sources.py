@@ -770,7 +770,7 @@ def test_packing_a_set_keeps_its_soft_labels_and_weights(tmp_path: Path):
         packed("some.parquet", data={"classes": ["c", "a"]})
 
 
-def test_packing_reads_the_split_that_is_named(tmp_path: Path):
+def test_packing_reads_the_split_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for split, count in (("train", 1), ("val", 2), ("test", 3)):
         for name, number in itertools.product(("cat", "dog"), range(count)):
             file = tmp_path / "photos" / split / name / f"{number}.png"
@@ -785,4 +785,13 @@ def test_packing_reads_the_split_that_is_named(tmp_path: Path):
 
     assert [count(split, test_split="val") for split in ("train", "val", "test")] == [2, 4, 6]
     shutil.rmtree(tmp_path / "photos" / "train")
-    assert count("test") == 6, "without a training split, no other can be its copy"
+    assert count("test") == 6
+    assert "was not checked: data source" in capsys.readouterr().out
+    (tmp_path / "photos" / "val").rename(tmp_path / "photos" / "Training")
+    (tmp_path / "photos" / "test").rename(tmp_path / "photos" / "Testing")
+    names = {"train_split": "Training", "test_split": "Testing"}
+    assert [count("train", **names), count("test", **names), count("Testing", **names)] == [4, 6, 6]
+    assert count("train", train_split="Training", test_path=str(tmp_path / "photos" / "Testing")) == 4
+    for data in ({}, {"test_share": "0.2"}):
+        with pytest.raises(UserError, match="holds 'Testing' and 'Training', which would be read as classes; name the folders"):
+            count("train", **data)

@@ -105,6 +105,10 @@ def test_a_point_is_a_distillation_of_the_arm_with_its_settings():
         ({"selection": {"choose": "worst"}}, "selection.choose: a sweep looks for the best subgroups; leave it out"),
         ({"space": {"selection": {"alpha": [0], "beta": [0]}}}, "alpha and beta are both 0 everywhere in space"),
         ({"space": {"finetune": {"steps": [1, 2], "epochs": [1]}}}, "exclude each other, so that only one"),
+        (
+            {"space": {"finetune": {"epochs": [1, 4]}}, "arms": {"ims3": {"overrides": {"finetune": {"steps": 50}}}}},
+            "arms.ims3.overrides sets finetune.steps, which takes the place of finetune.epochs, which is swept",
+        ),
         ({"arm": "gan"}, "arm='gan' is no arm; there is: random_real, dit, dit_s3, ims3"),
         ({"search": {"row": "soft/resnet-18"}}, "search.row='soft/resnet-18' is no row; there is: hard/convnet-3"),
         ({"search": {"early_stopping": True}}, "give several, as in draws=[0, 1, 2]"),

@@ -12,11 +12,13 @@ import torch
 from pyarrow import fs
 from safetensors.torch import load
 from torch import nn
+from torch.nn.functional import interpolate
 
 from ims3_ray.cluster import speed
 from ims3_ray.config import EncoderTraining, GeneratorTraining, PretrainConfig, SamplingConfig
 from ims3_ray.config.loading import load_config
 from ims3_ray.data.clean_images import CleanImages
+from ims3_ray.data.transforms import to_signed
 from ims3_ray.engine.train import CHECKPOINTS, forget_broken_record
 from ims3_ray.errors import UserError
 from ims3_ray.models.encoder import encoder_config, known_classes
@@ -272,3 +274,16 @@ def test_a_record_of_checkpoints_that_ray_train_cannot_use_is_deleted(record: st
     file.write_text(record)
     forget_broken_record(filesystem, str(tmp_path))
     assert file.exists() == kept
+
+
+def test_a_classifier_scales_images_to_the_size_that_it_was_trained_at():
+    """A teacher that is given images of a protocol's size, of which it would recognise little."""
+    trainer = encoder_trainer()
+    side = trainer.pixels.shape[-1]
+    encoder = trainer.encoder.eval()
+    assert encoder.config.size == side
+    small = to_signed(trainer.pixels[:4])
+    large = interpolate(small, (3 * side, 3 * side), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        wanted = encoder.logits(interpolate(large, (side, side), mode="bicubic", antialias=True))
+        torch.testing.assert_close(encoder.logits(large), wanted)

@@ -9,6 +9,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -88,6 +89,11 @@ class Source(Component, ABC):
             for piece in concurrently(lambda place: place[0].read_piece(*place[1:]), pieces(files)):
                 digest.update(piece)
         return digest.hexdigest()[:16]
+
+    @property
+    def folders(self) -> AbstractSet[str]:
+        """Paths of the folders of the classes, with all links followed, if each class has one on this machine's disks."""
+        return frozenset()
 
     def stored(self, index: int) -> bytes | None:
         """The image as the set's files hold it: images that are equal in these bytes are copies of each other. None for sets in
@@ -206,6 +212,7 @@ def open_source(path: str, split: str, limit: int | None = None, apart: tuple[fl
     for kind in sorted(Source.registry.values(), key=lambda kind: kind.order):
         if (source := kind.find(place)) is not None:
             source.asked = _from_anywhere(path), split
+            source.class_names = tuple(map(composed, source.class_names))
             if len(source.labels) == 0:
                 raise UserError(f"data source '{path}' (split '{split}') holds no image; check the path and data.*_split")
             if apart is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator
+from collections.abc import Set as AbstractSet
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,21 +19,31 @@ from ims3_ray.io.listing import Listing
 
 
 def shared_file(train: Source, test: Source) -> str | None:
-    """A file that two splits share, or whose content they share because one split is a copy of the other; None if they are
-    different, as far as their files show."""
+    """A file or folder that two splits share, or a file of a split that is a copy of the other; None if they are different, as
+    far as their files show."""
+    one, other = train.unlimited, test.unlimited
     if (shared := Listing.of(test.files).first_shared(Listing.of(train.files))) is not None:
         return shared.path
-    return test.files[0].path if train.files and _same_content(train.unlimited, test.unlimited) else None
+    if (folder := _in_both(one.folders, other.folders) or _in_both(other.folders, one.folders)) is not None:
+        return folder
+    return test.files[0].path if train.files and _same_content(one, other) else None
+
+
+def _in_both(folders: AbstractSet[str], others: AbstractSet[str]) -> str | None:
+    """The first of ``folders`` that is one of ``others`` or in one."""
+    return next((each for each in sorted(folders) if {each, *map(str, Path(each).parents)} & others), None)
 
 
 def _same_content(one: Source, other: Source) -> bool:
-    """Whether two sets have the same classes and labels, and files of the same sizes that are equal in all pieces that are
-    compared, whatever their names are."""
+    """Whether two sets have the same classes and labels, and equal files, whatever their names are. Of sets of which not all
+    bytes are read (:func:`hashed_whole`), pieces of the files are compared."""
     files = Listing.of(one.files), Listing.of(other.files)
     if one.class_names != other.class_names or not np.array_equal(one.labels, other.labels):
         return False
     if not np.array_equal(files[0].sizes, files[1].sizes):
         return False
+    if hashed_whole(one) and hashed_whole(other):
+        return all(mine.read() == theirs.read() for mine, theirs in zip(*files, strict=True))
     read = (concurrently(lambda piece: piece[0].read_piece(*piece[1:]), pieces(each)) for each in files)
     return next(read) == next(read)
 

@@ -15,7 +15,7 @@ from pyarrow import fs
 
 from ims3_ray.data.decoding import decode
 from ims3_ray.data.sources.base import Source, spelled
-from ims3_ray.data.sources.location import SPLIT_NAMES, Location
+from ims3_ray.data.sources.location import SPLIT_LIKE, SPLIT_NAMES, Location
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place, concurrently, natural, open_filesystem
 from ims3_ray.io.listing import Listing, files_below
@@ -80,7 +80,7 @@ class FolderSource(Source):
         if not classes:
             return None
         found = concurrently(_class_files, classes)
-        full = [len(images) > 0 for images, _ in found]
+        full = [len(images) > 0 for images, *_ in found]
         chosen = [number for number, some in enumerate(full) if some or not any(full)]
         files = Listing.joined(folder.filesystem, folder.path, [(classes[number].name, found[number][0]) for number in chosen])
         counts = [len(found[number][0]) for number in chosen]
@@ -88,6 +88,12 @@ class FolderSource(Source):
         if others := sum((found[number][1] for number in chosen), Counter[str]()):
             kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
             source.notices = [f"'{folder.path}' holds {others.total()} files that are not read as images ({kinds})"]
+        if links := [link for number in chosen for link in found[number][2]]:
+            more = f"{len(links)} links to folders ('{links[0]}')" if len(links) > 1 else f"a link to a folder ('{links[0]}')"
+            source.notices = [
+                *source.notices,
+                f"'{folder.path}' holds {more} inside its classes, which {'are' if len(links) > 1 else 'is'} not followed",
+            ]
         if empty := [child.name for child, some in zip(classes, full, strict=True) if not some]:
             which = f"{len(empty)} folders without images ({', '.join(empty[:5])})" if len(empty) > 1 else ""
             which = which or f"a folder without images ({empty[0]})"
@@ -105,6 +111,14 @@ class FolderSource(Source):
         self.location, self._folder = location, folder
         self.class_names, self.files = spelled(location, classes), files
         self.labels = np.repeat(np.arange(len(classes)), counts).astype(np.int64)
+
+    @property
+    def folders(self) -> set[str]:
+        if not isinstance(self._folder.filesystem, fs.LocalFileSystem):
+            return set()
+        firsts = np.unique(self.labels, return_index=True)[1].tolist()
+        below = {self.files.path(index).rpartition("/")[0].partition("/")[0] for index in firsts}
+        return {os.path.realpath(f"{self._folder.path}/{name}") for name in below}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process is sent the list of files, since listing a million of them takes long."""
@@ -141,16 +155,17 @@ class FolderSource(Source):
         return self.files.path(index)
 
 
-def _class_files(folder: Place) -> tuple[Listing, Counter[str]]:
-    """The images in the folder of a class, and how many other files there are of each ending."""
+def _class_files(folder: Place) -> tuple[Listing, Counter[str], list[str]]:
+    """The images in the folder of a class, how many other files there are of each ending, and the links to folders in it."""
     images: list[tuple[str, int]] = []
     others = Counter[str]()
-    for path, size in files_below(folder):
+    files, links = files_below(folder)
+    for path, size in files:
         if (ending := ending_of(path)) in IMAGE_SUFFIXES:
             images.append((path, size))
         else:
             others[ending or "no ending"] += 1
-    return Listing.from_rows(folder.filesystem, folder.path, images), others
+    return Listing.from_rows(folder.filesystem, folder.path, images), others, links
 
 
 def ending_of(name: str) -> str:
@@ -216,3 +231,18 @@ def _grouped(split: Place, labels: Mapping[str, str]) -> tuple[list[str], Listin
     classes = sorted(by_class, key=natural)
     order = np.array([index for name in classes for index in by_class[name]], np.int64)
     return classes, files.chosen(order), [len(by_class[name]) for name in classes]
+
+
+def check_classes_are_no_splits(source: Source, path: str) -> None:
+    """Raises :class:`UserError` if folders at ``path`` that are called like splits were read as classes."""
+    names = source.class_names
+    if not isinstance(source.unlimited, FolderSource) or not all(SPLIT_LIKE.fullmatch(name) for name in names):
+        return
+    found = " and ".join(f"'{name}'" for name in names)
+    if not any(name.count("/") > 1 for name in map(source.identify, range(len(source.labels)))):
+        raise UserError(f"{found} in '{path}' hold images without classes; sort them into one folder per class")
+    trained = next((name for name in names if name.lower().startswith("train")), names[-1])
+    others = [name for name in names if name != trained]
+    tested = next((name for name in others if name.lower().startswith("test")), others[0] if others else None)
+    says = f"data.train_split={trained}" + (f" data.test_split={tested}" if tested else "")
+    raise UserError(f"'{path}' holds {found}, which would be read as classes; name the folders of the splits: {says}")

@@ -12,9 +12,10 @@ from ims3_ray.io.hub import fetch, is_hub_id
 
 SPLIT_NAMES = ("train", "test", "val", "valid", "validation")
 """Names of folders that are splits if they hold folders, and classes if they hold images."""
-SPLIT_LIKE = ("training", "testing", "validate", "eval", "evaluation", "dev")
-"""Further names of folders, in lower case, that people give to splits; they are read as splits only if the config names
-them."""
+SPLIT_LIKE = re.compile(
+    r"(train|training|test|testing|val|valid|validation|eval|evaluation|dev)([-_ ]?(set|split|data|images))?", re.I
+)
+"""Names that people give to folders of splits. Those beside :data:`SPLIT_NAMES` are splits only if a config names them."""
 PARQUET = ".parquet"
 
 
