@@ -223,8 +223,9 @@ def train_student(
         state = unpack_state(resume, "cpu")
         if training.continues(state["training"]):
             training.load_state_dict(state["training"])
-            curve, losses = [Check(*check) for check in state["curve"]], [loss.to(device) for loss in state["losses"]]
-            first = state["epoch"] + 1
+            curve, losses = [Check(*check) for check in state["curve"]], [loss.to(device) for loss in state.get("losses", ())]
+            # Earlier versions saved states after validations alone, without the number of the epoch.
+            first = state.get("epoch", curve[-1].epoch if curve else 0) + 1
     saver = Saver(save)
     for epoch in range(first, training.epochs + 1):
         losses.append(training.epoch())

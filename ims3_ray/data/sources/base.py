@@ -212,7 +212,8 @@ def open_source(path: str, split: str, limit: int | None = None, apart: tuple[fl
     for kind in sorted(Source.registry.values(), key=lambda kind: kind.order):
         if (source := kind.find(place)) is not None:
             source.asked = _from_anywhere(path), split
-            source.class_names = tuple(map(composed, source.class_names))
+            if (names := tuple(map(composed, source.class_names))) != source.class_names:
+                source.class_names = names
             if len(source.labels) == 0:
                 raise UserError(f"data source '{path}' (split '{split}') holds no image; check the path and data.*_split")
             if apart is not None:
