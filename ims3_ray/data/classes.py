@@ -32,6 +32,12 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def repeated(names: Sequence[str]) -> str | None:
+    """The first name that stands twice; None if all differ."""
+    counts = Counter(names)
+    return next((name for name in names if counts[name] > 1), None)
+
+
 def chosen_labels(class_names: Sequence[str], chosen: Sequence[str] | None) -> list[int]:
     """Source labels of the ``chosen`` classes (all when None). Raises :class:`UserError` for an unknown name, with the most
     similar known one."""
@@ -39,8 +45,7 @@ def chosen_labels(class_names: Sequence[str], chosen: Sequence[str] | None) -> l
         if name not in class_names:
             near = difflib.get_close_matches(name, class_names, n=1, cutoff=0.0)
             raise UserError(f"data.classes names '{name}', which the source does not have; did you mean '{near[0]}'?")
-    if chosen and len(set(chosen)) < len(chosen):
-        twice = next(name for name in chosen if list(chosen).count(name) > 1)
+    if (twice := repeated(chosen or ())) is not None:
         raise UserError(f"data.classes names '{twice}' twice; name each class once")
     return [class_names.index(name) for name in chosen] if chosen else list(range(len(class_names)))
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from ims3_ray.data.classes import composed, imagenet_wnids
+from ims3_ray.data.classes import composed, imagenet_wnids, repeated
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import drafted
 from ims3_ray.models.checkpoints import PICKLED, compare_shapes, pack, read_json, read_metadata, read_tensors
@@ -112,8 +112,7 @@ def with_classes(file: DiTFile, classes: tuple[str, ...]) -> DiTFile:
     config, classes = file.config, tuple(map(composed, classes))
     if file.layout == "release" and len(classes) == config.rows:
         config = config.model_copy(update={"num_classes": config.rows, "null_row": False})
-    if len(set(classes)) < len(classes):
-        twice = next(name for name in classes if classes.count(name) > 1)
+    if (twice := repeated(classes)) is not None:
         raise UserError(f"two classes are called '{twice}' in the list of class names; give each a name of its own")
     if len(classes) != config.num_classes:
         rows = f"; its table of labels has {config.rows} rows, of which the last may be that for images without a class"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ims3_ray.component import Component, Registry
-from ims3_ray.data.classes import composed
+from ims3_ray.data.classes import composed, repeated
 from ims3_ray.data.sources.location import Location
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place, concurrently, is_remote
@@ -212,7 +212,7 @@ def open_source(path: str, split: str, limit: int | None = None, apart: tuple[fl
     for kind in sorted(Source.registry.values(), key=lambda kind: kind.order):
         if (source := kind.find(place)) is not None:
             source.asked = _from_anywhere(path), split
-            if (names := tuple(map(composed, source.class_names))) != source.class_names:
+            if (names := spelled(path, source.class_names)) != source.class_names:
                 source.class_names = names
             if len(source.labels) == 0:
                 raise UserError(f"data source '{path}' (split '{split}') holds no image; check the path and data.*_split")
@@ -285,7 +285,6 @@ def spelled(location: str, names: Iterable[str]) -> tuple[str, ...]:
                 f"data source '{location}' has a class called {str(name)[:40]!r}; names must be printable text of at most "
                 f"{LONGEST_NAME} bytes"
             )
-    if len(set(class_names)) < len(class_names):
-        twice = next(name for name in class_names if class_names.count(name) > 1)
+    if (twice := repeated(class_names)) is not None:
         raise UserError(f"data source '{location}' has two classes called '{twice}'; give each a name of its own")
     return class_names

@@ -14,7 +14,7 @@ from PIL import Image
 from pyarrow import fs
 
 from ims3_ray.data.decoding import decode
-from ims3_ray.data.sources.base import Source, spelled
+from ims3_ray.data.sources.base import Source
 from ims3_ray.data.sources.location import SPLIT_LIKE, SPLIT_NAMES, Location
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place, concurrently, natural, open_filesystem
@@ -85,31 +85,28 @@ class FolderSource(Source):
         files = Listing.joined(folder.filesystem, folder.path, [(classes[number].name, found[number][0]) for number in chosen])
         counts = [len(found[number][0]) for number in chosen]
         source = cls(place.path, folder, [classes[number].name for number in chosen], files, counts)
+        notices = []
         if others := sum((found[number][1] for number in chosen), Counter[str]()):
             kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
-            source.notices = [f"'{folder.path}' holds {others.total()} files that are not read as images ({kinds})"]
+            notices.append(f"'{folder.path}' holds {others.total()} files that are not read as images ({kinds})")
         if links := [link for number in chosen for link in found[number][2]]:
             more = f"{len(links)} links to folders ('{links[0]}')" if len(links) > 1 else f"a link to a folder ('{links[0]}')"
-            source.notices = [
-                *source.notices,
-                f"'{folder.path}' holds {more} inside its classes, which {'are' if len(links) > 1 else 'is'} not followed",
-            ]
+            verb = "are" if len(links) > 1 else "is"
+            notices.append(f"'{folder.path}' holds {more} inside its classes, which {verb} not followed")
         if empty := [child.name for child, some in zip(classes, full, strict=True) if not some]:
             which = f"{len(empty)} folders without images ({', '.join(empty[:5])})" if len(empty) > 1 else ""
             which = which or f"a folder without images ({empty[0]})"
-            source.notices = [
-                *source.notices,
-                f"'{folder.path}' holds {which}, which {'is' if len(empty) == 1 else 'are'} not read",
-            ]
+            notices.append(f"'{folder.path}' holds {which}, which {'is' if len(empty) == 1 else 'are'} not read")
         if stray := [child.name for child in inside if is_image(child)]:
             which = f"{len(stray)} images beside its classes ('{stray[0]}')"
-            source.notices = [*source.notices, f"'{folder.path}' holds {which}, which are not read"]
+            notices.append(f"'{folder.path}' holds {which}, which are not read")
+        source.notices = notices
         return source
 
     def __init__(self, location: str, folder: Place, classes: Sequence[str], files: Listing, counts: Sequence[int]) -> None:
         """``files`` holds the images of each class in turn, and ``counts`` how many there are of each."""
         self.location, self._folder = location, folder
-        self.class_names, self.files = spelled(location, classes), files
+        self.class_names, self.files = tuple(classes), files
         self.labels = np.repeat(np.arange(len(classes)), counts).astype(np.int64)
 
     @property

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ims3_ray.data.sources.base import Source, check_labels, numbered, spelled
+from ims3_ray.data.sources.base import Source, check_labels, numbered
 from ims3_ray.data.sources.location import Location
 from ims3_ray.errors import UserError
 from ims3_ray.io.files import Place
@@ -43,7 +43,7 @@ class IdxSource(Source):
         if len(self._pixels) != len(self.labels):
             raise UserError(f"IDX files in '{location}' hold {len(self._pixels)} images but {len(self.labels)} labels")
         if names is not None:
-            self.class_names = spelled(location, names.lines())
+            self.class_names = tuple(names.lines())
         elif "fashion" in str(Path(images.path).resolve().parent).lower() and self._pixels.shape in FASHION_MNIST_SHAPES:
             self.class_names = FASHION_MNIST_CLASSES
         else:

@@ -19,7 +19,7 @@ from PIL import Image
 from pyarrow import fs
 
 from ims3_ray.data.decoding import Undecodable, decode
-from ims3_ray.data.sources.base import Source, check_labels, check_logits, numbered, spelled
+from ims3_ray.data.sources.base import Source, check_labels, check_logits, numbered
 from ims3_ray.data.sources.location import Location, parquet_files
 from ims3_ray.errors import UserError, first_line
 from ims3_ray.io.files import Place, concurrently
@@ -77,8 +77,7 @@ class ParquetSource(Source):
         self._kept = sum(_encoded_bytes(file, self._image) for file in opened) <= KEPT_BYTES
         self._parts: dict[int, pa.ChunkedArray] = {}
         self._reading = threading.Lock()
-        names = self._common_names([class_names_of(file.schema_arrow.metadata) for file in opened])
-        self.class_names = spelled(location, names)
+        self.class_names = self._common_names([class_names_of(file.schema_arrow.metadata) for file in opened])
         check_labels(location, self.labels, self.class_names)
         unreadable = [file for file, table in zip(self.files, opened, strict=True) if _unreadable_names(table.schema_arrow)]
         if unreadable:

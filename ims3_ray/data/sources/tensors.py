@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ims3_ray.data.sources.base import SLACK, Source, check_labels, check_logits, numbered, spelled
+from ims3_ray.data.sources.base import SLACK, Source, check_labels, check_logits, numbered
 from ims3_ray.data.sources.location import Location
 from ims3_ray.data.transforms import to_pil
 from ims3_ray.errors import UserError, first_line
@@ -49,7 +49,7 @@ class TensorSource(Source):
         self.labels = (labels if self._logits is None else labels.argmax(dim=1)).long().numpy()
         self._pixels = _bytes(images, location, files.get(NORMALISATION))
         counted = self.labels if self._logits is None else np.arange(self._logits.shape[1])
-        self.class_names = spelled(location, files[NAMES].lines() if NAMES in files else numbered(counted))
+        self.class_names = tuple(files[NAMES].lines()) if NAMES in files else numbered(counted)
         check_labels(location, self.labels, self.class_names)
 
     def image(self, index: int) -> Image.Image:
